@@ -1,0 +1,141 @@
+"""A checkpoint folder: its config and every tensor's place, known from headers alone and checked as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from distquant.checkpoint.faults import Faults, HeaderFault, shown
+from distquant.checkpoint.header import ShardHeader, TensorInfo, parse_file
+from distquant.checkpoint.index import INDEX_NAME, merge, read_index
+from distquant.checkpoint.locate import locate
+
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+_OTHER_FORMATS = {
+    "adapter_model.safetensors": "This is a PEFT adapter: give the base model",
+    ".gguf": "GGUF is not read: get the safetensors version of this model",
+    ".bin": "Pickled weights are not read: load with transformers and save_pretrained() once",
+    ".pt": "Pickled weights are not read: load with transformers and save_pretrained() once",
+    ".pth": "Pickled weights are not read: load with transformers and save_pretrained() once",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that passed every check its headers allow.
+
+    Attributes:
+        path: its folder.
+        config: parsed config.json.
+        tensors: by name, in the order of files and offsets.
+        shards: in the order of their names.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    shards: tuple[ShardHeader, ...]
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors, headers left out."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def file_path(self, name: str) -> Path:
+        """Where the file `name` (a `TensorInfo.file` or `ShardHeader.name`) lies."""
+        return self.path / name
+
+    def digests(self) -> dict[str, tuple[str, int]]:
+        """File name to (SHA-256 of its header, file size in bytes); equal on two machines iff the headers are."""
+        return {shard.name: (shard.digest, shard.size) for shard in self.shards}
+
+
+def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+    """Reads a checkpoint's config.json and the headers of all its safetensors files.
+
+    Args:
+        model: a folder, or a Hugging Face id ("org/name"), which is looked up in the local cache only.
+        revision: branch, tag or commit of an id.
+
+    As in transformers, `model.safetensors` wins over an index beside it.
+
+    Raises:
+        CheckpointError: with every problem of every file.
+        InputError: for a revision that cannot be.
+    """
+    folder, damaged = locate(model, revision)
+    faults = Faults(damaged)
+    config = _read_config(folder, faults)
+    if os.path.lexists(folder / SINGLE_NAME):
+        shards, _ = _read_shards(folder, [SINGLE_NAME], faults)
+        tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    elif os.path.lexists(folder / INDEX_NAME):
+        weight_map = read_index(folder, faults)
+        shards, unreadable = _read_shards(folder, sorted(set(weight_map.values())), faults)
+        tensors = merge(weight_map, shards, unreadable, faults)
+    else:
+        shards, tensors = [], {}
+        _tell_what_is_there(folder, faults)
+    faults.raise_if_any()
+    return Checkpoint(folder, config, tensors, tuple(shards))
+
+
+def _read_config(folder: Path, faults: Faults) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_bytes())
+    except FileNotFoundError:
+        what = f"is missing in {folder}"
+        faults.add(HeaderFault.CONFIG_MISSING, CONFIG_NAME, what, fix="Put the model's config.json there")
+    except OSError as error:
+        what = f"cannot be read ({error.strerror or error})"
+        faults.add(HeaderFault.UNREADABLE, CONFIG_NAME, what, fix="Check the file's permissions")
+    except (ValueError, RecursionError) as error:
+        faults.add(HeaderFault.CONFIG_NOT_JSON, CONFIG_NAME, f"is not JSON ({error})")
+    else:
+        if isinstance(config, dict):
+            return config
+        faults.add(HeaderFault.CONFIG_NOT_JSON, CONFIG_NAME, f"is {shown(config)}, and must be a JSON object")
+    return {}
+
+
+def _read_shards(folder: Path, names: list[str], faults: Faults) -> tuple[list[ShardHeader], set[str]]:
+    """The headers that could be read, and the names of files whose tensors are not, or not all, known."""
+    shards: list[ShardHeader] = []
+    unreadable: set[str] = set()
+    for name in names:
+        path = folder / name
+        if not os.path.exists(path):  # unlike Path.exists, no exception for a name too long for the system
+            link = f", a link to {os.readlink(path)} which does not exist" if os.path.islink(path) else ""
+            faults.add(HeaderFault.SHARD_MISSING, name, f"is missing in {folder}{link}")
+            unreadable.add(name)
+            continue
+        of_file = Faults(faults.damaged)
+        header = parse_file(path, name, of_file)
+        if header is not None:
+            shards.append(header)
+        if of_file:
+            unreadable.add(name)
+            faults.extend(of_file)
+    return shards, unreadable
+
+
+def _tell_what_is_there(folder: Path, faults: Faults) -> None:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        what = f"cannot be listed ({error.strerror or error})"
+        faults.add(HeaderFault.UNREADABLE, str(folder), what, fix="Check the folder's permissions")
+        return
+    fix = next(
+        (fix for end, fix in _OTHER_FORMATS.items() if any(name.endswith(end) for name in names)),
+        "Give the folder that save_pretrained() or `hf download` wrote",
+    )
+    there = shown(names) if names else "an empty folder"
+    what = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}; found: {there}"
+    faults.add(HeaderFault.NO_CHECKPOINT, str(folder), what, fix=fix)

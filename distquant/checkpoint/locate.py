@@ -1,0 +1,61 @@
+"""From what the user wrote to a folder: a path, or a Hugging Face id looked up in the local cache and nowhere else.
+
+The cache's layout (`models--ORG--NAME/{refs,snapshots}`) is documented at
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache. It is read here directly, because `snapshot_download`
+with `local_files_only=True` refuses (since 2.x) a snapshot that lacks any file of the repository, weights in another
+format included.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from distquant.checkpoint.faults import CheckpointError, HeaderFault
+from distquant.checkpoint.index import is_inside
+from distquant.errors import InputError
+
+_REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+
+def locate(model: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
+    """The checkpoint's folder, and what to do about a damaged file in it.
+
+    Raises:
+        CheckpointError: NO_CHECKPOINT where there is nothing of that name, NOT_IN_CACHE for an id not downloaded yet.
+        InputError: a revision that cannot be, or that was given for a folder.
+    """
+    name = os.fspath(model)
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):  # unlike Path's methods, no exception for a name too long, and "" is not "."
+        if revision is not None:
+            fix = "Leave the revision out, or give a Hugging Face id"
+            raise InputError.one("revision", f"{revision!r} was given for the folder {path}, which has none", fix)
+        return Path(path), "The file is damaged or was not fully written: download or copy it again"
+    if os.path.exists(path):
+        fix = "Give the folder that holds the safetensors files and config.json"
+        raise CheckpointError.one(name, "is a file, and a checkpoint is a folder", fix, HeaderFault.NO_CHECKPOINT)
+    if not isinstance(model, str) or not _REPO_ID.fullmatch(name) or ".." in name or "--" in name:
+        fix = "Give an existing folder, or a Hugging Face id such as org/name"
+        what = "no folder has this path, and it is no Hugging Face id"
+        raise CheckpointError.one(name, what, fix, HeaderFault.NO_CHECKPOINT)
+    return _from_cache(name, revision)
+
+
+def _from_cache(model: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import constants
+
+    if revision is not None and not is_inside(revision):
+        raise InputError.one("revision", f"{revision!r} is no branch, tag or commit", "Give one, such as 'main'")
+    wanted = revision or constants.DEFAULT_REVISION
+    cache = Path(constants.HF_HUB_CACHE)
+    repo = cache / f"models--{model.replace('/', '--')}"
+    ref = repo / "refs" / wanted
+    commit = ref.read_text().strip() if ref.is_file() else wanted
+    folder = repo / "snapshots" / commit
+    download = f"hf download {model}" + (f" --revision {revision}" if revision else "")
+    if not is_inside(commit) or not folder.is_dir():
+        what = f"revision {wanted!r} is not in the Hugging Face cache {cache}, and there is no folder of this name"
+        raise CheckpointError.one(model, what, f"Run `{download}` first", HeaderFault.NOT_IN_CACHE)
+    return folder, f"Download it: `{download}` (with `--force-download` if the file is there)"

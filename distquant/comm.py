@@ -1,0 +1,77 @@
+"""What ranks say to each other, whatever runs them: the protocol, and its form for a single process.
+
+Process groups are made in `runtime/` only; everything else gets an `Axis` or a `Comm` and does not know its home.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Axis(Protocol):
+    """The ranks along one mesh axis, seen from one of them."""
+
+    rank: int
+    """This rank's position on the axis."""
+    size: int
+    """Ranks on the axis."""
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Reduces in place over the axis (`sum` or `max`) and returns `tensor`."""
+
+    def all_gather(self, tensor: Tensor, sizes: list[int], dim: int) -> Tensor:
+        """Concatenates every rank's tensor along `dim`; `sizes` are their lengths there, and may differ."""
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Fills `tensor` on every rank with that of axis position `source`."""
+
+
+class Comm(Protocol):
+    """All ranks of a load, seen from one of them."""
+
+    rank: int
+    world_size: int
+
+    def axis(self, name: str) -> Axis:
+        """The ranks along a mesh axis (`dp`, `ep`, `tp`)."""
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's (picklable) value, on every rank."""
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's (picklable) value, in rank order, on every rank."""
+
+
+class SoloAxis:
+    """An axis with one rank on it."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        return tensor
+
+    def all_gather(self, tensor: Tensor, sizes: list[int], dim: int) -> Tensor:
+        return tensor
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        return tensor
+
+
+class SoloComm:
+    """One process: every collective is the identity."""
+
+    rank = 0
+    world_size = 1
+
+    def axis(self, name: str) -> SoloAxis:
+        return SoloAxis()
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def collect(self, value: Any) -> list[Any]:
+        return [value]

@@ -1,0 +1,185 @@
+"""The base of every quantization configuration: frozen fields under Hugging Face's names, read strictly.
+
+A method declares its fields with type hints and a few class variables; reading, writing, comparing and reporting are
+driven by those. Everything that is wrong with a configuration is told at once, in one `InputError`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+
+from distquant.config.selection import ModuleSelection
+from distquant.config.values import coerce, describe, did_you_mean, jsonable, plain, read_json
+from distquant.errors import InputError, Problem, Problems
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+EXTRAS = ("include_modules", "layers")
+"""Fields of distquant alone; `to_dict` leaves them out of what transformers reads."""
+
+_BOOKKEEPING = frozenset({"quant_method", "transformers_version"})
+
+
+def where(name: str) -> str:
+    """How messages name a configuration field."""
+    return f"quantization_config.{name}"
+
+
+def default_of(field: Field[Any]) -> Any:
+    """The default value of a dataclass field, or `MISSING`."""
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizationConfig:
+    """What one quantization method needs to know, checked at construction.
+
+    Raises:
+        InputError: at construction, with every problem of types, values and exclusive options.
+    """
+
+    quant_method: ClassVar[str]
+    """Hugging Face's name of the method."""
+    marker: ClassVar[str | None] = None
+    """The key that, when true, chooses this class among those of one `quant_method`."""
+    loading_attributes: ClassVar[frozenset[str]] = frozenset()
+    """Fields that touch no stored bit: the user may override them on a pre-quantized checkpoint."""
+    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Groups of keys of which at most one may be true."""
+    constants: ClassVar[Mapping[str, Any]] = {}
+    """Keys that Hugging Face writes and this method has no choice in: read only with these values, always written."""
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Other spellings of keys, historical ones among them."""
+    none_is_default: ClassVar[frozenset[str]] = frozenset()
+    """Fields for which None stands for the default."""
+    skip_field: ClassVar[str | None] = None
+    """The field that lists the modules not to convert, under the method's own name."""
+    short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Names a user may give instead of a configuration, and the fields that each sets."""
+
+    include_modules: tuple[str, ...] | None = None
+    """Patterns of the only modules to quantize (distquant's own option, see `ModuleSelection`)."""
+    layers: str | None = None
+    """Ranges of the only layers to quantize, such as `"2-5,7"` (distquant's own option)."""
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        hints = get_type_hints(type(self))
+        checkable = True
+        for field in fields(self):
+            given = getattr(self, field.name)
+            if given is None and field.name in self.none_is_default:
+                given = default_of(field)
+            try:
+                value = coerce(given, hints[field.name])
+            except ValueError:
+                problems.add(where(field.name), f"{given!r} is not allowed", f"Give {describe(hints[field.name])}.")
+                value = default_of(field)  # so that the values of the other fields can still be checked
+                checkable = checkable and value is not MISSING
+            object.__setattr__(self, field.name, value)
+        if checkable:
+            problems.extend(self.problems())
+        problems.raise_if_any()
+
+    def problems(self) -> list[Problem]:
+        """Everything wrong with the values; empty for whatever could be constructed."""
+        skip_name = where(self.skip_field) if self.skip_field else "skip"
+        found = self.selection.problems(skip_name, where("include_modules"))
+        return [*found, *self._value_problems()]
+
+    def _value_problems(self) -> Iterable[Problem]:
+        """A method's own checks; all fields have the declared types here."""
+        return ()
+
+    @property
+    def selection(self) -> ModuleSelection:
+        """Which modules this configuration converts, as far as it says."""
+        skip = getattr(self, self.skip_field) if self.skip_field else None
+        return ModuleSelection(skip=skip, include=self.include_modules, layers=self.layers)
+
+    @classmethod
+    def matches(cls, given: Mapping[str, Any]) -> bool:
+        """Whether a dict means this class; without a `quant_method` the marker alone decides."""
+        method = plain(given.get("quant_method"))
+        marked = cls.marker is not None and any(
+            given.get(key) for key in (cls.marker, *(old for old, new in cls.aliases.items() if new == cls.marker))
+        )
+        return marked if method is None else method == cls.quant_method and (marked or cls.marker is None)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Self:
+        """Reads Hugging Face's spelling, strictly: unknown keys and wrong values are errors, all told at once."""
+        problems = Problems()
+        given = cls._rename(given, problems)
+        clashing = cls._check_exclusive(given, problems)
+        declared = {field.name: field for field in fields(cls)}
+        method = plain(given.get("quant_method"))
+        if method not in (None, cls.quant_method):
+            problems.add(where("quant_method"), f"{method!r} is not {cls.quant_method!r}", f"{cls.__name__} is for it.")
+        for key, value in given.items():
+            if key in cls.constants:
+                if key not in clashing and plain(value) not in (None, cls.constants[key]):
+                    what = f"{plain(value)!r} has no meaning here, {cls.__name__} takes only {cls.constants[key]!r}"
+                    problems.add(where(key), what, "Remove it.")
+            elif key not in declared and key not in _BOOKKEEPING:
+                known = [*declared, *cls.constants, *cls.aliases]
+                fix = did_you_mean(key, known) or f"{cls.__name__} knows {', '.join(declared)}."
+                problems.add(where(str(key)), f"is unknown (given {value!r})", fix)
+        missing = [name for name, field in declared.items() if default_of(field) is MISSING and name not in given]
+        for name in missing:
+            problems.add(where(name), "is missing", f"Give {describe(get_type_hints(cls)[name])}.")
+        if not missing:
+            try:
+                config = cls(**{key: value for key, value in given.items() if key in declared})
+            except InputError as error:
+                problems.extend(error.problems)
+        problems.raise_if_any()
+        return config
+
+    @classmethod
+    def _rename(cls, given: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
+        renamed = {key: value for key, value in given.items() if key not in cls.aliases}
+        for old, new in cls.aliases.items():
+            if old in given and renamed.setdefault(new, given[old]) != given[old]:
+                what = f"{given[old]!r} contradicts {new}={given[new]!r}"
+                problems.add(where(old), what, f"They mean the same: give {new} only.")
+        return renamed
+
+    @classmethod
+    def _check_exclusive(cls, given: Mapping[str, Any], problems: Problems) -> set[str]:
+        clashing: set[str] = set()
+        for group in cls.exclusive:
+            chosen = [key for key in group if given.get(key)]
+            if len(chosen) > 1:
+                problems.add(where(chosen[0]), f"{' and '.join(chosen)} exclude each other", "Set only one of them.")
+                clashing.update(chosen)
+        return clashing
+
+    def to_dict(self, *, extras: bool = False) -> dict[str, Any]:
+        """Hugging Face's spelling, ready for JSON; `extras` adds distquant's own options where they are set."""
+        written: dict[str, Any] = {"quant_method": self.quant_method, **self.constants}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in EXTRAS or (extras and value is not None):
+                written[field.name] = jsonable(value)
+        return written
+
+    def to_diff_dict(self, *, extras: bool = False) -> dict[str, Any]:
+        """`to_dict` with only what differs from the defaults, and what says which class this is."""
+        identity = {"quant_method", self.marker}
+        changed = {field.name for field in fields(self) if getattr(self, field.name) != default_of(field)}
+        return {key: value for key, value in self.to_dict(extras=extras).items() if key in identity | changed}
+
+    def to_json(self) -> str:
+        """The whole configuration, distquant's own options included, as JSON text that `from_json` reads back."""
+        return json.dumps(self.to_dict(extras=True), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Self:
+        """Reads JSON text or a JSON file."""
+        return cls.from_dict(read_json(source))

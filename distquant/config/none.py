@@ -1,0 +1,24 @@
+"""No quantization: the weights stay in the load dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from distquant.config.base import EXTRAS, QuantizationConfig, where
+from distquant.errors import Problem
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoneConfig(QuantizationConfig):
+    """Quantizes nothing. Not a method of transformers: a model so loaded has no `quantization_config`."""
+
+    quant_method: ClassVar[str] = "none"
+    short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {"none": {}}
+
+    def _value_problems(self) -> Iterable[Problem]:
+        for name in EXTRAS:
+            if getattr(self, name) is not None:
+                what = f"{getattr(self, name)!r} selects modules, but 'none' quantizes nothing"
+                yield Problem(where(name), what, "Remove it, or choose a quantization method.")

@@ -1,0 +1,141 @@
+"""Detect, parse, merge: from what the user gave and what lies in the checkpoint to one configuration.
+
+The checkpoint's parameters are immutable. The user overrides loading attributes only; anything else that differs is an
+error that names both values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+from distquant.config.base import QuantizationConfig, where
+from distquant.config.none import NoneConfig
+from distquant.config.values import did_you_mean, is_json_source, plain, read_json
+from distquant.errors import InputError, Problems
+
+_OPTION = "quantization_config"
+
+
+class Merged(NamedTuple):
+    """The configuration to load with, and whether the checkpoint already holds quantized weights."""
+
+    config: QuantizationConfig
+    prequantized: bool
+
+
+def parse(given: Any, classes: Iterable[type[QuantizationConfig]]) -> QuantizationConfig | None:
+    """The configuration that is meant, whichever way it was given.
+
+    Args:
+        given: None, one of our configurations, a `transformers` one (anything with `to_dict`), a dict, the path of a
+            JSON file (a `Path`, or a string ending in `.json`), JSON text, or a short name.
+        classes: the known configuration classes; the first that matches a dict is taken.
+
+    Raises:
+        InputError: an unknown method, name, key or value, with near matches; every problem at once.
+    """
+    classes = tuple(classes)
+    if given is None or isinstance(given, QuantizationConfig):
+        return given
+    if is_json_source(given):
+        given = read_json(given)
+    elif isinstance(given, str):
+        return _from_short_name(given, classes)
+    elif callable(getattr(given, "to_dict", None)) and not isinstance(given, type):
+        given = given.to_dict()
+    if not isinstance(given, Mapping):
+        fix = "Give a configuration object, a dict, the path of a JSON file, or a short name."
+        raise InputError.one(_OPTION, f"{given!r} ({type(given).__name__}) is no quantization configuration", fix)
+    return _class_for(given, classes).from_dict(given)
+
+
+def _from_short_name(name: str, classes: tuple[type[QuantizationConfig], ...]) -> QuantizationConfig:
+    known = {short: (cls, values) for cls in classes for short, values in cls.short_names.items()}
+    if name not in known:
+        fix = f"{did_you_mean(name, known)} Known names: {', '.join(known)}.".strip()
+        raise InputError.one(_OPTION, f"{name!r} is no known quantization", fix)
+    cls, values = known[name]
+    return cls(**values)
+
+
+def _class_for(given: Mapping[str, Any], classes: tuple[type[QuantizationConfig], ...]) -> type[QuantizationConfig]:
+    for cls in classes:
+        if cls.matches(given):
+            return cls
+    method = plain(given.get("quant_method"))
+    known = list(dict.fromkeys(cls.quant_method for cls in classes))
+    markers = [f"{cls.marker}=True" for cls in classes if cls.quant_method == method and cls.marker]
+    if markers:
+        raise InputError.one(_OPTION, f"{method!r} does not say which kind is meant", f"Add {' or '.join(markers)}.")
+    what = "is missing" if method is None else f"{method!r} is not supported"
+    near = did_you_mean(method, known) if method is not None else ""
+    raise InputError.one(where("quant_method"), what, f"{near} Known methods: {', '.join(known)}.".strip())
+
+
+def detect(model_config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quantization config in a checkpoint's `config.json`, or None where its weights are not quantized.
+
+    It lies under `quantization_config` (older compressed-tensors: `compression_config`), at the top or in
+    `text_config`.
+
+    Raises:
+        InputError: it is not an object, or two places contradict each other.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for prefix, part in (("", model_config), ("text_config.", model_config.get("text_config"))):
+        for key in (_OPTION, "compression_config"):
+            value = part.get(key) if isinstance(part, Mapping) else None
+            if value is None:
+                continue
+            if not isinstance(value, Mapping):
+                fix = "Repair the checkpoint's config.json: an object is expected."
+                raise InputError.one(f"config.json: {prefix}{key}", f"holds {value!r}", fix)
+            found[prefix + key] = dict(value)
+    places = list(found)
+    for other in places[1:]:
+        if found[other] != found[places[0]]:
+            what = f"{found[places[0]]} contradicts {other} = {found[other]}"
+            raise InputError.one(f"config.json: {places[0]}", what, "Remove the wrong one from the checkpoint.")
+    return found[places[0]] if places else None
+
+
+def merge(checkpoint: QuantizationConfig | None, user: QuantizationConfig | None) -> Merged:
+    """One configuration from the checkpoint's and the user's; `NoneConfig` where neither quantizes.
+
+    On a pre-quantized checkpoint the user's loading attributes are taken. A field that is None on the user's side asks
+    for nothing; any other must equal the checkpoint's (lists of patterns in any order), defaults included.
+
+    Raises:
+        InputError: another method or kind than the checkpoint's, or fields that differ; names both values of each.
+    """
+    if checkpoint is None or isinstance(checkpoint, NoneConfig):
+        return Merged(user or NoneConfig(), prequantized=False)
+    if user is None:
+        return Merged(checkpoint, prequantized=True)
+    if isinstance(user, NoneConfig):
+        what = f"'none' asks for unquantized weights, but the checkpoint is quantized: {checkpoint.to_diff_dict()}"
+        fix = "Dequantizing on load is not supported yet: leave quantization_config out, or load another checkpoint."
+        raise InputError.one(_OPTION, what, fix)
+    if type(user) is not type(checkpoint):
+        what = (
+            f"the checkpoint is quantized with {type(checkpoint).__name__} {checkpoint.to_diff_dict()}, "
+            f"you gave {type(user).__name__} {user.to_diff_dict()}"
+        )
+        raise InputError.one(_OPTION, what, "Leave quantization_config out to load the checkpoint as it is.")
+    problems = Problems()
+    overrides = {}
+    for name in (field.name for field in fields(user)):
+        ours, theirs = getattr(user, name), getattr(checkpoint, name)
+        unordered = name in (user.skip_field, "include_modules") and ours and theirs
+        if ours is None or ours == theirs or (unordered and set(ours) == set(theirs)):
+            continue
+        if name in user.loading_attributes:
+            overrides[name] = ours
+        else:
+            free = ", ".join(sorted(user.loading_attributes)) or "nothing"
+            fix = f"Set it to {theirs!r}, or leave quantization_config out; only {free} may differ."
+            problems.add(where(name), f"the checkpoint has {theirs!r}, you gave {ours!r}", fix)
+    problems.raise_if_any()
+    return Merged(replace(checkpoint, **overrides), prequantized=True)

@@ -1,0 +1,136 @@
+"""Which modules are quantized: names to skip, names to include, and layer ranges.
+
+A pattern matches a dotted module name as in transformers' `should_convert_module` (`quantizers/quantizers_utils.py`):
+as a regular expression from the start of the name up to a module boundary, or as a plain suffix. `layer.1` matches
+`layer.1.attn` and not `layer.11.attn`; `lm_head` matches `model.lm_head`. What lies inside a module is matched only
+from the start: `mlp` does not match `layers.0.mlp.up_proj`, `.*mlp` does.
+
+The layer of a module is the first integer in its dotted name: 3 in `model.layers.3.mlp.experts.5.up_proj`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from distquant.config.values import did_you_mean
+from distquant.errors import Problem
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.)|$)")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern names this module, or a parent of it."""
+    return name.endswith(pattern) or _compiled(pattern).match(name) is not None
+
+
+@lru_cache(maxsize=256)
+def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
+    """`"2-5,7"` as inclusive ranges `((2, 5), (7, 7))`; `ValueError` where it is not written so."""
+    ranges = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]+)(?:\s*-\s*([0-9]+))?\s*", part)
+        if not found:
+            raise ValueError(f"{part.strip()!r} is neither a layer nor a range")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise ValueError(f"{part.strip()!r} runs backwards")
+        ranges.append((first, last))
+    return tuple(ranges)
+
+
+@lru_cache(maxsize=1 << 16)
+def layer_of(name: str) -> int | None:
+    """The first integer component of a dotted name, or None outside the layers."""
+    return next((int(part) for part in name.split(".") if part.isascii() and part.isdigit()), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSelection:
+    """The modules to convert: those that are included, lie in the layers, and are not skipped.
+
+    A module outside every layer (an `lm_head`) is not selected where `layers` is given.
+    """
+
+    skip: tuple[str, ...] | None = None
+    """Patterns of modules that stay as they are; None skips nothing."""
+    include: tuple[str, ...] | None = None
+    """Patterns of the only modules to convert; None includes all."""
+    layers: str | None = None
+    """Ranges of the only layers to convert, such as `"2-5,7"`; None takes all."""
+
+    def selects(self, name: str) -> bool:
+        """Whether the module of this dotted name is to be converted."""
+        if self.include is not None and not any(matches(pattern, name) for pattern in self.include):
+            return False
+        if self.layers is not None:
+            layer = layer_of(name)
+            if layer is None or not any(first <= layer <= last for first, last in parse_layers(self.layers)):
+                return False
+        return not any(matches(pattern, name) for pattern in self.skip or ())
+
+    def problems(self, skip_name: str = "skip", include_name: str = "include_modules") -> list[Problem]:
+        """What is wrong with the patterns themselves; the arguments are the options' names in messages."""
+        found = []
+        for where, patterns in ((skip_name, self.skip), (include_name, self.include)):
+            for pattern in patterns or ():
+                if not pattern:
+                    found.append(Problem(where, "'' matches every module", "Remove the empty pattern."))
+                    continue
+                try:
+                    _compiled(pattern)
+                except re.error as error:
+                    fix = "Give a module name, or escape what is meant literally."
+                    found.append(Problem(where, f"{pattern!r} is no regular expression ({error})", fix))
+        if self.include == ():
+            found.append(Problem(include_name, "includes no module", "Remove it to include all, or name some."))
+        if self.layers is not None:
+            try:
+                parse_layers(self.layers)
+            except ValueError as error:
+                found.append(Problem("layers", f"{self.layers!r}: {error}", "Write ranges such as '2-5,7'."))
+        return found
+
+    def unmatched(self, names: Iterable[str]) -> list[Problem]:
+        """Patterns that match no module, with near matches, and layers that the model does not have.
+
+        Args:
+            names: the model's leaf modules. (A pattern that names only a container would convert or skip nothing.)
+        """
+        names = list(names)
+        found = []
+        for where, patterns in (("skipped modules", self.skip), ("include_modules", self.include)):
+            for pattern in patterns or ():
+                if not any(matches(pattern, name) for name in names):
+                    fix = did_you_mean(pattern, _vocabulary(names)) or "Name a module of this model, or remove it."
+                    found.append(Problem(where, f"{pattern!r} matches no module", fix))
+        if self.layers is not None:
+            found += _missing_layers(self.layers, names)
+        return found
+
+
+def _missing_layers(layers: str, names: list[str]) -> list[Problem]:
+    have = {layer for layer in map(layer_of, names) if layer is not None}
+    extent = f"This model's layers are {min(have)} to {max(have)}." if have else "This model has no numbered layers."
+    found = []
+    for first, last in parse_layers(layers):
+        if not any(first <= layer <= last for layer in have) or last > max(have):
+            text = f"{first}-{last}" if last > first else str(first)
+            found.append(Problem("layers", f"{text} reaches beyond the model", extent))
+    return found
+
+
+def _vocabulary(names: Iterable[str]) -> set[str]:
+    """What a user may have meant: names with `*` for integers, last components, and `.*` before inner ones."""
+    words = set()
+    for name in names:
+        parts = name.split(".")
+        words.add(".".join("*" if part.isdigit() else part for part in parts))
+        words.add(parts[-1])
+        words.update(f".*{part}" for part in parts[:-1] if not part.isdigit())
+    return words

@@ -1,0 +1,133 @@
+"""Values of config fields: what a type hint allows, told to people, and read from the spellings found in the wild.
+
+Fields hold plain data, so dtypes are strings (`"bfloat16"`); `torch.bfloat16`, `"torch.bfloat16"` and enum members are
+accepted on input. Nothing here imports torch, except `torch_dtype` when it is called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+
+from distquant.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_SIMPLE = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
+
+
+def plain(value: Any) -> Any:
+    """Enum members become their values and torch dtypes their names; anything else is returned as it is."""
+    if isinstance(value, Enum):
+        return value.value
+    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")
+    return value
+
+
+def jsonable(value: Any) -> Any:
+    """The value as JSON would give it back: tuples become lists."""
+    return [jsonable(item) for item in value] if isinstance(value, tuple) else value
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """`value` as the type hint wants it, with lists as tuples and integers as floats where the hint says so.
+
+    Understood hints: bool, int, float, str, None, Any, Literal, tuple, and unions of these.
+
+    Raises:
+        ValueError: the hint does not allow the value.
+    """
+    value, origin, arguments = plain(value), get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _first_of(value, arguments)
+    if origin is Literal:
+        choice = value.removeprefix("torch.") if isinstance(value, str) else value
+        if any(type(choice) is type(allowed) and choice == allowed for allowed in arguments):
+            return choice
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(hints) == len(value):
+            return tuple(coerce(item, of) for item, of in zip(value, hints, strict=True))
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif origin is None:
+        assert hint in _SIMPLE, f"config fields of type {hint} are not understood"
+        if type(value) is hint:
+            return value
+    raise ValueError(f"{value!r} is not {describe(hint)}")
+
+
+def _first_of(value: Any, hints: Iterable[Any]) -> Any:
+    for hint in hints:
+        try:
+            return coerce(value, hint)
+        except ValueError:
+            continue
+    raise ValueError(f"{value!r} fits none of its types")
+
+
+def describe(hint: Any) -> str:
+    """What a type hint allows, in words: `"one of 'fp4', 'nf4'"`, `"a list (each a string) or null"`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(one) for one in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(one) for one in arguments)
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"a list (each {describe(arguments[0])})"
+        return "a list of " + ", ".join(describe(one) for one in arguments)
+    return _SIMPLE.get(hint, str(hint))
+
+
+def did_you_mean(word: Any, known: Iterable[str]) -> str:
+    """`"Did you mean 'nf4'?"`, or the empty string where nothing known is near."""
+    by_folded = {name.lower(): name for name in sorted(known)}
+    near = difflib.get_close_matches(str(word).lower(), by_folded, n=3, cutoff=0.6)
+    return f"Did you mean {' or '.join(repr(by_folded[name]) for name in near)}?" if near else ""
+
+
+def is_json_source(given: Any) -> bool:
+    """Whether a JSON file or JSON text is meant: a `Path`, a string ending in `.json`, or one opening a `{`."""
+    return isinstance(given, Path) or (
+        isinstance(given, str) and (given.endswith(".json") or given.lstrip().startswith("{"))
+    )
+
+
+def read_json(source: str | Path) -> dict[str, Any]:
+    """The object in a JSON file or in JSON text; `InputError` where there is none."""
+    is_text = isinstance(source, str) and source.lstrip().startswith("{")
+    where = "quantization_config" if is_text else str(source)
+    try:
+        found = json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError.one(where, f"cannot be read ({error.strerror})", "Give the path of a JSON file.") from error
+    except ValueError as error:
+        raise InputError.one(
+            where, f"is not JSON ({error})", "Give one JSON object of configuration fields."
+        ) from error
+    if not isinstance(found, Mapping):
+        raise InputError.one(
+            where, f"holds a JSON {type(found).__name__}", "Give one JSON object of configuration fields."
+        )
+    return dict(found)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a field's spelling, `"bfloat16"` or `"torch.bfloat16"`. Imports torch."""
+    import torch
+
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        known = [key for key in dir(torch) if isinstance(getattr(torch, key), torch.dtype)]
+        raise InputError.one("dtype", f"{name!r} is no torch dtype", did_you_mean(name, known) or "Try 'bfloat16'.")
+    return found

@@ -1,0 +1,95 @@
+"""Errors, and how they are told: one message that lists every problem, each with where, what and what to do.
+
+`InputError` is for what the user gave (arguments, configs, files, machines): the command line prints it without a
+traceback and exits with 2. `CheckFailed` is for a comparison that came out unequal (exit 1). `RankError` carries one
+rank's failure to all others. All survive pickling, because Ray and spawned processes send them home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that cannot work.
+
+    Attributes:
+        where: module path, file, option or tensor that the problem sits in.
+        what: the offending value and the limit that it breaks.
+        fix: what the user can do about it.
+    """
+
+    where: str
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}. {self.fix}"
+
+
+class DistquantError(Exception):
+    """Base of every error that distquant raises on purpose."""
+
+
+class InputError(DistquantError, ValueError):
+    """What the user gave cannot work; `problems` lists every reason, found before any weight moved."""
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = tuple(problems)
+        lines = [str(problem) for problem in self.problems]
+        if len(lines) > 1:
+            lines = [f"{len(lines)} problems:"] + [f"  {i}. {line}" for i, line in enumerate(lines, 1)]
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[Problem, ...]]]:
+        return type(self), (self.problems,)
+
+    @classmethod
+    def one(cls, where: str, what: str, fix: str) -> InputError:
+        """The error with a single problem."""
+        return cls([Problem(where, what, fix)])
+
+
+class CheckFailed(DistquantError):
+    """Two results that must be equal are not."""
+
+
+class RankError(DistquantError, RuntimeError):
+    """A rank failed; the others stop with its name and message."""
+
+    def __init__(self, rank: int, message: str):
+        self.rank = rank
+        self.message = message
+        super().__init__(f"rank {rank} failed: {message}")
+
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return type(self), (self.rank, self.message)
+
+
+class Problems:
+    """Collects problems so that all of them are told at once."""
+
+    def __init__(self) -> None:
+        self._found: list[Problem] = []
+
+    def add(self, where: str, what: str, fix: str) -> None:
+        problem = Problem(where, what, fix)
+        if problem not in self._found:
+            self._found.append(problem)
+
+    def extend(self, problems: Iterable[Problem]) -> None:
+        for problem in problems:
+            self.add(problem.where, problem.what, problem.fix)
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self._found)
+
+    def raise_if_any(self) -> None:
+        """Raises `InputError` with everything collected so far, if there is anything."""
+        if self._found:
+            raise InputError(self._found)

@@ -1,0 +1,62 @@
+"""What is known about the machines that will hold the shards: measured by a runtime, declared by the user, or unknown.
+
+An unknown is not a guess: the plan lists it as checked at load.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from dataclasses import dataclass, field
+
+from distquant.errors import InputError
+
+_SUFFIX = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGTP", 1):
+    _SUFFIX[_letter + "B"] = 1000**_power
+    _SUFFIX[_letter + "iB"] = 1024**_power
+
+
+def parse_bytes(text: str | int, where: str = "size") -> int:
+    """Reads `24GiB`, `512MiB`, `80GB` or a plain number of bytes; raises `InputError` otherwise."""
+    if isinstance(text, int) and text >= 0:
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?i?B?)\s*", str(text))
+    if not match or match.group(2) not in _SUFFIX:
+        raise InputError.one(where, f"{text!r} is no size", "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
+    return int(float(match.group(1)) * _SUFFIX[match.group(2)])
+
+
+def format_bytes(count: float) -> str:
+    """`count` bytes in the largest binary unit that keeps at least one digit before the point."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Devices and packages as far as they are known; None means unknown until load."""
+
+    device_type: str | None = None
+    """`cpu`, `cuda`, ...; what one rank's device is."""
+    device_count: int | None = None
+    """Devices that the ranks can use."""
+    capability: tuple[int, int] | None = None
+    """Compute capability of the weakest device, for CUDA."""
+    memory: int | None = None
+    """Bytes that one rank may fill."""
+    memory_source: str = "unknown"
+    """Where `memory` comes from: `--max-memory`, a measurement, or unknown."""
+    packages: dict[str, str] = field(default_factory=dict)
+    """Installed versions by package name."""
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, or None; nothing is imported."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,145 @@
+"""Quantization in plain torch: the truth that every faster kernel must equal bit for bit.
+
+Formats as bitsandbytes 0.50 defines them on CPU (`backends/default/ops.py`), so that packed codes and absmax equal what
+`transformers` + bitsandbytes store. Every function works on flat runs of blocks; nothing here knows of shards.
+
+Decision thresholds are the midpoints of neighbouring code values in float32, a value on a midpoint goes down; for FP4
+too (bitsandbytes' Triton kernel decides FP4 by other constants; this is the one definition used here on all devices).
+A NaN gets the highest code. The ragged last block is divided by its absmax, whole blocks are multiplied by its
+reciprocal: the two round differently, and bitsandbytes does the same.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+"""Normal-float values by code (QLoRA, arXiv 2305.14314, appendix E)."""
+
+FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+       0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204,
+       -0.25)  # fmt: skip
+"""FP4 values by code, in bitsandbytes' order (sign bit first)."""
+
+FP4_ASCENDING = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
+"""FP4 codes by ascending value; of the two zeros, code 0 lies below."""
+
+TINY = 1e-38
+"""Smallest divisor: keeps a block of zeros from dividing by zero."""
+
+TILE = 1 << 18
+"""Elements worked on at a time, so that the temporaries stay in the cache."""
+
+
+@cache
+def _tables(quant_type: str, device: torch.device) -> tuple[list[float], Tensor | None, Tensor]:
+    """Thresholds in ascending order, rank -> code (None where they are the same), and code -> value."""
+    values = torch.tensor(NF4 if quant_type == "nf4" else FP4, dtype=torch.float32)
+    order = None if quant_type == "nf4" else torch.tensor(FP4_ASCENDING)
+    ascending = values if order is None else values[order]
+    bounds = ((ascending[:-1] + ascending[1:]) / 2).tolist()
+    codes = None if order is None else order.to(device=device, dtype=torch.uint8)
+    return bounds, codes, values.to(device)
+
+
+def code_values(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
+    """float32 `[16]`: the value of each 4-bit code of `nf4` or `fp4`."""
+    return _tables(quant_type, torch.device(device))[2]
+
+
+def block_absmax(weight: Tensor, blocksize: int) -> Tensor:
+    """float32 `[ceil(n / blocksize)]`: largest magnitude of each block of the flat `weight`."""
+    flat = weight.reshape(-1)
+    whole = flat.numel() // blocksize * blocksize
+    found = flat[:whole].view(-1, blocksize).abs().amax(dim=1).float()
+    if whole == flat.numel():
+        return found
+    return torch.cat([found, flat[whole:].abs().amax().float().clamp(min=TINY).view(1)])
+
+
+def encode_4bit(weight: Tensor, absmax: Tensor, blocksize: int, quant_type: str, ragged: bool = False) -> Tensor:
+    """uint8 `[ceil(n / 2)]`: codes of the flat `weight` under given absmax, even elements in the high nibble.
+
+    Args:
+        weight: any shape, float; `n` elements in row-major order.
+        absmax: float32 `[ceil(n / blocksize)]`.
+        blocksize: elements per absmax.
+        quant_type: `nf4` or `fp4`.
+        ragged: whether the last block is the weight's ragged tail even though it is full here (a shard's last block
+            can be as long as its blocksize and still lie in the tail of the whole).
+    """
+    flat = weight.reshape(-1)
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
+    tile = max(TILE // blocksize, 1) * blocksize
+    tail = (flat.numel() - 1) // blocksize * blocksize if ragged or flat.numel() % blocksize else flat.numel()
+    for start in range(0, tail, tile):
+        stop = min(start + tile, tail)
+        inverse = absmax[start // blocksize : stop // blocksize].clamp(min=TINY).reciprocal()
+        scaled = flat[start:stop].view(-1, blocksize).float() * inverse.view(-1, 1)
+        packed[start // 2 : stop // 2] = _pack(_codes(scaled.view(-1), quant_type))
+    if tail < flat.numel():
+        scaled = flat[tail:].float() / absmax[-1]
+        packed[tail // 2 :] = _pack(_codes(scaled, quant_type))
+    return packed
+
+
+def quantize_4bit(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    """Codes (uint8 `[ceil(n / 2)]`) and absmax (float32 `[ceil(n / blocksize)]`) of the flat `weight`."""
+    absmax = block_absmax(weight, blocksize)
+    return encode_4bit(weight, absmax, blocksize, quant_type), absmax
+
+
+def _codes(scaled: Tensor, quant_type: str) -> Tensor:
+    """uint8: for each value the code whose value is nearest (counting the thresholds that do not hold it back)."""
+    bounds, codes, _ = _tables(quant_type, scaled.device)
+    rank = torch.full(scaled.shape, len(bounds), dtype=torch.uint8, device=scaled.device)
+    held = torch.empty(scaled.shape, dtype=torch.bool, device=scaled.device)
+    for bound in bounds:
+        torch.le(scaled, bound, out=held)
+        rank.sub_(held.view(torch.uint8))
+    return rank if codes is None else codes[rank.int()]
+
+
+def _pack(codes: Tensor) -> Tensor:
+    if codes.numel() % 2:
+        # The padding element is the code of 0.0 in bitsandbytes' rank order: 7 for NF4, 0 for FP4.
+        raise ValueError(f"{codes.numel()} codes do not fill whole bytes")
+    pairs = codes.view(-1, 2)
+    return (pairs[:, 0] << 4) | pairs[:, 1]
+
+
+def unpack_4bit(packed: Tensor) -> Tensor:
+    """uint8 `[2 n]`: one code an element from uint8 `[n]`, high nibble first."""
+    return torch.stack((packed >> 4, packed & 15), dim=-1).view(-1)
+
+
+def dequantize_4bit(packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: tuple[int, ...]) -> Tensor:
+    """float32 of `shape`: by the flat definition, also where blocks straddle rows (upstream's CPU kernel does not)."""
+    count = torch.Size(shape).numel()
+    values = code_values(quant_type, packed.device)[unpack_4bit(packed.reshape(-1)).int()][:count]
+    whole = count // blocksize * blocksize
+    values[:whole].view(-1, blocksize).mul_(absmax[: whole // blocksize].view(-1, 1))
+    if whole < count:
+        values[whole:] *= absmax[-1]
+    return values.view(shape)
+
+
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int) -> Tensor:
+    """float32 `[n]`: `values[codes] * absmax` with one absmax per `blocksize` codes (second level of double quant)."""
+    scale = absmax.repeat_interleave(blocksize)[: codes.numel()]
+    return values[codes.int()] * scale
+
+
+def row_absmax(weight: Tensor) -> Tensor:
+    """float32 `[rows]`: largest magnitude of each row after the cast to float16 that LLM.int8 makes."""
+    return weight.to(torch.float16).abs().amax(dim=1).float()
+
+
+def quantize_int8_rows(weight: Tensor, absmax: Tensor) -> Tensor:
+    """int8 `[rows, columns]`: `round(w * (127 / absmax))` of the float16 weight, as LLM.int8 stores it."""
+    return torch.round(weight.to(torch.float16) * (127.0 / absmax.unsqueeze(-1))).to(torch.int8)

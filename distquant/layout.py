@@ -1,0 +1,131 @@
+"""How a scheme's stored components cover the logical weight; units and slices are derived from it, never written by hand.
+
+A component (codes, absmax, row scales, ...) says for each dim of the logical weight `[out, in]` how many logical
+elements one stored element spans. Two words more: `ALL`, where it reduces over a whole dim, and `flat`, where runs of
+elements are counted over the row-major weight and may straddle rows (bitsandbytes). From that follow the unit at which
+a dim may be cut, the slice of each component for a slice of the weight, and the bytes that a shape takes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+ALL = -1
+"""Span of a component that reduces over the whole dim."""
+
+DTYPE_BYTES = {
+    "float64": 8,
+    "int64": 8,
+    "float32": 4,
+    "int32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float8_e8m0fnu": 1,
+}
+"""Bytes of one element, by torch's name of the dtype."""
+
+
+PLAIN_STEPS = (16, 1)
+"""Steps at which unblocked dims are cut: matrix kernels like multiples of 16, any boundary is exact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """One stored tensor of a quantized weight.
+
+    Attributes:
+        name: what follows the parameter's name in a checkpoint ("" for the codes, "absmax", "SCB", ...).
+        dtype: torch's name of the stored dtype.
+        spans: logical elements that one stored element covers, per dim; `ALL` reduces over the dim.
+        flat: if not 0, logical elements per stored element along the row-major weight (`spans` is then unused).
+        cuts: steps at which a cut is preferred or still possible, best first. For a flat component they are the block
+            sizes in which a local shard can store it without changing a value; a row of the weight must be a multiple
+            of one of them to be cut along `in`.
+    """
+
+    name: str
+    dtype: str
+    spans: tuple[int, ...] = (1, 1)
+    flat: int = 0
+    cuts: tuple[int, ...] = ()
+
+    def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
+        """Stored shape for a logical weight of this shape (1-D for flat components)."""
+        if self.flat:
+            return (-(-math.prod(weight) // self.flat),)
+        return tuple(1 if span == ALL else -(-size // span) for size, span in zip(weight, self.spans, strict=True))
+
+    def nbytes(self, weight: tuple[int, ...]) -> int:
+        """Stored bytes for a logical weight of this shape."""
+        return math.prod(self.shape(weight)) * DTYPE_BYTES[self.dtype]
+
+    def units(self, weight: tuple[int, ...], dim: int) -> tuple[int, ...]:
+        """Steps at which `dim` may be cut so that every local stored element comes from one global one."""
+        if not self.flat:
+            span = self.spans[dim]
+            return (1,) if span == ALL else tuple(s for s in self.cuts if s % span == 0) or (span,)
+        row = math.prod(weight[dim + 1 :])
+        if dim == 0:
+            return (self.flat // math.gcd(self.flat, row),)
+        return tuple(block for block in (self.cuts or (self.flat,)) if weight[dim] % block == 0)
+
+    def slice(self, weight: tuple[int, ...], dim: int, start: int, stop: int) -> tuple[int, int, int] | None:
+        """The stored elements under `weight[..., start:stop, ...]` along `dim`, as (dim of the component, start, stop).
+
+        None where the slice is not one range of the component: the whole component is then needed.
+        """
+        if not self.flat:
+            span = self.spans[dim]
+            return None if span == ALL else (dim, start // span, -(-stop // span))
+        if dim != 0:
+            return None
+        row = math.prod(weight[1:])
+        return (0, start * row // self.flat, -(-stop * row // self.flat))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All components of a scheme for one weight; the first holds the codes."""
+
+    components: tuple[Component, ...]
+
+    def units(self, weight: tuple[int, ...], dim: int) -> tuple[int, ...]:
+        """Legal units of `dim`, the preferred first; empty where the dim cannot be cut exactly.
+
+        A unit is the lcm over all components. Components with several legal steps are combined level by level: all
+        preferred ones first, then all finest ones.
+        """
+        lists = [component.units(weight, dim) for component in self.components if not self._gathered(component, dim)]
+        if any(not steps for steps in lists):
+            return ()
+        levels = max((len(steps) for steps in lists), default=0)
+        found = (math.lcm(*(steps[min(level, len(steps) - 1)] for steps in lists)) for level in range(levels))
+        return tuple(dict.fromkeys(found)) or (1,)
+
+    @staticmethod
+    def _gathered(component: Component, dim: int) -> bool:
+        """Statistics over the whole tensor or dim never limit a cut: they are gathered or replicated."""
+        return not component.flat and component.spans[dim] == ALL
+
+    def nbytes(self, weight: tuple[int, ...]) -> int:
+        """Stored bytes of all components for a logical weight of this shape."""
+        return sum(component.nbytes(weight) for component in self.components)
+
+    def component(self, name: str) -> Component:
+        """The component of that name; KeyError if the scheme stores none."""
+        for component in self.components:
+            if component.name == name:
+                return component
+        raise KeyError(name)
+
+
+def plain(dtype: str, dims: int = 2) -> Layout:
+    """A weight as it is: one stored element a logical element, cut at multiples of 16 where there are enough."""
+    return Layout((Component(name="", dtype=dtype, spans=(1,) * dims, cuts=PLAIN_STEPS),))

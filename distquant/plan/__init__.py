@@ -1,0 +1,18 @@
+"""Pure arithmetic: cuts, heads, rules and memory. No I/O, no device, no process group."""
+
+from distquant.plan.cuts import Cut, even_cut
+from distquant.plan.heads import HeadCut, cut_heads
+from distquant.plan.load_plan import AttentionShard, LoadPlan, ModuleShard, RankMemory, Rule, TensorPlan
+
+__all__ = [
+    "AttentionShard",
+    "Cut",
+    "HeadCut",
+    "LoadPlan",
+    "ModuleShard",
+    "RankMemory",
+    "Rule",
+    "TensorPlan",
+    "cut_heads",
+    "even_cut",
+]

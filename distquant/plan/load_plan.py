@@ -1,0 +1,199 @@
+"""The frozen result of planning: one entry a tensor with its cut; every rank derives its own tasks from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from distquant.errors import InputError
+from distquant.facts import Facts
+from distquant.mesh import Mesh
+from distquant.plan.cuts import Cut
+from distquant.plan.heads import HeadCut
+from distquant.skeleton.words import Source
+
+PLAN_FORMAT = 1
+"""Version of the JSON; a plan of another version is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """One parameter or buffer: where its values come from, and how it is cut.
+
+    Attributes:
+        name: path in the model.
+        shape: logical shape of the whole, `[out, in]` for a linear weight.
+        dtype: torch's name of the dtype it is loaded in (and quantized from).
+        scheme: name of the scheme that stores it; "none" as it is.
+        sources: checkpoint tensors that fill it.
+        dim: dim that is cut over tp; None = every rank holds all of it.
+        cut: key into `LoadPlan.cuts`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    scheme: str
+    sources: tuple[Source, ...]
+    dim: int | None = None
+    cut: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleShard:
+    """How a cut module talks to the other ranks: its parallel style and the cut of its split dim."""
+
+    style: str
+    cut: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShard:
+    """The heads of a cut attention module: key into `LoadPlan.heads`, and its head size."""
+
+    heads: str
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule of the model's parallel plan: what it asked for, what it became, and why."""
+
+    pattern: str
+    asked: str
+    became: str
+    reason: str
+    modules: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes of one rank: what it reads, what it keeps quantized and unquantized, and what passes through."""
+
+    rank: int
+    parameters: int
+    read: int
+    quantized: int
+    unquantized: int
+    staging: int
+
+    @property
+    def finished(self) -> int:
+        return self.quantized + self.unquantized
+
+    @property
+    def peak(self) -> int:
+        return self.finished + self.staging
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadPlan:
+    """Everything that was decided before a weight moved. `digest` names it; `to_json` and `from_json` carry it."""
+
+    model: str
+    model_type: str
+    architecture: str
+    mesh: Mesh
+    dtype: str
+    quantization_config: dict[str, Any]
+    """The merged configuration in Hugging Face's spelling."""
+    selection: dict[str, Any]
+    """distquant's own options about which modules to convert."""
+    prequantized: bool
+    tensors: tuple[TensorPlan, ...]
+    tied: dict[str, str]
+    cuts: dict[str, Cut]
+    heads: dict[str, HeadCut]
+    modules: dict[str, ModuleShard]
+    attentions: dict[str, AttentionShard]
+    converted: tuple[str, ...]
+    """Modules that the scheme replaces."""
+    rules: tuple[Rule, ...]
+    notes: tuple[str, ...]
+    """What the user should know: replicated, repeated, left unquantized, dropped; with what it costs."""
+    memory: tuple[RankMemory, ...]
+    staging: int
+    device_map: dict[str, str] | None
+    shards: dict[str, tuple[str, int]]
+    """File -> (sha256 of its header, size): a rank whose files differ refuses to load."""
+    check_at_load: tuple[str, ...]
+    facts: Facts = field(default_factory=Facts)
+    trust_remote_code: bool = False
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the canonical JSON, 64 hex digits; the same plan has the same digest on every machine."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return sum(size for _, size in self.shards.values())
+
+    def to_json(self) -> str:
+        """Canonical JSON (sorted keys, no spaces)."""
+        fields = {"format": PLAN_FORMAT, **_plain(self)}
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> LoadPlan:
+        """Reads what `to_json` wrote; raises `InputError` for another format."""
+        try:
+            fields = json.loads(text)
+            version = fields.pop("format")
+        except (json.JSONDecodeError, AttributeError, KeyError) as error:
+            raise InputError.one("plan", f"no plan in JSON ({error})", "Write one with `distquant plan --json`") from error
+        if version != PLAN_FORMAT:
+            raise InputError.one("plan", f"format {version}, this is {PLAN_FORMAT}", "Plan again with this version")
+        return cls(**_restore(fields))
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses to dicts, tensors and sources to short lists (there are many of them)."""
+    if isinstance(value, TensorPlan | Source):
+        return [_plain(getattr(value, f.name)) for f in dataclasses.fields(value)]
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _cut(fields: dict[str, Any]) -> Cut:
+    return Cut(fields["size"], _tuples(fields["parts"]))
+
+
+def _tensor(row: list[Any]) -> TensorPlan:
+    name, shape, dtype, scheme, sources, dim, cut = row
+    return TensorPlan(name, tuple(shape), dtype, scheme, tuple(Source(*map(_tuples, s)) for s in sources), dim, cut)
+
+
+def _restore(fields: dict[str, Any]) -> dict[str, Any]:
+    facts = dict(fields["facts"])
+    facts["capability"] = _tuples(facts["capability"])
+    heads = fields["heads"].items()
+    return {
+        **fields,
+        "mesh": Mesh(**fields["mesh"]),
+        "tensors": tuple(map(_tensor, fields["tensors"])),
+        "cuts": {key: _cut(cut) for key, cut in fields["cuts"].items()},
+        "heads": {key: HeadCut(_cut(h["query"]), _cut(h["kv"]), tuple(h["groups"])) for key, h in heads},
+        "modules": {key: ModuleShard(**value) for key, value in fields["modules"].items()},
+        "attentions": {key: AttentionShard(**value) for key, value in fields["attentions"].items()},
+        "converted": tuple(fields["converted"]),
+        "rules": tuple(Rule(**rule) for rule in fields["rules"]),
+        "notes": tuple(fields["notes"]),
+        "memory": tuple(RankMemory(**row) for row in fields["memory"]),
+        "shards": {key: (digest, size) for key, (digest, size) in fields["shards"].items()},
+        "check_at_load": tuple(fields["check_at_load"]),
+        "facts": Facts(**facts),
+    }

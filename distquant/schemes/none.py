@@ -1,0 +1,44 @@
+"""No quantization: weights stay in the dtype that they are loaded in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from distquant.config import NoneConfig
+from distquant.layout import Layout, plain
+from distquant.schemes.base import Quantizer, Scheme
+from distquant.schemes.registry import register
+from distquant.schemes.shard import Shard
+from distquant.skeleton.words import Skeleton
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from distquant.comm import Axis
+    from distquant.fingerprint import Tally
+
+
+@register
+class NoneScheme(Scheme):
+    """Converts no module, so only its layout is ever asked for."""
+
+    name = "none"
+    config_class = NoneConfig
+
+    def converts(self, skeleton: Skeleton) -> list[str]:
+        return []
+
+    def layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
+        return plain(dtype, len(shape))
+
+    def shard_nbytes(self, shard: Shard) -> int:
+        return plain(shard.dtype).nbytes(shard.local_shape)
+
+    def module(self, linear: nn.Linear, in_features: int, out_features: int) -> nn.Module:
+        raise AssertionError("the scheme `none` converts no module")
+
+    def quantizer(self, shard: Shard, module: nn.Module, axis: Axis, device: Any) -> Quantizer:
+        raise AssertionError("the scheme `none` converts no module")
+
+    def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:
+        raise AssertionError("the scheme `none` converts no module")

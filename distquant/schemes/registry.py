@@ -1,0 +1,64 @@
+"""The registry of schemes: one dict, one decorator, and the entry-point group `distquant.schemes` for third parties."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from distquant.config import QuantizationConfig
+from distquant.errors import InputError
+from distquant.schemes.base import Scheme
+
+ENTRY_POINTS = "distquant.schemes"
+BUILT_IN = ("distquant.schemes.none", "distquant.schemes.bitsandbytes_4bit", "distquant.schemes.bitsandbytes_8bit")
+
+SCHEMES: dict[str, type[Scheme]] = {}
+"""Scheme by name."""
+
+S = TypeVar("S", bound=type[Scheme])
+_discovered = False
+
+
+def register(scheme: S) -> S:
+    """Class decorator: makes a scheme known under its `name`. A second class of the same name is an error."""
+    known = SCHEMES.setdefault(scheme.name, scheme)
+    if known is not scheme:
+        raise InputError.one(
+            f"{scheme.__module__}.{scheme.__qualname__}",
+            f"registers the scheme {scheme.name!r}, which {known.__module__} already provides",
+            "Give it another name or uninstall one of the packages",
+        )
+    return scheme
+
+
+def discover() -> dict[str, type[Scheme]]:
+    """All schemes: the built-in ones and those of installed packages."""
+    global _discovered
+    if not _discovered:
+        _discovered = True
+        for module in BUILT_IN:
+            importlib.import_module(module)
+        for entry in entry_points(group=ENTRY_POINTS):
+            try:
+                register(entry.load())
+            except (ImportError, AttributeError) as error:
+                raise InputError.one(
+                    f"entry point {entry.name!r} of group {ENTRY_POINTS}",
+                    f"{entry.value} cannot be loaded ({error})",
+                    "Repair or uninstall the package that declares it",
+                ) from error
+    return SCHEMES
+
+
+def config_classes() -> list[type[QuantizationConfig]]:
+    """The configuration class of every scheme."""
+    return [scheme.config_class for scheme in discover().values()]
+
+
+def scheme_for(config: QuantizationConfig) -> Scheme:
+    """The scheme of a configuration."""
+    for scheme in discover().values():
+        if scheme.config_class is type(config):
+            return scheme(config)
+    raise InputError.one("quantization_config", f"no scheme takes {type(config).__name__}", "Register one")

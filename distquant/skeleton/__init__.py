@@ -1,0 +1,9 @@
+"""The model without weights: module types, shapes, ties, parallel plan and checkpoint names, as plain data.
+
+Everything that depends on the version of `transformers` lives in this package.
+"""
+
+from distquant.skeleton.build import Built, build, build_skeleton
+from distquant.skeleton.words import Attention, Linear, Param, Skeleton, Source
+
+__all__ = ["Attention", "Built", "Linear", "Param", "Skeleton", "Source", "build", "build_skeleton"]

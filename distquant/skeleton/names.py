@@ -1,0 +1,149 @@
+"""From checkpoint names to model names, by transformers' own conversion mapping.
+
+`transformers.core_model_loading` renames keys and, where a model's layout differs from the checkpoint's, runs
+operations on the tensors. Here the same operations are followed on shapes alone, so that each checkpoint tensor gets
+its place in the parameter: it can then be streamed there, and no merged copy is ever made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from distquant.errors import Problems
+from distquant.skeleton.words import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def natural(key: str) -> list[tuple[int, Any]]:
+    """Sort key that orders path parts that are numbers by value (the order in which transformers merges experts)."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in key.split(".")]
+
+
+def split_component(name: str, suffixes: Mapping[str, str]) -> tuple[str, str]:
+    """Checkpoint name -> (name of the weight, component); `suffixes` maps e.g. `weight.absmax` to `absmax`."""
+    for suffix, component in suffixes.items():
+        if name.endswith("." + suffix):
+            return name[: -len(suffix)] + "weight", component
+    return name, ""
+
+
+def map_names(
+    model: PreTrainedModel,
+    params: Shapes,
+    tensors: Shapes,
+    suffixes: Mapping[str, str],
+    problems: Problems,
+) -> tuple[dict[str, tuple[Source, ...]], tuple[str, ...]]:
+    """Places every checkpoint tensor in the model.
+
+    Args:
+        model: the model on `meta`.
+        params: shape of each parameter, by model name.
+        tensors: shape of each checkpoint tensor, by checkpoint name.
+        suffixes: how the quantization method names the components that it stores beside a weight.
+        problems: gets what cannot be placed (a conversion that is not known here).
+
+    Returns:
+        the sources of each parameter, and the names that the model has no place for.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    prefix, known = model.base_model_prefix, dict.fromkeys(params, True)
+
+    placed: dict[str, list[Source]] = {}
+    collected: dict[str, dict[str, list[str]]] = {}
+    converter_of: dict[str, Any] = {}
+    unexpected = []
+    for name in sorted(tensors, key=natural):
+        base, component = split_component(name, suffixes)
+        target, pattern = rename_source_key(base, renamings, converters, prefix, known)
+        if target not in params and base in params:
+            target, pattern = base, None
+        if target not in params:
+            unexpected.append(name)
+        elif pattern is None:
+            placed.setdefault(target, []).append(Source(name, component))
+        elif component:
+            problems.add(
+                name,
+                f"a quantized {component!r} of a weight that is converted into {target}",
+                "Quantized checkpoints of converted weights are not supported; load the unquantized checkpoint",
+            )
+        else:
+            collected.setdefault(target, {}).setdefault(pattern, []).append(name)
+            converter_of[target] = by_pattern[pattern]
+    for target, groups in collected.items():
+        for param, sources in _follow(converter_of[target], target, groups, params, tensors, problems).items():
+            placed.setdefault(param, []).extend(sources)
+    return {name: tuple(sources) for name, sources in placed.items()}, tuple(unexpected)
+
+
+def _follow(
+    converter: Any,
+    target: str,
+    groups: dict[str, list[str]],
+    params: Shapes,
+    tensors: Shapes,
+    problems: Problems,
+) -> dict[str, list[Source]]:
+    """Follows a converter's operations on shapes; returns the sources of each parameter that it fills."""
+    steps = [type(op).__name__ for op in converter.operations]
+    patterns = [p for p in converter.source_patterns if p in groups]
+    if steps == ["MergeModulelist"] and converter.operations[0].dim == 0 and len(patterns) == 1:
+        names = groups[patterns[0]]
+        return {target: [Source(n, "", (i, *[0] * len(tensors[n]))) for i, n in enumerate(names)]}
+    if steps == ["MergeModulelist", "Concatenate"] and converter.operations[0].dim == 0:
+        dim = converter.operations[1].dim
+        found, at = [], 0
+        for pattern in patterns:
+            for i, n in enumerate(groups[pattern]):
+                offset = [i, *[0] * len(tensors[n])]
+                offset[dim] = at
+                found.append(Source(n, "", tuple(offset)))
+            at += tensors[groups[pattern][0]][dim - 1]
+        return {target: found}
+    if steps == ["Concatenate"]:
+        dim, found, at = converter.operations[0].dim, [], 0
+        for n in (n for pattern in patterns for n in groups[pattern]):
+            offset = [0] * len(tensors[n])
+            offset[dim] = at
+            found.append(Source(n, "", tuple(offset)))
+            at += tensors[n][dim]
+        return {target: found}
+    if steps == ["Chunk"] and converter.operations[0].num_shards_attribute is None:
+        return _chunk(converter, target, groups[patterns[0]][0], params, tensors)
+    problems.add(
+        target,
+        f"the checkpoint stores it in a form that needs {' then '.join(steps)}",
+        "Only merging, concatenating and chunking are known; convert the checkpoint with save_pretrained first",
+    )
+    return {}
+
+
+def _chunk(converter: Any, target: str, name: str, params: Shapes, tensors: Shapes) -> dict[str, list[Source]]:
+    """One checkpoint tensor that is cut into equal parts for several parameters."""
+    first, dim = converter.target_patterns[0], converter.operations[0].dim
+    targets = [target.replace(first, pattern, 1) for pattern in converter.target_patterns]
+    size = tensors[name][dim]
+    step = -(-size // len(targets))
+    takes = [(dim, i * step, min((i + 1) * step, size)) for i in range(len(targets))]
+    return {t: [Source(name, "", None, take)] for t, take in zip(targets, takes, strict=True) if t in params}
+
+
+def ignorable(names: Iterable[str], patterns: Iterable[str] | None) -> tuple[set[str], list[str]]:
+    """Splits names into those that the model class says to ignore and the rest."""
+    regex = "|".join(f"({p})" for p in patterns or ())
+    names = list(names)
+    ignored = {n for n in names if regex and re.search(regex, n)}
+    return ignored, [n for n in names if n not in ignored]

@@ -1,0 +1,354 @@
+"""Folders, indexes and the local Hugging Face cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import entry, safetensors_bytes, write_config, write_index, write_shard
+from huggingface_hub import constants, save_torch_state_dict
+
+from distquant.checkpoint import CheckpointError, HeaderFault, open_checkpoint
+from distquant.errors import InputError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def fault_of(folder: Any, **kwargs: Any) -> tuple[list[HeaderFault], str]:
+    """The faults and the message of a checkpoint that must not open."""
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder, **kwargs)
+    return list(caught.value.faults), str(caught.value)
+
+
+def sharded(folder: Path) -> Path:
+    """a and b in one shard, c in another, with index and config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_shard(folder / "s1.safetensors", a=[2, 3], b=[4])
+    write_shard(folder / "s2.safetensors", c=[5])
+    write_index(folder, {"a": "s1.safetensors", "b": "s1.safetensors", "c": "s2.safetensors"})
+    write_config(folder)
+    return folder
+
+
+def test_single_file(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "model.safetensors", a=[2, 3], b=[4])
+    write_config(tmp_path)
+    found = open_checkpoint(str(tmp_path))
+    assert found == open_checkpoint(tmp_path)
+    assert (found.path, found.config["hidden_size"], found.total_bytes) == (tmp_path, 8, 10)
+    assert [(t.name, t.shape, t.file) for t in found.tensors.values()] == [
+        ("a", (2, 3), "model.safetensors"),
+        ("b", (4,), "model.safetensors"),
+    ]
+    data = path.read_bytes()
+    assert found.tensors["b"].offset == len(data) - 4
+    assert found.file_path("model.safetensors") == path
+    assert found.digests() == {"model.safetensors": (hashlib.sha256(data[:-10]).hexdigest(), len(data))}
+    assert pickle.loads(pickle.dumps(found)) == found
+
+
+def test_shards_of_save_torch_state_dict(tmp_path: Path) -> None:
+    state = {f"layers.{i}.weight": torch.full((8, 8), i, dtype=torch.float32) for i in range(6)}
+    save_torch_state_dict(state, tmp_path, max_shard_size=600)
+    write_config(tmp_path)
+    found = open_checkpoint(tmp_path)
+    assert len(found.shards) == 3
+    assert found.tensors.keys() == state.keys()
+    assert found.total_bytes == 6 * 256
+    for name, tensor in found.tensors.items():
+        with open(found.file_path(tensor.file), "rb") as file:
+            file.seek(tensor.offset)
+            read = torch.frombuffer(bytearray(file.read(tensor.nbytes)), dtype=torch.float32)
+        assert torch.equal(read.view(tensor.shape), state[name])
+
+
+def test_the_single_file_wins_over_an_index(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    write_shard(tmp_path / "model.safetensors", z=[1])
+    assert list(open_checkpoint(tmp_path).tensors) == ["z"]
+
+
+def test_shards_may_lie_in_subfolders(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    (tmp_path / "sub").mkdir()
+    os.rename(tmp_path / "s2.safetensors", tmp_path / "sub" / "s2.safetensors")
+    write_index(tmp_path, {"a": "s1.safetensors", "b": "s1.safetensors", "c": "sub/s2.safetensors"})
+    found = open_checkpoint(tmp_path)
+    assert found.file_path(found.tensors["c"].file).is_file()
+
+
+def test_a_digest_follows_the_header_and_the_size(tmp_path: Path) -> None:
+    before = open_checkpoint(sharded(tmp_path)).digests()
+    write_shard(tmp_path / "s2.safetensors", c=[6])
+    after = open_checkpoint(tmp_path).digests()
+    assert before["s1.safetensors"] == after["s1.safetensors"]
+    assert before["s2.safetensors"][0] != after["s2.safetensors"][0]
+    assert before["s2.safetensors"][1] + 1 == after["s2.safetensors"][1]
+
+
+ESCAPES = ["../x.safetensors", "/etc/x", "a/../../x", "..\\x", "C:\\x", "c:x", "a//x", "./x", "", "x\0", "a/.."]
+
+
+@pytest.mark.parametrize("file", ESCAPES)
+def test_a_name_that_leaves_the_folder(file: str, tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.safetensors", a=[1])
+    folder = sharded(tmp_path / "model")
+    write_index(folder, {"a": "s1.safetensors", "b": "s1.safetensors", "c": file})
+    faults, message = fault_of(folder)
+    assert faults == [HeaderFault.PATH_ESCAPES]
+    assert "index.json: tensor 'c'" in message and repr(file) in message
+
+
+@pytest.mark.parametrize(
+    ("text", "fault", "shows"),
+    [
+        ("", HeaderFault.INDEX_NOT_JSON, "is not JSON"),
+        ("\udcff", HeaderFault.INDEX_NOT_JSON, "utf-8"),
+        ('{"weight_map": ', HeaderFault.INDEX_NOT_JSON, "is not JSON"),
+        ("[3]", HeaderFault.INDEX_BAD_ENTRY, "weight_map is [3]"),
+        ('{"metadata": {}}', HeaderFault.INDEX_BAD_ENTRY, "weight_map is None"),
+        ('{"weight_map": {}}', HeaderFault.INDEX_BAD_ENTRY, "weight_map is {}"),
+        ('{"weight_map": {"a": 5}}', HeaderFault.INDEX_BAD_ENTRY, "'a': file is 5"),
+    ],
+)
+def test_bad_index(text: str, fault: HeaderFault, shows: str, tmp_path: Path) -> None:
+    write_config(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_bytes(text.encode(errors="surrogateescape"))
+    faults, message = fault_of(tmp_path)
+    assert faults == [fault]
+    assert message.startswith("model.safetensors.index.json: ") and shows in message
+
+
+def test_a_tensor_listed_twice(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    listed = '{"a": "s2.safetensors", "a": "s1.safetensors", "b": "s1.safetensors", "c": "s2.safetensors"}'
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {listed}}}')
+    faults, message = fault_of(tmp_path)
+    assert faults == [HeaderFault.DUPLICATE_KEY]
+    assert "key 'a' stands twice" in message
+
+
+def test_missing_shard_is_told_once(tmp_path: Path) -> None:
+    os.remove(sharded(tmp_path) / "s1.safetensors")
+    faults, message = fault_of(tmp_path)
+    assert faults == [HeaderFault.SHARD_MISSING]
+    assert message.startswith("s1.safetensors: is missing in") and "copy it again" in message
+
+
+def test_shard_name_too_long_for_the_system(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    write_index(tmp_path, {"a": "s1.safetensors", "b": "s1.safetensors", "c": "x" * 5000})
+    faults, message = fault_of(tmp_path)
+    assert len(message) < 1000
+    # s2 is named by nothing, so it is not read, and its tensor is not "unlisted"
+    assert faults == [HeaderFault.SHARD_MISSING]
+
+
+def test_tensor_not_in_its_shard(tmp_path: Path) -> None:
+    write_index(sharded(tmp_path), {"a": "s1.safetensors", "b": "s2.safetensors", "c": "s2.safetensors"})
+    faults, message = fault_of(tmp_path)
+    assert faults == [HeaderFault.TENSOR_NOT_IN_SHARD]
+    assert "s2.safetensors: tensor 'b'" in message and "but in ['s1.safetensors']" in message
+
+
+def test_tensor_in_no_shard(tmp_path: Path) -> None:
+    write_index(sharded(tmp_path), dict.fromkeys("abd", "s1.safetensors") | {"c": "s2.safetensors"})
+    faults, message = fault_of(tmp_path)
+    assert faults == [HeaderFault.TENSOR_NOT_IN_SHARD]
+    assert "s1.safetensors: tensor 'd'" in message and "but in" not in message
+
+
+def test_tensor_not_in_the_index(tmp_path: Path) -> None:
+    write_index(sharded(tmp_path), {"a": "s1.safetensors", "c": "s2.safetensors"})
+    faults, message = fault_of(tmp_path)
+    assert faults == [HeaderFault.TENSOR_NOT_IN_INDEX]
+    assert "s1.safetensors: tensor 'b'" in message
+
+
+def test_tensor_in_two_shards(tmp_path: Path) -> None:
+    write_shard(sharded(tmp_path) / "s2.safetensors", c=[5], a=[2, 3])
+    faults, message = fault_of(tmp_path)
+    assert faults == [HeaderFault.TENSOR_IN_TWO_SHARDS]
+    assert "tensor 'a'" in message and "['s1.safetensors', 's2.safetensors']" in message
+
+
+def test_problems_of_all_files_are_told_together(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "s1.safetensors").write_bytes(b"abc")
+    (tmp_path / "s2.safetensors").write_bytes(safetensors_bytes({"c": entry("U8", [5], 0, 5)}, bytes(4)))
+    faults, message = fault_of(tmp_path)
+    assert faults == [HeaderFault.CONFIG_NOT_JSON, HeaderFault.TOO_SHORT, HeaderFault.TRUNCATED]
+    assert [line.split(":")[0].strip() for line in message.splitlines()[1:]] == [
+        "1. config.json",
+        "2. s1.safetensors",
+        "3. s2.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault", "shows"),
+    [
+        (None, HeaderFault.CONFIG_MISSING, "is missing in"),
+        ("{", HeaderFault.CONFIG_NOT_JSON, "is not JSON"),
+        ("[1]", HeaderFault.CONFIG_NOT_JSON, "is [1]"),
+        ("[" * 100_000, HeaderFault.CONFIG_NOT_JSON, "is not JSON"),
+    ],
+)
+def test_bad_config(text: str | None, fault: HeaderFault, shows: str, tmp_path: Path) -> None:
+    write_shard(tmp_path / "model.safetensors", a=[1])
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    faults, message = fault_of(tmp_path)
+    assert faults == [fault]
+    assert message.startswith("config.json: ") and shows in message
+
+
+@pytest.mark.parametrize(
+    ("files", "shows"),
+    [
+        ([], "an empty folder"),
+        (["pytorch_model.bin"], "save_pretrained"),
+        (["llama-q4.gguf"], "GGUF is not read"),
+        (["adapter_model.safetensors", "adapter_config.json"], "PEFT adapter"),
+        (["model.fp16.safetensors"], "'model.fp16.safetensors'"),
+    ],
+)
+def test_no_checkpoint(files: list[str], shows: str, tmp_path: Path) -> None:
+    write_config(tmp_path)
+    for file in files:
+        (tmp_path / file).touch()
+    if not files:
+        os.remove(tmp_path / "config.json")
+    faults, message = fault_of(tmp_path)
+    assert HeaderFault.NO_CHECKPOINT in faults
+    assert "holds neither model.safetensors nor model.safetensors.index.json" in message and shows in message
+
+
+def test_a_file_instead_of_its_folder(tmp_path: Path) -> None:
+    faults, message = fault_of(write_shard(tmp_path / "model.safetensors", a=[1]))
+    assert faults == [HeaderFault.NO_CHECKPOINT]
+    assert "is a file" in message
+
+
+@pytest.mark.parametrize(
+    "model", ["/no/such/folder", "./here", "missing/", "a/b/c", "org/..", "~nobody/x", "", "x" * 5000 + "/", "é/m"]
+)
+def test_neither_folder_nor_id(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    faults, message = fault_of(model)
+    assert faults == [HeaderFault.NO_CHECKPOINT]
+    assert "no Hugging Face id" in message
+
+
+def test_a_revision_of_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'v2' was given for the folder"):
+        open_checkpoint(sharded(tmp_path), revision="v2")
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`org/name` as `hf download` lays it down: links in a snapshot to blobs named by digest. Returns the repo."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = tmp_path / "hub" / "models--org--name"
+    snapshot = repo / "snapshots" / COMMIT
+    for folder in (repo / "blobs", repo / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    for file in sorted(sharded(tmp_path / "source").iterdir()):
+        blob = repo / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.move(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    return repo
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT])
+def test_cached_model(revision: str | None, cached: Path) -> None:
+    found = open_checkpoint("org/name", revision=revision)
+    assert found.path == cached / "snapshots" / COMMIT
+    assert list(found.tensors) == ["a", "b", "c"]
+    assert found.file_path("s1.safetensors").is_symlink()
+
+
+def test_cached_pull_request(cached: Path) -> None:
+    (cached / "refs" / "refs" / "pr").mkdir(parents=True)
+    (cached / "refs" / "refs" / "pr" / "1").write_text(COMMIT)
+    assert open_checkpoint("org/name", revision="refs/pr/1").total_bytes == 15
+
+
+def test_a_folder_wins_over_the_cache(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_shard(sharded(tmp_path / "org" / "name") / "model.safetensors", here=[1])
+    assert list(open_checkpoint("org/name").tensors) == ["here"]
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "download"),
+    [
+        ("org/other", None, "`hf download org/other`"),
+        ("gpt2", None, "`hf download gpt2`"),
+        ("org/name", "v2", "`hf download org/name --revision v2`"),
+    ],
+)
+def test_not_in_cache(model: str, revision: str | None, download: str, cached: Path) -> None:
+    faults, message = fault_of(model, revision=revision)
+    assert faults == [HeaderFault.NOT_IN_CACHE]
+    assert message.startswith(f"{model}: ") and str(cached.parent) in message and download in message
+
+
+@pytest.mark.parametrize("revision", ["../../../etc", "/etc", "", "a\\b"])
+def test_revision_that_leaves_the_cache(revision: str, cached: Path) -> None:
+    with pytest.raises(InputError, match="no branch, tag or commit"):
+        open_checkpoint("org/name", revision=revision)
+
+
+def test_ref_that_leaves_the_cache(cached: Path) -> None:
+    (cached / "refs" / "main").write_text("../../..")
+    assert fault_of("org/name")[0] == [HeaderFault.NOT_IN_CACHE]
+
+
+def test_partly_downloaded_model(cached: Path) -> None:
+    """A link whose blob is gone, and a shard that never came: both told, with the command that brings them."""
+    snapshot = cached / "snapshots" / COMMIT
+    (snapshot / "s1.safetensors").resolve().unlink()
+    (snapshot / "s2.safetensors").unlink()
+    faults, message = fault_of("org/name")
+    assert faults == [HeaderFault.SHARD_MISSING] * 2
+    assert "a link to ../../blobs/" in message and message.count("`hf download org/name`") == 2
+
+
+def test_names_in_a_cached_index_are_still_checked(cached: Path) -> None:
+    snapshot = cached / "snapshots" / COMMIT
+    (snapshot / "model.safetensors.index.json").unlink()
+    write_index(snapshot, {"a": "../../blobs/x"})
+    assert fault_of("org/name")[0] == [HeaderFault.PATH_ESCAPES]
+
+
+def test_a_mixture_of_experts_opens_in_seconds(tmp_path: Path) -> None:
+    """163 files and 90,427 tensors, as DeepSeek-V3 has. CPU time, because a test machine may be busy."""
+    weight_map, names = {}, [f"model.layers.{i // 1500}.mlp.experts.{i % 1500}.down_proj.weight" for i in range(90_427)]
+    for shard in range(163):
+        file = f"model-{shard + 1:05}-of-00163.safetensors"
+        mine = names[shard::163]
+        header = {name: entry("F8_E4M3", [64, 32], 2048 * i, 2048 * (i + 1)) for i, name in enumerate(mine)}
+        raw = safetensors_bytes(header)
+        (tmp_path / file).write_bytes(raw)
+        os.truncate(tmp_path / file, len(raw) + 2048 * len(mine))
+        weight_map |= dict.fromkeys(mine, file)
+    write_index(tmp_path, weight_map)
+    write_config(tmp_path)
+    began = time.process_time()
+    found = open_checkpoint(tmp_path)
+    seconds = time.process_time() - began
+    assert len(found.tensors) == 90_427 and found.total_bytes == 90_427 * 2048
+    assert {tensor.file for tensor in found.tensors.values()} == set(found.digests())
+    assert seconds < 3, json.dumps({"cpu_seconds": seconds})
