@@ -48,6 +48,7 @@ class Component:
         cuts: steps at which a cut is preferred or still possible, best first. For a flat component they are the block
             sizes in which a local shard can store it without changing a value; a row of the weight must be a multiple
             of one of them to be cut along `in`.
+        gathered: a statistic that the ranks work out together (or that is read whole): it never limits a cut.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Component:
     spans: tuple[int, ...] = (1, 1)
     flat: int = 0
     cuts: tuple[int, ...] = ()
+    gathered: bool = False
 
     def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
         """Stored shape for a logical weight of this shape (1-D for flat components)."""
@@ -102,17 +104,13 @@ class Layout:
         A unit is the lcm over all components. Components with several legal steps are combined level by level: all
         preferred ones first, then all finest ones.
         """
-        lists = [component.units(weight, dim) for component in self.components if not self._gathered(component, dim)]
+        limiting = (component for component in self.components if not component.gathered)
+        lists = [component.units(weight, dim) for component in limiting]
         if any(not steps for steps in lists):
             return ()
         levels = max((len(steps) for steps in lists), default=0)
         found = (math.lcm(*(steps[min(level, len(steps) - 1)] for steps in lists)) for level in range(levels))
         return tuple(dict.fromkeys(found)) or (1,)
-
-    @staticmethod
-    def _gathered(component: Component, dim: int) -> bool:
-        """Statistics over the whole tensor or dim never limit a cut: they are gathered or replicated."""
-        return not component.flat and component.spans[dim] == ALL
 
     def nbytes(self, weight: tuple[int, ...]) -> int:
         """Stored bytes of all components for a logical weight of this shape."""

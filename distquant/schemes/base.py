@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from distquant.comm import Axis
-    from distquant.fingerprint import Tally
+    from distquant.tally import Tally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +124,14 @@ class Scheme(ABC):
         """Bytes that finished weights may take of `max_memory`."""
         return max_memory
 
+    def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
+        """Why a weight of this shape cannot be quantized."""
+        return []
+
+    def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
+        """What is wrong with the components (name -> stored shape) of a pre-quantized weight."""
+        return []
+
     @abstractmethod
     def layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
         """How a weight of this shape is stored."""
@@ -135,8 +143,8 @@ class Scheme(ABC):
     # -- executing (every rank) ------------------------------------------------------------------------------------
 
     @abstractmethod
-    def module(self, linear: nn.Linear, in_features: int, out_features: int) -> nn.Module:
-        """An empty module of local size that takes `linear`'s place; its parameters lie on `meta`."""
+    def module(self, linear: nn.Linear, shard: Shard) -> nn.Module:
+        """An empty module of the shard's size that takes `linear`'s place; its parameters lie on `meta`."""
 
     @abstractmethod
     def quantizer(self, shard: Shard, module: nn.Module, axis: Axis, device: Any) -> Quantizer:

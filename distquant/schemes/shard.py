@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distquant.plan.cuts import Cut, Segment
+from distquant.planning.cuts import Cut, Segment
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from distquant.layout import PLAIN_STEPS, Layout
-from distquant.plan.cuts import Cut, even_cut, join_parts
-from distquant.plan.heads import HeadCut, cut_heads
-from distquant.plan.load_plan import AttentionShard, ModuleShard, Rule
+from distquant.planning.cuts import Cut, even_cut, join_parts
+from distquant.planning.heads import HeadCut, cut_heads
+from distquant.planning.load_plan import AttentionShard, ModuleShard, Rule
 from distquant.skeleton.words import Attention, Linear, Skeleton, wildcard
 
 COLUMN = {"colwise", "colwise_rep", "colwise_gather_output"}

@@ -1,8 +1,8 @@
 """Pure arithmetic: cuts, heads, rules and memory. No I/O, no device, no process group."""
 
-from distquant.plan.cuts import Cut, even_cut
-from distquant.plan.heads import HeadCut, cut_heads
-from distquant.plan.load_plan import AttentionShard, LoadPlan, ModuleShard, RankMemory, Rule, TensorPlan
+from distquant.planning.cuts import Cut, even_cut
+from distquant.planning.heads import HeadCut, cut_heads
+from distquant.planning.load_plan import AttentionShard, LoadPlan, ModuleShard, RankMemory, Rule, TensorPlan
 
 __all__ = [
     "AttentionShard",

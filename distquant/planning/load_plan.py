@@ -12,8 +12,8 @@ from typing import Any
 from distquant.errors import InputError
 from distquant.facts import Facts
 from distquant.mesh import Mesh
-from distquant.plan.cuts import Cut
-from distquant.plan.heads import HeadCut
+from distquant.planning.cuts import Cut
+from distquant.planning.heads import HeadCut
 from distquant.skeleton.words import Source
 
 PLAN_FORMAT = 1
@@ -32,6 +32,7 @@ class TensorPlan:
         sources: checkpoint tensors that fill it.
         dim: dim that is cut over tp; None = every rank holds all of it.
         cut: key into `LoadPlan.cuts`.
+        transposed: whether the checkpoint stores it `[in, out]` (GPT-2's Conv1D) and it is turned to be quantized.
     """
 
     name: str
@@ -41,6 +42,7 @@ class TensorPlan:
     sources: tuple[Source, ...]
     dim: int | None = None
     cut: str | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +175,8 @@ def _cut(fields: dict[str, Any]) -> Cut:
 
 
 def _tensor(row: list[Any]) -> TensorPlan:
-    name, shape, dtype, scheme, sources, dim, cut = row
-    return TensorPlan(name, tuple(shape), dtype, scheme, tuple(Source(*map(_tuples, s)) for s in sources), dim, cut)
+    name, shape, dtype, scheme, sources, *rest = row
+    return TensorPlan(name, tuple(shape), dtype, scheme, tuple(Source(*map(_tuples, s)) for s in sources), *rest)
 
 
 def _restore(fields: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from distquant.plan.cuts import Cut, even_cut
+from distquant.planning.cuts import Cut, even_cut
 
 
 @dataclass(frozen=True, slots=True)

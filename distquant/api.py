@@ -1,0 +1,138 @@
+"""The two entry points: `plan` decides, `load` does. Everything that the command line does is a call of these."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from distquant.coordinator import DEFAULT_STAGING, Request, make_plan
+from distquant.errors import InputError
+from distquant.facts import Facts, parse_bytes
+from distquant.mesh import Mesh
+from distquant.planning import LoadPlan
+
+Model = str | os.PathLike[str]
+
+
+def plan(
+    model: Model,
+    *,
+    quantization_config: Any = None,
+    mesh: str | Mesh | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: str | int | Mapping[Any, Any] | None = None,
+    dtype: Any = "auto",
+    staging: str | int = DEFAULT_STAGING,
+    capability: tuple[int, int] | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> LoadPlan:
+    """Decides how a checkpoint would be loaded. Reads configs and headers only; needs no device.
+
+    Args:
+        model: folder of a safetensors checkpoint, or the id of one in the Hugging Face cache.
+        quantization_config: a `transformers` config object, a dict, a JSON file, one of our dataclasses, or a short
+            name (`nf4-dq`, `int8`, ...). None: what the checkpoint says.
+        mesh: `tp=8`, `dp=2,tp=4`; None is one rank.
+        device_map: "auto" or a dict, for one process with many devices; excludes a mesh.
+        max_memory: bytes that each rank may fill (`24GiB`); a dict of device -> size with a device map.
+        dtype: what weights are loaded in and quantized from; "auto" takes the checkpoint's.
+        staging: bytes that weights may pass through, per rank.
+        capability: CUDA compute capability of the devices, if known.
+        trust_remote_code: run model code that comes with the checkpoint.
+        revision: which revision of a cached id.
+
+    Raises:
+        InputError: with every problem that can be known from configs and headers.
+    """
+    from distquant.runtime.measure import packages
+
+    request = Request(
+        model=model,
+        quantization_config=quantization_config,
+        mesh=mesh,
+        device_map=dict(device_map) if isinstance(device_map, Mapping) else device_map,
+        max_memory=dict(max_memory) if isinstance(max_memory, Mapping) else max_memory,
+        dtype=dtype,
+        staging=staging,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    memory = _rank_memory(max_memory)
+    facts = Facts(
+        capability=capability,
+        memory=memory,
+        memory_source="max_memory" if memory is not None else "unknown",
+        packages=packages(),
+    )
+    return make_plan(request, facts)
+
+
+def load(
+    model: Model | LoadPlan,
+    *,
+    quantization_config: Any = None,
+    mesh: str | Mesh | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: str | int | Mapping[Any, Any] | None = None,
+    dtype: Any = "auto",
+    staging: str | int = DEFAULT_STAGING,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    timeout: float | None = None,
+    progress: Any = None,
+) -> Any:
+    """Loads a model: all of it in one process, or this rank's part under torchrun and its like.
+
+    Arguments are those of `plan`; `model` may also be a finished `LoadPlan`, and then stands alone.
+
+    Args:
+        timeout: seconds that a rank waits for the others before it gives up (only where this call starts the group).
+        progress: called with (bytes taken, bytes in all) as rows arrive.
+
+    Returns:
+        A `transformers.PreTrainedModel` in eval mode whose quantized modules are the ecosystem's own, of local size.
+        `model.distquant` carries the plan, the ranks and this rank's report.
+
+    Raises:
+        InputError: with every problem, before a weight byte is read.
+    """
+    from distquant.runtime import local, torchrun
+
+    if isinstance(model, LoadPlan):
+        request: Request | LoadPlan = model
+        size = model.mesh.size
+    else:
+        request = Request(
+            model=model,
+            quantization_config=quantization_config,
+            mesh=mesh,
+            device_map=dict(device_map) if isinstance(device_map, Mapping) else device_map,
+            max_memory=dict(max_memory) if isinstance(max_memory, Mapping) else max_memory,
+            dtype=dtype,
+            staging=staging,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+        )
+        size = Mesh.parse(mesh).size
+    if torchrun.joined():
+        return torchrun.load(request, _rank_memory(max_memory), progress, timeout)
+    if size > 1:
+        what = f"needs {size} ranks, and this process is alone"
+        fix = "Start it with torchrun, or use distquant.ray.load (command line: --runtime torchrun or ray)"
+        raise InputError.one("mesh", what, fix)
+    return local.load(request, _rank_memory(max_memory), progress)
+
+
+def fingerprint(model: Any) -> str:
+    """32 hex digits that name the quantized weights, independent of how many ranks hold them. All ranks must call it."""
+    from distquant.assemble.fingerprint import fingerprint as of
+
+    return of(model)
+
+
+def _rank_memory(max_memory: Any) -> int | None:
+    if max_memory is None or isinstance(max_memory, Mapping):
+        return None
+    return parse_bytes(max_memory, "max_memory")

@@ -1,0 +1,385 @@
+"""Executes one rank's share of a plan: streams its rows, quantizes them, and assembles the local model."""
+
+from __future__ import annotations
+
+import math
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distquant.assemble import check_complete, finish, install_styles, localize, set_tensor
+from distquant.assemble.adapters import watch_adapters
+from distquant.assemble.finish import fill_computed_buffers
+from distquant.assemble.local import local_shape, shard_of
+from distquant.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from distquant.comm import Axis, Comm
+from distquant.config import parse
+from distquant.errors import InputError, Problem
+from distquant.planning.load_plan import LoadPlan, TensorPlan
+from distquant.report import RankReport
+from distquant.schemes import Quantizer, Scheme, config_classes, scheme_for
+from distquant.skeleton import build
+from distquant.stream.reader import Reader, Work
+from distquant.stream.rows import RowRange, row_ranges
+
+TORCH_DTYPE = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes of rows taken so far, bytes of rows in all)."""
+
+
+@dataclass
+class Loaded:
+    """What a loaded model carries about itself, as `model.distquant`."""
+
+    plan: LoadPlan
+    scheme: Scheme
+    comm: Comm
+    report: RankReport
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loaded:
+        return self
+
+
+def scheme_of(plan: LoadPlan) -> Scheme:
+    """The scheme that a plan's configuration means."""
+    config = parse({**plan.quantization_config, **plan.selection}, config_classes())
+    assert config is not None
+    return scheme_for(config)
+
+
+def load_shard(plan: LoadPlan, comm: Comm, device: torch.device | str, progress: Progress | None = None) -> Any:
+    """Loads this rank's part of the model.
+
+    Args:
+        plan: the same on every rank.
+        comm: the ranks; its size is the mesh's.
+        device: where this rank's weights go, unless the plan has a device map.
+        progress: called as rows arrive.
+
+    Raises:
+        InputError: this rank's (or another's) files are not those that were planned.
+        ReadError: a file cannot be read as its header says.
+    """
+    start = time.perf_counter()
+    checkpoint = _same_files(plan, comm)
+    loading = _Loading(plan, comm, checkpoint, torch.device(device), progress)
+    model = loading.run()
+    loading.report.seconds = time.perf_counter() - start
+    model.distquant = Loaded(plan, loading.scheme, comm, loading.report)
+    return model
+
+
+def _same_files(plan: LoadPlan, comm: Comm) -> Checkpoint:
+    """Opens the checkpoint on this rank and compares it with the plan; a difference on any rank stops all."""
+    problems: list[Problem] = []
+    checkpoint = None
+    try:
+        checkpoint = open_checkpoint(plan.model)
+        mine = checkpoint.digests()
+        for file in sorted(plan.shards.keys() | mine.keys()):
+            if plan.shards.get(file) != tuple(mine.get(file, ())):
+                what = f"on rank {comm.rank} it differs from the planned file (header or size)"
+                problems.append(Problem(f"{plan.model}/{file}", what, "Give every rank the same files, then plan again"))
+    except InputError as error:
+        problems += [Problem(f"rank {comm.rank}: {p.where}", p.what, p.fix) for p in error.problems]
+    found = [problem for theirs in comm.collect(problems) for problem in theirs]
+    if found:
+        raise InputError(found)
+    assert checkpoint is not None
+    return checkpoint
+
+
+class _TimedAxis:
+    """An axis that counts what goes over it and how long that takes."""
+
+    def __init__(self, axis: Axis, report: RankReport):
+        self._axis, self._report = axis, report
+        self.rank, self.size = axis.rank, axis.size
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        if self.size == 1:
+            return tensor
+        start = time.perf_counter()
+        result = self._axis.all_reduce(tensor, op)
+        self._report.stages["exchange"] += time.perf_counter() - start
+        self._report.bytes_sent += tensor.nbytes
+        self._report.bytes_received += tensor.nbytes
+        return result
+
+    def all_gather(self, tensor: Tensor, sizes: list[int], dim: int) -> Tensor:
+        return self._axis.all_gather(tensor, sizes, dim)
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        return self._axis.broadcast(tensor, source)
+
+
+class _Placer:
+    """Takes the rows of an unquantized tensor into its final memory."""
+
+    row_step = 1
+
+    def __init__(self, target: Tensor):
+        self.target = target
+        self.rows = target.view(target.numel() // target.shape[-1], -1) if target.dim() > 1 else target.view(-1, 1)
+
+    def update(self, rows: Tensor, start: int) -> None:
+        self.rows[start : start + len(rows)] = rows.to(self.target.device)
+
+    def finish(self) -> None:
+        pass
+
+
+class _Transposer:
+    """Gathers a weight that is stored `[in, out]` (GPT-2), then hands it to the quantizer the right way round."""
+
+    row_step = 1
+
+    def __init__(self, stored: tuple[int, int], dtype: torch.dtype, inner: Quantizer):
+        self.whole, self.inner = torch.empty(stored, dtype=dtype), inner
+
+    def update(self, rows: Tensor, start: int) -> None:
+        self.whole[start : start + len(rows)] = rows
+
+    def finish(self) -> None:
+        self.inner.update(self.whole.t().contiguous(), 0)
+        self.inner.finish()
+
+
+@dataclass
+class _StoredWeight:
+    """`schemes.Stored` over a checkpoint's headers and a reader."""
+
+    reader: Reader
+    infos: dict[str, TensorInfo]
+
+    def shape(self, component: str) -> tuple[int, ...]:
+        return self.infos[component].shape
+
+    def read(self, component: str, span: tuple[int, int] | None = None) -> Tensor:
+        info = self.infos[component]
+        count = math.prod(info.shape)
+        item = info.nbytes // max(count, 1)
+        rows = info.shape[0] if info.shape else 1
+        row = info.nbytes // max(rows, 1)
+        first, last = span or (0, rows)
+        flat = self.rows(component, row, [(first, last)], (0, row)) if item else torch.empty(0, dtype=torch.uint8)
+        shape = (last - first, *info.shape[1:]) if info.shape else ()
+        return flat.view(TORCH_DTYPE[info.dtype]).view(shape)
+
+    def rows(
+        self, component: str, row_bytes: int, segments: Iterable[tuple[int, int]], columns: tuple[int, int]
+    ) -> Tensor:
+        info, segments = self.infos[component], list(segments)
+        width = columns[1] - columns[0]
+        out = torch.empty(sum(b - a for a, b in segments) * width, dtype=torch.uint8)
+        at = 0
+        for a, b in segments:
+            offset = info.offset + a * row_bytes
+            piece = RowRange(info.name, info.file, offset, row_bytes, columns, b - a, 0, info.dtype)
+            self.reader.read_rows(piece, out[at : at + piece.nbytes])
+            at += piece.nbytes
+        return out
+
+
+@dataclass
+class _Loading:
+    plan: LoadPlan
+    comm: Comm
+    checkpoint: Checkpoint
+    device: torch.device
+    progress: Progress | None
+    report: RankReport = field(init=False)
+    scheme: Scheme = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.report = RankReport(rank=self.comm.rank)
+        self.scheme = scheme_of(self.plan)
+        self.axis = self.comm.axis("tp")
+        self.timed = _TimedAxis(self.axis, self.report)
+        self.filled: list[str] = []
+        self.offload: dict[str, Any] = {}
+        self.offload_folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def run(self) -> Any:
+        plan = self.plan
+        model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
+        localize(model, plan, self.scheme, self.axis.rank)
+        streamed = [t for t in plan.tensors if not self._restored(t)]
+        with Reader(self.checkpoint.path, plan.staging) as reader:
+            self._stream(model, streamed, reader)
+            for tensor in plan.tensors:
+                if self._restored(tensor):
+                    self._restore(model, tensor, reader)
+            self.report.bytes_read = reader.stats.bytes
+            self.report.stages["read"] = reader.stats.seconds
+            self.report.staging_bytes = reader.stats.largest
+        self._complete(model)
+        self.report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type == "cuda":
+            self.report.peak_device_bytes = torch.cuda.max_memory_allocated(self.device)
+        return model
+
+    def _complete(self, model: Any) -> None:
+        plan = self.plan
+        fill_computed_buffers(model, self._device_of)
+        on_disk = set(self.offload)
+        check_complete(model, self.filled, [tensor.name for tensor in plan.tensors], on_disk | set(plan.tied))
+        if self.axis.size > 1:
+            install_styles(model, plan, self.axis)
+            watch_adapters(model, plan, self.axis)
+        finish(model, plan.model, self.axis)
+        self.scheme.finish_model(model)
+        if plan.device_map is not None:
+            self._dispatch(model)
+
+    def _restored(self, tensor: TensorPlan) -> bool:
+        return tensor.scheme != "none" and self.plan.prequantized
+
+    # -- streaming -------------------------------------------------------------------------------------------------
+
+    def _stream(self, model: Any, tensors: list[TensorPlan], reader: Reader) -> None:
+        works = [self._work(tensor) for tensor in tensors]
+        total = sum(r.nbytes for work in works for r in work.ranges)
+        done, current, sink = 0, -1, None
+        stages = self.report.stages
+        for chunk in reader.stream(works):
+            while current < chunk.task:
+                self._finish(model, tensors, current, sink)
+                current += 1
+                sink = self._sink(model, tensors[current])
+            tensor = tensors[current]
+            assert sink is not None
+            if chunk.local % sink.row_step:
+                what = f"its parts start at row {chunk.local}, quantization blocks need multiples of {sink.row_step}"
+                raise InputError.one(tensor.name, what, "Skip the module, or convert the checkpoint first")
+            start = time.perf_counter()
+            rows = chunk.rows.view(TORCH_DTYPE[chunk.dtype]).to(getattr(torch, tensor.dtype))
+            if tensor.scheme != "none" and self._device_of(tensor.name).type != "cpu":
+                rows = rows.to(self._device_of(tensor.name))
+            copied = time.perf_counter()
+            exchanged = stages["exchange"]
+            sink.update(rows, chunk.local)
+            stage = "place" if tensor.scheme == "none" else "quantize"
+            stages["copy"] += copied - start
+            stages[stage] += time.perf_counter() - copied - (stages["exchange"] - exchanged)
+            done += chunk.rows.numel()
+            if self.progress is not None:
+                self.progress(done, total)
+        while current < len(tensors):
+            self._finish(model, tensors, current, sink)
+            current += 1
+            sink = self._sink(model, tensors[current]) if current < len(tensors) else None
+
+    def _work(self, tensor: TensorPlan) -> Work:
+        cut = self.plan.cuts[tensor.cut] if tensor.cut else None
+        segments = cut.segments(self.axis.rank) if cut else ()
+        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+        ranges = list(row_ranges(shape, tensor.sources, self.checkpoint.tensors, tensor.dim, segments))
+        step = 1
+        if tensor.scheme != "none" and not tensor.transposed:
+            step = self._quantizer(tensor, nn.Module(), torch.device("meta")).row_step
+        pace = max((r.row_bytes for r in ranges), default=0) if tensor.dim == 1 else 0
+        return Work(ranges, step, pace)
+
+    def _quantizer(self, tensor: TensorPlan, module: nn.Module, device: torch.device) -> Quantizer:
+        return self.scheme.quantizer(shard_of(tensor, self.plan, self.axis.rank), module, self.timed, device)
+
+    def _sink(self, model: Any, tensor: TensorPlan) -> Any:
+        device = self._device_of(tensor.name)
+        if tensor.scheme != "none":
+            module = model.get_submodule(tensor.name.rpartition(".")[0])
+            quantizer = self._quantizer(tensor, module, device)
+            if tensor.transposed:
+                return _Transposer((tensor.shape[1], tensor.shape[0]), getattr(torch, tensor.dtype), quantizer)
+            return quantizer
+        shape = local_shape(tensor, self.plan, self.axis.rank)
+        return _Placer(torch.empty(shape, dtype=getattr(torch, tensor.dtype), device=device))
+
+    def _finish(self, model: Any, tensors: list[TensorPlan], index: int, sink: Any) -> None:
+        if index < 0 or sink is None:
+            return
+        tensor = tensors[index]
+        start, exchanged = time.perf_counter(), self.report.stages["exchange"]
+        sink.finish()
+        if tensor.scheme == "none":
+            self._put(model, tensor, sink.target)
+        else:
+            self._account(model, tensor)
+        waited = self.report.stages["exchange"] - exchanged
+        stage = "place" if tensor.scheme == "none" else "quantize"
+        self.report.stages[stage] += time.perf_counter() - start - waited
+
+    def _put(self, model: Any, tensor: TensorPlan, value: Tensor) -> None:
+        self.filled.append(tensor.name)
+        self.report.unquantized_bytes += value.nbytes
+        if self._place_of(tensor.name) != "disk":
+            set_tensor(model, tensor.name, value, self.plan.tied)
+            return
+        from accelerate.utils import offload_weight
+
+        if self.offload_folder is None:
+            self.offload_folder = tempfile.TemporaryDirectory(prefix="distquant-offload-")
+        offload_weight(value, tensor.name, self.offload_folder.name, self.offload)
+
+    # -- pre-quantized ---------------------------------------------------------------------------------------------
+
+    def _restore(self, model: Any, tensor: TensorPlan, reader: Reader) -> None:
+        infos = {source.component: self.checkpoint.tensors[source.tensor] for source in tensor.sources}
+        module = model.get_submodule(tensor.name.rpartition(".")[0])
+        shard = shard_of(tensor, self.plan, self.axis.rank)
+        start = time.perf_counter()
+        self.scheme.restore(shard, module, _StoredWeight(reader, infos), self._device_of(tensor.name))
+        self.report.stages["place"] += time.perf_counter() - start
+        self._account(model, tensor)
+
+    def _account(self, model: Any, tensor: TensorPlan) -> None:
+        self.filled.append(tensor.name)
+        module = model.get_submodule(tensor.name.rpartition(".")[0])
+        self.report.quantized_bytes += sum(p.nbytes for n, p in _state(module) if n != "bias")
+
+    # -- devices ---------------------------------------------------------------------------------------------------
+
+    def _place_of(self, name: str) -> str:
+        device_map = self.plan.device_map
+        if device_map is None:
+            return str(self.device)
+        while name and name not in device_map:
+            name = name.rpartition(".")[0]
+        return device_map[name]
+
+    def _device_of(self, name: str) -> torch.device:
+        place = self._place_of(name)
+        return torch.device("cpu" if place == "disk" else place)
+
+    def _dispatch(self, model: Any) -> None:
+        from accelerate import dispatch_model
+
+        places = {k: int(v.removeprefix("cuda:")) if v.startswith("cuda:") else v for k, v in self.plan.device_map.items()}
+        if len(set(places.values())) > 1 or "disk" in places.values():
+            index = self.offload or None
+            folder = self.offload_folder.name if self.offload_folder else None
+            main = next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
+            dispatch_model(
+                model, places, main_device=main, offload_dir=folder, offload_index=index, force_hooks=True
+            )
+            model._offload_folder = self.offload_folder  # removed with the model
+        model.hf_device_map = places
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a quantized module stores, as `state_dict` would list it, without constants."""
+    for name, value in module.state_dict().items():
+        if not name.endswith(("quant_map", "weight_format")) and "quant_state" not in name:
+            yield name, value

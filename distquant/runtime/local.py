@@ -1,0 +1,26 @@
+"""One process: one device, or several by device map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from distquant.comm import SoloComm
+from distquant.coordinator import Request, make_plan
+from distquant.loader import Progress, load_shard
+from distquant.planning import LoadPlan
+from distquant.runtime.measure import measure
+
+NAME = "local"
+
+
+def device() -> torch.device:
+    """The device that a lone process uses."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load(request: Request | LoadPlan, max_memory: int | None, progress: Progress | None = None) -> Any:
+    """Plans (unless that is done) and loads in this process."""
+    plan = request if isinstance(request, LoadPlan) else make_plan(request, measure(1, device(), max_memory))
+    return load_shard(plan, SoloComm(), device(), progress)

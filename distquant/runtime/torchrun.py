@@ -1,0 +1,77 @@
+"""Ranks started by torchrun or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distquant.coordinator import Request, make_plan
+from distquant.errors import InputError, RankError
+from distquant.loader import Progress, load_shard
+from distquant.mesh import Mesh
+from distquant.planning import LoadPlan
+from distquant.runtime import process_group
+from distquant.runtime.measure import measure
+
+NAME = "torchrun"
+
+
+def joined() -> bool:
+    """Whether this process is one of several ranks (or would be, once the group is up)."""
+    return dist.is_initialized() or "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def device() -> torch.device:
+    """This rank's device: the GPU of its local rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def load(
+    request: Request | LoadPlan,
+    max_memory: int | None,
+    progress: Progress | None = None,
+    timeout: float | None = None,
+) -> Any:
+    """Rank 0 plans and shares the plan (or what is wrong with it); every rank loads its part.
+
+    Joins the default process group if nobody has.
+    """
+    own = device()
+    if not dist.is_initialized():
+        process_group.init(timeout=timeout)
+    plan = request if isinstance(request, LoadPlan) else agree(request, own, max_memory)
+    comm = process_group.GroupComm(plan.mesh)
+    return load_shard(plan, comm, own, progress)
+
+
+def agree(request: Request, own: torch.device, max_memory: int | None) -> LoadPlan:
+    """Rank 0's plan, on every rank; its error too."""
+    outcome: Any = None
+    if dist.get_rank() == 0:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        try:
+            outcome = make_plan(request, measure(dist.get_world_size(), own, max_memory, local)).to_json()
+        except InputError as error:
+            outcome = error
+        except Exception as error:  # the others must not wait for a plan that never comes
+            process_group.share(RankError(0, f"{type(error).__name__}: {error}"))
+            raise
+    outcome = process_group.share(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return LoadPlan.from_json(outcome)
+
+
+def check_world(mesh: Mesh) -> None:
+    """Raises `InputError` where the mesh is not the world that the launcher started."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if mesh.size != world:
+        what = f"{mesh} needs {mesh.size} ranks, the launcher started {world}"
+        raise InputError.one("mesh", what, f"Start {mesh.size} ranks, or give a mesh of {world}")

@@ -1,0 +1,109 @@
+"""Heads dealt out: each local query head finds exactly its own kv head, at every width."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_plan_cuts import assert_owned_partitions, held
+
+from distquant.planning import cut_heads
+
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=250)
+
+
+def assert_exact(cut, heads: int, kv_heads: int, ranks: int) -> None:
+    groups = heads // kv_heads
+    assert (cut.query.size, cut.kv.size, len(cut.groups)) == (heads, kv_heads, ranks)
+    assert [h for rank in range(ranks) for h in held(cut.query, rank)] == list(range(heads))
+    assert min(cut.query.lengths) > 0
+    for rank in range(ranks):
+        query, kv = held(cut.query, rank), held(cut.kv, rank)
+        assert len(kv) * cut.groups[rank] == len(query)
+        assert [kv[local // cut.groups[rank]] for local in range(len(query))] == [h // groups for h in query]
+    assert_owned_partitions(cut.query)
+    assert_owned_partitions(cut.kv)
+
+
+@PROPERTY
+@given(st.integers(1, 12), st.integers(1, 7), st.integers(1, 9))
+def test_every_way_is_exact(kv_heads, groups, ranks):
+    heads = kv_heads * groups
+    ways = list(cut_heads(heads, kv_heads, ranks))
+    assert bool(ways) == (ranks <= heads)
+    for cut in ways:
+        assert_exact(cut, heads, kv_heads, ranks)
+    if ranks <= kv_heads:
+        first = ways[0]
+        assert first.kv.repeated == 0
+        assert set(first.groups) == {groups}
+        assert max(first.kv.lengths) - min(first.kv.lengths) <= 1
+    elif ways:
+        first = ways[0]
+        assert max(first.query.lengths) - min(first.query.lengths) <= 1
+
+
+@PROPERTY
+@given(st.integers(1, 12), st.integers(1, 7), st.integers(2, 9))
+def test_whole_kv_heads_come_before_repeated_ones(kv_heads, groups, ranks):
+    """Once a way stores a kv head twice or splits a group over ranks, no later way is a plain one."""
+    ways = list(cut_heads(kv_heads * groups, kv_heads, ranks))
+    steps = [s for s in range(1, kv_heads // ranks + 1) if len(range(0, kv_heads, s)) >= ranks]
+    assert all(way.kv.repeated == 0 and set(way.groups) == {groups} for way in ways[: len(steps)])
+    for way, step in zip(ways[: len(steps)], steps, strict=True):
+        assert way.kv.legal(step)
+        counts = [len(range(0, length, step)) for length in way.kv.lengths]
+        assert max(counts) - min(counts) <= 1
+    for way in ways[len(steps) :]:
+        fits = [s for s in range(1, kv_heads * groups + 1) if way.query.legal(s)]
+        spreads = [[len(range(0, n, s)) for n in way.query.lengths] for s in fits]
+        assert any(max(counts) - min(counts) <= 1 for counts in spreads)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ranks", "kv", "groups"),
+    [
+        (8, 2, 4, [[0], [0], [1], [1]], (2, 2, 2, 2)),
+        (8, 4, 2, [[0, 1], [2, 3]], (2, 2)),
+        (8, 4, 3, [[0, 1], [2], [3]], (2, 2, 2)),
+        (6, 2, 3, [[0], [0, 1], [1]], (2, 1, 2)),
+        (10, 2, 3, [[0], [0, 1, 1], [1]], (4, 1, 3)),
+        (9, 3, 4, [[0], [1], [1, 2], [2]], None),
+        (8, 8, 8, [[h] for h in range(8)], (1,) * 8),
+        (4, 1, 4, [[0]] * 4, (1,) * 4),
+    ],
+)
+def test_first_way_by_hand(heads, kv_heads, ranks, kv, groups):
+    cut = next(cut_heads(heads, kv_heads, ranks))
+    if groups is not None:
+        assert [held(cut.kv, rank) for rank in range(ranks)] == kv
+        assert cut.groups == groups
+    assert_exact(cut, heads, kv_heads, ranks)
+
+
+def test_repeated_kv_heads_are_counted():
+    cut = next(cut_heads(8, 2, 4))
+    assert cut.kv.repeated == 2
+    assert [bool(cut.kv.owned(rank)) for rank in range(4)] == [True, False, True, False]
+    cut = next(cut_heads(10, 2, 3))
+    assert cut.kv.repeated == 3
+
+
+def test_more_ranks_than_heads_is_no_way():
+    assert list(cut_heads(8, 2, 9)) == []
+
+
+def test_small_steps_come_before_large_ones():
+    lengths = [way.kv.lengths for way in islice(cut_heads(16, 8, 3), 2)]
+    assert lengths == [[3, 3, 2], [4, 2, 2]]
+
+
+def test_describe():
+    cut = next(cut_heads(10, 2, 3))
+    assert [cut.describe(rank) for rank in range(3)] == [
+        "query heads 0-3, kv heads 0",
+        "query heads 4-6, kv heads 0,1,1",
+        "query heads 7-9, kv heads 1",
+    ]
