@@ -68,7 +68,8 @@ def test_nothing_is_allocated(tmp_path):
     [("bfloat16", None, "bfloat16"), (None, None, "float32"), ("bfloat16", "float16", "float16")],
 )
 def test_dtype(tmp_path, config, asked, expected):
-    skeleton = skeleton_of(tmp_path, "Llama", dtype=asked, **({"dtype": config} if config else {}))
+    transformers.LlamaConfig(**SMALL, dtype=config).save_pretrained(tmp_path)
+    skeleton = build_skeleton(build(tmp_path, asked), {}, {}, Problems())
     assert {param.dtype for param in skeleton.params.values()} == {expected}
 
 
@@ -113,7 +114,7 @@ def test_qwen2_biases(tmp_path):
 
 
 def test_gpt_neox_heads(tmp_path):
-    skeleton = skeleton_of(tmp_path, "GPTNeoX")
+    skeleton = skeleton_of(tmp_path, "GPTNeoX", num_key_value_heads=8)
     assert skeleton.attentions["gpt_neox.layers.0.attention"] == Attention("gpt_neox.layers.0.attention", 8, 8, 8)
     assert skeleton.linears["gpt_neox.layers.0.attention.query_key_value"].out_features == 192
 

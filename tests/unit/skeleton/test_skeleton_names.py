@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.core_model_loading import Transpose, WeightConverter
+from transformers.core_model_loading import Concatenate, Transpose, WeightConverter
 
 from distquant.errors import Problems
 from distquant.skeleton import Skeleton, Source, build, build_skeleton
@@ -156,7 +157,8 @@ def concatenating(tmp_path, monkeypatch, operations, dims):
     """Llama with a mapping of our own that makes q_proj of several checkpoint tensors."""
     saved(tmp_path, "Llama")
     converter = WeightConverter(["self_attn.a.weight", "self_attn.b.weight"], "self_attn.q_proj.weight", operations)
-    monkeypatch.setattr("transformers.conversion_mapping.get_model_conversion_mapping", lambda model: [converter])
+    mapping = importlib.import_module("transformers.conversion_mapping")
+    monkeypatch.setattr(mapping, "get_model_conversion_mapping", lambda model: [converter])
     tensors = load_file(tmp_path / "model.safetensors")
     for layer in range(2):
         whole = tensors.pop(f"model.layers.{layer}.self_attn.q_proj.weight")
@@ -169,8 +171,6 @@ def concatenating(tmp_path, monkeypatch, operations, dims):
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_concatenated_tensors_follow_the_order_of_the_patterns(tmp_path, monkeypatch, dim):
-    from transformers.core_model_loading import Concatenate
-
     skeleton, tensors, problems = concatenating(tmp_path, monkeypatch, [Concatenate(dim=dim)], dim)
     assert not problems
     whole = load_file(tmp_path / "model.safetensors")

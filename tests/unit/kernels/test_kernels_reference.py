@@ -1,0 +1,268 @@
+"""The reference against bitsandbytes on CPU, bit for bit, and against the flat definition where that kernel is wrong."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distquant.kernels import reference
+
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
+
+BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def random(count: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(count, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 as integers, so that -0.0 and NaN compare too."""
+    return tensor.contiguous().view(torch.int32)
+
+
+def assert_equals_bitsandbytes(weight: torch.Tensor, blocksize: int, quant_type: str) -> torch.Tensor:
+    packed, absmax = reference.quantize_4bit(weight, blocksize, quant_type)
+    theirs, state = bnb.quantize_4bit(weight, blocksize=blocksize, quant_type=quant_type)
+    assert (packed.dtype, absmax.dtype) == (torch.uint8, torch.float32)
+    assert packed.shape == (math.ceil(weight.numel() / 2),)
+    assert absmax.shape == (math.ceil(weight.numel() / blocksize),)
+    assert torch.equal(bits(absmax), bits(state.absmax))
+    assert torch.equal(packed, theirs.view(-1))
+    return packed
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_code_tables_are_bitsandbytes(quant_type):
+    ours, theirs = reference.code_values(quant_type), bnb.get_4bit_type(quant_type, device="cpu")
+    assert ours.dtype is torch.float32
+    assert torch.equal(ours, theirs)
+    assert len(ours) == 16
+
+
+def test_fp4_order_is_ascending():
+    values = [reference.FP4[code] for code in reference.FP4_ASCENDING]
+    assert values == sorted(values)
+    assert sorted(reference.FP4_ASCENDING) == list(range(16))
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_quantize_4bit(quant_type, blocksize, dtype):
+    for seed, count in enumerate([blocksize * 5, blocksize * 3 + 18, blocksize - 2, 2]):
+        weight = random(count, DTYPES[dtype], seed)
+        packed = assert_equals_bitsandbytes(weight, blocksize, quant_type)
+        assert count < 100 or len(reference.unpack_4bit(packed).unique()) >= 15
+
+
+@PROPERTY
+@given(
+    st.sampled_from(["nf4", "fp4"]),
+    st.sampled_from(BLOCKSIZES[:4]),
+    st.sampled_from(sorted(DTYPES)),
+    st.integers(1, 700).map(lambda half: 2 * half),
+    st.sampled_from([1e-45, 1e-40, 1e-38, 1e-30, 1e-6, 0.02, 1.0, 3e4, 1e38]),
+    st.integers(0, 10**6),
+)
+def test_quantize_4bit_of_any_size_and_scale(quant_type, blocksize, dtype, count, scale, seed):
+    assert_equals_bitsandbytes(random(count, DTYPES[dtype], seed, scale), blocksize, quant_type)
+
+
+@PROPERTY
+@given(
+    st.sampled_from(["nf4", "fp4"]),
+    st.sampled_from(sorted(DTYPES)),
+    st.lists(
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 6e-8, 65504.0, 0.5]),
+        min_size=1,
+        max_size=50,
+    ),
+)
+def test_quantize_4bit_of_special_values(quant_type, dtype, values):
+    weight = torch.tensor(values * 2).to(DTYPES[dtype])
+    assert_equals_bitsandbytes(weight, 32, quant_type)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, -1e-39, math.inf, -math.inf, math.nan])
+def test_quantize_4bit_of_one_value_everywhere(quant_type, value):
+    for count in (64, 96, 100):
+        assert_equals_bitsandbytes(torch.full((count,), value), 64, quant_type)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_thresholds_are_midpoints_and_a_midpoint_goes_down(quant_type):
+    values = reference.code_values(quant_type)
+    ascending = values.sort().values
+    middle = (ascending[:-1] + ascending[1:]) / 2
+    above = torch.nextafter(middle, torch.tensor(math.inf))
+    below = torch.nextafter(middle, torch.tensor(-math.inf))
+    for probe, up in ((middle, False), (above, True), (below, False)):
+        weight = torch.cat([probe, torch.zeros(32 - len(probe) - 1), torch.ones(1)])
+        packed = assert_equals_bitsandbytes(weight, 32, quant_type)
+        found = values[reference.unpack_4bit(packed)[: len(probe)].int()]
+        assert torch.equal(found, ascending[1:] if up else ascending[:-1])
+
+
+def test_quantize_spans_several_tiles():
+    """More elements than one tile, with a blocksize that leaves a ragged tail."""
+    count = 2 * reference.TILE + 3 * 64 + 10
+    for quant_type in ("nf4", "fp4"):
+        assert_equals_bitsandbytes(random(count, torch.bfloat16, 5), 64, quant_type)
+
+
+def test_quantize_does_not_change_the_weight_and_takes_any_shape():
+    weight = random(6 * 96, torch.bfloat16, 1).view(6, 96)
+    before = weight.clone()
+    packed, absmax = reference.quantize_4bit(weight, 64, "nf4")
+    assert torch.equal(weight, before)
+    again = reference.quantize_4bit(weight.T.contiguous().T, 64, "nf4")
+    assert torch.equal(packed, again[0])
+    assert torch.equal(absmax, again[1])
+
+
+def test_odd_counts_are_refused():
+    with pytest.raises(ValueError, match="33 codes do not fill whole bytes"):
+        reference.quantize_4bit(torch.ones(33), 64, "nf4")
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_full_last_block_in_the_tail_of_the_whole(quant_type):
+    """A weight of 64 n + 32 elements ends in a ragged block, which a shard of blocksize 32 holds as a full one."""
+    differ = 0
+    for seed in range(300):
+        weight = random(64 + 32, torch.float32, seed)
+        whole, absmax = reference.quantize_4bit(weight, 64, quant_type)
+        tail = weight[64:]
+        # A value close to a threshold times the absmax, where dividing and multiplying may part.
+        tail[:15] = torch.nextafter(torch.tensor(reference._tables(quant_type, tail.device)[0]), torch.tensor(1.0))
+        tail[:15] *= tail[15:].abs().max()
+        whole, absmax = reference.quantize_4bit(weight, 64, quant_type)
+        ragged = reference.encode_4bit(tail, absmax[1:], 32, quant_type, ragged=True)
+        assert torch.equal(ragged, whole[32:])
+        differ += not torch.equal(ragged, reference.encode_4bit(tail, absmax[1:], 32, quant_type))
+    assert differ > 0, "no seed tells division from multiplication"
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_finer_blocks_under_repeated_absmax_give_the_same_codes(quant_type):
+    weight = random(64 * 20, torch.bfloat16, 3)
+    packed, absmax = reference.quantize_4bit(weight, 64, quant_type)
+    fine = reference.encode_4bit(weight, absmax.repeat_interleave(2), 32, quant_type)
+    assert torch.equal(fine, packed)
+    assert not torch.equal(reference.quantize_4bit(weight, 32, quant_type)[0], packed)
+
+
+def test_unpack_takes_the_high_nibble_first():
+    packed = torch.tensor([0x1F, 0xA0], dtype=torch.uint8)
+    assert reference.unpack_4bit(packed).tolist() == [1, 15, 10, 0]
+
+
+def flat_dequantized(packed, absmax, blocksize, quant_type, shape) -> torch.Tensor:
+    """The definition, element by element: value of the code times the absmax of its block of the flat weight."""
+    table = bnb.get_4bit_type(quant_type, device="cpu").numpy()
+    scales, data = absmax.numpy(), packed.tolist()
+    found = []
+    for i in range(math.prod(shape)):
+        code = data[i // 2] >> 4 if i % 2 == 0 else data[i // 2] & 15
+        found.append(float(table[code] * scales[i // blocksize]))
+    return torch.tensor(found, dtype=torch.float32).view(shape)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    ("shape", "blocksize"),
+    [((4, 96), 64), ((3, 352), 64), ((5, 352), 256), ((2, 48), 32), ((6, 100), 64), ((8, 64), 64), ((1, 30), 64)],
+)
+def test_dequantize_4bit_follows_the_flat_definition(quant_type, shape, blocksize):
+    weight = random(math.prod(shape), torch.bfloat16, 7)
+    packed, absmax = reference.quantize_4bit(weight, blocksize, quant_type)
+    found = reference.dequantize_4bit(packed, absmax, blocksize, quant_type, shape)
+    assert found.shape == shape
+    assert found.dtype is torch.float32
+    assert torch.equal(bits(found), bits(flat_dequantized(packed, absmax, blocksize, quant_type, shape)))
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(("shape", "blocksize"), [((6, 64), 32), ((5, 128), 64), ((3, 768), 256), ((2, 4096), 4096)])
+def test_dequantize_4bit_is_bitsandbytes_where_rows_are_whole_blocks(quant_type, shape, blocksize, dtype):
+    weight = random(math.prod(shape), DTYPES[dtype], 11).view(shape)
+    packed, state = bnb.quantize_4bit(weight, blocksize=blocksize, quant_type=quant_type)
+    theirs = bnb.dequantize_4bit(packed, state)
+    ours = reference.dequantize_4bit(packed, state.absmax, blocksize, quant_type, shape)
+    assert theirs.dtype is DTYPES[dtype]
+    assert torch.equal(ours.to(theirs.dtype), theirs)
+
+
+def test_dequantize_4bit_of_packed_columns_and_odd_shapes():
+    """bitsandbytes stores codes as `[n / 2, 1]`; the count comes from the shape, not from the bytes."""
+    weight = random(64, torch.float32, 2)
+    packed, absmax = reference.quantize_4bit(weight, 64, "nf4")
+    whole = reference.dequantize_4bit(packed, absmax, 64, "nf4", (64,))
+    assert torch.equal(reference.dequantize_4bit(packed.view(-1, 1), absmax, 64, "nf4", (8, 8)), whole.view(8, 8))
+    assert torch.equal(reference.dequantize_4bit(packed, absmax, 64, "nf4", (63,)), whole[:63])
+
+
+@pytest.mark.parametrize("count", [256, 1000, 1024, 7])
+def test_dequantize_blockwise(count):
+    source = random(count, torch.float32, 4).abs()
+    codes, state = bnb.quantize_blockwise(source, blocksize=256)
+    theirs = bnb.dequantize_blockwise(codes, state)
+    ours = reference.dequantize_blockwise(codes, state.absmax, state.code, 256)
+    assert torch.equal(bits(ours), bits(theirs))
+    assert len(ours.unique()) > 4
+
+
+def assert_int8_equals_bitsandbytes(weight: torch.Tensor) -> torch.Tensor:
+    absmax = reference.row_absmax(weight)
+    codes = reference.quantize_int8_rows(weight, absmax)
+    theirs, stats, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+    assert (codes.dtype, absmax.dtype) == (torch.int8, torch.float32)
+    assert torch.equal(bits(absmax), bits(stats))
+    assert torch.equal(codes, theirs)
+    return codes
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (16, 96), (33, 352), (2, 5000)])
+def test_int8_rows(shape, dtype):
+    codes = assert_int8_equals_bitsandbytes(random(math.prod(shape), DTYPES[dtype], 9).view(shape))
+    assert torch.all(codes.abs().amax(dim=1) == 127)
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("scale", [1e-9, 1e-7, 1e-4, 1.0, 1e3, 6e4])
+def test_int8_rows_of_any_scale(scale, dtype):
+    assert_int8_equals_bitsandbytes(random(8 * 64, DTYPES[dtype], 13, scale).view(8, 64))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, math.inf, math.nan, 6e-8, 65504.0, 1e6])
+def test_int8_rows_with_special_values(value):
+    weight = random(4 * 32, torch.float32, 17).view(4, 32)
+    weight[1] = value
+    weight[2, 5] = value
+    assert_int8_equals_bitsandbytes(weight)
+
+
+def test_int8_rounds_after_the_cast_to_float16():
+    """1 + 2**-12 is 1 in float16: absmax is that of the cast weight, not of the given one."""
+    weight = torch.tensor([[1 + 2**-12, 0.5]])
+    assert reference.row_absmax(weight).tolist() == [1.0]
+    assert reference.quantize_int8_rows(weight, reference.row_absmax(weight)).tolist() == [[127, 64]]
+
+
+def test_int8_halves_of_a_row_under_the_whole_rows_absmax():
+    weight = random(8 * 96, torch.bfloat16, 19).view(8, 96)
+    absmax = reference.row_absmax(weight)
+    halves = [reference.quantize_int8_rows(part, absmax) for part in weight.split([40, 56], dim=1)]
+    assert torch.equal(torch.cat(halves, dim=1), reference.quantize_int8_rows(weight, absmax))
+    reduced = torch.stack([reference.row_absmax(part) for part in weight.split([40, 56], dim=1)]).amax(dim=0)
+    assert torch.equal(reduced, absmax)
