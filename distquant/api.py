@@ -115,7 +115,7 @@ def load(
             trust_remote_code=trust_remote_code,
             revision=revision,
         )
-        size = Mesh.parse(mesh).size
+        size = _mesh_size(request)
     if torchrun.joined():
         return torchrun.load(request, _rank_memory(max_memory), progress, timeout)
     if size > 1:
@@ -130,6 +130,14 @@ def fingerprint(model: Any) -> str:
     from distquant.assemble.fingerprint import fingerprint as of
 
     return of(model)
+
+
+def _mesh_size(request: Request) -> int:
+    try:
+        return Mesh.parse(request.mesh).size
+    except InputError:
+        make_plan(request, Facts())  # tells this and whatever else is wrong
+        raise
 
 
 def _rank_memory(max_memory: Any) -> int | None:

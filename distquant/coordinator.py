@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from distquant.checkpoint import Checkpoint, open_checkpoint
@@ -218,7 +218,9 @@ class _Planner:
         mesh, known = self.mesh, self.facts.device_count
         if mesh.ep > 1:
             kind = "has experts, but expert parallelism comes later" if skeleton.experts else "has no experts"
-            self.problems.add("mesh", f"ep={mesh.ep}, and {skeleton.architecture} {kind}", "Use tp, and dp for replicas")
+            self.problems.add(
+                "mesh", f"ep={mesh.ep}, and {skeleton.architecture} {kind}", "Use tp, and dp for replicas"
+            )
         if mesh.tp > 1 and not skeleton.tp_plan:
             what = f"{skeleton.architecture} has no tensor-parallel plan, tp={mesh.tp} needs one"
             self.problems.add("mesh", what, "Use tp=1, or device_map='auto' over the devices of one process")
@@ -262,7 +264,7 @@ class _Planner:
         if self.mesh.tp == 1 or not skeleton.tp_plan:
             return ParallelPlan()
 
-        @lru_cache(maxsize=None)
+        @cache
         def layout(shape: tuple[int, int], dtype: str, quantized: bool) -> Layout:
             return self.scheme.layout(shape, dtype) if quantized else plain(dtype)
 
@@ -321,7 +323,9 @@ class _Planner:
                 else:
                     whole = math.prod(tensor.shape)
                     share = 1.0 if length is None else count / max(whole, 1)
-                    per_tensor = (_taken(s, self.checkpoint.tensors[s.tensor].shape) * item[s.tensor] for s in tensor.sources)
+                    per_tensor = (
+                        _taken(s, self.checkpoint.tensors[s.tensor].shape) * item[s.tensor] for s in tensor.sources
+                    )
                     read += round(sum(per_tensor) * share)
             yield RankMemory(rank, parameters, read, quantized, unquantized, self.staging)
 
@@ -392,7 +396,9 @@ class _Planner:
             shape = (t.shape[0], t.shape[1])
             cut = parallel.cuts[t.cut or ""]
             whole = self.scheme.shard_nbytes(Shard(t.name, shape, t.dtype))
-            parts = (self.scheme.shard_nbytes(Shard(t.name, shape, t.dtype, t.dim, cut, r)) for r in range(self.mesh.tp))
+            parts = (
+                self.scheme.shard_nbytes(Shard(t.name, shape, t.dtype, t.dim, cut, r)) for r in range(self.mesh.tp)
+            )
             extra += sum(parts) - whole
         if extra > 0:
             self.notes.append(f"exact statistics and repeated rows cost {format_bytes(extra)} over all ranks of tp")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +72,8 @@ def load_shard(plan: LoadPlan, comm: Comm, device: torch.device | str, progress:
         InputError: this rank's (or another's) files are not those that were planned.
         ReadError: a file cannot be read as its header says.
     """
+    _import_libraries(plan)
+    comm.collect(None)  # ranks that import slowly are not counted as loading
     start = time.perf_counter()
     checkpoint = _same_files(plan, comm)
     loading = _Loading(plan, comm, checkpoint, torch.device(device), progress)
@@ -79,6 +81,12 @@ def load_shard(plan: LoadPlan, comm: Comm, device: torch.device | str, progress:
     loading.report.seconds = time.perf_counter() - start
     model.distquant = Loaded(plan, loading.scheme, comm, loading.report)
     return model
+
+
+def _import_libraries(plan: LoadPlan) -> None:
+    """Imports what loading will need, so that the time of a load is its own."""
+    for package in ("transformers", "accelerate", *scheme_of(plan).requires):
+        importlib.import_module(package)
 
 
 def _same_files(plan: LoadPlan, comm: Comm) -> Checkpoint:
@@ -91,7 +99,9 @@ def _same_files(plan: LoadPlan, comm: Comm) -> Checkpoint:
         for file in sorted(plan.shards.keys() | mine.keys()):
             if plan.shards.get(file) != tuple(mine.get(file, ())):
                 what = f"on rank {comm.rank} it differs from the planned file (header or size)"
-                problems.append(Problem(f"{plan.model}/{file}", what, "Give every rank the same files, then plan again"))
+                problems.append(
+                    Problem(f"{plan.model}/{file}", what, "Give every rank the same files, then plan again")
+                )
     except InputError as error:
         problems += [Problem(f"rank {comm.rank}: {p.where}", p.what, p.fix) for p in error.problems]
     found = [problem for theirs in comm.collect(problems) for problem in theirs]
@@ -366,14 +376,14 @@ class _Loading:
     def _dispatch(self, model: Any) -> None:
         from accelerate import dispatch_model
 
-        places = {k: int(v.removeprefix("cuda:")) if v.startswith("cuda:") else v for k, v in self.plan.device_map.items()}
+        places = {
+            k: int(v.removeprefix("cuda:")) if v.startswith("cuda:") else v for k, v in self.plan.device_map.items()
+        }
         if len(set(places.values())) > 1 or "disk" in places.values():
             index = self.offload or None
             folder = self.offload_folder.name if self.offload_folder else None
             main = next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
-            dispatch_model(
-                model, places, main_device=main, offload_dir=folder, offload_index=index, force_hooks=True
-            )
+            dispatch_model(model, places, main_device=main, offload_dir=folder, offload_index=index, force_hooks=True)
             model._offload_folder = self.offload_folder  # removed with the model
         model.hf_device_map = places
 

@@ -93,7 +93,9 @@ def _wire(path: str, child: nn.Module, style: str, cut: Cut, axis: Axis) -> None
 
 def _check(path: str, child: nn.Module, adapter: str, style: str, cut: Cut) -> None:
     if style == VOCAB_EMBEDDING:
-        raise AdapterError(f"{path}: LoRA on a vocabulary-parallel embedding is not supported; leave it out of the targets")
+        raise AdapterError(
+            f"{path}: LoRA on a vocabulary-parallel embedding is not supported; leave it out of the targets"
+        )
     if getattr(child, "use_dora", {}).get(adapter) or getattr(child, "lora_variant", {}).get(adapter) is not None:
         raise AdapterError(f"{path}: only plain LoRA is supported on cut modules (no DoRA or other variants)")
     if cut.repeated:

@@ -44,7 +44,9 @@ def localize(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int) -> 
             _resize(model.get_submodule(owner), leaf, local_shape(tensor, plan, tp_rank))
     for name, attention in plan.attentions.items():
         heads = plan.heads[attention.heads]
-        _set_heads(model.get_submodule(name), heads.query.length(tp_rank), heads.kv.length(tp_rank), heads.groups[tp_rank])
+        _set_heads(
+            model.get_submodule(name), heads.query.length(tp_rank), heads.kv.length(tp_rank), heads.groups[tp_rank]
+        )
 
 
 def _resize(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> None:

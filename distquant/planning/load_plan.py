@@ -147,7 +147,9 @@ class LoadPlan:
             fields = json.loads(text)
             version = fields.pop("format")
         except (json.JSONDecodeError, AttributeError, KeyError) as error:
-            raise InputError.one("plan", f"no plan in JSON ({error})", "Write one with `distquant plan --json`") from error
+            raise InputError.one(
+                "plan", f"no plan in JSON ({error})", "Write one with `distquant plan --json`"
+            ) from error
         if version != PLAN_FORMAT:
             raise InputError.one("plan", f"format {version}, this is {PLAN_FORMAT}", "Plan again with this version")
         return cls(**_restore(fields))

@@ -89,7 +89,9 @@ def backend() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
-def init(rank: int | None = None, world_size: int | None = None, url: str = "env://", timeout: float | None = None) -> None:
+def init(
+    rank: int | None = None, world_size: int | None = None, url: str = "env://", timeout: float | None = None
+) -> None:
     """Joins the default process group."""
     arguments: dict[str, Any] = {} if rank is None else {"rank": rank, "world_size": world_size}
     seconds = DEFAULT_TIMEOUT if timeout is None else timeout

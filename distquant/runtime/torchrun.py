@@ -21,7 +21,7 @@ NAME = "torchrun"
 
 def joined() -> bool:
     """Whether this process is one of several ranks (or would be, once the group is up)."""
-    return dist.is_initialized() or "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    return dist.is_initialized() or ("WORLD_SIZE" in os.environ and "RANK" in os.environ)
 
 
 def device() -> torch.device:

@@ -64,7 +64,9 @@ class Stored(Protocol):
     def read(self, component: str, span: tuple[int, int] | None = None) -> Tensor:
         """A component on the CPU, or the elements `[start, stop)` of its first dim."""
 
-    def rows(self, component: str, row_bytes: int, segments: Iterable[tuple[int, int]], columns: tuple[int, int]) -> Tensor:
+    def rows(
+        self, component: str, row_bytes: int, segments: Iterable[tuple[int, int]], columns: tuple[int, int]
+    ) -> Tensor:
         """uint8, flat: a component seen as rows of `row_bytes`; of each row in `segments` the bytes `columns`."""
 
 
@@ -98,7 +100,9 @@ class Scheme(ABC):
         capability = context.facts.capability
         if self.min_capability and capability and capability < self.min_capability:
             have, need = (".".join(map(str, c)) for c in (capability, self.min_capability))
-            found.append(Problem("environment", f"compute capability {have}, {self.name} needs {need}", "Use a newer GPU"))
+            found.append(
+                Problem("environment", f"compute capability {have}, {self.name} needs {need}", "Use a newer GPU")
+            )
         return found
 
     def converts(self, skeleton: Skeleton) -> list[str]:

@@ -27,7 +27,7 @@ from distquant.config import Bnb4bitConfig, torch_dtype
 from distquant.errors import InputError, Problem
 from distquant.kernels import reference
 from distquant.layout import DTYPE_BYTES, Component, Layout
-from distquant.schemes.base import Quantizer, Scheme, Stored
+from distquant.schemes.base import Quantizer, Stored
 from distquant.schemes.bitsandbytes import BitsandbytesScheme
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
@@ -331,7 +331,9 @@ class _Quantizer:
         rows, columns = shard.local_shape
         self.block = local_block(shard)
         self.crossing = cut_crosses_blocks(shard)
-        step = BLOCK // math.gcd(BLOCK, shard.shape[1]) if self.crossing else self.block // math.gcd(self.block, columns)
+        step = (
+            BLOCK // math.gcd(BLOCK, shard.shape[1]) if self.crossing else self.block // math.gcd(self.block, columns)
+        )
         self.row_step = step * 2 if step * columns % 2 else step
         self.codes = torch.empty(-(-rows * columns // 2), dtype=torch.uint8, device=device)
         self.absmax = torch.empty(-(-rows * columns // self.block), dtype=torch.float32, device=device)

@@ -26,9 +26,6 @@ BUFFERS = 3
 CHUNK = 8 << 20
 """Bytes per buffer where the budget allows: large enough for the disk, small enough for the cache."""
 
-STRIDE = 512
-"""Rows whose wanted bytes are fewer are read whole and narrowed: a system call costs more than the bytes between."""
-
 
 class ReadError(DistquantError, OSError):
     """A file could not be read as its header says; names file, offset and tensor."""
@@ -144,25 +141,20 @@ class Reader:
                 yield whole.part(first, min(most, whole.rows - first))
 
     def _fill(self, task: int, piece: RowRange, buffer: Tensor) -> Chunk:
-        width = piece.keep[1] - piece.keep[0]
-        narrow = width < piece.row_bytes and width < STRIDE
-        needed = piece.rows * (piece.row_bytes if narrow else width)
+        needed = piece.nbytes
         if buffer.numel() < needed:
             buffer = torch.empty(max(needed, min(self.chunk_bytes, CHUNK)), dtype=torch.uint8)
             self.stats.largest = max(self.stats.largest, buffer.numel())
         view = buffer[:needed]
-        self.read_rows(piece, view, whole_rows=narrow)
-        rows = view.view(piece.rows, -1)
-        if narrow:
-            rows = rows[:, piece.keep[0] : piece.keep[1]].contiguous()
-        return Chunk(task, rows, piece.local, piece.dtype, buffer)
+        self.read_rows(piece, view)
+        return Chunk(task, view.view(piece.rows, -1), piece.local, piece.dtype, buffer)
 
-    def read_rows(self, piece: RowRange, into: Tensor, whole_rows: bool = False) -> None:
+    def read_rows(self, piece: RowRange, into: Tensor) -> None:
         """Reads a row range into a contiguous uint8 tensor of its size."""
         start = time.perf_counter()
         target = memoryview(into.numpy())
         width = piece.keep[1] - piece.keep[0]
-        if whole_rows or width == piece.row_bytes:
+        if width == piece.row_bytes:
             self._pread(piece, piece.offset, target)
         else:
             at = piece.offset + piece.keep[0]
@@ -189,5 +181,3 @@ class Reader:
             if file not in self._files:
                 self._files[file] = os.open(self.folder / file, os.O_RDONLY)
             return self._files[file]
-
-

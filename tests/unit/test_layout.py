@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from distquant.layout import ALL, DTYPE_BYTES, PLAIN_STEPS, Component, Layout, plain
 from distquant.planning import even_cut
 
-PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
 
 CODES4 = Component(name="", dtype="uint8", flat=2)
 ABSMAX = Component(name="absmax", dtype="float32", flat=64, cuts=(64, 32))
@@ -24,11 +24,13 @@ INT8 = Layout((Component(name="", dtype="int8", cuts=PLAIN_STEPS), SCB))
 SCALES = Component(name="scale", dtype="float32", spans=(128, 128))
 FP8 = Layout((Component(name="", dtype="float8_e4m3fn"), SCALES))
 GROUPS = Component(name="scales", dtype="bfloat16", spans=(1, 128))
-INT4 = Layout((Component(name="", dtype="int32", spans=(1, 8)), GROUPS, Component(name="g", dtype="int32", spans=(8, 128))))
+INT4 = Layout(
+    (Component(name="", dtype="int32", spans=(1, 8)), GROUPS, Component(name="g", dtype="int32", spans=(8, 128)))
+)
 LAYOUTS = {"nf4": NF4, "nf4-dq": NF4_DQ, "int8": INT8, "fp8": FP8, "int4": INT4, "plain": plain("bfloat16")}
 
 shapes = st.tuples(
-    st.one_of(st.integers(1, 40), st.sampled_from([64, 96, 100, 128, 256, 300])),
+    st.one_of(st.integers(1, 40), st.sampled_from([64, 96, 100, 128, 256])),
     st.one_of(st.integers(1, 150), st.sampled_from([32, 64, 96, 100, 128, 160, 352, 384, 704])),
 )
 
@@ -60,8 +62,8 @@ def from_one(component: Component, weight: tuple[int, ...], dim: int, start: int
         own = torch.arange(local.numel()) // block
     else:
         own = index(component, tuple(local.shape)).reshape(-1)
-    pairs = torch.stack([own, local.reshape(-1)]).unique(dim=1)
-    return len(pairs[0].unique()) == pairs.shape[1]
+    pairs = (own * (int(local.max()) + 1) + local.reshape(-1)).unique()
+    return len(own.unique()) == len(pairs)
 
 
 @PROPERTY

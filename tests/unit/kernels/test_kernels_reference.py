@@ -1,4 +1,4 @@
-"""The reference against bitsandbytes on CPU, bit for bit, and against the flat definition where that kernel is wrong."""
+"""The reference against bitsandbytes on CPU, bit for bit; against the flat definition where that kernel is wrong."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def random(count: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> tor
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 as integers, so that -0.0 and NaN compare too."""
-    return tensor.contiguous().view(torch.int32)
+    """float32 as integers, so that -0.0 and NaN compare too; the payload of a NaN is left to the reduction's order."""
+    return torch.where(tensor.isnan(), torch.tensor(math.nan), tensor).contiguous().view(torch.int32)
 
 
 def assert_equals_bitsandbytes(weight: torch.Tensor, blocksize: int, quant_type: str) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_quantize_4bit(quant_type, blocksize, dtype):
     for seed, count in enumerate([blocksize * 5, blocksize * 3 + 18, blocksize - 2, 2]):
         weight = random(count, DTYPES[dtype], seed)
         packed = assert_equals_bitsandbytes(weight, blocksize, quant_type)
-        assert count < 100 or len(reference.unpack_4bit(packed).unique()) >= 15
+        assert count < 100 or len(reference.unpack_4bit(packed).unique()) >= 12
 
 
 @PROPERTY
@@ -139,7 +139,6 @@ def test_a_full_last_block_in_the_tail_of_the_whole(quant_type):
     differ = 0
     for seed in range(300):
         weight = random(64 + 32, torch.float32, seed)
-        whole, absmax = reference.quantize_4bit(weight, 64, quant_type)
         tail = weight[64:]
         # A value close to a threshold times the absmax, where dividing and multiplying may part.
         tail[:15] = torch.nextafter(torch.tensor(reference._tables(quant_type, tail.device)[0]), torch.tensor(1.0))
@@ -196,7 +195,8 @@ def test_dequantize_4bit_follows_the_flat_definition(quant_type, shape, blocksiz
 def test_dequantize_4bit_is_bitsandbytes_where_rows_are_whole_blocks(quant_type, shape, blocksize, dtype):
     weight = random(math.prod(shape), DTYPES[dtype], 11).view(shape)
     packed, state = bnb.quantize_4bit(weight, blocksize=blocksize, quant_type=quant_type)
-    theirs = bnb.dequantize_4bit(packed, state)
+    with torch.compiler.set_stance("force_eager"):  # above 2048 bitsandbytes would compile its fallback
+        theirs = bnb.dequantize_4bit(packed, state)
     ours = reference.dequantize_4bit(packed, state.absmax, blocksize, quant_type, shape)
     assert theirs.dtype is DTYPES[dtype]
     assert torch.equal(ours.to(theirs.dtype), theirs)

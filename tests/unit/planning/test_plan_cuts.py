@@ -33,7 +33,10 @@ def assert_owned_partitions(cut: Cut) -> None:
                 assert element not in owners, f"{element} is owned by {owners[element]} and {rank}"
                 owners[element] = rank
     assert set(owners) == set(range(cut.size))
-    first_holder = {e: next(r for r in range(len(cut.parts)) if e in held(cut, r)) for e in range(cut.size)}
+    first_holder: dict[int, int] = {}
+    for rank in range(len(cut.parts)):
+        for element in held(cut, rank):
+            first_holder.setdefault(element, rank)
     assert owners == first_holder
 
 

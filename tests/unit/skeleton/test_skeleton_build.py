@@ -138,7 +138,13 @@ def test_persistent_buffers_are_named_as_such(tmp_path):
     skeleton = skeleton_of(tmp_path, "Falcon", alibi=False, num_kv_heads=2)
     assert not any(param.buffer for param in skeleton.params.values())
     (tmp_path / "moe").mkdir()
-    more = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 8}
+    more = {
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 8,
+    }
     skeleton = skeleton_of(tmp_path / "moe", "DeepseekV3", dtype="bfloat16", num_experts_per_tok=2, **more)
     buffers = {name: param.dtype for name, param in skeleton.params.items() if param.buffer}
     assert buffers == {"model.layers.1.mlp.gate.e_score_correction_bias": "float32"}

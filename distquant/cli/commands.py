@@ -1,0 +1,117 @@
+"""One function a command: `run_<command>(arguments, argv)` returns the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from distquant.api import plan as make
+from distquant.cli import launch, render
+from distquant.errors import CheckFailed, InputError
+from distquant.report import write_report
+from distquant.runtime.job import Job, Outcome
+
+
+def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
+    options = launch.load_options(arguments, arguments.mesh)
+    plan = make(arguments.model, **options, capability=_capability(arguments.capability))
+    print(render.plan_text(plan))
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            file.write(plan.to_json() + "\n")
+    return 0
+
+
+def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
+    job = Job(prompt=arguments.prompt, generate={"max_new_tokens": arguments.max_new_tokens})
+    outcome = _run(arguments, argv, job, arguments.mesh)
+    if isinstance(outcome, int):
+        return outcome
+    print(render.report_text(outcome.report))
+    if outcome.answer is not None:
+        print(f"\n{outcome.answer}")
+    if arguments.report:
+        write_report(outcome.report, arguments.report)
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace, argv: list[str]) -> int:
+    if len(arguments.mesh) < 2:
+        raise InputError.one("--mesh", "one mesh has nothing to be compared with", "Give --mesh twice or more")
+    found = {}
+    for mesh in arguments.mesh:
+        outcome = _run(arguments, [*_without(argv, "--mesh"), "--mesh", mesh, "--mesh", mesh], Job(), mesh)
+        if isinstance(outcome, int):
+            return outcome
+        found[mesh] = outcome.report["fingerprint"]
+        print(f"{found[mesh]}  {mesh} ({outcome.report['runtime']})")
+    if len(set(found.values())) > 1:
+        raise CheckFailed(f"the fingerprints differ: {found}")
+    print("equal")
+    return 0
+
+
+def run_perplexity(arguments: argparse.Namespace, argv: list[str]) -> int:
+    outcome = _run(arguments, argv, Job(text=_read_text(arguments.text), window=arguments.window), arguments.mesh)
+    if isinstance(outcome, int):
+        return outcome
+    print(f"perplexity {outcome.perplexity:.4f}  fingerprint {outcome.report['fingerprint']}")
+    return 0
+
+
+def run_inspect(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from distquant.checkpoint import open_checkpoint
+
+    print(render.inspect_text(open_checkpoint(arguments.model, revision=arguments.revision)))
+    return 0
+
+
+def run_doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
+    print(render.doctor_text(arguments.quant))
+    return 0
+
+
+def run_demo(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from distquant.cli.demo import demo
+
+    demo(arguments)
+    return 0
+
+
+def _run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | None) -> Outcome | int:
+    """The outcome, or the exit code where somebody else tells it."""
+    try:
+        outcome = launch.run(arguments, argv, job, mesh)
+    except launch.Handled as handled:
+        return handled.code
+    return 0 if outcome is None else outcome
+
+
+def _without(argv: list[str], option: str) -> list[str]:
+    """The arguments without an option and its value."""
+    kept, skip = [], False
+    for argument in argv:
+        if skip:
+            skip = False
+        elif argument == option:
+            skip = True
+        elif not argument.startswith(option + "="):
+            kept.append(argument)
+    return kept
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError.one("--text", f"{path} cannot be read ({error})", "Give a UTF-8 text file") from error
+
+
+def _capability(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)\.(\d+)", text)
+    if not match:
+        raise InputError.one("--capability", f"{text!r} is no compute capability", "Write it as 9.0")
+    return int(match.group(1)), int(match.group(2))

@@ -1,0 +1,58 @@
+"""The main job from end to end: plan, load onto Ray workers, answer, measure, and prove the bits."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from distquant.api import fingerprint, load, plan
+from distquant.cli import launch, render
+from distquant.cli.progress import ProgressLine
+from distquant.errors import CheckFailed
+from distquant.mesh import Mesh
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """Runs the demo; raises `CheckFailed` if the sharded bits differ from the unsharded ones."""
+    from distquant.quality import perplexity
+    from distquant.runtime import ray
+
+    quant = arguments.quant or "nf4-dq"
+    arguments.quant = quant
+    options = launch.load_options(arguments, arguments.mesh)
+    print(f"== the plan: {quant} at {arguments.mesh}\n")
+    print(render.plan_text(plan(arguments.model, **options)))
+
+    print(f"\n== loading onto {Mesh.parse(arguments.mesh).size} Ray workers\n", flush=True)
+    text = _validation(arguments.model)
+    with ProgressLine(Mesh.parse(arguments.mesh).size) as line:
+        sharded = ray.load(arguments.model, **options, progress=line.show)
+    with sharded:
+        report = sharded.report()
+        print(render.report_text(report))
+        print(f"\n== {arguments.prompt!r} goes on\n", flush=True)
+        print(sharded.generate(arguments.prompt, max_new_tokens=arguments.max_new_tokens, do_sample=False))
+        quantized = sharded.perplexity(text) if text else None
+
+    print("\n== the same model on one device\n", flush=True)
+    whole = load(arguments.model, **{**options, "mesh": None})
+    reference = fingerprint(whole)
+    if text:
+        from transformers import AutoTokenizer
+
+        unquantized = load(arguments.model, **{**options, "mesh": None, "quantization_config": "none"})
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        baseline = perplexity(unquantized, tokenizer, text)
+        rows = [(str(unquantized.dtype).removeprefix("torch."), "tp=1", f"{baseline:.3f}")]
+        rows += [(quant, arguments.mesh, f"{quantized:.3f}")]
+        print(render.table(("weights", "mesh", "perplexity on validation.txt"), rows))
+    print(f"\nfingerprint at tp=1  {reference}")
+    print(f"fingerprint at {arguments.mesh}  {report['fingerprint']}")
+    if report["fingerprint"] != reference:
+        raise CheckFailed(f"the fingerprints differ: {reference} and {report['fingerprint']}")
+    print("equal: the sharded model has the same bits")
+
+
+def _validation(model: str) -> str | None:
+    path = Path(model) / "validation.txt"
+    return path.read_text(encoding="utf-8") if path.is_file() else None

@@ -1,0 +1,185 @@
+"""Runs a job in the runtime that was asked for. torchrun ranks are started here unless a launcher has started them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from distquant.cli.progress import ProgressLine
+from distquant.errors import DistquantError, InputError
+from distquant.mesh import Mesh
+from distquant.runtime.job import Job, Outcome
+
+OUTCOME = "DISTQUANT_OUTCOME"
+"""Environment variable: file that rank 0 of ranks that we started writes the outcome to."""
+
+
+class Handled(DistquantError):
+    """A rank has already told what is wrong; `code` is the exit code."""
+
+    def __init__(self, code: int):
+        self.code = code
+        super().__init__(f"exit code {code}")
+
+
+def run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | None) -> Outcome | None:
+    """Loads the model and does the job; None on ranks that leave the telling to rank 0."""
+    from distquant.api import plan
+
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    try:
+        size = Mesh.parse(mesh).size
+    except InputError:
+        plan(arguments.model, **load_options(arguments, mesh))  # tells this and whatever else is wrong
+        raise
+    runtime = arguments.runtime or ("torchrun" if launched or size > 1 else "local")
+    if runtime == "ray":
+        return _on_ray(arguments, job, mesh)
+    if runtime == "local":
+        if size > 1:
+            what = f"{mesh} needs {size} ranks, and the runtime 'local' is one process"
+            raise InputError.one("mesh", what, "Use --runtime torchrun or --runtime ray")
+        return _here(arguments, job, mesh, "local")
+    if launched:
+        return _here(arguments, job, mesh, "torchrun")
+    plan(arguments.model, **load_options(arguments, mesh))  # what cannot work fails before ranks are started
+    return _start_ranks(arguments, argv, size)
+
+
+def load_options(arguments: argparse.Namespace, mesh: str | None) -> dict[str, Any]:
+    """The arguments of `distquant.load` that the command line gave."""
+    options = {
+        "quantization_config": arguments.quant,
+        "mesh": mesh,
+        "max_memory": arguments.max_memory,
+        "dtype": arguments.dtype,
+        "staging": arguments.staging,
+        "trust_remote_code": arguments.trust_remote_code,
+        "revision": arguments.revision,
+    }
+    device_map = getattr(arguments, "device_map", None)
+    if device_map is not None:
+        options["device_map"] = parse_device_map(device_map)
+    return options
+
+
+def parse_device_map(text: str) -> Any:
+    """`auto`, a device, or a JSON object."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError.one("device_map", f"no JSON ({error})", 'Write it as {"model.layers.0": 0, ...}') from error
+
+
+def _here(arguments: argparse.Namespace, job: Job, mesh: str | None, runtime: str) -> Outcome | None:
+    import torch
+
+    from distquant.api import load
+    from distquant.runtime import torchrun
+    from distquant.runtime.job import perform
+
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if runtime == "torchrun" else 1
+    torch.set_num_threads(arguments.threads or max((os.cpu_count() or 1) // ranks, 1))
+    rank = int(os.environ.get("RANK", "0")) if runtime == "torchrun" else 0
+    if runtime == "torchrun":
+        torchrun.check_world(Mesh.parse(mesh))
+    with ProgressLine(ranks if rank == 0 else 0) as line:
+        model = load(
+            arguments.model,
+            **load_options(arguments, mesh),
+            timeout=arguments.timeout,
+            progress=lambda done, total: line.show([(done, total)]),
+        )
+    outcome = perform(model, job, runtime)
+    if runtime == "torchrun":
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank != 0:
+        return None
+    if OUTCOME in os.environ:
+        with open(os.environ[OUTCOME], "w") as file:
+            json.dump(outcome.to_dict(), file)
+        return None
+    return outcome
+
+
+def _on_ray(arguments: argparse.Namespace, job: Job, mesh: str | None) -> Outcome:
+    try:
+        from distquant.runtime import ray
+    except ImportError as error:
+        raise InputError.one(
+            "--runtime ray", f"ray cannot be imported ({error})", "Run: pip install 'ray>=2.50'"
+        ) from error
+    options = load_options(arguments, mesh)
+    if options.pop("device_map", None) is not None:
+        raise InputError.one("device_map", "Ray workers hold one device each", "Use --mesh, or --runtime local")
+    with (
+        ProgressLine(Mesh.parse(mesh).size) as line,
+        ray.load(
+            arguments.model, **options, threads=arguments.threads or 1, timeout=arguments.timeout, progress=line.show
+        ) as sharded,
+    ):
+        line.end()
+        return sharded.perform(job)
+
+
+def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> Outcome:
+    """Starts the ranks with torch's elastic launcher, and reads what rank 0 writes."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    threads = arguments.threads or max((os.cpu_count() or 1) // size, 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=size,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    with tempfile.TemporaryDirectory(prefix="distquant-") as folder:
+        os.environ[OUTCOME] = path = os.path.join(folder, "outcome.json")
+        try:
+            elastic_launch(config, sys.executable)("-m", "distquant", *argv)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode in (1, 2):
+                raise Handled(failure.exitcode) from None
+            how = (
+                f"ended with exit code {failure.exitcode}"
+                if failure.exitcode > 0
+                else f"was killed by signal {-failure.exitcode}"
+            )
+            raise InputError.one(f"rank {rank}", how, "See its output above; the other ranks were stopped") from None
+        finally:
+            del os.environ[OUTCOME]
+        with open(path) as file:
+            return Outcome(**json.load(file))
+
+
+def rank_prefix() -> str:
+    """`rank N: ` in a process that a launcher started."""
+    return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+
+
+def told_once(tell: Callable[[], None]) -> None:
+    """Tells an error that every rank may have: rank 0 does, the others give it the time to."""
+    if os.environ.get("RANK", "0") == "0":
+        tell()
+    else:
+        time.sleep(2.0)
+        tell_anyway = os.environ.get("LOCAL_RANK") == "0"
+        if tell_anyway:
+            tell()

@@ -1,0 +1,123 @@
+"""Arguments, dispatch, and how errors are told: one message, exit code 2 (1 where a check failed), no traceback."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from distquant.errors import CheckFailed, DistquantError, InputError
+from distquant.version import __version__
+
+RUNTIMES = ("local", "torchrun", "ray")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"distquant: {message}. See '{self.prog} --help'.\n")
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder of a safetensors checkpoint, or a cached Hugging Face id")
+    parser.add_argument(
+        "--quant", metavar="NAME", help="short name, JSON text or JSON file; default: the checkpoint's own"
+    )
+    parser.add_argument("--dtype", default="auto", help="bfloat16, float16, float32 or auto")
+    parser.add_argument("--max-memory", metavar="SIZE", help="bytes that one rank may fill, such as 24GiB")
+    parser.add_argument("--staging", metavar="SIZE", default="512MiB", help="bytes that weights may pass through")
+    parser.add_argument("--revision", help="revision of a cached id")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the checkpoint")
+
+
+def _run_arguments(parser: argparse.ArgumentParser, *, many: bool = False) -> None:
+    if many:
+        parser.add_argument(
+            "--mesh", action="append", required=True, metavar="MESH", help="such as tp=2; give it twice"
+        )
+    else:
+        parser.add_argument("--mesh", metavar="MESH", help="such as tp=2 or dp=2,tp=4")
+        parser.add_argument("--device-map", metavar="MAP", help="auto, a device or JSON; one process, many devices")
+    parser.add_argument("--runtime", choices=RUNTIMES, help="default: local for one rank, torchrun for more")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads of a rank; default: the cores divided")
+    parser.add_argument("--timeout", type=float, help="seconds that a rank waits for the others")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="distquant", description="Load models across GPUs, quantized, with the same bits at every width."
+    )
+    parser.add_argument("--version", action="version", version=f"distquant {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    plan = commands.add_parser("plan", help="what a load would do; reads headers only")
+    _model_arguments(plan)
+    plan.add_argument("--mesh", metavar="MESH")
+    plan.add_argument("--device-map", metavar="MAP")
+    plan.add_argument("--capability", metavar="X.Y", help="compute capability of the devices")
+    plan.add_argument("--json", metavar="FILE", help="write the whole plan")
+
+    load = commands.add_parser("load", help="load, and answer a prompt")
+    _model_arguments(load)
+    _run_arguments(load)
+    load.add_argument("--prompt")
+    load.add_argument("--max-new-tokens", type=int, default=40)
+    load.add_argument("--report", metavar="FILE", help="write the JSON report")
+
+    verify = commands.add_parser("verify", help="load at several widths and compare the bits; exit 1 if they differ")
+    _model_arguments(verify)
+    _run_arguments(verify, many=True)
+
+    perplexity = commands.add_parser("perplexity", help="perplexity of a text")
+    _model_arguments(perplexity)
+    _run_arguments(perplexity)
+    perplexity.add_argument("--text", required=True, metavar="FILE")
+    perplexity.add_argument("--window", type=int, default=256, help="tokens seen at a time")
+
+    inspect = commands.add_parser("inspect", help="what lies in a checkpoint, and how it is quantized")
+    inspect.add_argument("model")
+    inspect.add_argument("--revision")
+
+    doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
+    doctor.add_argument("--quant", metavar="NAME")
+
+    demo = commands.add_parser("demo", help="the main job from end to end, on a small trained model")
+    _model_arguments(demo)
+    demo.add_argument("--mesh", default="tp=2")
+    demo.add_argument("--prompt", default="In the beginning")
+    demo.add_argument("--max-new-tokens", type=int, default=40)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0 done, 1 a check failed, 2 what the user gave cannot work."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser().parse_args(argv)
+    _quiet()
+    from distquant.cli import commands, launch
+
+    try:
+        return getattr(commands, f"run_{arguments.command}")(arguments, argv)
+    except CheckFailed as error:
+        print(f"distquant: {error}", file=sys.stderr)
+        return 1
+    except InputError:
+        launch.told_once(lambda: print(f"distquant: {error}", file=sys.stderr))
+        return 2
+    except DistquantError as error:
+        print(f"distquant: {launch.rank_prefix()}{error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _quiet() -> None:
+    """Keeps the libraries' chatter out of the output; errors of theirs still reach the user."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("bitsandbytes", "torch.distributed.elastic", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

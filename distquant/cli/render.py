@@ -1,0 +1,178 @@
+"""Plans, reports, checkpoints and machines as text."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from distquant.checkpoint import Checkpoint
+from distquant.facts import format_bytes
+from distquant.planning import LoadPlan
+
+SHOWN_RANKS = 16
+"""Ranks that a table lists; of more, the first and last are shown."""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned by spaces; numbers to the right."""
+    every = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in every) for i in range(len(header))]
+    right = [all(row[i][:1].isdigit() for row in rows) if rows else False for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def plan_text(plan: LoadPlan) -> str:
+    """The plan as a page: what, per rank, per rule, and what to know."""
+    quantization = plan.quantization_config.get("quant_method", "none")
+    stored = "as the checkpoint stores it" if plan.prequantized else f"from {plan.dtype}"
+    parts = [
+        f"{plan.architecture} from {plan.model}",
+        f"quantization {quantization} {stored}, mesh {plan.mesh} ({plan.mesh.size} ranks), plan {plan.digest[:16]}",
+        "",
+        _memory_table(plan),
+    ]
+    if plan.rules:
+        rows = [(r.pattern, r.asked, r.became, str(r.modules), r.reason) for r in plan.rules]
+        parts += ["", table(("rule", "asked", "became", "modules", "why"), rows)]
+    if plan.device_map is not None:
+        parts += ["", table(("module", "device"), [(k or "(everything)", v) for k, v in plan.device_map.items()])]
+    notes = [f"note: {note}" for note in plan.notes]
+    notes += [f"checked at load: {item}" for item in plan.check_at_load]
+    return "\n".join([*parts, "", *notes] if notes else parts)
+
+
+def _memory_table(plan: LoadPlan) -> str:
+    rows = [
+        (
+            f"{m.rank}",
+            f"{m.parameters:,}",
+            format_bytes(m.read),
+            format_bytes(m.quantized),
+            format_bytes(m.unquantized),
+            format_bytes(m.staging),
+            format_bytes(m.peak),
+        )
+        for m in plan.memory
+    ]
+    if len(rows) > SHOWN_RANKS:
+        rows = [*rows[: SHOWN_RANKS // 2], tuple(["..."] * 7), *rows[-SHOWN_RANKS // 2 :]]
+    header = ("rank", "parameters", "to read", "quantized", "unquantized", "staging", "at most")
+    heads = {m.rank: _heads(plan, m.rank) for m in plan.memory[:SHOWN_RANKS]}
+    told = [f"rank {rank}: {text}" for rank, text in heads.items() if text]
+    return "\n".join([table(header, rows), *([""] + told if told else [])])
+
+
+def _heads(plan: LoadPlan, rank: int) -> str:
+    """The rank's attention heads, one text for each kind of attention."""
+    tp = plan.mesh.coordinates(rank)["tp"]
+    return "; ".join(heads.describe(tp) for heads in plan.heads.values())
+
+
+def report_text(report: dict[str, Any]) -> str:
+    """A load's report as a page."""
+    rows = [
+        (
+            str(r["rank"]),
+            f"{r['seconds']:.2f} s",
+            format_bytes(r["bytes_read"]),
+            format_bytes(r["quantized_bytes"]),
+            format_bytes(r["unquantized_bytes"]),
+            format_bytes(r["peak_rss_bytes"]),
+            " ".join(f"{name} {seconds:.2f}" for name, seconds in r["stages"].items()),
+        )
+        for r in report["ranks"]
+    ]
+    header = ("rank", "loaded in", "read", "quantized", "unquantized", "peak memory", "busy (s)")
+    what = f"{report['runtime']}, mesh {report['mesh']}, fingerprint {report['fingerprint']}"
+    return f"{table(header, rows)}\n{what}"
+
+
+def inspect_text(checkpoint: Checkpoint) -> str:
+    """What lies in a checkpoint, by dtype and by shard, and how it is quantized."""
+    from distquant.config import detect
+
+    config = checkpoint.config
+    sizes: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        sizes[info.dtype] += info.nbytes
+        counts[info.dtype] += 1
+    elements = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    quantization = detect(config)
+    lines = [
+        f"{', '.join(config.get('architectures') or ['?'])} ({config.get('model_type', '?')}) in {checkpoint.path}",
+        f"{len(checkpoint.tensors)} tensors, {elements:,} elements, {format_bytes(checkpoint.total_bytes)}, "
+        f"{len(checkpoint.shards)} files",
+        "",
+        table(("dtype", "tensors", "bytes"), [(d, str(counts[d]), format_bytes(sizes[d])) for d in sorted(sizes)]),
+        "",
+        table(
+            ("file", "tensors", "bytes", "header sha256"),
+            [(s.name, str(len(s.tensors)), format_bytes(s.size), s.digest[:16]) for s in checkpoint.shards],
+        ),
+        "",
+    ]
+    if quantization is None:
+        lines.append("not quantized")
+    else:
+        lines.append("quantized:")
+        lines += [f"  {key} = {value!r}" for key, value in sorted(quantization.items())]
+    return "\n".join(lines)
+
+
+def doctor_text(quant: str | None) -> str:
+    """What this machine has, and which methods it can run."""
+    import torch
+
+    from distquant.config import parse
+    from distquant.mesh import Mesh
+    from distquant.runtime import local
+    from distquant.runtime.measure import PACKAGES, host_memory, measure, packages
+    from distquant.schemes import Context, config_classes, scheme_for
+    from distquant.schemes.registry import discover
+    from distquant.skeleton import Skeleton
+
+    found = packages()
+    facts = measure(1, local.device(), None)
+    lines = [
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores, "
+        f"{format_bytes(host_memory())} free",
+        f"device: {facts.device_type}"
+        + (f" {torch.cuda.get_device_name()}, capability {facts.capability}" if facts.device_type == "cuda" else ""),
+        "",
+        table(("package", "version"), [(name, found.get(name, "missing")) for name in PACKAGES]),
+        "",
+    ]
+    schemes = [scheme_for(parse(quant, config_classes()))] if quant else []
+    if not schemes:
+        names = {name: next(iter(cls.config_class.short_names), None) for name, cls in discover().items()}
+        schemes = [scheme_for(parse(short, config_classes())) for short in names.values() if short]
+    empty = Skeleton(
+        model_type="", architecture="", params={}, tied={}, sources={}, unexpected=(), missing=(), linears={},
+        attentions={}, embeddings=(), input_embedding=None, output_embedding=None, experts=(), tp_plan={}, ep_plan={},
+        default_skip=(),
+    )  # fmt: skip
+    context = Context(facts=facts, mesh=Mesh(), skeleton=empty, device_map=None, prequantized=False)
+    rows = []
+    for scheme in schemes:
+        problems = scheme.validate(context)
+        names = ", ".join(scheme.config_class.short_names) or scheme.name
+        rows.append((scheme.name, names, "; ".join(f"{p.what}. {p.fix}" for p in problems) or "ready"))
+    lines.append(table(("method", "names", "state"), rows))
+    missing = [n for n in ("ray", "peft") if importlib.util.find_spec(n) is None]
+    lines += [f"note: without {name}, {_uses(name)} is not available: pip install {name}" for name in missing]
+    return "\n".join(lines)
+
+
+def _uses(package: str) -> str:
+    return {"ray": "--runtime ray", "peft": "LoRA on loaded models"}[package]

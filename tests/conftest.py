@@ -1,0 +1,52 @@
+"""Checkpoints that tests of every kind share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Path of a family's checkpoint (see `models.FAMILIES`), written when it is first asked for."""
+    from models import save_model
+
+    root = tmp_path_factory.mktemp("models")
+
+    def path(family: str) -> str:
+        folder = root / family
+        return str(folder if folder.exists() else save_model(family, folder))
+
+    return path
+
+
+@pytest.fixture
+def copy_of(model_of: Callable[[str], str], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a family's checkpoint that the test may spoil."""
+
+    def copy(family: str) -> Path:
+        target = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(model_of(family), target)
+        return target
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def kjv_tiny() -> str:
+    """The trained example in the repository."""
+    return str(REPOSITORY / "examples" / "models" / "kjv-tiny")
+
+
+@pytest.fixture(scope="session")
+def kjv_llama() -> str:
+    """The trained model beside the repository."""
+    folder = REPOSITORY.parent / "shared" / "models" / "kjv-llama"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not on this machine")
+    return str(folder)

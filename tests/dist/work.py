@@ -1,0 +1,142 @@
+"""What ranks do in these tests. Ranks are spawned processes, so all of it lives at module level.
+
+Every function also works in the test's own process, where it is the unsharded truth to compare with.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import distquant as dq
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+SCHEMES = ("none", "nf4", "nf4-dq", "fp4-dq", "int8")
+IDS = ((5, 17, 99, 3, 42, 42, 8, 110, 64, 23, 7, 80), (90, 2, 31, 77, 12, 6, 55, 101, 9, 118, 4, 66))
+"""Two prompts within every family's vocabulary."""
+
+
+def bnb(name: str, compute: str = "float32", storage: str = "uint8") -> Any:
+    """A short name as a config, with everything that decides rounding spelled out."""
+    if name in ("none", "int8"):
+        return name
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": name[:3],
+        "bnb_4bit_use_double_quant": name.endswith("-dq"),
+        "bnb_4bit_compute_dtype": compute,
+        "bnb_4bit_quant_storage": storage,
+    }
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def exact(path: str, name: str, mesh: str | None = None) -> Any:
+    """A model whose arithmetic is float32 throughout."""
+    return dq.load(path, quantization_config=bnb(name), mesh=mesh, dtype="float32")
+
+
+def fingerprint(path: str, quant: Any, mesh: str | None = None, **kwargs: Any) -> str:
+    return dq.fingerprint(dq.load(path, quantization_config=quant, mesh=mesh, **kwargs))
+
+
+def logits(path: str, name: str, mesh: str | None = None) -> Tensor:
+    with torch.no_grad():
+        return exact(path, name, mesh)(torch.tensor(IDS)).logits
+
+
+def config_after_load(path: str, mesh: str | None = None) -> dict[str, Any]:
+    """The shared config after a load and a forward."""
+    model = exact(path, "nf4", mesh)
+    with torch.no_grad():
+        model(torch.tensor(IDS))
+    return {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+
+
+def perplexity(path: str, name: str, text: str, mesh: str | None = None) -> float:
+    from transformers import AutoTokenizer
+
+    return dq.perplexity(exact(path, name, mesh), AutoTokenizer.from_pretrained(path), text)
+
+
+def dequantized_weights(path: str, quant: Any, mesh: str | None = None) -> dict[str, Tensor]:
+    """This rank's dequantized weights by module path."""
+    from distquant.schemes.straddling import dequantized
+
+    model = dq.load(path, quantization_config=quant, mesh=mesh)
+    found = {}
+    for name in model.distquant.plan.converted:
+        module = model.get_submodule(name)
+        if hasattr(module.weight, "SCB"):
+            found[name] = module.weight.data.float() * module.weight.SCB.view(-1, 1) / 127
+        else:
+            found[name] = dequantized(module)
+    return found
+
+
+def tokens(path: str, name: str, mesh: str | None, seed: int | None = None, **kwargs: Any) -> list[list[int]]:
+    """What `generate` answers; with a seed, ranks start from different random states on purpose."""
+    model = exact(path, name, mesh)
+    if seed is not None:
+        torch.manual_seed(seed + rank())
+    return model.generate(torch.tensor(IDS), max_new_tokens=10, **kwargs).tolist()
+
+
+def traces_of_generate(path: str, quant: Any, mesh: str | None, static: bool) -> tuple[str, str, list[str]]:
+    """Fingerprints before and after a generation, and the names of state that it changed."""
+    model = dq.load(path, quantization_config=quant, mesh=mesh)
+    before, state = dq.fingerprint(model), {k: v.clone() for k, v in model.state_dict().items()}
+    more = {"cache_implementation": "static"} if static else {}
+    model.generate(torch.tensor(IDS), max_new_tokens=4, do_sample=False, **more)
+    after, now = dq.fingerprint(model), model.state_dict()
+    changed = [k for k in state.keys() | now.keys() if k not in state or k not in now or not same_bits(state[k], now[k])]
+    return before, after, changed
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def error_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> BaseException | None:
+    """What a function raises on this rank."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return error
+    return None
+
+
+def load_planned(plans: list[dq.LoadPlan]) -> Any:
+    """Loads this rank's own plan."""
+    return dq.load(plans[rank()])
+
+
+def save_sharded(path: str, quant: Any, mesh: str, folder: str) -> None:
+    dq.load(path, quantization_config=quant, mesh=mesh).save_pretrained(folder)
+
+
+def fingerprint_staged(path: str, quant: Any, mesh: str, staging: str) -> str:
+    return fingerprint(path, quant, mesh, staging=staging)
+
+
+def logits_and_vocabulary(path: str, name: str, mesh: str) -> tuple[Tensor, int]:
+    """Logits, and how many rows of the vocabulary this rank holds (embedding and head are one tensor)."""
+    model = exact(path, name, mesh)
+    weight = model.get_input_embeddings().weight
+    assert model.get_output_embeddings().weight is weight
+    with torch.no_grad():
+        return model(torch.tensor(IDS)).logits, len(weight)

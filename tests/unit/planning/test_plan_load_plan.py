@@ -1,0 +1,229 @@
+"""The frozen plan: JSON both ways, a digest that every field moves, and formats that are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from distquant.errors import InputError
+from distquant.facts import Facts
+from distquant.mesh import Mesh
+from distquant.planning import (
+    AttentionShard,
+    Cut,
+    HeadCut,
+    LoadPlan,
+    ModuleShard,
+    RankMemory,
+    Rule,
+    TensorPlan,
+    cut_heads,
+    even_cut,
+)
+from distquant.skeleton import Source
+
+
+def small_plan() -> LoadPlan:
+    up = "model.layers.0.mlp.up_proj.weight"
+    experts = tuple(Source(f"e.{i}.w1", "", (i, 0, 0)) for i in range(2))
+    return LoadPlan(
+        model="some/model",
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        mesh=Mesh(dp=2, tp=3),
+        dtype="bfloat16",
+        quantization_config={
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "llm_int8_skip_modules": ["lm_head"],
+        },
+        selection={"include_modules": None, "layers": "0-3"},
+        prequantized=False,
+        tensors=(
+            TensorPlan(up, (704, 64), "bfloat16", "bitsandbytes_4bit", (Source(up), Source("x", "absmax")), 0, "cut0"),
+            TensorPlan("experts", (2, 4, 4), "bfloat16", "none", experts),
+            TensorPlan("gate", (8,), "float32", "none", (Source("packed", "", None, (0, 8, 16)),)),
+        ),
+        tied={"lm_head.weight": "model.embed_tokens.weight"},
+        cuts={"cut0": even_cut(704, 64, 3), "cut1": Cut(4, (((0, 1), (2, 3)), ((1, 2),), ((3, 4),)))},
+        heads={"heads0": next(cut_heads(10, 2, 3))},
+        modules={"model.layers.0.mlp.up_proj": ModuleShard("colwise", "cut0")},
+        attentions={"model.layers.0.self_attn": AttentionShard("heads0", 64)},
+        converted=("model.layers.0.mlp.up_proj",),
+        rules=(Rule("model.layers.*.mlp.up_proj", "colwise", "colwise 256+256+192", "units of 64", 1),),
+        notes=("größer: ein Hinweis",),
+        memory=(RankMemory(0, 10, 20, 30, 40, 50), RankMemory(1, 11, 21, 31, 41, 51)),
+        staging=1 << 20,
+        device_map={"model": "cuda:0"},
+        shards={"model-00001.safetensors": ("ab" * 32, 1000), "model-00002.safetensors": ("cd" * 32, 234)},
+        check_at_load=("free memory",),
+        facts=Facts(device_type="cuda", device_count=6, capability=(8, 9), memory=24 << 30, packages={"torch": "2.11"}),
+        trust_remote_code=True,
+    )
+
+
+CHANGES = {
+    "model": "other",
+    "model_type": "qwen2",
+    "architecture": "Qwen2ForCausalLM",
+    "mesh": Mesh(dp=3, tp=2),
+    "dtype": "float16",
+    "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "selection": {"include_modules": None, "layers": "0-2"},
+    "prequantized": True,
+    "tensors": small_plan().tensors[::-1],
+    "tied": {},
+    "cuts": {"cut0": even_cut(704, 32, 3)},
+    "heads": {"heads0": next(cut_heads(10, 5, 3))},
+    "modules": {"model.layers.0.mlp.up_proj": ModuleShard("rowwise", "cut0")},
+    "attentions": {"model.layers.0.self_attn": AttentionShard("heads0", 32)},
+    "converted": (),
+    "rules": (),
+    "notes": (),
+    "memory": (RankMemory(0, 10, 20, 30, 40, 51), RankMemory(1, 11, 21, 31, 41, 51)),
+    "staging": (1 << 20) + 1,
+    "device_map": None,
+    "shards": {"model-00001.safetensors": ("ab" * 32, 1000), "model-00002.safetensors": ("ce" * 32, 234)},
+    "check_at_load": (),
+    "facts": Facts(device_type="cuda", device_count=6, capability=(9, 0), memory=24 << 30, packages={"torch": "2.11"}),
+    "trust_remote_code": False,
+}
+
+TENSOR_CHANGES = {
+    "name": "other",
+    "shape": (704, 65),
+    "dtype": "float16",
+    "scheme": "none",
+    "sources": (Source("y"),),
+    "dim": 1,
+    "cut": "cut1",
+    "transposed": True,
+}
+SOURCE_CHANGES = {"tensor": "z", "component": "SCB", "offset": (0, 1), "take": (1, 0, 2)}
+
+
+def test_round_trip():
+    plan = small_plan()
+    again = LoadPlan.from_json(plan.to_json())
+    assert again == plan
+    assert again.digest == plan.digest
+    assert again.to_json() == plan.to_json()
+
+
+def test_round_trip_restores_types():
+    again = LoadPlan.from_json(small_plan().to_json())
+    assert type(again.tensors[1].sources[1].offset) is tuple
+    assert type(again.tensors[2].sources[0].take) is tuple
+    assert isinstance(again.heads["heads0"], HeadCut)
+    assert again.cuts["cut0"].lengths == [256, 256, 192]
+    assert again.facts.capability == (8, 9)
+    assert again.shards["model-00001.safetensors"] == ("ab" * 32, 1000)
+    hash((again.tensors, again.cuts["cut1"], again.heads["heads0"], again.rules, again.memory))
+
+
+@pytest.mark.parametrize("facts", [Facts(), Facts(memory=5, memory_source="--max-memory")])
+def test_round_trip_of_unknown_facts(facts):
+    plan = dataclasses.replace(small_plan(), facts=facts, device_map=None)
+    assert LoadPlan.from_json(plan.to_json()) == plan
+
+
+def test_json_is_canonical():
+    text = small_plan().to_json()
+    assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+    reordered = dataclasses.replace(small_plan(), shards=dict(reversed(small_plan().shards.items())))
+    assert reordered.digest == small_plan().digest
+
+
+def test_changes_cover_every_field():
+    assert set(CHANGES) == {field.name for field in dataclasses.fields(LoadPlan)}
+    assert set(TENSOR_CHANGES) == {field.name for field in dataclasses.fields(TensorPlan)}
+    assert set(SOURCE_CHANGES) == {field.name for field in dataclasses.fields(Source)}
+
+
+@pytest.mark.parametrize("field", sorted(CHANGES))
+def test_every_field_moves_the_digest(field):
+    plan = small_plan()
+    changed = dataclasses.replace(plan, **{field: CHANGES[field]})
+    assert changed.digest != plan.digest
+    assert LoadPlan.from_json(changed.to_json()) == changed
+
+
+@pytest.mark.parametrize("field", sorted(TENSOR_CHANGES))
+def test_every_field_of_a_tensor_moves_the_digest(field):
+    plan = small_plan()
+    first = dataclasses.replace(plan.tensors[0], **{field: TENSOR_CHANGES[field]})
+    changed = dataclasses.replace(plan, tensors=(first, *plan.tensors[1:]))
+    assert changed.digest != plan.digest
+    assert LoadPlan.from_json(changed.to_json()) == changed
+
+
+@pytest.mark.parametrize("field", sorted(SOURCE_CHANGES))
+def test_every_field_of_a_source_moves_the_digest(field):
+    plan = small_plan()
+    source = dataclasses.replace(plan.tensors[0].sources[0], **{field: SOURCE_CHANGES[field]})
+    first = dataclasses.replace(plan.tensors[0], sources=(source,))
+    base = dataclasses.replace(plan.tensors[0], sources=plan.tensors[0].sources[:1])
+    changed, same = (dataclasses.replace(plan, tensors=(t, *plan.tensors[1:])) for t in (first, base))
+    assert changed.digest != same.digest
+    assert LoadPlan.from_json(changed.to_json()) == changed
+
+
+def test_digest_is_sha256_and_the_same_for_equal_plans():
+    digest = small_plan().digest
+    assert len(digest) == 64
+    assert int(digest, 16) >= 0
+    assert digest == small_plan().digest
+
+
+def test_frozen():
+    plan = small_plan()
+    for target, field in ((plan, "model"), (plan.tensors[0], "name"), (plan.cuts["cut0"], "size"), (plan.mesh, "tp")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(target, field, getattr(target, field))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no plan in JSON"),
+        ("{", "no plan in JSON"),
+        ("{}", r"no plan in JSON \('format'\)"),
+        ("null", "no plan in JSON"),
+        ("3", "no plan in JSON"),
+        ("[]", ""),
+        ('["format"]', ""),
+        ('{"format": 0}', r"format 0, this is 1\. Plan again"),
+        ('{"format": "1"}', "format 1, this is 1"),
+        ('{"format": 1}', ""),
+    ],
+)
+def test_what_is_no_plan(text, message):
+    with pytest.raises(InputError, match=f"^plan: .*{message}"):
+        LoadPlan.from_json(text)
+
+
+def test_another_version_of_the_format_is_refused():
+    fields = json.loads(small_plan().to_json())
+    assert fields["format"] == 1
+    fields["format"] = 2
+    with pytest.raises(InputError, match=r"^plan: format 2, this is 1\. Plan again with this version"):
+        LoadPlan.from_json(json.dumps(fields))
+
+
+@pytest.mark.parametrize("change", ["lacks", "unknown"])
+def test_a_plan_with_other_fields_is_refused(change):
+    fields = json.loads(small_plan().to_json())
+    if change == "lacks":
+        del fields["cuts"]
+    else:
+        fields["surprise"] = 1
+    with pytest.raises(InputError, match=r"^plan: "):
+        LoadPlan.from_json(json.dumps(fields))
+
+
+def test_sums():
+    plan = small_plan()
+    assert plan.checkpoint_bytes == 1234
+    assert (plan.memory[0].finished, plan.memory[0].peak) == (70, 120)
