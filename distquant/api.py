@@ -126,7 +126,7 @@ def load(
 
 
 def fingerprint(model: Any) -> str:
-    """32 hex digits that name the quantized weights, independent of how many ranks hold them. All ranks must call it."""
+    """32 hex digits that name the quantized weights, however many ranks hold them. All ranks must call it."""
     from distquant.assemble.fingerprint import fingerprint as of
 
     return of(model)

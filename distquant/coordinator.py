@@ -378,10 +378,8 @@ class _Planner:
             replicated = parallel.replicated
             size = sum(_nbytes(t) for t in tensors if t.name.rpartition(".")[0] in replicated)
             reasons = sorted(set(replicated.values()))
-            self.notes.append(
-                f"replicated: {len(replicated)} modules, {format_bytes(size)} before quantization on each further rank: "
-                + "; ".join(reasons[:3])
-            )
+            cost = f"{len(replicated)} modules, {format_bytes(size)} before quantization on each further rank"
+            self.notes.append(f"replicated: {cost}: {'; '.join(reasons[:3])}")
         repeated = {key: heads.kv.repeated for key, heads in parallel.heads.items() if heads.kv.repeated}
         for key, count in repeated.items():
             layers = sum(attention.heads == key for attention in parallel.attentions.values())

@@ -1,4 +1,4 @@
-"""How a scheme's stored components cover the logical weight; units and slices are derived from it, never written by hand.
+"""How a scheme's stored components cover the logical weight; units and slices follow from it, none is written by hand.
 
 A component (codes, absmax, row scales, ...) says for each dim of the logical weight `[out, in]` how many logical
 elements one stored element spans. Two words more: `ALL`, where it reduces over a whole dim, and `flat`, where runs of

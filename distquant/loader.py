@@ -376,9 +376,8 @@ class _Loading:
     def _dispatch(self, model: Any) -> None:
         from accelerate import dispatch_model
 
-        places = {
-            k: int(v.removeprefix("cuda:")) if v.startswith("cuda:") else v for k, v in self.plan.device_map.items()
-        }
+        device_map = self.plan.device_map or {}
+        places = {k: int(v.removeprefix("cuda:")) if v.startswith("cuda:") else v for k, v in device_map.items()}
         if len(set(places.values())) > 1 or "disk" in places.values():
             index = self.offload or None
             folder = self.offload_folder.name if self.offload_folder else None

@@ -1,4 +1,4 @@
-"""Turns a model on `meta` into one rank's local model: local modules, parallel styles, heads, adapters, completeness."""
+"""Turns a model on `meta` into one rank's local model: local modules, styles, heads, adapters, completeness."""
 
 from distquant.assemble.finish import check_complete, finish
 from distquant.assemble.local import localize, set_tensor

@@ -1,8 +1,8 @@
 """LoRA on cut modules: PEFT replaces a module after loading, and its two small matrices then need communication too.
 
 PEFT brings tensor-parallel hooks of its own only for models that transformers itself sharded as DTensors. Without any,
-LoRA on a row-parallel layer adds an unreduced local product to a reduced result, unnoticed while `lora_B` is zero. So the
-parent of every cut module looks, before it runs, whether its child was replaced, and wires what it finds:
+LoRA on a row-parallel layer adds an unreduced local product to a reduced result, unnoticed while `lora_B` is zero. So
+the parent of every cut module looks, before it runs, whether its child was replaced, and wires what it finds:
 
 column-parallel: `lora_A` is replicated, `lora_B` holds this rank's outputs; the gradient into `lora_A` is summed.
 row-parallel: `lora_A` holds this rank's inputs, and its product is summed; `lora_B` is replicated.
@@ -83,11 +83,12 @@ def _wire(path: str, child: nn.Module, style: str, cut: Cut, axis: Axis) -> None
         return  # a whole copy of the module, hooks included
     if not hasattr(child, "lora_A") or not hasattr(child, "base_layer"):
         raise AdapterError(f"{path} was replaced by {type(child).__name__}; on a cut module only PEFT's LoRA is known")
+    lora: Any = child
     wired: set[str] = child.__dict__.setdefault("_distquant_wired", set())
-    for adapter in (*child.lora_A.keys(), *child.lora_embedding_A.keys()):
+    for adapter in (*lora.lora_A.keys(), *lora.lora_embedding_A.keys()):
         if adapter not in wired:
             _check(path, child, adapter, style, cut)
-            _wire_one(child.lora_A[adapter], child.lora_B[adapter], style, cut, axis)
+            _wire_one(lora.lora_A[adapter], lora.lora_B[adapter], style, cut, axis)
             wired.add(adapter)
 
 

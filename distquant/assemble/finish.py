@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections import Counter
 from typing import Any
@@ -34,10 +35,8 @@ def finish(model: Any, path: str, axis: Axis) -> None:
 
     model.name_or_path = model.config.name_or_path = path
     if model.can_generate():
-        try:
+        with contextlib.suppress(OSError):  # the checkpoint has none; the model's defaults stay
             model.generation_config = GenerationConfig.from_pretrained(path)
-        except OSError:
-            pass  # the checkpoint has none; the model's defaults stay
     model.eval()
     if axis.size > 1:
         model.save_pretrained = types.MethodType(_refuse_save, model)

@@ -38,7 +38,7 @@ def localize(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int) -> 
         if tensor.scheme != "none":
             old = model.get_submodule(owner)
             new = scheme.module(old, shard_of(tensor, plan, tp_rank))
-            new.source_cls = type(old)
+            new.__dict__["source_cls"] = type(old)  # what transformers' saving and dequantizing look at
             model.set_submodule(owner, new.requires_grad_(False).train(old.training))
         elif tensor.cut is not None:
             _resize(model.get_submodule(owner), leaf, local_shape(tensor, plan, tp_rank))
@@ -70,7 +70,7 @@ def _set_heads(attention: nn.Module, query: int, kv: int, groups: int) -> None:
             if isinstance(getattr(attention, name, None), int):
                 setattr(attention, name, value)
     if reads_heads_from_config(attention):
-        attention.config = _HeadsView(attention.config, query, kv)
+        attention.__dict__["config"] = _HeadsView(attention.config, query, kv)
 
 
 class _HeadsView:

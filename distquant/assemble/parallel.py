@@ -1,7 +1,7 @@
 """The parallel styles as thin communication wrappers with autograd.
 
-They are hooks on the ecosystem's own modules, so a module keeps its exact type. `f` copies forward and reduces backward,
-`g` reduces forward and copies backward (Megatron-LM, arXiv 1909.08053, figure 3).
+They are hooks on the ecosystem's own modules, so a module keeps its exact type. `_Copy` copies forward and reduces
+backward, `_Reduce` reduces forward and copies backward (Megatron-LM's f and g, arXiv 1909.08053, figure 3).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class HideBias:
     """Before a row-parallel module: its bias is added once, after the sum."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        module._hidden_bias = module._parameters["bias"]
+        module.__dict__["_hidden_bias"] = module._parameters["bias"]
         module._parameters["bias"] = None
 
 
@@ -128,7 +128,7 @@ class LocalIds:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         ids = args[0]
         foreign = (ids < self.start) | (ids >= self.stop)
-        module._foreign_ids = foreign
+        module.__dict__["_foreign_ids"] = foreign
         return ((ids - self.start).masked_fill(foreign, 0), *args[1:])
 
 

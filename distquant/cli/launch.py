@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 from distquant.cli.progress import ProgressLine
@@ -174,12 +173,9 @@ def rank_prefix() -> str:
     return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
 
 
-def told_once(tell: Callable[[], None]) -> None:
-    """Tells an error that every rank may have: rank 0 does, the others give it the time to."""
+def tell_once(message: str) -> None:
+    """Tells an error that every rank may have: rank 0 does, the others give it the time to and then only end."""
     if os.environ.get("RANK", "0") == "0":
-        tell()
+        print(message, file=sys.stderr)
     else:
         time.sleep(2.0)
-        tell_anyway = os.environ.get("LOCAL_RANK") == "0"
-        if tell_anyway:
-            tell()

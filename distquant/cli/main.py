@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CheckFailed as error:
         print(f"distquant: {error}", file=sys.stderr)
         return 1
-    except InputError:
-        launch.told_once(lambda: print(f"distquant: {error}", file=sys.stderr))
+    except InputError as error:
+        launch.tell_once(f"distquant: {error}")
         return 2
     except DistquantError as error:
         print(f"distquant: {launch.rank_prefix()}{error}", file=sys.stderr)

@@ -52,7 +52,7 @@ def plan_text(plan: LoadPlan) -> str:
 
 
 def _memory_table(plan: LoadPlan) -> str:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             f"{m.rank}",
             f"{m.parameters:,}",
@@ -65,11 +65,11 @@ def _memory_table(plan: LoadPlan) -> str:
         for m in plan.memory
     ]
     if len(rows) > SHOWN_RANKS:
-        rows = [*rows[: SHOWN_RANKS // 2], tuple(["..."] * 7), *rows[-SHOWN_RANKS // 2 :]]
+        rows = [*rows[: SHOWN_RANKS // 2], ("...",) * 7, *rows[-SHOWN_RANKS // 2 :]]
     header = ("rank", "parameters", "to read", "quantized", "unquantized", "staging", "at most")
     heads = {m.rank: _heads(plan, m.rank) for m in plan.memory[:SHOWN_RANKS]}
     told = [f"rank {rank}: {text}" for rank, text in heads.items() if text]
-    return "\n".join([table(header, rows), *([""] + told if told else [])])
+    return "\n".join([table(header, rows), *(["", *told] if told else [])])
 
 
 def _heads(plan: LoadPlan, rank: int) -> str:
@@ -153,10 +153,9 @@ def doctor_text(quant: str | None) -> str:
         table(("package", "version"), [(name, found.get(name, "missing")) for name in PACKAGES]),
         "",
     ]
-    schemes = [scheme_for(parse(quant, config_classes()))] if quant else []
-    if not schemes:
-        names = {name: next(iter(cls.config_class.short_names), None) for name, cls in discover().items()}
-        schemes = [scheme_for(parse(short, config_classes())) for short in names.values() if short]
+    shorts = [quant] if quant else [next(iter(s.config_class.short_names), None) for s in discover().values()]
+    configs = (parse(short, config_classes()) for short in shorts if short)
+    schemes = [scheme_for(config) for config in configs if config is not None]
     empty = Skeleton(
         model_type="", architecture="", params={}, tied={}, sources={}, unexpected=(), missing=(), linears={},
         attentions={}, embeddings=(), input_embedding=None, output_embedding=None, experts=(), tp_plan={}, ep_plan={},

@@ -6,6 +6,7 @@ A rank's share is a list of segments, because packed projections are cut part by
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 Segment = tuple[int, int]
 """Half-open range `[start, stop)` of a dim, in logical elements."""
@@ -80,7 +81,7 @@ def even_cut(size: int, unit: int, ranks: int) -> Cut | None:
     edges = [0]
     for rank in range(ranks):
         edges.append(min(size, edges[-1] + (share + (rank < extra)) * unit))
-    return Cut(size, tuple(((a, b),) for a, b in zip(edges, edges[1:], strict=False)))
+    return Cut(size, tuple(((a, b),) for a, b in pairwise(edges)))
 
 
 def join_parts(cuts: list[Cut]) -> Cut:

@@ -1,8 +1,9 @@
 """Dealing out attention heads: query heads and the kv heads that they attend with.
 
-With at least as many kv heads as ranks, kv heads are dealt out whole, and their query heads with them. With fewer, query
-heads are dealt out and each rank holds the kv heads that its own need; where the rank's map of query to kv heads is not
-uniform, the kv rows are repeated, one for each query head. A kv head on several ranks counts once in the fingerprint.
+With at least as many kv heads as ranks, kv heads are dealt out whole, and their query heads with them. With fewer,
+query heads are dealt out and each rank holds the kv heads that its own need; where the rank's map of query to kv heads
+is not uniform, the kv rows are repeated, one for each query head. A kv head on several ranks counts once in the
+fingerprint.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class HeadCut:
 
 
 def cut_heads(heads: int, kv_heads: int, ranks: int) -> Iterator[HeadCut]:
-    """Every way to deal out the heads, best first: whole kv heads, then repeated ones; small steps before large ones."""
+    """Every way to deal out the heads, best first: whole kv heads, then repeated ones; small steps before large."""
     groups = heads // kv_heads
     for step in range(1, kv_heads // ranks + 1 if ranks <= kv_heads else 0):
         kv = even_cut(kv_heads, step, ranks)

@@ -67,7 +67,8 @@ class _Rewriter:
         self.plan = ParallelPlan()
         self.tp_plan = tp_plan
         self.became: dict[tuple[str, str, str, str], int] = {}
-        self._solved: dict[object, object] = {}
+        self._heads: dict[object, tuple[HeadCut, dict[str, Cut]]] = {}
+        self._widths: dict[object, tuple[int, Cut]] = {}
 
     def run(self) -> ParallelPlan:
         groups: dict[str, dict[str, str]] = {}
@@ -136,9 +137,9 @@ class _Rewriter:
             return
         key = ("attention", attention.heads, attention.kv_heads, attention.head_dim, *self._signature(columns, row))
         key = (*key, *roles.values())
-        if key not in self._solved:
-            self._solved[key] = self._solve_attention(attention, columns, row, roles)
-        heads, by_role = self._solved[key]  # type: ignore[misc]
+        if key not in self._heads:
+            self._heads[key] = self._solve_attention(attention, columns, row, roles)
+        heads, by_role = self._heads[key]
         size = attention.head_dim
         self.plan.attentions[attention.name] = AttentionShard(self._heads_key(heads), size)
         for column in columns:
@@ -197,9 +198,9 @@ class _Rewriter:
             self._each_alone(columns, [row], asked)
             return
         key = ("mlp", width, len(packed), *self._signature(columns, row))
-        if key not in self._solved:
-            self._solved[key] = self._solve_mlp(width, columns, row, packed)
-        unit, cut = self._solved[key]  # type: ignore[misc]
+        if key not in self._widths:
+            self._widths[key] = self._solve_mlp(width, columns, row, packed)
+        unit, cut = self._widths[key]
         told = f"units of {unit} for {', '.join(c.name.rpartition('.')[2] for c in (*columns, row))}"
         for column in columns:
             used = join_parts([cut, cut]) if column.name in packed else cut

@@ -6,6 +6,7 @@ plans with those facts, and has every actor load its shard. One rank's failure e
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -53,8 +54,6 @@ class Worker:
     """One rank; runs as a Ray actor with two threads, so that progress can be asked for while it loads."""
 
     def __init__(self, rank: int, world: int, threads: int):
-        import logging
-
         import torch
 
         torch.set_num_threads(threads)
@@ -260,7 +259,7 @@ def _start(world: int) -> bool:
     local = not os.environ.get("RAY_ADDRESS")
     arguments: dict[str, Any] = {"include_dashboard": False, "num_cpus": world} if local else {}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(logging_level="ERROR", log_to_driver=False, configure_logging=False, **arguments)
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=False, **arguments)
     return True
 
 

@@ -147,7 +147,7 @@ class Scheme(ABC):
     # -- executing (every rank) ------------------------------------------------------------------------------------
 
     @abstractmethod
-    def module(self, linear: nn.Linear, shard: Shard) -> nn.Module:
+    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
         """An empty module of the shard's size that takes `linear`'s place; its parameters lie on `meta`."""
 
     @abstractmethod
@@ -158,7 +158,7 @@ class Scheme(ABC):
         """Fills `module` from a pre-quantized weight."""
         raise NotImplementedError(f"{self.name} has no pre-quantized checkpoints")
 
-    def finish_model(self, model: nn.Module) -> None:
+    def finish_model(self, model: nn.Module) -> None:  # noqa: B027  (most methods need no mark)
         """Sets the marks by which the ecosystem knows a model quantized by this method."""
 
     @abstractmethod

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,8 @@ class Statistics:
         """float32 `[blocks]`, as bitsandbytes computes them at use: `values[codes] * second + offset`."""
         if self.absmax is not None:
             return self.absmax
-        assert self.codes is not None and self.second is not None and self.values is not None
+        assert self.codes is not None and self.second is not None
+        assert self.values is not None and self.offset is not None
         return reference.dequantize_blockwise(self.codes, self.second, self.values, SECOND) + self.offset
 
 
@@ -158,7 +159,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
 
     name = "bitsandbytes_4bit"
     config_class = Bnb4bitConfig
-    suffixes = {
+    suffixes: ClassVar[Mapping[str, str]] = {
         "weight.absmax": "absmax",
         "weight.quant_map": "quant_map",
         "weight.nested_absmax": "nested_absmax",
@@ -205,13 +206,14 @@ class Bnb4bitScheme(BitsandbytesScheme):
             return [Problem(name, what, "Download the checkpoint again, or quantize the original")]
         blocks = -(-math.prod(shape) // BLOCK)
         if math.prod(stored["absmax"]) != blocks:
-            what = f"{math.prod(stored['absmax'])} absmax for a weight of shape {list(shape)}, blocks of {BLOCK} give {blocks}"
+            found = math.prod(stored["absmax"])
+            what = f"{found} absmax for a weight of shape {list(shape)}, blocks of {BLOCK} give {blocks}"
             return [Problem(name, what, f"Only blocks of {BLOCK} are supported; quantize the original again")]
         return []
 
     # -- executing -------------------------------------------------------------------------------------------------
 
-    def module(self, linear: nn.Linear, shard: Shard) -> nn.Module:
+    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
         import bitsandbytes as bnb
 
         from distquant.schemes.straddling import StraddlingLinear4bit
@@ -265,7 +267,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
                 what = f"its quant_state says {key}={found!r}, expected {value!r}"
                 raise InputError.one(shard.name, what, "The checkpoint contradicts its config; quantize it again")
 
-    def fill(self, shard: Shard, module: nn.Module, codes: Tensor, statistics: Statistics, dtype: torch.dtype) -> None:
+    def fill(self, shard: Shard, module: Any, codes: Tensor, statistics: Statistics, dtype: torch.dtype) -> None:
         """Puts codes (uint8, flat) and statistics into a `Linear4bit`."""
         from bitsandbytes.functional import QuantState
         from bitsandbytes.nn import Params4bit
@@ -300,9 +302,10 @@ class Bnb4bitScheme(BitsandbytesScheme):
         module.quant_state = state
 
     def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:
-        state: Any = module.weight.quant_state
+        weight: Any = module.weight
+        state = weight.quant_state
         rows, columns = shard.local_shape
-        codes = reference.unpack_4bit(module.weight.data.contiguous().view(torch.uint8).view(-1))
+        codes = reference.unpack_4bit(weight.data.contiguous().view(torch.uint8).view(-1))
         codes = codes[: rows * columns].view(rows, columns)
         second = state.state2
         statistics = Statistics(state.absmax.float())

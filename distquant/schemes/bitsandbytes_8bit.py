@@ -1,13 +1,14 @@
 """LLM.int8: int8 rows with one float32 absmax each; the weight passes through float16 first.
 
-A row's absmax reaches over `in`, so a shard that is cut along `in` takes the maximum over the ranks before it quantizes
-(a maximum does not round) and keeps the absmax of every row. Weights are then exact. Activations are quantized per local
-row in forward, so logits of such a shard differ by the method's own error.
+A row's absmax reaches over `in`, so a shard that is cut along `in` takes the maximum over the ranks before it
+quantizes (a maximum does not round) and keeps the absmax of every row. Weights are then exact. Activations are
+quantized per local row in forward, so logits of such a shard differ by the method's own error.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Bnb8bitScheme(BitsandbytesScheme):
 
     name = "bitsandbytes_8bit"
     config_class = Bnb8bitConfig
-    suffixes = {"SCB": "SCB", "weight_format": "weight_format"}
+    suffixes: ClassVar[Mapping[str, str]] = {"SCB": "SCB", "weight_format": "weight_format"}
     mark = "is_loaded_in_8bit"
     config: Bnb8bitConfig
 
@@ -62,7 +63,7 @@ class Bnb8bitScheme(BitsandbytesScheme):
 
     # -- executing -------------------------------------------------------------------------------------------------
 
-    def module(self, linear: nn.Linear, shard: Shard) -> nn.Module:
+    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
         import bitsandbytes as bnb
 
         out_features, in_features = shard.local_shape

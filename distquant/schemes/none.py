@@ -34,7 +34,7 @@ class NoneScheme(Scheme):
     def shard_nbytes(self, shard: Shard) -> int:
         return plain(shard.dtype).nbytes(shard.local_shape)
 
-    def module(self, linear: nn.Linear, shard: Shard) -> nn.Module:
+    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
         raise AssertionError("the scheme `none` converts no module")
 
     def quantizer(self, shard: Shard, module: nn.Module, axis: Axis, device: Any) -> Quantizer:

@@ -152,7 +152,7 @@ class Reader:
     def read_rows(self, piece: RowRange, into: Tensor) -> None:
         """Reads a row range into a contiguous uint8 tensor of its size."""
         start = time.perf_counter()
-        target = memoryview(into.numpy())
+        target = memoryview(into.numpy().data)
         width = piece.keep[1] - piece.keep[0]
         if width == piece.row_bytes:
             self._pread(piece, piece.offset, target)
