@@ -168,7 +168,11 @@ class _Planner:
         leaves = _leaves(skeleton.modules)
         if not self.prequantized:
             self.problems.extend(self.config.selection.unmatched(leaves))
-        return self.scheme.converts(skeleton)
+        chosen = self.scheme.converts(skeleton)
+        tied = [name for name in chosen if f"{name}.weight" not in skeleton.params]
+        if tied:
+            self.notes.append(f"left unquantized: {', '.join(tied)}, tied to a weight that is not a linear's")
+        return [name for name in chosen if name not in tied]
 
     def _device_map(self, model: Any, skeleton: Skeleton, converted: set[str]) -> dict[str, str] | None:
         asked = self.request.device_map

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 from distquant.errors import InputError
 
@@ -19,12 +20,12 @@ for _power, _letter in enumerate("KMGTP", 1):
 
 def parse_bytes(text: str | int, where: str = "size") -> int:
     """Reads `24GiB`, `512MiB`, `80GB` or a plain number of bytes; raises `InputError` otherwise."""
-    if isinstance(text, int) and text >= 0:
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?i?B?)\s*", str(text))
     if not match or match.group(2) not in _SUFFIX:
         raise InputError.one(where, f"{text!r} is no size", "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
-    return int(float(match.group(1)) * _SUFFIX[match.group(2)])
+    return int(Decimal(match.group(1)) * _SUFFIX[match.group(2)])
 
 
 def format_bytes(count: float) -> str:

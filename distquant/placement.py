@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from distquant.errors import InputError, Problems
@@ -64,23 +68,36 @@ def _infer(
     sized = _with_quantized_sizes(model, quantized)
     no_split = list(model._no_split_modules or [])
     try:
-        memory = get_max_memory(_memory(max_memory))
+        declared = _memory(max_memory)
     except InputError as error:
         problems.extend(error.problems)
         return None
-    if kind != "sequential":
-        memory = get_balanced_memory(
-            sized, max_memory=memory, no_split_module_classes=no_split, low_zero=kind == "balanced_low_0"
-        )
-    memory = {key: adjust(value) for key, value in memory.items()}
-    found = infer_auto_device_map(sized, max_memory=memory, no_split_module_classes=no_split)
+    with _declared_devices():
+        memory = get_max_memory(declared)
+        if kind != "sequential":
+            low_zero = kind == "balanced_low_0"
+            memory = get_balanced_memory(sized, memory, no_split_module_classes=no_split, low_zero=low_zero)
+        memory = {key: adjust(value) for key, value in memory.items()}
+        found = infer_auto_device_map(sized, max_memory=memory, no_split_module_classes=no_split)
     return {key: _device(value) for key, value in found.items()}
+
+
+@contextmanager
+def _declared_devices() -> Iterator[None]:
+    """Lets a plan name devices that this machine lacks, without accelerate's warning about each."""
+    logger = logging.getLogger("accelerate.utils.modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _with_quantized_sizes(model: PreTrainedModel, quantized: Mapping[str, int]) -> PreTrainedModel:
     """A copy of the model on `meta` whose converted weights have as many bytes as they will take."""
-    import copy
-
     import torch
 
     sized = copy.deepcopy(model)

@@ -146,13 +146,14 @@ class LoadPlan:
         try:
             fields = json.loads(text)
             version = fields.pop("format")
-        except (json.JSONDecodeError, AttributeError, KeyError) as error:
-            raise InputError.one(
-                "plan", f"no plan in JSON ({error})", "Write one with `distquant plan --json`"
-            ) from error
-        if version != PLAN_FORMAT:
-            raise InputError.one("plan", f"format {version}, this is {PLAN_FORMAT}", "Plan again with this version")
-        return cls(**_restore(fields))
+            if version != PLAN_FORMAT:
+                raise InputError.one("plan", f"format {version}, this is {PLAN_FORMAT}", "Plan again with this version")
+            return cls(**_restore(fields))
+        except InputError:
+            raise
+        except (ValueError, AttributeError, LookupError, TypeError) as error:
+            what = f"is no plan in JSON ({type(error).__name__}: {error})"
+            raise InputError.one("plan", what, "Write one with `distquant plan --json`") from error
 
 
 def _plain(value: Any) -> Any:

@@ -84,8 +84,9 @@ class _Rewriter:
             if rest:
                 self._group(parent, rest)
         self._vocabulary()
-        for pattern in self.tp_plan.keys() - matched:
-            self._tell(pattern, self.tp_plan[pattern], "unused", "no module of this model matches")
+        for pattern, style in self.tp_plan.items():
+            if pattern not in matched:
+                self._tell(pattern, style, "unused", "no module of this model matches")
         self.plan.rules = [Rule(*key, modules=count) for key, count in self.became.items()]
         return self.plan
 
@@ -218,17 +219,19 @@ class _Rewriter:
 
     def _each_alone(self, columns: list[Linear], rows: list[Linear], asked: dict[str, str]) -> None:
         """Honors rules that gather a projection's output and split the next one's input: no group, own cuts."""
+        chosen = []
         for linear, dim, styles, became in (
             *((c, 0, GATHERED, COLWISE_GATHER) for c in columns),
             *((r, 1, {"rowwise_split_input", "rowwise_rep"}, ROWWISE_SPLIT) for r in rows),
         ):
             if asked[linear.name] not in styles:
                 raise NoCut(f"{wildcard(linear.name)} ({asked[linear.name]}) has no partner with the same features")
-            for cut, unit in self._own_cuts(linear, dim):
-                self._cut_module(linear.name, became, cut, asked, f"on its own, units of {unit}")
-                break
-            else:
+            found = next(self._own_cuts(linear, dim), None)
+            if found is None:
                 raise NoCut(f"{wildcard(linear.name)} has fewer units than {self.ranks} ranks")
+            chosen.append((linear.name, became, *found))
+        for name, became, cut, unit in chosen:  # only once every member has a cut
+            self._cut_module(name, became, cut, asked, f"on its own, units of {unit}")
 
     def _own_cuts(self, linear: Linear, dim: int) -> Iterator[tuple[Cut, int]]:
         size = linear.in_features if dim else linear.out_features
@@ -241,27 +244,30 @@ class _Rewriter:
         """Embedding and head are cut over the vocabulary, with one cut where they are tied."""
         embedding, head = self.skeleton.input_embedding, self.skeleton.output_embedding
         shared: tuple[Cut, int] | None = None
+        tied = f"{head}.weight" in self.skeleton.tied or f"{embedding}.weight" in self.skeleton.tied
         if head is not None and head in self.skeleton.linears:
-            linear = self.skeleton.linears[head]
-            shared = next(self._own_cuts(linear, 0), None)
-            reason = f"over the vocabulary, units of {shared[1]}" if shared else "fewer rows than ranks"
-            self._vocabulary_module(head, COLWISE_GATHER, shared, reason)
-        if embedding is not None and f"{embedding}.weight" in self.skeleton.params:
-            rows = self.skeleton.params[f"{embedding}.weight"].shape[0]
-            if shared is None or shared[0].size != rows:
+            shared = next(self._own_cuts(self.skeleton.linears[head], 0), None)
+            self._vocabulary_module(head, COLWISE_GATHER, shared, tied)
+        else:
+            tied = False
+        rows = self.skeleton.params[f"{embedding}.weight"].shape[0] if self._is_plain_embedding(embedding) else 0
+        if embedding is not None and rows:
+            if not tied and (shared is None or shared[0].size != rows):
                 cuts = ((even_cut(rows, unit, self.ranks), unit) for unit in PLAIN_STEPS)
                 shared = next(((cut, unit) for cut, unit in cuts if cut is not None), None)
-            tied = f"{head}.weight" in self.skeleton.tied or f"{embedding}.weight" in self.skeleton.tied
-            reason = f"over the vocabulary, units of {shared[1]}" if shared else "fewer rows than ranks"
-            reason += ", tied with the head: one cut" if tied else ""
-            self._vocabulary_module(embedding, VOCAB_EMBEDDING, shared, reason)
+            self._vocabulary_module(embedding, VOCAB_EMBEDDING, shared, tied)
 
-    def _vocabulary_module(self, name: str, style: str, cut: tuple[Cut, int] | None, reason: str) -> None:
+    def _is_plain_embedding(self, name: str | None) -> bool:
+        return name in self.skeleton.embeddings and f"{name}.weight" in self.skeleton.params
+
+    def _vocabulary_module(self, name: str, style: str, cut: tuple[Cut, int] | None, tied: bool) -> None:
         asked = {name: self.tp_plan.get(wildcard(name)) or "no rule"}
+        together = ", embedding and head are tied: one cut" if tied else ""
         if cut is None:
-            self._tell(name, asked[name], "replicate", reason)
+            self._tell(name, asked[name], "replicate", f"fewer units than ranks{together}")
         else:
-            self._cut_module(name, style, cut[0], asked, reason)
+            told = f"over the vocabulary, units of {cut[1]}{together}"
+            self._cut_module(name, style, cut[0], asked, told)
 
     # -- shared ----------------------------------------------------------------------------------------------------
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
+
+from torch import nn
 
 from distquant.config import Bnb4bitConfig, Bnb8bitConfig
 from distquant.errors import Problem
 from distquant.schemes.base import Context, Scheme
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 class BitsandbytesScheme(Scheme):
@@ -34,5 +33,16 @@ class BitsandbytesScheme(Scheme):
         """A tenth is left for what quantization needs beside the weights, as transformers does."""
         return int(max_memory * 0.9)
 
-    def finish_model(self, model: nn.Module) -> None:
+    def finish_model(self, model: Any) -> None:
+        """What `from_pretrained` leaves on a bitsandbytes model, so that PEFT and `save_pretrained` treat it alike."""
+        from transformers import BitsAndBytesConfig
+        from transformers.quantizers import AutoHfQuantizer
+
+        config = BitsAndBytesConfig.from_dict(self.config.to_dict())
+        if self.config.include_modules is not None or self.config.layers is not None:
+            # transformers knows only what to skip, so name every linear that was left alone.
+            config.llm_int8_skip_modules = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+        model.config.quantization_config = config
+        model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+        model.is_quantized, model.quantization_method = True, config.quant_method
         setattr(model, self.mark, True)

@@ -276,7 +276,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
         state = QuantState(
             absmax=statistics.absmax if statistics.codes is None else statistics.codes,
             shape=torch.Size(shard.local_shape),
-            code=reference.code_values(quant_type, device),
+            code=reference.code_values(quant_type, device).clone(),  # saving refuses shared tensors
             blocksize=local_block(shard),
             quant_type=quant_type,
             dtype=dtype,

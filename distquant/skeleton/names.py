@@ -85,6 +85,7 @@ def map_names(
             converter_of[target] = by_pattern[pattern]
     for target, groups in collected.items():
         for param, sources in _follow(converter_of[target], target, groups, params, tensors, problems).items():
+            _check_bounds(param, params[param], sources, tensors, problems)
             placed.setdefault(param, []).extend(sources)
     return {name: tuple(sources) for name, sources in placed.items()}, tuple(unexpected)
 
@@ -129,6 +130,19 @@ def _follow(
         "Only merging, concatenating and chunking are known; convert the checkpoint with save_pretrained first",
     )
     return {}
+
+
+def _check_bounds(
+    param: str, shape: tuple[int, ...], sources: list[Source], tensors: Shapes, problems: Problems
+) -> None:
+    """A source that lies outside its parameter: the checkpoint has another number of parts (experts, say)."""
+    for source in sources:
+        if source.offset is None:
+            continue
+        extent = (1,) * (len(shape) - len(tensors[source.tensor])) + tensors[source.tensor]
+        if any(at + size > limit for at, size, limit in zip(source.offset, extent, shape, strict=True)):
+            what = f"{source.tensor} would lie at {list(source.offset)}, outside its shape {list(shape)}"
+            problems.add(param, what, "The checkpoint has more parts than the model; check config.json")
 
 
 def _chunk(converter: Any, target: str, name: str, params: Shapes, tensors: Shapes) -> dict[str, list[Source]]:

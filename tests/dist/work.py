@@ -140,3 +140,16 @@ def logits_and_vocabulary(path: str, name: str, mesh: str) -> tuple[Tensor, int]
     assert model.get_output_embeddings().weight is weight
     with torch.no_grad():
         return model(torch.tensor(IDS)).logits, len(weight)
+
+
+def tokens_as_stored(path: str, quant: Any, mesh: str, kwargs: dict[str, Any]) -> list[list[int]]:
+    model = dq.load(path, quantization_config=quant, mesh=mesh)
+    return model.generate(torch.tensor(IDS), max_new_tokens=6, **kwargs).tolist()
+
+
+def bytes_read(path: str, quant: Any, mesh: str) -> int:
+    return dq.load(path, quantization_config=quant, mesh=mesh).distquant.report.bytes_read
+
+
+def tokens_with(path: str, name: str, mesh: str, seed: int | None, kwargs: dict[str, Any]) -> list[list[int]]:
+    return tokens(path, name, mesh, seed, **kwargs)

@@ -189,7 +189,7 @@ def test_frozen():
     [
         ("", "no plan in JSON"),
         ("{", "no plan in JSON"),
-        ("{}", r"no plan in JSON \('format'\)"),
+        ("{}", r"no plan in JSON \(KeyError: 'format'\)"),
         ("null", "no plan in JSON"),
         ("3", "no plan in JSON"),
         ("[]", ""),

@@ -407,7 +407,7 @@ def test_tied_embedding_and_head_share_one_cut(make, ranks, layout):
     plan = rewrite(make("llama_tied"), ranks, layout)
     assert plan.modules["lm_head"].cut == plan.modules["model.embed_tokens"].cut
     assert sum(lengths(plan, "lm_head")) == 320
-    assert "tied with the head: one cut" in told(plan, "embed_tokens")[0][2]
+    assert "embedding and head are tied: one cut" in told(plan, "embed_tokens")[0][2]
 
 
 def test_tied_embedding_and_head_share_one_fate_where_the_head_is_quantized(make):
@@ -430,8 +430,8 @@ def test_small_vocabulary_is_cut_finely_or_kept(make):
     assert lengths(rewrite(skeleton, 3), "lm_head") == [4, 3, 3]
     plan = rewrite(skeleton, 11)
     assert not {"lm_head", "model.embed_tokens"} & set(plan.modules)
-    assert told(plan, "lm_head") == [("colwise_gather_output", "replicate", "fewer rows than ranks", 1)]
-    assert told(plan, "embed_tokens") == [("embedding_rowwise", "replicate", "fewer rows than ranks", 1)]
+    assert told(plan, "lm_head") == [("colwise_gather_output", "replicate", "fewer units than ranks", 1)]
+    assert told(plan, "embed_tokens") == [("embedding_rowwise", "replicate", "fewer units than ranks", 1)]
 
 
 def test_unused_patterns_are_reported(make):

@@ -1,0 +1,28 @@
+"""Plans a load over eight GPUs on a machine that has none: reads configs and headers, and not one weight.
+
+    python examples/plan_on_a_laptop.py [MODEL]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import distquant as dq
+from distquant.cli.render import plan_text
+
+path = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent / "models" / "kjv-tiny")
+
+plan = dq.plan(path, quantization_config="nf4-dq", mesh="tp=8", max_memory="24GiB", capability=(8, 0))
+print(plan_text(plan))
+
+# What is decided is data: a digest names it, JSON carries it, and `dq.load(plan)` executes it.
+fullest = max(plan.memory, key=lambda row: row.peak)
+print(f"\nfullest rank: {fullest.rank} with {fullest.peak:,} bytes at most")
+print(f"digest {plan.digest}, {len(plan.to_json()):,} bytes of JSON")
+
+# What cannot work fails here, with every problem at once.
+try:
+    dq.plan(path, quantization_config="nf4-dq", mesh="tp=8", max_memory="64MiB", staging="80MiB")
+except dq.InputError as error:
+    print(f"\nwith 64 MiB a rank:\n{error}")
