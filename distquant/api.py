@@ -141,6 +141,10 @@ def _mesh_size(request: Request) -> int:
 
 
 def _rank_memory(max_memory: Any) -> int | None:
+    """Bytes per rank where they are given; what is no size is told by `make_plan`, with all other problems."""
     if max_memory is None or isinstance(max_memory, Mapping):
         return None
-    return parse_bytes(max_memory, "max_memory")
+    try:
+        return parse_bytes(max_memory, "max_memory")
+    except InputError:
+        return None

@@ -20,7 +20,7 @@ from distquant.errors import InputError, Problems
 from distquant.facts import Facts, format_bytes, parse_bytes
 from distquant.layout import DTYPE_BYTES, Layout, plain
 from distquant.mesh import Mesh
-from distquant.placement import infer_device_map
+from distquant.placement import check_memory, infer_device_map, place_of, read_memory
 from distquant.planning.load_plan import LoadPlan, ModuleShard, RankMemory, TensorPlan
 from distquant.planning.parallel import (
     COLWISE,
@@ -39,6 +39,9 @@ DEFAULT_STAGING = "512MiB"
 
 CUT_DIM = {COLWISE: 0, COLWISE_GATHER: 0, VOCAB_EMBEDDING: 0, ROWWISE: 1, ROWWISE_SPLIT: 1}
 """The weight's dim that each style cuts."""
+
+TOLD_MISSING = 20
+"""Missing parameters that are named; of more, the number is told."""
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 """Checkpoint dtypes that need no scheme to be read."""
@@ -78,6 +81,8 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
     with _collected(problems):
         dtype = _dtype_name(request.dtype)
     with _collected(problems):
+        _check_sizes(request)
+    with _collected(problems):
         user = parse(request.quantization_config, config_classes())
     checkpoint = None
     with _collected(problems):
@@ -111,6 +116,9 @@ class _Planner:
         self.checkpoint, self.config, self.prequantized, self.problems = checkpoint, config, prequantized, problems
         self.scheme: Scheme = scheme_for(config)
         self.notes: list[str] = []
+        self.offloaded: set[str] = set()
+        self.understood = not problems
+        """Whether the request could be read whole; sizes that follow from a guess would mislead."""
         self.check_at_load: list[str] = []
 
     def plan(self, dtype: str | None) -> LoadPlan:
@@ -127,12 +135,13 @@ class _Planner:
         if device_map and getattr(self.config, "llm_int8_enable_fp32_cpu_offload", False):
             places = set(device_map.values())
             if places != {"cpu"}:
-                converted = [name for name in converted if _place(device_map, name) not in ("cpu", "disk")]
+                self.offloaded = {name for name in converted if place_of(device_map, name) in ("cpu", "disk")}
+                converted = [name for name in converted if name not in self.offloaded]
         self._check(skeleton, device_map, converted)
         parallel = self._parallel(skeleton, set(converted))
         tensors = tuple(self._tensors(skeleton, set(converted), parallel))
         memory = tuple(self._memory(tensors, parallel))
-        self._check_memory(memory, device_map)
+        self._check_memory(memory, device_map, tensors)
         self.problems.raise_if_any()
         self._note(skeleton, set(converted), parallel, tensors)
         return LoadPlan(
@@ -191,8 +200,22 @@ class _Planner:
         sizes = {name: nbytes(name) for name in converted}
         asked = self.scheme.update_device_map(asked) if isinstance(asked, dict) else asked
         return infer_device_map(
-            model, asked, self.request.max_memory, sizes, self.scheme.adjust_max_memory, self.problems
+            model, asked, self._memory_by_device(), sizes, self.scheme.adjust_max_memory, self.problems
         )
+
+    def _limits(self, device_map: Mapping[str, str]) -> Mapping[str, int]:
+        """Bytes that each device of a map may hold, as far as they are given."""
+        given = self.request.max_memory
+        if given is None or isinstance(given, Mapping):
+            return read_memory(given) or {}
+        return dict.fromkeys(set(device_map.values()) - {"disk"}, parse_bytes(given, "max_memory"))
+
+    def _memory_by_device(self) -> Mapping[Any, Any] | None:
+        """`max_memory` with one size read as that of the first device."""
+        given = self.request.max_memory
+        if given is None or isinstance(given, Mapping):
+            return given
+        return {"cpu" if self.facts.device_type == "cpu" else 0: given}
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -206,9 +229,14 @@ class _Planner:
         )
         self.problems.extend(self.scheme.validate(context))
         self._check_mesh(skeleton)
-        for name in skeleton.missing[:20]:
+        fix = "Download the checkpoint again, or check that config.json belongs to it"
+        for name in skeleton.missing[:TOLD_MISSING]:
             what = f"the checkpoint has no tensor for it (shape {list(skeleton.params[name].shape)})"
-            self.problems.add(name, what, "Download the checkpoint again, or check that config.json belongs to it")
+            self.problems.add(name, what, fix)
+        if len(skeleton.missing) > TOLD_MISSING:
+            what = f"{len(skeleton.missing) - TOLD_MISSING} more parameters have no tensor in it"
+            self.problems.add(str(self.checkpoint.path), what, fix)
+        self._check_devices(device_map)
         weights = {f"{name}.weight" for name in converted}
         for name in skeleton.params:
             if name in skeleton.sources:
@@ -218,13 +246,22 @@ class _Planner:
         if self.facts.memory is None and device_map is None:
             self.check_at_load.append("memory of each rank (declare it with max_memory)")
 
+    def _check_devices(self, device_map: Mapping[str, str] | None) -> None:
+        here = self.facts.device_type
+        for place in sorted(set((device_map or {}).values())):
+            if here is not None and place.partition(":")[0] not in ("cpu", "disk", here):
+                what = f"{place!r} is given, and the devices here are of type {here!r}"
+                self.problems.add("device_map", what, "Map the modules to devices that are there, or use 'auto'")
+
     def _check_mesh(self, skeleton: Skeleton) -> None:
         mesh, known = self.mesh, self.facts.device_count
         if mesh.ep > 1:
-            kind = "has experts, but expert parallelism comes later" if skeleton.experts else "has no experts"
-            self.problems.add(
-                "mesh", f"ep={mesh.ep}, and {skeleton.architecture} {kind}", "Use tp, and dp for replicas"
-            )
+            rules = len(self.scheme.update_ep_plan(dict(skeleton.ep_plan)))
+            kind = "has no experts"
+            if skeleton.experts:
+                kind = f"has an expert plan of {rules} rules, but expert parallelism comes later"
+            what = f"ep={mesh.ep}, and {skeleton.architecture} {kind}"
+            self.problems.add("mesh", what, "Use tp, and dp for replicas")
         if mesh.tp > 1 and not skeleton.tp_plan:
             what = f"{skeleton.architecture} has no tensor-parallel plan, tp={mesh.tp} needs one"
             self.problems.add("mesh", what, "Use tp=1, or device_map='auto' over the devices of one process")
@@ -264,7 +301,6 @@ class _Planner:
     # -- cutting ---------------------------------------------------------------------------------------------------
 
     def _parallel(self, skeleton: Skeleton, converted: set[str]) -> ParallelPlan:
-        self.scheme.update_ep_plan(skeleton.ep_plan)
         if self.mesh.tp == 1 or not skeleton.tp_plan:
             return ParallelPlan()
 
@@ -345,8 +381,17 @@ class _Planner:
             count = count // cut.size * cut.length(tp)
         return count, count * DTYPE_BYTES.get(tensor.dtype, 4)
 
-    def _check_memory(self, memory: tuple[RankMemory, ...], device_map: Mapping[str, str] | None) -> None:
-        if device_map is not None or self.facts.memory is None:
+    def _check_memory(
+        self, memory: tuple[RankMemory, ...], device_map: Mapping[str, str] | None, tensors: tuple[TensorPlan, ...]
+    ) -> None:
+        if not self.understood or (device_map is None and self.request.device_map is not None):
+            return
+        if device_map is not None:
+            with _collected(self.problems):
+                sizes = ((tensor.name, self._local(tensor, ParallelPlan(), 0)[1]) for tensor in tensors)
+                check_memory(sizes, device_map, self._limits(device_map), self.problems)
+            return
+        if self.facts.memory is None:
             return
         limit = self.scheme.adjust_max_memory(self.facts.memory)
         short = [row for row in memory if row.peak > limit]
@@ -370,7 +415,11 @@ class _Planner:
             names = ", ".join(skeleton.unexpected[:3]) + (" ..." if len(skeleton.unexpected) > 3 else "")
             self.notes.append(f"dropped: {len(skeleton.unexpected)} checkpoint tensors that the model lacks ({names})")
         if self.config.quant_method != "none":
-            left = [n for n in skeleton.linears if n not in converted and f"{n}.weight" in skeleton.params]
+            if self.offloaded:
+                what = f"left unquantized on cpu or disk: {len(self.offloaded)} linear modules"
+                self.notes.append(f"{what} (llm_int8_enable_fp32_cpu_offload)")
+            kept = converted | self.offloaded
+            left = [n for n in skeleton.linears if n not in kept and f"{n}.weight" in skeleton.params]
             if left:
                 names = ", ".join(left[:3]) + (" ..." if len(left) > 3 else "")
                 self.notes.append(f"left unquantized: {len(left)} linear modules ({names})")
@@ -433,19 +482,19 @@ def _leaves(modules: tuple[str, ...]) -> list[str]:
     return [name for name in modules if name not in parents]
 
 
-def _place(device_map: Mapping[str, str], module: str) -> str | None:
-    """Where a device map puts a module: its entry, or that of the nearest parent."""
-    while True:
-        if module in device_map:
-            return device_map[module]
-        if not module:
-            return None
-        module = module.rpartition(".")[0]
-
-
 def _extras(config: QuantizationConfig) -> dict[str, Any]:
     plain_dict = config.to_dict()
     return {key: value for key, value in config.to_dict(extras=True).items() if key not in plain_dict}
+
+
+def _check_sizes(request: Request) -> None:
+    """Raises `InputError` where `max_memory` is no size, or would be ignored."""
+    if not isinstance(request.max_memory, Mapping):
+        if request.max_memory is not None:
+            parse_bytes(request.max_memory, "max_memory")
+    elif request.device_map is None:
+        what = f"sizes of {', '.join(map(str, request.max_memory))} are given without a device_map"
+        raise InputError.one("max_memory", what, "Give one size for every rank, or device_map='auto'")
 
 
 def _dtype_name(dtype: Any) -> str | None:

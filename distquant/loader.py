@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distquant import hostmem
 from distquant.assemble import check_complete, finish, install_styles, localize, set_tensor
 from distquant.assemble.adapters import watch_adapters
 from distquant.assemble.finish import fill_computed_buffers
@@ -142,7 +143,7 @@ class _Placer:
 
     def __init__(self, target: Tensor):
         self.target = target
-        self.rows = target.view(target.numel() // target.shape[-1], -1) if target.dim() > 1 else target.view(-1, 1)
+        self.rows = target.view(-1, target.shape[-1]) if target.dim() > 1 else target.view(-1, 1)
 
     def update(self, rows: Tensor, start: int) -> None:
         self.rows[start : start + len(rows)] = rows.to(self.target.device)
@@ -260,7 +261,8 @@ class _Loading:
     # -- streaming -------------------------------------------------------------------------------------------------
 
     def _stream(self, model: Any, tensors: list[TensorPlan], reader: Reader) -> None:
-        works = [self._work(tensor) for tensor in tensors]
+        placers = {tensor.name: self._placer(tensor) for tensor in tensors if tensor.scheme == "none"}
+        works = [self._work(tensor, placers.get(tensor.name)) for tensor in tensors]
         total = sum(r.nbytes for work in works for r in work.ranges)
         done, current, sink = 0, -1, None
         stages = self.report.stages
@@ -268,9 +270,14 @@ class _Loading:
             while current < chunk.task:
                 self._finish(model, tensors, current, sink)
                 current += 1
-                sink = self._sink(model, tensors[current])
+                sink = placers.pop(tensors[current].name, None) or self._sink(model, tensors[current])
             tensor = tensors[current]
             assert sink is not None
+            done += chunk.rows.numel()
+            if self.progress is not None:
+                self.progress(done, total)
+            if chunk.buffer is None:
+                continue  # read straight into its place
             if chunk.local % sink.row_step:
                 what = f"its parts start at row {chunk.local}, quantization blocks need multiples of {sink.row_step}"
                 raise InputError.one(tensor.name, what, "Skip the module, or convert the checkpoint first")
@@ -284,15 +291,13 @@ class _Loading:
             stage = "place" if tensor.scheme == "none" else "quantize"
             stages["copy"] += copied - start
             stages[stage] += time.perf_counter() - copied - (stages["exchange"] - exchanged)
-            done += chunk.rows.numel()
-            if self.progress is not None:
-                self.progress(done, total)
         while current < len(tensors):
             self._finish(model, tensors, current, sink)
             current += 1
-            sink = self._sink(model, tensors[current]) if current < len(tensors) else None
+            if current < len(tensors):
+                sink = placers.pop(tensors[current].name, None) or self._sink(model, tensors[current])
 
-    def _work(self, tensor: TensorPlan) -> Work:
+    def _work(self, tensor: TensorPlan, placer: _Placer | None) -> Work:
         cut = self.plan.cuts[tensor.cut] if tensor.cut else None
         segments = cut.segments(self.axis.rank) if cut else ()
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
@@ -301,21 +306,27 @@ class _Loading:
         if tensor.scheme != "none" and not tensor.transposed:
             step = self._quantizer(tensor, nn.Module(), torch.device("meta")).row_step
         pace = max((r.row_bytes for r in ranges), default=0) if tensor.dim == 1 else 0
-        return Work(ranges, step, pace)
+        into = None
+        if placer is not None and placer.target.device.type == "cpu":
+            stored = {TORCH_DTYPE[r.dtype] for r in ranges}
+            if stored == {placer.target.dtype} and placer.target.numel():
+                into = placer.rows.view(torch.uint8)
+        return Work(ranges, step, pace, into)
 
     def _quantizer(self, tensor: TensorPlan, module: nn.Module, device: torch.device) -> Quantizer:
         return self.scheme.quantizer(shard_of(tensor, self.plan, self.axis.rank), module, self.timed, device)
 
     def _sink(self, model: Any, tensor: TensorPlan) -> Any:
-        device = self._device_of(tensor.name)
-        if tensor.scheme != "none":
-            module = model.get_submodule(tensor.name.rpartition(".")[0])
-            quantizer = self._quantizer(tensor, module, device)
-            if tensor.transposed:
-                return _Transposer((tensor.shape[1], tensor.shape[0]), getattr(torch, tensor.dtype), quantizer)
-            return quantizer
+        module = model.get_submodule(tensor.name.rpartition(".")[0])
+        quantizer = self._quantizer(tensor, module, self._device_of(tensor.name))
+        if tensor.transposed:
+            return _Transposer((tensor.shape[1], tensor.shape[0]), getattr(torch, tensor.dtype), quantizer)
+        return quantizer
+
+    def _placer(self, tensor: TensorPlan) -> _Placer:
+        """The final memory of an unquantized tensor; untouched pages cost nothing until they are read into."""
         shape = local_shape(tensor, self.plan, self.axis.rank)
-        return _Placer(torch.empty(shape, dtype=getattr(torch, tensor.dtype), device=device))
+        return _Placer(hostmem.empty(shape, getattr(torch, tensor.dtype), self._device_of(tensor.name)))
 
     def _finish(self, model: Any, tensors: list[TensorPlan], index: int, sink: Any) -> None:
         if index < 0 or sink is None:

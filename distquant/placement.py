@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from distquant.errors import InputError, Problems
-from distquant.facts import parse_bytes
+from distquant.facts import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ def infer_device_map(
     Args:
         model: on `meta`.
         asked: "auto" and its kin, one device, or a dict.
-        max_memory: bytes per device (dict), or None for what accelerate measures.
+        max_memory: device -> bytes, or None for what accelerate measures.
         quantized: bytes that each converted module's weight takes.
         adjust: the scheme's `adjust_max_memory`.
         problems: gets a map that is incomplete or memory that does not suffice.
@@ -42,8 +42,15 @@ def infer_device_map(
         return _infer(model, asked, max_memory, quantized, adjust, problems)
     given = asked if isinstance(asked, dict) else {"": asked}
     found = {key: _device(value) for key, value in given.items()}
+    strange = [(key, value) for key, value in found.items() if not is_device(value)]
+    for key, value in strange:
+        what = f"{value!r} (for {key or 'the whole model'}) is no device"
+        problems.add("device_map", what, "Give 'auto', 'cpu', 'disk', or the number of a GPU")
+    if strange:
+        return None
     try:
-        check_device_map(model, found)
+        with _declared_devices():
+            check_device_map(model, found)
     except ValueError as error:
         first = str(error).splitlines()[0]
         problems.add("device_map", first, "Give every module a device; '' stands for the whole model")
@@ -68,12 +75,12 @@ def _infer(
     sized = _with_quantized_sizes(model, quantized)
     no_split = list(model._no_split_modules or [])
     try:
-        declared = _memory(max_memory)
+        declared = read_memory(max_memory)
     except InputError as error:
         problems.extend(error.problems)
         return None
     with _declared_devices():
-        memory = get_max_memory(declared)
+        memory = get_max_memory(None if declared is None else {_accelerate_key(k): v for k, v in declared.items()})
         if kind != "sequential":
             low_zero = kind == "balanced_low_0"
             memory = get_balanced_memory(sized, memory, no_split_module_classes=no_split, low_zero=low_zero)
@@ -108,11 +115,64 @@ def _with_quantized_sizes(model: PreTrainedModel, quantized: Mapping[str, int]) 
     return sized
 
 
-def _memory(given: Any) -> dict[Any, int] | None:
+def read_memory(given: Mapping[Any, Any] | None) -> dict[str, int] | None:
+    """Device -> bytes; raises `InputError` with every entry that names no device or no size."""
     if given is None:
         return None
-    entries = given if isinstance(given, dict) else {0: given}
-    return {(int(k) if str(k).isdigit() else k): parse_bytes(v, f"max_memory[{k!r}]") for k, v in entries.items()}
+    problems, found = Problems(), {}
+    for key, value in given.items():
+        device, where = _device(key), f"max_memory[{key!r}]"
+        if not is_device(device):
+            problems.add(where, f"{key!r} is no device", "Give 'cpu', 'disk', or the number of a GPU")
+            continue
+        try:
+            found[device] = parse_bytes(value, where)
+        except InputError as error:
+            problems.extend(error.problems)
+    problems.raise_if_any()
+    return found
+
+
+def check_memory(
+    sizes: Iterable[tuple[str, int]], device_map: Mapping[str, str], limits: Mapping[str, int], problems: Problems
+) -> None:
+    """Tells every device that gets more than its limit; `sizes` are (parameter, finished bytes)."""
+    needed: dict[str, int] = {}
+    for name, nbytes in sizes:
+        device = place_of(device_map, name)
+        if device is not None:
+            needed[device] = needed.get(device, 0) + nbytes
+    for device, nbytes in needed.items():
+        if nbytes > limits.get(device, nbytes):
+            what = f"its modules take {format_bytes(nbytes)}, max_memory allows {format_bytes(limits[device])}"
+            problems.add(f"device_map: {device}", what, "Move modules to another device, or allow more memory")
+
+
+def place_of(device_map: Mapping[str, str], name: str) -> str | None:
+    """Where a device map puts a module or parameter: its entry, or that of the nearest parent."""
+    while True:
+        if name in device_map:
+            return device_map[name]
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
+
+
+def is_device(name: str) -> bool:
+    """Whether weights can lie there: `cpu`, `disk`, `cuda:0` and their like."""
+    import torch
+
+    if name == "disk":
+        return True
+    try:
+        return torch.device(name).type != "meta"
+    except RuntimeError:
+        return False
+
+
+def _accelerate_key(device: str) -> int | str:
+    """accelerate calls a GPU by its number."""
+    return int(device.removeprefix("cuda:")) if device.startswith("cuda:") else device
 
 
 def _device(value: Any) -> str:

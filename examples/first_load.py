@@ -1,6 +1,6 @@
 """A first load: one process, 4-bit weights, an answer, and the fingerprint of the bits.
 
-    python examples/first_load.py [MODEL]
+Run it with `python examples/first_load.py [MODEL]`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Plans a load over eight GPUs on a machine that has none: reads configs and headers, and not one weight.
 
-    python examples/plan_on_a_laptop.py [MODEL]
+Run it with `python examples/plan_on_a_laptop.py [MODEL]`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ Three things to keep to:
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,55 +24,47 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 import distquant as dq
-from distquant.runtime import process_group
 
 HERE = Path(__file__).parent
-WINDOW, BATCH = 64, 8
+WINDOW, BATCH, BATCHES = 64, 8, 2
 
 
-def batches(tokenizer, steps: int):
-    """`steps` batches of token ids `[BATCH, WINDOW]` from the model's validation text; the same on every rank."""
+def batches(tokenizer) -> list[torch.Tensor]:
+    """`BATCHES` batches of token ids `[BATCH, WINDOW]` from the beginning of the validation text."""
     text = (HERE / "models" / "kjv-tiny" / "validation.txt").read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
-    rows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
-    for step in range(steps):
-        yield rows[torch.arange(step * BATCH, (step + 1) * BATCH) % len(rows)]
-
-
-def loss_on(model, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids.to(model.device), labels=ids.to(model.device)).loss
+    return list(ids[: BATCHES * BATCH * WINDOW].view(BATCHES, BATCH, WINDOW))
 
 
 def main() -> None:
     path = sys.argv[1] if len(sys.argv) > 1 else str(HERE / "models" / "kjv-tiny")
-    steps = int(sys.argv[2]) if len(sys.argv) > 2 else 12
-    process_group.init()
-    ranks, first = dist.get_world_size(), dist.get_rank() == 0
+    steps = int(sys.argv[2]) if len(sys.argv) > 2 else 20
     torch.manual_seed(0)
 
-    model = dq.load(path, quantization_config="nf4-dq", mesh=f"tp={ranks}")
+    model = dq.load(path, quantization_config="nf4-dq", mesh=f"tp={os.environ['WORLD_SIZE']}")
     before = dq.fingerprint(model)
     targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets))
     model.train()
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    data = batches(AutoTokenizer.from_pretrained(path))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
     losses = []
-    for step, ids in enumerate(batches(tokenizer, steps)):
-        loss = loss_on(model, ids)
+    for step in range(steps):
+        ids = data[step % BATCHES].to(model.device)
+        loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if first:
-            print(f"step {step:2}  loss {losses[-1]:.4f}", flush=True)
 
-    everyone = process_group.collect(losses)
-    after = dq.fingerprint(model)
-    if first:
-        start, end = sum(losses[:3]) / 3, sum(losses[-3:]) / 3
-        print(f"loss {start:.4f} -> {end:.4f} (means of three steps)")
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, losses)
+    after = dq.fingerprint(model)  # all ranks must call it
+    if dist.get_rank() == 0:
+        for epoch in range(0, steps, BATCHES):
+            part = losses[epoch : epoch + BATCHES]
+            print(f"epoch {epoch // BATCHES:2}  loss {sum(part) / len(part):.4f}")
         print(f"ranks agree on every loss: {all(theirs == losses for theirs in everyone)}")
         print(f"the quantized weights are untouched: {before == after}")
     dist.destroy_process_group()

@@ -27,9 +27,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"hidden_size": 64, "vocab_size": 130, "tie_word_embeddings": True}),
     "phi3-packed": ("phi3", {}),
     "llama-352": ("llama", {"intermediate_size": 352}),
-    "llama-96": ("llama", {"hidden_size": 96, "intermediate_size": 352, "num_attention_heads": 6, "num_key_value_heads": 3}),
+    "llama-96": (
+        "llama",
+        {"hidden_size": 96, "intermediate_size": 352, "num_attention_heads": 6, "num_key_value_heads": 3},
+    ),
     "neox-per-head": ("gpt_neox", {"num_key_value_heads": None}),
-    "gemma2": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "tie_word_embeddings": True}),
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "tie_word_embeddings": True},
+    ),
     "olmo2": ("olmo2", {}),
     "qwen3-head-norms": ("qwen3", {"head_dim": 32}),
 }
@@ -41,7 +47,9 @@ def save_model(family: str, folder: Path, seed: int = 0) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, differs = FAMILIES[family]
-    fields = {name: value for name, value in {**SMALL, **differs}.items() if value is not None or name == "eos_token_id"}
+    fields = {
+        name: value for name, value in {**SMALL, **differs}.items() if value is not None or name == "eos_token_id"
+    }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 
 from distquant.api import plan as make
 from distquant.cli import launch, render
+from distquant.cli.html import plan_html
 from distquant.errors import CheckFailed, InputError
 from distquant.report import write_report
 from distquant.runtime.job import Job, Outcome
 
 
 def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
+    _check_output("--json", arguments.json)
+    _check_output("--html", arguments.html)
     options = launch.load_options(arguments, arguments.mesh)
     plan = make(arguments.model, **options, capability=_capability(arguments.capability))
     print(render.plan_text(plan))
     if arguments.json:
         with open(arguments.json, "w") as file:
             file.write(plan.to_json() + "\n")
+    if arguments.html:
+        with open(arguments.html, "w", encoding="utf-8") as file:
+            file.write(plan_html(plan))
     return 0
 
 
 def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
+    _check_output("--report", arguments.report)
     job = Job(prompt=arguments.prompt, generate={"max_new_tokens": arguments.max_new_tokens})
     outcome = _run(arguments, argv, job, arguments.mesh)
     if isinstance(outcome, int):
@@ -38,6 +46,9 @@ def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
 def run_verify(arguments: argparse.Namespace, argv: list[str]) -> int:
     if len(arguments.mesh) < 2:
         raise InputError.one("--mesh", "one mesh has nothing to be compared with", "Give --mesh twice or more")
+    if launch.is_launched() and launch.OUTCOME not in os.environ:
+        what = f"verify starts the ranks of each mesh itself, and this is rank {os.environ['RANK']} of a launcher"
+        raise InputError.one("verify", what, "Run it without a launcher")
     found = {}
     for mesh in arguments.mesh:
         outcome = _run(arguments, [*_without(argv, "--mesh"), "--mesh", mesh, "--mesh", mesh], Job(), mesh)
@@ -98,6 +109,19 @@ def _without(argv: list[str], option: str) -> list[str]:
         elif not argument.startswith(option + "="):
             kept.append(argument)
     return kept
+
+
+def _check_output(option: str, path: str | None) -> None:
+    """Raises `InputError` where a file could not be written at the end, so that nothing is done in vain."""
+    if path is None:
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise InputError.one(option, f"{path} is a folder", "Give the name of a file")
+    if not os.path.isdir(folder):
+        raise InputError.one(option, f"there is no folder {folder}", "Create it, or give another path")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise InputError.one(option, f"{path} cannot be written", "Check its permissions, or give another path")
 
 
 def _read_text(path: str) -> str:

@@ -32,19 +32,21 @@ def run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | No
     """Loads the model and does the job; None on ranks that leave the telling to rank 0."""
     from distquant.api import plan
 
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    launched = is_launched()
     try:
         size = Mesh.parse(mesh).size
-    except InputError:
-        plan(arguments.model, **load_options(arguments, mesh))  # tells this and whatever else is wrong
-        raise
+        if OUTCOME not in os.environ:  # else whoever started this rank has checked it
+            check_tokens(arguments, job)
+    except InputError as error:
+        raise all_problems(error, arguments, mesh) from None
     runtime = arguments.runtime or ("torchrun" if launched or size > 1 else "local")
     if runtime == "ray":
         return _on_ray(arguments, job, mesh)
     if runtime == "local":
         if size > 1:
             what = f"{mesh} needs {size} ranks, and the runtime 'local' is one process"
-            raise InputError.one("mesh", what, "Use --runtime torchrun or --runtime ray")
+            alone = InputError.one("mesh", what, "Use --runtime torchrun or --runtime ray")
+            raise all_problems(alone, arguments, mesh)
         return _here(arguments, job, mesh, "local")
     if launched:
         return _here(arguments, job, mesh, "torchrun")
@@ -52,12 +54,53 @@ def run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | No
     return _start_ranks(arguments, argv, size)
 
 
+def is_launched() -> bool:
+    """Whether a launcher (torchrun, srun, ours) has started this process as a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def all_problems(error: InputError, arguments: argparse.Namespace, mesh: str | None) -> InputError:
+    """An error with whatever else planning finds wrong."""
+    from distquant.api import plan
+
+    try:
+        plan(arguments.model, **load_options(arguments, mesh))
+    except InputError as other:
+        return InputError(dict.fromkeys([*error.problems, *other.problems]))
+    return error
+
+
+def check_tokens(arguments: argparse.Namespace, job: Job) -> None:
+    """Raises `InputError` where a prompt or text cannot be given to the model; before anything is loaded."""
+    given = [("--prompt", job.prompt, 1), ("--text", job.text and job.text[:1000], 2)]
+    given = [(option, text, least) for option, text, least in given if text is not None]
+    if not given:
+        return
+    from transformers import AutoTokenizer
+
+    from distquant.checkpoint.locate import locate
+
+    try:
+        folder, _ = locate(arguments.model, arguments.revision)
+    except InputError:
+        return  # the plan tells it
+    for option, text, least in given:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=arguments.trust_remote_code)
+        except (ValueError, OSError, KeyError, ImportError) as error:
+            what = f"transformers can load no tokenizer from {folder} ({str(error).strip().splitlines()[0]})"
+            raise InputError.one(option, what, "Put the model's tokenizer.json there") from error
+        count = len(tokenizer(text).input_ids)
+        if count < least:
+            raise InputError.one(option, f"has {count} tokens, {least} are needed", "Give a longer text")
+
+
 def load_options(arguments: argparse.Namespace, mesh: str | None) -> dict[str, Any]:
     """The arguments of `distquant.load` that the command line gave."""
     options = {
         "quantization_config": arguments.quant,
         "mesh": mesh,
-        "max_memory": arguments.max_memory,
+        "max_memory": text_or_json(arguments.max_memory, "max_memory", '{"0": "24GiB", "cpu": "100GiB"}'),
         "dtype": arguments.dtype,
         "staging": arguments.staging,
         "trust_remote_code": arguments.trust_remote_code,
@@ -65,18 +108,18 @@ def load_options(arguments: argparse.Namespace, mesh: str | None) -> dict[str, A
     }
     device_map = getattr(arguments, "device_map", None)
     if device_map is not None:
-        options["device_map"] = parse_device_map(device_map)
+        options["device_map"] = text_or_json(device_map, "device_map", '{"model.layers.0": 0, "lm_head": "cpu", ...}')
     return options
 
 
-def parse_device_map(text: str) -> Any:
-    """`auto`, a device, or a JSON object."""
-    if not text.lstrip().startswith("{"):
+def text_or_json(text: str | None, where: str, example: str) -> Any:
+    """The text as it is, or the JSON object that it spells."""
+    if text is None or not text.lstrip().startswith("{"):
         return text
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError.one("device_map", f"no JSON ({error})", 'Write it as {"model.layers.0": 0, ...}') from error
+        raise InputError.one(where, f"is no JSON ({error})", f"Write it as {example}") from error
 
 
 def _here(arguments: argparse.Namespace, job: Job, mesh: str | None, runtime: str) -> Outcome | None:
@@ -90,7 +133,10 @@ def _here(arguments: argparse.Namespace, job: Job, mesh: str | None, runtime: st
     torch.set_num_threads(arguments.threads or max((os.cpu_count() or 1) // ranks, 1))
     rank = int(os.environ.get("RANK", "0")) if runtime == "torchrun" else 0
     if runtime == "torchrun":
-        torchrun.check_world(Mesh.parse(mesh))
+        try:
+            torchrun.check_world(Mesh.parse(mesh))
+        except InputError as error:
+            raise all_problems(error, arguments, mesh) from None
     with ProgressLine(ranks if rank == 0 else 0) as line:
         model = load(
             arguments.model,
@@ -156,16 +202,29 @@ def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> O
             rank, failure = error.get_first_failure()
             if failure.exitcode in (1, 2):
                 raise Handled(failure.exitcode) from None
-            how = (
-                f"ended with exit code {failure.exitcode}"
-                if failure.exitcode > 0
-                else f"was killed by signal {-failure.exitcode}"
-            )
-            raise InputError.one(f"rank {rank}", how, "See its output above; the other ranks were stopped") from None
+            how, fix = f"ended with exit code {failure.exitcode}", "See its output above"
+            if failure.exitcode < 0:
+                how, fix = f"was killed by signal {-failure.exitcode}", "If memory ran out (signal 9), use more ranks"
+            raise InputError.one(f"rank {rank}", f"{how}, and the other ranks were stopped", fix) from None
         finally:
             del os.environ[OUTCOME]
         with open(path) as file:
             return Outcome(**json.load(file))
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether a collective failed under this rank because another rank is gone, and told why itself."""
+    if not is_launched() or "torch" not in sys.modules:
+        return False
+    import torch.distributed
+
+    of_nccl = isinstance(error, torch.distributed.DistError)
+    return of_nccl or (isinstance(error, RuntimeError) and "/gloo/transport/" in str(error))  # gloo has no type
+
+
+def wait_for_the_end() -> None:
+    """Gives the launcher the time to stop this rank, so that only the rank that failed is heard."""
+    time.sleep(10.0)
 
 
 def rank_prefix() -> str:
@@ -173,9 +232,10 @@ def rank_prefix() -> str:
     return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
 
 
-def tell_once(message: str) -> None:
-    """Tells an error that every rank may have: rank 0 does, the others give it the time to and then only end."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
-    else:
-        time.sleep(2.0)
+def tell_once(error: InputError) -> None:
+    """Tells an error that every rank may have: rank 0 does. Another rank that is not stopped then is alone with it."""
+    prefix = ""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5.0)
+        prefix = rank_prefix()
+    print(f"distquant: {prefix}{error}", file=sys.stderr)

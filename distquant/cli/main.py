@@ -6,7 +6,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from distquant.errors import CheckFailed, DistquantError, InputError
 from distquant.version import __version__
@@ -15,8 +16,26 @@ RUNTIMES = ("local", "torchrun", "ray")
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)  # arguments are passed on to ranks by their full names
+
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(2, f"distquant: {message}. See '{self.prog} --help'.\n")
+
+
+def _at_least(least: float, kind: type = int) -> Callable[[str], Any]:
+    """A type for argparse: a number with a lower limit."""
+
+    def number(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not value >= least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} of at least {least}")
+        return value
+
+    return number
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +59,8 @@ def _run_arguments(parser: argparse.ArgumentParser, *, many: bool = False) -> No
         parser.add_argument("--mesh", metavar="MESH", help="such as tp=2 or dp=2,tp=4")
         parser.add_argument("--device-map", metavar="MAP", help="auto, a device or JSON; one process, many devices")
     parser.add_argument("--runtime", choices=RUNTIMES, help="default: local for one rank, torchrun for more")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads of a rank; default: the cores divided")
-    parser.add_argument("--timeout", type=float, help="seconds that a rank waits for the others")
+    parser.add_argument("--threads", type=_at_least(1), default=0, help="torch threads of a rank")
+    parser.add_argument("--timeout", type=_at_least(0.1, float), help="seconds that a rank waits for the others")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,12 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--device-map", metavar="MAP")
     plan.add_argument("--capability", metavar="X.Y", help="compute capability of the devices")
     plan.add_argument("--json", metavar="FILE", help="write the whole plan")
+    plan.add_argument("--html", metavar="FILE", help="write the plan as a page")
 
     load = commands.add_parser("load", help="load, and answer a prompt")
     _model_arguments(load)
     _run_arguments(load)
     load.add_argument("--prompt")
-    load.add_argument("--max-new-tokens", type=int, default=40)
+    load.add_argument("--max-new-tokens", type=_at_least(1), default=40)
     load.add_argument("--report", metavar="FILE", help="write the JSON report")
 
     verify = commands.add_parser("verify", help="load at several widths and compare the bits; exit 1 if they differ")
@@ -73,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model_arguments(perplexity)
     _run_arguments(perplexity)
     perplexity.add_argument("--text", required=True, metavar="FILE")
-    perplexity.add_argument("--window", type=int, default=256, help="tokens seen at a time")
+    perplexity.add_argument("--window", type=_at_least(2), default=256, help="tokens seen at a time")
 
     inspect = commands.add_parser("inspect", help="what lies in a checkpoint, and how it is quantized")
     inspect.add_argument("model")
@@ -86,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model_arguments(demo)
     demo.add_argument("--mesh", default="tp=2")
     demo.add_argument("--prompt", default="In the beginning")
-    demo.add_argument("--max-new-tokens", type=int, default=40)
+    demo.add_argument("--max-new-tokens", type=_at_least(1), default=40)
     return parser
 
 
@@ -103,10 +123,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"distquant: {error}", file=sys.stderr)
         return 1
     except InputError as error:
-        launch.tell_once(f"distquant: {error}")
+        launch.tell_once(error)
         return 2
     except DistquantError as error:
         print(f"distquant: {launch.rank_prefix()}{error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not launch.lost_peer(error):
+            raise
+        launch.wait_for_the_end()
+        first = str(error).splitlines()[0]
+        print(f"distquant: {launch.rank_prefix()}the connection to another rank was lost ({first})", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

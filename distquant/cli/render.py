@@ -35,9 +35,10 @@ def plan_text(plan: LoadPlan) -> str:
     """The plan as a page: what, per rank, per rule, and what to know."""
     quantization = plan.quantization_config.get("quant_method", "none")
     stored = "as the checkpoint stores it" if plan.prequantized else f"from {plan.dtype}"
+    ranks = "1 rank" if plan.mesh.size == 1 else f"{plan.mesh.size} ranks"
     parts = [
         f"{plan.architecture} from {plan.model}",
-        f"quantization {quantization} {stored}, mesh {plan.mesh} ({plan.mesh.size} ranks), plan {plan.digest[:16]}",
+        f"quantization {quantization} {stored}, mesh {plan.mesh} ({ranks}), plan {plan.digest[:16]}",
         "",
         _memory_table(plan),
     ]
@@ -67,12 +68,12 @@ def _memory_table(plan: LoadPlan) -> str:
     if len(rows) > SHOWN_RANKS:
         rows = [*rows[: SHOWN_RANKS // 2], ("...",) * 7, *rows[-SHOWN_RANKS // 2 :]]
     header = ("rank", "parameters", "to read", "quantized", "unquantized", "staging", "at most")
-    heads = {m.rank: _heads(plan, m.rank) for m in plan.memory[:SHOWN_RANKS]}
+    heads = {m.rank: heads_of(plan, m.rank) for m in plan.memory[:SHOWN_RANKS]}
     told = [f"rank {rank}: {text}" for rank, text in heads.items() if text]
     return "\n".join([table(header, rows), *(["", *told] if told else [])])
 
 
-def _heads(plan: LoadPlan, rank: int) -> str:
+def heads_of(plan: LoadPlan, rank: int) -> str:
     """The rank's attention heads, one text for each kind of attention."""
     tp = plan.mesh.coordinates(rank)["tp"]
     return "; ".join(heads.describe(tp) for heads in plan.heads.values())
@@ -109,8 +110,10 @@ def inspect_text(checkpoint: Checkpoint) -> str:
         counts[info.dtype] += 1
     elements = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     quantization = detect(config)
+    named = config.get("architectures")
+    architectures = named if named and isinstance(named, list) else ["?"]
     lines = [
-        f"{', '.join(config.get('architectures') or ['?'])} ({config.get('model_type', '?')}) in {checkpoint.path}",
+        f"{', '.join(map(str, architectures))} ({config.get('model_type', '?')}) in {checkpoint.path}",
         f"{len(checkpoint.tensors)} tensors, {elements:,} elements, {format_bytes(checkpoint.total_bytes)}, "
         f"{len(checkpoint.shards)} files",
         "",

@@ -140,6 +140,12 @@ def row_absmax(weight: Tensor) -> Tensor:
     return weight.to(torch.float16).abs().amax(dim=1).float()
 
 
-def quantize_int8_rows(weight: Tensor, absmax: Tensor) -> Tensor:
+def quantize_int8_rows(weight: Tensor, absmax: Tensor, out: Tensor | None = None) -> Tensor:
     """int8 `[rows, columns]`: `round(w * (127 / absmax))` of the float16 weight, as LLM.int8 stores it."""
-    return torch.round(weight.to(torch.float16) * (127.0 / absmax.unsqueeze(-1))).to(torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device) if out is None else out
+    scale = (127.0 / absmax).unsqueeze(-1)
+    per_tile = max(TILE // max(weight.shape[1], 1), 1)
+    for at in range(0, len(weight), per_tile):
+        tile = weight[at : at + per_tile].to(torch.float16) * scale[at : at + per_tile]
+        codes[at : at + per_tile] = tile.round_()
+    return codes

@@ -32,7 +32,8 @@ class HeadCut:
         """One rank's heads in words."""
         kv = [head for a, b in self.kv.segments(rank) for head in range(a, b)]
         (first, last) = self.query.segments(rank)[0]
-        return f"query heads {first}-{last - 1}, kv heads {','.join(map(str, kv))}"
+        each = f", {self.groups[rank]} query heads to each kv head"
+        return f"query heads {first}-{last - 1}, kv heads {','.join(map(str, kv))}{each}"
 
 
 def cut_heads(heads: int, kv_heads: int, ranks: int) -> Iterator[HeadCut]:

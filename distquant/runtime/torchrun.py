@@ -47,6 +47,7 @@ def load(
     if not dist.is_initialized():
         process_group.init(timeout=timeout)
     plan = request if isinstance(request, LoadPlan) else agree(request, own, max_memory)
+    check_world(plan.mesh, dist.get_world_size())
     comm = process_group.GroupComm(plan.mesh)
     return load_shard(plan, comm, own, progress)
 
@@ -69,9 +70,9 @@ def agree(request: Request, own: torch.device, max_memory: int | None) -> LoadPl
     return LoadPlan.from_json(outcome)
 
 
-def check_world(mesh: Mesh) -> None:
+def check_world(mesh: Mesh, world: int | None = None) -> None:
     """Raises `InputError` where the mesh is not the world that the launcher started."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world
     if mesh.size != world:
         what = f"{mesh} needs {mesh.size} ranks, the launcher started {world}"
         raise InputError.one("mesh", what, f"Start {mesh.size} ranks, or give a mesh of {world}")

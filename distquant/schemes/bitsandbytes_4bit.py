@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from distquant import hostmem
 from distquant.config import Bnb4bitConfig, torch_dtype
 from distquant.errors import InputError, Problem
 from distquant.kernels import reference
@@ -338,7 +339,7 @@ class _Quantizer:
             BLOCK // math.gcd(BLOCK, shard.shape[1]) if self.crossing else self.block // math.gcd(self.block, columns)
         )
         self.row_step = step * 2 if step * columns % 2 else step
-        self.codes = torch.empty(-(-rows * columns // 2), dtype=torch.uint8, device=device)
+        self.codes = hostmem.empty(-(-rows * columns // 2), torch.uint8, device)
         self.absmax = torch.empty(-(-rows * columns // self.block), dtype=torch.float32, device=device)
         blocks = -(-math.prod(shard.shape) // BLOCK)
         self.whole = torch.empty(blocks, dtype=torch.float32, device=device) if self.crossing else self.absmax

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from distquant import hostmem
 from distquant.config import Bnb8bitConfig
 from distquant.errors import InputError, Problem
 from distquant.kernels import reference
@@ -121,15 +122,16 @@ class _Quantizer:
 
     def __init__(self, scheme: Bnb8bitScheme, shard: Shard, module: nn.Module, axis: Axis, device: Any):
         self.scheme, self.shard, self.module, self.axis = scheme, shard, module, axis
-        self.codes = torch.empty(shard.local_shape, dtype=torch.int8, device=device)
+        self.codes = hostmem.empty(shard.local_shape, torch.int8, device)
         self.absmax = torch.empty(shard.local_shape[0], dtype=torch.float32, device=device)
 
     def update(self, rows: Tensor, start: int) -> None:
+        rows = rows.to(torch.float16)
         absmax = reference.row_absmax(rows)
         if self.shard.dim == 1:
             # As integers: non-negative floats order the same, and a NaN stays one.
             self.axis.all_reduce(absmax.view(torch.int32), "max")
-        self.codes[start : start + len(rows)] = reference.quantize_int8_rows(rows, absmax)
+        reference.quantize_int8_rows(rows, absmax, out=self.codes[start : start + len(rows)])
         self.absmax[start : start + len(rows)] = absmax
 
     def finish(self) -> None:

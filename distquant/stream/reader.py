@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,13 +28,23 @@ CHUNK = 8 << 20
 """Bytes per buffer where the budget allows: large enough for the disk, small enough for the cache."""
 
 
+AHEAD = 16
+"""Pieces that may wait for the consumer. Those in buffers are fewer; these limit what is read straight into place."""
+
+PATIENCE = 0.1
+"""Seconds between looks whether the reader is to stop."""
+
+
 class ReadError(DistquantError, OSError):
     """A file could not be read as its header says; names file, offset and tensor."""
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Consecutive local rows of one task: uint8 `[rows, row bytes]`, valid until the next chunk is asked for."""
+    """Consecutive local rows of one task: uint8 `[rows, row bytes]`, valid until the next chunk is asked for.
+
+    `buffer` is None where the rows were read straight into the task's own memory and nothing is left to do with them.
+    """
 
     task: int
     rows: Tensor
@@ -60,6 +71,8 @@ class Work:
     row_step: int = 1
     pace: int = 0
     """Bytes a row counts for when pieces are sized; the same on every rank where pieces must match. 0 = its own."""
+    into: Tensor | None = None
+    """uint8 `[local rows, row bytes]`: finished memory that rows are read into without passing through a buffer."""
 
 
 @dataclass
@@ -94,7 +107,7 @@ class Reader:
     def stream(self, works: Iterable[Work]) -> Iterator[Chunk]:
         """Yields the chunks of all tasks, in order; each is valid until the next is taken."""
         free: queue.Queue[Tensor] = queue.Queue()
-        ready: queue.Queue[Chunk | BaseException | None] = queue.Queue()
+        ready: queue.Queue[Chunk | BaseException | None] = queue.Queue(AHEAD)
         for _ in range(BUFFERS):
             free.put(torch.empty(0, dtype=torch.uint8))
         self._thread = threading.Thread(
@@ -117,21 +130,36 @@ class Reader:
         try:
             for task, work in enumerate(works):
                 for piece in self._pieces(work):
+                    if work.into is not None:
+                        if self._stop.is_set():
+                            return
+                        rows = work.into[piece.local : piece.local + piece.rows]
+                        self.read_rows(piece, rows.view(-1))
+                        self._hand(ready, Chunk(task, rows, piece.local, piece.dtype))
+                        continue
                     buffer = self._take(free)
                     if buffer is None:
                         return
-                    ready.put(self._fill(task, piece, buffer))
-            ready.put(None)
+                    self._hand(ready, self._fill(task, piece, buffer))
+            self._hand(ready, None)
         except BaseException as error:  # handed to the consumer, which raises it
-            ready.put(error)
+            self._hand(ready, error)
 
     def _take(self, free: queue.Queue[Tensor]) -> Tensor | None:
         while not self._stop.is_set():
             try:
-                return free.get(timeout=0.1)
+                return free.get(timeout=PATIENCE)
             except queue.Empty:
                 continue
         return None
+
+    def _hand(self, ready: queue.Queue[Any], item: Chunk | BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                ready.put(item, timeout=PATIENCE)
+            except queue.Full:
+                continue
+            return
 
     def _pieces(self, work: Work) -> Iterator[RowRange]:
         for whole in work.ranges:

@@ -7,18 +7,23 @@ taking one absmax of a wrong block, moves the logits by 1e-2 and more.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import work
 from models import FAMILIES
+from transformers import AutoTokenizer
+from upstream import their_model
 
+import distquant as dq
 from distquant.kernels import reference
 
 ROUNDING = 2e-5
 INT8_ERROR = 2e-2
 
-STRADDLING = {"llama-96"}
-"""Families where upstream's CPU kernel takes wrong absmax in the input dim of a whole weight (352 has them too)."""
+STRADDLING = ("llama-96", "llama-352")
+"""Families whose rows are no multiple of a block: upstream's own CPU kernel takes wrong absmax there."""
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -56,28 +61,18 @@ def test_int8_logits_stay_within_the_error_of_the_method(ranks, model_of, whole_
 
 
 @pytest.mark.parametrize("name", ["none", "nf4", "fp4", "int8"])
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llama-96", "llama-352"}))
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in STRADDLING])
 def test_one_rank_computes_what_transformers_does(model_of, whole_logits, family, name):
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = {"none": None, "int8": BitsAndBytesConfig(load_in_8bit=True)}.get(name, "4bit")
-    if config == "4bit":
-        config = BitsAndBytesConfig(**{k: v for k, v in work.bnb(name).items() if k != "quant_method"})
-    theirs = AutoModelForCausalLM.from_pretrained(model_of(family), quantization_config=config, dtype=torch.float32)
-    for module in theirs.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    theirs = their_model(model_of(family), name, dtype=torch.float32)
     with torch.no_grad():
         assert distance(theirs(torch.tensor(work.IDS)).logits, whole_logits(family, name)) < ROUNDING
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
-@pytest.mark.parametrize("family", ["llama-96", "llama-352"])
+@pytest.mark.parametrize("family", STRADDLING)
 def test_straddling_blocks_follow_the_flat_definition(model_of, whole_logits, family, name):
     """Where blocks straddle rows upstream is no truth, so weights are put through the definition one by one."""
-    from transformers import AutoModelForCausalLM
-
-    truth = AutoModelForCausalLM.from_pretrained(model_of(family), dtype=torch.float32)
+    truth = their_model(model_of(family), dtype=torch.float32)
     ours = work.exact(model_of(family), name)
     for path in ours.distquant.plan.converted:
         weight = truth.get_submodule(path).weight.data
@@ -113,20 +108,10 @@ def test_uneven_vocabulary_is_gathered_whole(ranks, model_of, whole_logits, widt
 
 
 def test_perplexity_of_a_trained_model_to_six_digits(ranks, kjv_llama):
-    from pathlib import Path
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    import distquant as dq
-
     text = (Path(kjv_llama) / "validation.txt").read_text()[:20000]
     sharded = ranks.run(2, work.perplexity, kjv_llama, "nf4-dq", text, "tp=2")
     whole = work.perplexity(kjv_llama, "nf4-dq", text)
-    config = BitsAndBytesConfig(**{k: v for k, v in work.bnb("nf4-dq").items() if k != "quant_method"})
-    theirs = AutoModelForCausalLM.from_pretrained(kjv_llama, quantization_config=config, dtype=torch.float32)
-    for module in theirs.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    truth = dq.perplexity(theirs.eval(), AutoTokenizer.from_pretrained(kjv_llama), text)
+    theirs = their_model(kjv_llama, "nf4-dq", dtype=torch.float32)
+    truth = dq.perplexity(theirs, AutoTokenizer.from_pretrained(kjv_llama), text)
     assert whole == pytest.approx(truth, rel=1e-6)
     assert sharded == [pytest.approx(truth, rel=1e-6)] * 2

@@ -24,8 +24,6 @@ def their_config(name: str, storage: str = "uint8") -> Any:
     """The `BitsAndBytesConfig` of a short name."""
     from transformers import BitsAndBytesConfig
 
-    if name == "none":
-        return None
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(**{k: v for k, v in bnb(name, storage=storage).items() if k != "quant_method"})
@@ -38,8 +36,9 @@ def their_model(path: str, name: str = "none", storage: str = "uint8", dtype: An
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        config = their_config(name, storage)
-        model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=dtype)
+        # An explicit None would switch the checkpoint's own quantization off.
+        config = {"quantization_config": their_config(name, storage)} if name != "none" else {}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **config)
     finally:
         torch.set_num_threads(threads)
     for module in model.modules():

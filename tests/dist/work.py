@@ -98,7 +98,9 @@ def traces_of_generate(path: str, quant: Any, mesh: str | None, static: bool) ->
     more = {"cache_implementation": "static"} if static else {}
     model.generate(torch.tensor(IDS), max_new_tokens=4, do_sample=False, **more)
     after, now = dq.fingerprint(model), model.state_dict()
-    changed = [k for k in state.keys() | now.keys() if k not in state or k not in now or not same_bits(state[k], now[k])]
+    changed = [
+        k for k in state.keys() | now.keys() if k not in state or k not in now or not same_bits(state[k], now[k])
+    ]
     return before, after, changed
 
 
@@ -153,3 +155,31 @@ def bytes_read(path: str, quant: Any, mesh: str) -> int:
 
 def tokens_with(path: str, name: str, mesh: str, seed: int | None, kwargs: dict[str, Any]) -> list[list[int]]:
     return tokens(path, name, mesh, seed, **kwargs)
+
+
+def load_while_truncating(plan: dq.LoadPlan) -> Any:
+    """Rank 0 cuts the file short right after all ranks have compared its header."""
+    import os
+    from pathlib import Path
+
+    from distquant import loader
+
+    compare = loader._same_files
+
+    def compare_then_cut(*args: Any) -> Any:
+        checkpoint = compare(*args)
+        if rank() == 0:
+            os.truncate(Path(plan.model) / "model.safetensors", 5000)
+        dist.barrier()
+        return checkpoint
+
+    loader._same_files = compare_then_cut
+    try:
+        return dq.load(plan)
+    finally:
+        loader._same_files = compare
+
+
+def fingerprint_after_error(path: str, quant: Any) -> str:
+    assert isinstance(error_of(fingerprint, path, quant, "tp=3"), dq.InputError)
+    return fingerprint(path, quant, "tp=2")

@@ -1,0 +1,135 @@
+"""Symmetric int8 in groups along the input: a whole quantization method for distquant, in one file.
+
+    scale = max |w| / 127 over a group of 32 inputs of one row        float32 [out, ceil(in / 32)]
+    code  = round(w / scale), halves to even                          int8    [out, in]
+
+A scale depends on its own group only, so a cut between groups is exact by itself: no statistic crosses it, and ranks
+say nothing to each other while they quantize. Both are computed in float32, element by element, so the pieces in which
+rows arrive leave no trace either. The module dequantizes in forward; it is meant to be read, not to be fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distquant.config import QuantizationConfig
+from distquant.errors import Problem
+from distquant.layout import PLAIN_STEPS, Component, Layout
+from distquant.schemes import Quantizer, Scheme, Shard, register
+
+LARGEST = 127
+"""Largest code; -128 is not used, so that codes are symmetric."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int8GroupsConfig(QuantizationConfig):
+    """One scale for each group of inputs of a row."""
+
+    quant_method: ClassVar[str] = "int8_groups"
+    skip_field: ClassVar[str | None] = "modules_to_not_convert"
+    short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {"int8-g32": {}, "int8-g128": {"group_size": 128}}
+
+    group_size: int = 32
+    """Inputs that share a scale; the last group of a row may be shorter."""
+    modules_to_not_convert: tuple[str, ...] | None = None
+    """Patterns of modules to leave as they are; None leaves the choice to the model (its output head)."""
+
+    def _value_problems(self) -> Iterable[Problem]:
+        if self.group_size < 1:
+            yield Problem("quantization_config.group_size", f"{self.group_size} is no size", "Give 32, or 1 or more")
+
+
+class Int8GroupsLinear(nn.Module):
+    """A linear layer of codes and scales.
+
+    weight: int8 `[out, in]`; weight_scale: float32 `[out, ceil(in / group_size)]`; bias: as it was.
+    """
+
+    def __init__(self, in_features: int, out_features: int, group_size: int, bias: nn.Parameter | None):
+        super().__init__()
+        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        codes = torch.empty(out_features, in_features, dtype=torch.int8, device="meta")
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        scales = torch.empty(out_features, -(-in_features // group_size), device="meta")
+        self.register_buffer("weight_scale", scales)
+        self.register_parameter("bias", bias)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """`[out, in]`: code * scale in float32, then rounded to `dtype`."""
+        scales = self.weight_scale.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
+        return (self.weight.float() * scales).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dequantized(x.dtype), self.bias)
+
+
+@register
+class Int8GroupsScheme(Scheme):
+    """`Int8GroupsLinear` of local size."""
+
+    name = "int8_groups"
+    config_class = Int8GroupsConfig
+    config: Int8GroupsConfig
+
+    # The coordinator asks these two: where may a weight be cut, and how large is a part?
+
+    def layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
+        """One code an element; a scale spans one row and a group of inputs. Units and memory follow from it."""
+        codes = Component(name="", dtype="int8", cuts=PLAIN_STEPS)
+        scales = Component(name="weight_scale", dtype="float32", spans=(1, self.config.group_size))
+        return Layout((codes, scales))
+
+    def shard_nbytes(self, shard: Shard) -> int:
+        return self.layout(shard.local_shape, shard.dtype).nbytes(shard.local_shape)
+
+    # Every rank calls these three, with its own shard.
+
+    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
+        out_features, in_features = shard.local_shape
+        return Int8GroupsLinear(in_features, out_features, self.config.group_size, linear.bias)
+
+    def quantizer(self, shard: Shard, module: nn.Module, axis: Any, device: Any) -> Quantizer:
+        return _Quantizer(shard, module, self.config.group_size, device)
+
+    def tally(self, module: Any, shard: Shard, tally: Any) -> None:
+        """Counts what this rank owns, at its place in the whole weight."""
+        group = self.config.group_size
+        for (a, b), local in shard.owned:
+            if shard.dim == 1:
+                groups = slice(local // group, -(-(local + b - a) // group))
+                tally.add("code", module.weight[:, local : local + b - a], (0, shard.shape[0]), (a, b))
+                tally.add("scale", module.weight_scale[:, groups], (0, shard.shape[0]), (a, b), group)
+            else:
+                rows = slice(local, local + b - a)
+                tally.add("code", module.weight[rows], (a, b), (0, shard.shape[1]))
+                tally.add("scale", module.weight_scale[rows], (a, b), (0, shard.shape[1]), group)
+
+
+class _Quantizer:
+    """Quantizes the rows of a shard as they are read, and fills the module at the end."""
+
+    row_step = 1  # any number of whole rows can be quantized by itself
+
+    def __init__(self, shard: Shard, module: Any, group_size: int, device: Any):
+        self.module, self.group_size = module, group_size
+        rows, columns = shard.local_shape
+        self.codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
+        self.scales = torch.empty(rows, -(-columns // group_size), device=device)
+
+    def update(self, rows: Tensor, start: int) -> None:
+        stop, columns = start + len(rows), rows.shape[1]
+        padded = nn.functional.pad(rows.float(), (0, -columns % self.group_size))
+        groups = padded.view(len(rows), -1, self.group_size)
+        scales = groups.abs().amax(dim=2) / LARGEST
+        divisors = scales.masked_fill(scales == 0, 1).unsqueeze(2)  # a group of zeros has codes of zero
+        self.codes[start:stop] = torch.round(groups / divisors).to(torch.int8).view(len(rows), -1)[:, :columns]
+        self.scales[start:stop] = scales
+
+    def finish(self) -> None:
+        self.module.weight = nn.Parameter(self.codes, requires_grad=False)
+        self.module.weight_scale = self.scales
