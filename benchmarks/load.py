@@ -290,7 +290,8 @@ def page(path: str, command: str, runs: int, results: dict[str, dict[str, Any]],
     heads = ["what", "processes x threads", "median s", "range s", "GB/s", "peak memory GB", "read GB"]
     parts = [
         f"# Loading {Path(path).name}, {datetime.date.today().isoformat()}",
-        f"{describe(path, size)}\n\n{machine(load)}\n\nCommand: `{command}`; {runs} run{'s' * (runs > 1)} each, in turns.",
+        f"{describe(path, size)}\n\n{machine(load)}",
+        f"Command: `{command}`; {runs} of each, in turns.",
         table(heads, rows),
     ]
     if ratios:

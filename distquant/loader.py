@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import math
 import resource
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +15,11 @@ from torch import Tensor, nn
 from distquant import hostmem
 from distquant.assemble import check_complete, finish, install_styles, localize, set_tensor
 from distquant.assemble.adapters import watch_adapters
+from distquant.assemble.devices import Devices
 from distquant.assemble.finish import fill_computed_buffers
 from distquant.assemble.local import local_shape, shard_of
-from distquant.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from distquant.assemble.sinks import Placer, Transposer
+from distquant.checkpoint import Checkpoint, open_checkpoint
 from distquant.comm import Axis, Comm
 from distquant.config import parse
 from distquant.errors import InputError, Problem
@@ -28,13 +28,8 @@ from distquant.report import RankReport
 from distquant.schemes import Quantizer, Scheme, config_classes, scheme_for
 from distquant.skeleton import build
 from distquant.stream.reader import Reader, Work
-from distquant.stream.rows import RowRange, row_ranges
-
-TORCH_DTYPE = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+from distquant.stream.rows import row_ranges
+from distquant.stream.stored import TORCH_DTYPE, StoredWeight
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of rows taken so far, bytes of rows in all)."""
@@ -136,74 +131,6 @@ class _TimedAxis:
         return self._axis.broadcast(tensor, source)
 
 
-class _Placer:
-    """Takes the rows of an unquantized tensor into its final memory."""
-
-    row_step = 1
-
-    def __init__(self, target: Tensor):
-        self.target = target
-        self.rows = target.view(-1, target.shape[-1]) if target.dim() > 1 else target.view(-1, 1)
-
-    def update(self, rows: Tensor, start: int) -> None:
-        self.rows[start : start + len(rows)] = rows.to(self.target.device)
-
-    def finish(self) -> None:
-        pass
-
-
-class _Transposer:
-    """Gathers a weight that is stored `[in, out]` (GPT-2), then hands it to the quantizer the right way round."""
-
-    row_step = 1
-
-    def __init__(self, stored: tuple[int, int], dtype: torch.dtype, inner: Quantizer):
-        self.whole, self.inner = torch.empty(stored, dtype=dtype), inner
-
-    def update(self, rows: Tensor, start: int) -> None:
-        self.whole[start : start + len(rows)] = rows
-
-    def finish(self) -> None:
-        self.inner.update(self.whole.t().contiguous(), 0)
-        self.inner.finish()
-
-
-@dataclass
-class _StoredWeight:
-    """`schemes.Stored` over a checkpoint's headers and a reader."""
-
-    reader: Reader
-    infos: dict[str, TensorInfo]
-
-    def shape(self, component: str) -> tuple[int, ...]:
-        return self.infos[component].shape
-
-    def read(self, component: str, span: tuple[int, int] | None = None) -> Tensor:
-        info = self.infos[component]
-        count = math.prod(info.shape)
-        item = info.nbytes // max(count, 1)
-        rows = info.shape[0] if info.shape else 1
-        row = info.nbytes // max(rows, 1)
-        first, last = span or (0, rows)
-        flat = self.rows(component, row, [(first, last)], (0, row)) if item else torch.empty(0, dtype=torch.uint8)
-        shape = (last - first, *info.shape[1:]) if info.shape else ()
-        return flat.view(TORCH_DTYPE[info.dtype]).view(shape)
-
-    def rows(
-        self, component: str, row_bytes: int, segments: Iterable[tuple[int, int]], columns: tuple[int, int]
-    ) -> Tensor:
-        info, segments = self.infos[component], list(segments)
-        width = columns[1] - columns[0]
-        out = torch.empty(sum(b - a for a, b in segments) * width, dtype=torch.uint8)
-        at = 0
-        for a, b in segments:
-            offset = info.offset + a * row_bytes
-            piece = RowRange(info.name, info.file, offset, row_bytes, columns, b - a, 0, info.dtype)
-            self.reader.read_rows(piece, out[at : at + piece.nbytes])
-            at += piece.nbytes
-        return out
-
-
 @dataclass
 class _Loading:
     plan: LoadPlan
@@ -220,8 +147,7 @@ class _Loading:
         self.axis = self.comm.axis("tp")
         self.timed = _TimedAxis(self.axis, self.report)
         self.filled: list[str] = []
-        self.offload: dict[str, Any] = {}
-        self.offload_folder: tempfile.TemporaryDirectory[str] | None = None
+        self.devices = Devices(self.device, self.plan.device_map)
 
     def run(self) -> Any:
         plan = self.plan
@@ -244,16 +170,16 @@ class _Loading:
 
     def _complete(self, model: Any) -> None:
         plan = self.plan
-        fill_computed_buffers(model, self._device_of)
-        on_disk = set(self.offload)
-        check_complete(model, self.filled, [tensor.name for tensor in plan.tensors], on_disk | set(plan.tied))
+        fill_computed_buffers(model, self.devices.of)
+        elsewhere = {*self.devices.offloaded, *plan.tied}
+        check_complete(model, self.filled, [tensor.name for tensor in plan.tensors], elsewhere)
         if self.axis.size > 1:
             install_styles(model, plan, self.axis)
             watch_adapters(model, plan, self.axis)
         finish(model, plan.model, self.axis)
         self.scheme.finish_model(model)
         if plan.device_map is not None:
-            self._dispatch(model)
+            self.devices.dispatch(model)
 
     def _restored(self, tensor: TensorPlan) -> bool:
         return tensor.scheme != "none" and self.plan.prequantized
@@ -283,8 +209,8 @@ class _Loading:
                 raise InputError.one(tensor.name, what, "Skip the module, or convert the checkpoint first")
             start = time.perf_counter()
             rows = chunk.rows.view(TORCH_DTYPE[chunk.dtype]).to(getattr(torch, tensor.dtype))
-            if tensor.scheme != "none" and self._device_of(tensor.name).type != "cpu":
-                rows = rows.to(self._device_of(tensor.name))
+            if tensor.scheme != "none" and self.devices.of(tensor.name).type != "cpu":
+                rows = rows.to(self.devices.of(tensor.name))
             copied = time.perf_counter()
             exchanged = stages["exchange"]
             sink.update(rows, chunk.local)
@@ -297,7 +223,7 @@ class _Loading:
             if current < len(tensors):
                 sink = placers.pop(tensors[current].name, None) or self._sink(model, tensors[current])
 
-    def _work(self, tensor: TensorPlan, placer: _Placer | None) -> Work:
+    def _work(self, tensor: TensorPlan, placer: Placer | None) -> Work:
         cut = self.plan.cuts[tensor.cut] if tensor.cut else None
         segments = cut.segments(self.axis.rank) if cut else ()
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
@@ -318,15 +244,15 @@ class _Loading:
 
     def _sink(self, model: Any, tensor: TensorPlan) -> Any:
         module = model.get_submodule(tensor.name.rpartition(".")[0])
-        quantizer = self._quantizer(tensor, module, self._device_of(tensor.name))
+        quantizer = self._quantizer(tensor, module, self.devices.of(tensor.name))
         if tensor.transposed:
-            return _Transposer((tensor.shape[1], tensor.shape[0]), getattr(torch, tensor.dtype), quantizer)
+            return Transposer((tensor.shape[1], tensor.shape[0]), getattr(torch, tensor.dtype), quantizer)
         return quantizer
 
-    def _placer(self, tensor: TensorPlan) -> _Placer:
+    def _placer(self, tensor: TensorPlan) -> Placer:
         """The final memory of an unquantized tensor; untouched pages cost nothing until they are read into."""
         shape = local_shape(tensor, self.plan, self.axis.rank)
-        return _Placer(hostmem.empty(shape, getattr(torch, tensor.dtype), self._device_of(tensor.name)))
+        return Placer(hostmem.empty(shape, getattr(torch, tensor.dtype), self.devices.of(tensor.name)))
 
     def _finish(self, model: Any, tensors: list[TensorPlan], index: int, sink: Any) -> None:
         if index < 0 or sink is None:
@@ -345,14 +271,10 @@ class _Loading:
     def _put(self, model: Any, tensor: TensorPlan, value: Tensor) -> None:
         self.filled.append(tensor.name)
         self.report.unquantized_bytes += value.nbytes
-        if self._place_of(tensor.name) != "disk":
+        if self.devices.place(tensor.name) == "disk":
+            self.devices.offload(tensor.name, value)
+        else:
             set_tensor(model, tensor.name, value, self.plan.tied)
-            return
-        from accelerate.utils import offload_weight
-
-        if self.offload_folder is None:
-            self.offload_folder = tempfile.TemporaryDirectory(prefix="distquant-offload-")
-        offload_weight(value, tensor.name, self.offload_folder.name, self.offload)
 
     # -- pre-quantized ---------------------------------------------------------------------------------------------
 
@@ -361,7 +283,7 @@ class _Loading:
         module = model.get_submodule(tensor.name.rpartition(".")[0])
         shard = shard_of(tensor, self.plan, self.axis.rank)
         start = time.perf_counter()
-        self.scheme.restore(shard, module, _StoredWeight(reader, infos), self._device_of(tensor.name))
+        self.scheme.restore(shard, module, StoredWeight(reader, infos), self.devices.of(tensor.name))
         self.report.stages["place"] += time.perf_counter() - start
         self._account(model, tensor)
 
@@ -369,33 +291,6 @@ class _Loading:
         self.filled.append(tensor.name)
         module = model.get_submodule(tensor.name.rpartition(".")[0])
         self.report.quantized_bytes += sum(p.nbytes for n, p in _state(module) if n != "bias")
-
-    # -- devices ---------------------------------------------------------------------------------------------------
-
-    def _place_of(self, name: str) -> str:
-        device_map = self.plan.device_map
-        if device_map is None:
-            return str(self.device)
-        while name and name not in device_map:
-            name = name.rpartition(".")[0]
-        return device_map[name]
-
-    def _device_of(self, name: str) -> torch.device:
-        place = self._place_of(name)
-        return torch.device("cpu" if place == "disk" else place)
-
-    def _dispatch(self, model: Any) -> None:
-        from accelerate import dispatch_model
-
-        device_map = self.plan.device_map or {}
-        places = {k: int(v.removeprefix("cuda:")) if v.startswith("cuda:") else v for k, v in device_map.items()}
-        if len(set(places.values())) > 1 or "disk" in places.values():
-            index = self.offload or None
-            folder = self.offload_folder.name if self.offload_folder else None
-            main = next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
-            dispatch_model(model, places, main_device=main, offload_dir=folder, offload_index=index, force_hooks=True)
-            model._offload_folder = self.offload_folder  # removed with the model
-        model.hf_device_map = places
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,6 +26,18 @@ from distquant.config import Bnb4bitConfig, torch_dtype
 from distquant.errors import InputError, Problem
 from distquant.kernels import reference
 from distquant.layout import DTYPE_BYTES, Component, Layout
+from distquant.schemes.absmax import (
+    BLOCK,
+    FINE_BLOCK,
+    SECOND,
+    Statistics,
+    block_index,
+    cut_crosses_blocks,
+    keeps_nesting,
+    local_block,
+    local_statistics,
+    quantize_absmax,
+)
 from distquant.schemes.base import Quantizer, Stored
 from distquant.schemes.bitsandbytes import BitsandbytesScheme
 from distquant.schemes.registry import register
@@ -36,122 +46,6 @@ from distquant.schemes.shard import Shard
 if TYPE_CHECKING:
     from distquant.comm import Axis
     from distquant.tally import Tally
-
-BLOCK = 64
-"""Elements per absmax; what `transformers` always uses."""
-FINE_BLOCK = 32
-"""Smallest block that bitsandbytes' kernels take."""
-SECOND = 256
-"""absmax per second-level block."""
-
-Segments = list[tuple[int, int]]
-
-
-@dataclass(slots=True)
-class Statistics:
-    """absmax of one weight or shard; `codes` and the rest are None unless nested.
-
-    Attributes:
-        absmax: float32 `[blocks]`, the values that the kernel uses; None where only the nested form is kept.
-        codes: uint8 `[blocks]`, second-level codes.
-        second: float32 `[ceil(blocks / 256)]`, their absmax.
-        values: float32 `[256]`, value of each second-level code.
-        offset: float32 scalar, mean of all absmax of the whole weight.
-    """
-
-    absmax: Tensor | None
-    codes: Tensor | None = None
-    second: Tensor | None = None
-    values: Tensor | None = None
-    offset: Tensor | None = None
-
-    def effective(self) -> Tensor:
-        """float32 `[blocks]`, as bitsandbytes computes them at use: `values[codes] * second + offset`."""
-        if self.absmax is not None:
-            return self.absmax
-        assert self.codes is not None and self.second is not None
-        assert self.values is not None and self.offset is not None
-        return reference.dequantize_blockwise(self.codes, self.second, self.values, SECOND) + self.offset
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums on one thread: their rounding depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def quantize_absmax(absmax: Tensor) -> Statistics:
-    """Second level of double quantization over all absmax of a weight, on the CPU wherever they lie.
-
-    bitsandbytes' own 8-bit dynamic map and kernel do it, so the result is theirs.
-    """
-    from bitsandbytes.functional import quantize_blockwise
-
-    whole = absmax.cpu()
-    with one_thread():
-        offset = whole.mean()
-        codes, state = quantize_blockwise(whole - offset, blocksize=SECOND)
-    device = absmax.device
-    return Statistics(None, codes.to(device), state.absmax.to(device), state.code.to(device), offset.to(device))
-
-
-def local_block(shard: Shard) -> int:
-    """Block size that this shard stores: 64, or 32 where the cut or the row is no multiple of 64."""
-    if shard.dim != 1:
-        return BLOCK
-    edges = {edge for segment in shard.columns for edge in segment} | {shard.shape[1]}
-    return BLOCK if all(edge % BLOCK == 0 for edge in edges) else FINE_BLOCK
-
-
-def cut_crosses_blocks(shard: Shard) -> bool:
-    """Whether any rank's shard may hold part of a block of 64; the same answer on every rank."""
-    return shard.dim == 1 and not (shard.shape[1] % BLOCK == 0 and shard.cut is not None and shard.cut.legal(BLOCK))
-
-
-def block_segments(shard: Shard) -> Segments:
-    """Flat blocks of 64 that a shard of whole rows holds, in local order."""
-    columns = shard.shape[1]
-    return [(a * columns // BLOCK, -(-b * columns // BLOCK)) for a, b in shard.rows]
-
-
-def keeps_nesting(shard: Shard) -> bool:
-    """Whether the shard's absmax are whole runs of 256 of the weight's, so that their codes can be sliced."""
-    if shard.dim is None:
-        return True
-    if shard.dim == 1:
-        return False
-    segments = block_segments(shard)
-    aligned = all(a % SECOND == 0 for a, _ in segments)
-    return aligned and all((b - a) % SECOND == 0 for a, b in segments[:-1])
-
-
-def block_index(shard: Shard, first: int, last: int, device: Any) -> Tensor:
-    """int64 `[(last - first) * columns / b]`: flat block of 64 under each local block `b` of rows `[first, last)`."""
-    block, columns = local_block(shard), shard.shape[1]
-    starts = torch.cat([torch.arange(a, b, block, device=device) for a, b in shard.columns])
-    rows = torch.arange(first, last, device=device).view(-1, 1) * columns
-    return ((rows + starts) // BLOCK).view(-1)
-
-
-def local_statistics(whole: Statistics, shard: Shard) -> Statistics:
-    """A shard's statistics from the weight's; nested where the shard keeps nesting."""
-    if shard.dim is None:
-        return whole
-    if shard.dim == 0 and whole.codes is not None and keeps_nesting(shard):
-        assert whole.second is not None
-        runs = block_segments(shard)
-        codes = torch.cat([whole.codes[a:b] for a, b in runs])
-        second = torch.cat([whole.second[a // SECOND : -(-b // SECOND)] for a, b in runs])
-        return Statistics(None, codes, second, whole.values, whole.offset)
-    absmax = whole.effective()
-    if shard.dim == 0:
-        return Statistics(torch.cat([absmax[a:b] for a, b in block_segments(shard)]))
-    return Statistics(absmax[block_index(shard, 0, shard.shape[0], absmax.device)])
 
 
 @register

@@ -1,0 +1,187 @@
+"""A module imports only from floors below its own, and heavy or optional libraries only where they belong.
+
+The floors are those of the design, one line each, from the bottom up. Imports inside functions and under TYPE_CHECKING
+count: they are dependencies all the same. Within one package modules may use each other.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from absent import run_without
+
+import distquant
+
+PACKAGE = Path(distquant.__file__).parent
+
+FLOORS = [
+    ["errors", "version"],
+    ["facts", "mesh", "layout", "comm", "hostmem"],
+    ["checkpoint", "config"],
+    ["skeleton"],
+    ["planning", "kernels", "tally"],
+    ["schemes"],
+    ["placement"],
+    ["coordinator"],
+    ["stream", "assemble", "report"],
+    ["loader", "quality"],
+    ["runtime"],
+    ["api"],
+    ["runtime.ray"],  # an entry point as `api` is one, and built on it
+    ["cli"],
+    ["__main__"],
+]
+"""A name stands for the module or package and all in it, unless a longer name is listed."""
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    """`schemes.base` for `distquant/schemes/base.py`, `schemes` for its `__init__.py`, "" for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor_of(module: str) -> tuple[int, str]:
+    """Number and name of a module's floor."""
+    while module:
+        for number, names in enumerate(FLOORS):
+            if module in names:
+                return number, module
+        module = module.rpartition(".")[0]
+    raise LookupError("no floor")
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Everything that a file imports, wherever in it: dotted name and line."""
+    known = {dotted(module) for module in MODULES}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are written in full"
+            base = node.module or ""
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                is_module = whole.removeprefix("distquant.") in known
+                yield whole if is_module else base, node.lineno
+
+
+def own(name: str) -> str | None:
+    """The module of this package that an import means."""
+    return name.removeprefix("distquant").removeprefix(".") if name.split(".")[0] == "distquant" else None
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if dotted(p)], ids=dotted)
+def test_a_module_imports_only_from_floors_below_its_own(path: Path) -> None:
+    module = dotted(path)
+    mine, name = floor_of(module)
+    for imported, line in imports(path):
+        target = own(imported)
+        if not target:
+            continue
+        theirs, their_name = floor_of(target)
+        same_package = name == their_name
+        assert theirs < mine or same_package, f"{path}:{line}: {module} (floor {name}) imports {target} ({their_name})"
+
+
+def test_every_module_has_a_floor() -> None:
+    for path in MODULES:
+        if module := dotted(path):
+            floor_of(module)
+    listed = {name for names in FLOORS for name in names}
+    there = {dotted(path) for path in MODULES}
+    assert listed <= there, "a floor names a module that is gone"
+
+
+def test_the_package_itself_names_only_what_it_offers() -> None:
+    """`distquant/__init__.py` may name everything, but must load it lazily: see the test of a bare import."""
+    eager = [
+        node.module
+        for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("distquant")
+    ]
+    assert set(eager) == {"distquant.errors", "distquant.version"}
+
+
+def test_planning_and_kernels_never_see_each_other() -> None:
+    for path in MODULES:
+        module = dotted(path)
+        other = {"planning": "kernels", "kernels": "planning"}.get(module.split(".")[0])
+        for imported, line in imports(path):
+            assert not other or (own(imported) or "").split(".")[0] != other, f"{path}:{line}"
+
+
+@pytest.mark.parametrize("folder", ["planning", "config", "checkpoint"])
+def test_what_decides_needs_no_torch_when_imported(folder: str) -> None:
+    for path in (PACKAGE / folder).glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            heavy = {name.split(".")[0] for name in names} & {"torch", "transformers", "bitsandbytes", "accelerate"}
+            assert not heavy, f"{path}:{node.lineno}"
+
+
+def test_planning_does_no_io_and_knows_no_torch() -> None:
+    for path in (PACKAGE / "planning").glob("*.py"):
+        found = {name.split(".")[0] for name, _ in imports(path)}
+        assert not found & {"torch", "transformers", "os", "pathlib", "io", "socket"}, path
+
+
+def test_ray_is_imported_only_in_runtime_ray() -> None:
+    where = {dotted(path) for path in MODULES for name, _ in imports(path) if name.split(".")[0] == "ray"}
+    assert where == {"runtime.ray"}
+
+
+def calls(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            function = node.func
+            yield function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def test_process_groups_are_created_only_in_runtime() -> None:
+    makers = {"init_process_group", "new_group", "new_subgroups", "init_device_mesh", "DeviceMesh", "TCPStore"}
+    where = {dotted(path) for path in MODULES if makers & set(calls(path))}
+    assert where == {"runtime.process_group"}
+
+
+def test_importing_distquant_imports_nothing_heavy() -> None:
+    code = "import json, sys, distquant, distquant.cli.main; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
+    assert "distquant" in loaded
+    assert not loaded & {"torch", "transformers", "ray", "bitsandbytes", "accelerate", "peft", "numpy", "safetensors"}
+
+
+OPTIONAL = ("bitsandbytes", "ray", "peft", "deepspeed", "torchao")
+
+PLAN_AND_LOAD = """
+import distquant as dq
+plan = dq.plan(MODEL, quantization_config="none", mesh="tp=2")
+model = dq.load(MODEL, quantization_config="none")
+print(len(plan.memory), sum(p.numel() for p in model.parameters()), dq.fingerprint(model))
+"""
+
+
+def test_without_any_optional_package_none_plans_and_loads(kjv_tiny: str, tmp_path: Path) -> None:
+    import distquant as dq
+
+    done = run_without(OPTIONAL, tmp_path / "packages", f"MODEL = {kjv_tiny!r}\n{PLAN_AND_LOAD}")
+    assert done.returncode == 0, done.stderr
+    ranks, parameters, fingerprint = done.stdout.split()
+    here = dq.load(kjv_tiny, quantization_config="none")
+    assert (int(ranks), int(parameters)) == (2, sum(p.numel() for p in here.parameters()))
+    assert fingerprint == dq.fingerprint(here)
+
+
+@pytest.mark.parametrize("package", OPTIONAL[:3])
+def test_an_absent_package_is_really_absent(package: str, tmp_path: Path) -> None:
+    code = f"import importlib.util as u; print(u.find_spec({package!r}), u.find_spec('torch') is not None)"
+    assert run_without(OPTIONAL, tmp_path / "packages", code).stdout.split() == ["None", "True"]
