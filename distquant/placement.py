@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from distquant.device_map import place_of
 from distquant.errors import InputError, Problems
 from distquant.facts import format_bytes, parse_bytes
 
@@ -146,16 +147,6 @@ def check_memory(
         if nbytes > limits.get(device, nbytes):
             what = f"its modules take {format_bytes(nbytes)}, max_memory allows {format_bytes(limits[device])}"
             problems.add(f"device_map: {device}", what, "Move modules to another device, or allow more memory")
-
-
-def place_of(device_map: Mapping[str, str], name: str) -> str | None:
-    """Where a device map puts a module or parameter: its entry, or that of the nearest parent."""
-    while True:
-        if name in device_map:
-            return device_map[name]
-        if not name:
-            return None
-        name = name.rpartition(".")[0]
 
 
 def is_device(name: str) -> bool:

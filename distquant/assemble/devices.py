@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distquant.device_map import place_of
+
 
 class Devices:
     """Places of tensors; keeps what goes to the disk until the model is dispatched."""
@@ -22,9 +24,9 @@ class Devices:
         """The device map's word for a tensor: its own entry, or that of the nearest parent."""
         if self.device_map is None:
             return str(self.device)
-        while name and name not in self.device_map:
-            name = name.rpartition(".")[0]
-        return self.device_map[name]
+        place = place_of(self.device_map, name)
+        assert place is not None, "the planner refuses incomplete device maps"
+        return place
 
     def of(self, name: str) -> torch.device:
         """The device that a tensor is filled on."""

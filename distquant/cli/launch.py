@@ -9,10 +9,11 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 from distquant.cli.progress import ProgressLine
-from distquant.errors import DistquantError, InputError
+from distquant.errors import DistquantError, InputError, Problem, Problems
 from distquant.mesh import Mesh
 from distquant.runtime.job import Job, Outcome
 
@@ -32,21 +33,22 @@ def run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | No
     """Loads the model and does the job; None on ranks that leave the telling to rank 0."""
     from distquant.api import plan
 
-    launched = is_launched()
+    launched, size, problems = is_launched(), 1, Problems()
     try:
         size = Mesh.parse(mesh).size
-        if OUTCOME not in os.environ:  # else whoever started this rank has checked it
-            check_tokens(arguments, job)
     except InputError as error:
-        raise all_problems(error, arguments, mesh) from None
+        problems.extend(error.problems)
     runtime = arguments.runtime or ("torchrun" if launched or size > 1 else "local")
+    if runtime == "local" and size > 1:
+        what = f"{mesh} needs {size} ranks, and the runtime 'local' is one process"
+        problems.add("mesh", what, "Use --runtime torchrun or --runtime ray")
+    if OUTCOME not in os.environ:  # else whoever started this rank has checked it
+        problems.extend(token_problems(arguments, job))
+    if problems:
+        raise all_problems(problems, arguments, mesh)
     if runtime == "ray":
         return _on_ray(arguments, job, mesh)
     if runtime == "local":
-        if size > 1:
-            what = f"{mesh} needs {size} ranks, and the runtime 'local' is one process"
-            alone = InputError.one("mesh", what, "Use --runtime torchrun or --runtime ray")
-            raise all_problems(alone, arguments, mesh)
         return _here(arguments, job, mesh, "local")
     if launched:
         return _here(arguments, job, mesh, "torchrun")
@@ -59,19 +61,19 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def all_problems(error: InputError, arguments: argparse.Namespace, mesh: str | None) -> InputError:
-    """An error with whatever else planning finds wrong."""
+def all_problems(problems: Problems, arguments: argparse.Namespace, mesh: str | None) -> InputError:
+    """The error that tells these problems, and whatever planning finds wrong."""
     from distquant.api import plan
 
     try:
         plan(arguments.model, **load_options(arguments, mesh))
-    except InputError as other:
-        return InputError(dict.fromkeys([*error.problems, *other.problems]))
-    return error
+    except InputError as error:
+        problems.extend(error.problems)
+    return InputError(problems)
 
 
-def check_tokens(arguments: argparse.Namespace, job: Job) -> None:
-    """Raises `InputError` where a prompt or text cannot be given to the model; before anything is loaded."""
+def token_problems(arguments: argparse.Namespace, job: Job) -> Iterator[Problem]:
+    """Why a prompt or text cannot be given to the model; told before anything is loaded."""
     given = [("--prompt", job.prompt, 1), ("--text", job.text and job.text[:1000], 2)]
     given = [(option, text, least) for option, text, least in given if text is not None]
     if not given:
@@ -89,10 +91,11 @@ def check_tokens(arguments: argparse.Namespace, job: Job) -> None:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=arguments.trust_remote_code)
         except (ValueError, OSError, KeyError, ImportError) as error:
             what = f"transformers can load no tokenizer from {folder} ({str(error).strip().splitlines()[0]})"
-            raise InputError.one(option, what, "Put the model's tokenizer.json there") from error
+            yield Problem(option, what, "Put the model's tokenizer.json there")
+            continue
         count = len(tokenizer(text).input_ids)
         if count < least:
-            raise InputError.one(option, f"has {count} tokens, {least} are needed", "Give a longer text")
+            yield Problem(option, f"has {count} tokens, {least} are needed", "Give a longer text")
 
 
 def load_options(arguments: argparse.Namespace, mesh: str | None) -> dict[str, Any]:
@@ -133,10 +136,12 @@ def _here(arguments: argparse.Namespace, job: Job, mesh: str | None, runtime: st
     torch.set_num_threads(arguments.threads or max((os.cpu_count() or 1) // ranks, 1))
     rank = int(os.environ.get("RANK", "0")) if runtime == "torchrun" else 0
     if runtime == "torchrun":
+        problems = Problems()
         try:
             torchrun.check_world(Mesh.parse(mesh))
         except InputError as error:
-            raise all_problems(error, arguments, mesh) from None
+            problems.extend(error.problems)
+            raise all_problems(problems, arguments, mesh) from None
     with ProgressLine(ranks if rank == 0 else 0) as line:
         model = load(
             arguments.model,

@@ -7,6 +7,7 @@ plans with those facts, and has every actor load its shard. One rank's failure e
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import time
@@ -34,6 +35,12 @@ SCHEDULE_TIMEOUT = 60.0
 
 POLL = 0.2
 """Seconds between looks at the workers."""
+
+GRACE = 5.0
+"""Seconds in which the rank behind a broken connection is looked for."""
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""How gloo and NCCL tell that another rank is gone."""
 
 Progress = Callable[[list[tuple[int, int]]], None]
 """Called with (bytes taken, bytes in all) of every rank."""
@@ -158,25 +165,39 @@ class Sharded:
 
 
 def gather(futures: list[Any], tick: Callable[[], None] | None = None) -> list[Any]:
-    """Results in rank order; the first failure is raised at once, as that rank's error."""
+    """Results in rank order; a failure is raised at once, as the error of the rank that caused it.
+
+    A rank that only lost its peer may be heard first, so the peer's own end is awaited for a moment.
+    """
     pending = {future: rank for rank, future in enumerate(futures)}
     results: dict[int, Any] = {}
-    while pending:
+    lost: dict[int, DistquantError] = {}
+    deadline = math.inf
+    while pending and time.monotonic() < deadline:
         ready, _ = ray.wait(list(pending), timeout=POLL)
         for future in ready:
             rank = pending.pop(future)
             try:
                 results[rank] = ray.get(future)
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                if isinstance(cause, DistquantError):
-                    raise cause from None
-                raise RankError(rank, f"{type(cause).__name__}: {cause}") from None
             except ray.exceptions.RayError as error:
-                raise RankError(rank, str(error).strip().splitlines()[0]) from None
+                failure = _failure(rank, error)
+                if not any(sign in str(failure) for sign in LOST_PEER):
+                    raise failure from None
+                lost[rank] = failure
+                deadline = min(deadline, time.monotonic() + GRACE)
         if tick is not None:
             tick()
+    if lost:
+        raise lost[min(lost)]
     return [results[rank] for rank in range(len(futures))]
+
+
+def _failure(rank: int, error: ray.exceptions.RayError) -> DistquantError:
+    """What a worker's end is told as: its own message where it is one of ours."""
+    if not isinstance(error, ray.exceptions.RayTaskError):
+        return RankError(rank, str(error).strip().splitlines()[0])
+    cause = error.cause
+    return cause if isinstance(cause, DistquantError) else RankError(rank, f"{type(cause).__name__}: {cause}")
 
 
 def stop(workers: list[Any], group: PlacementGroup | None, started_ray: bool) -> None:

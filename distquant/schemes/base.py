@@ -116,6 +116,10 @@ class Scheme(ABC):
         """The device map that the method can work with."""
         return device_map
 
+    def offloaded(self, converted: Iterable[str], device_map: Mapping[str, str]) -> set[str]:
+        """Of the modules to convert, those that the device map's places leave unquantized."""
+        return set()
+
     def update_tp_plan(self, tp_plan: dict[str, str]) -> dict[str, str]:
         """The tensor-parallel plan that the method can work with, before cuts are chosen."""
         return tp_plan

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
 
 from distquant.config import Bnb4bitConfig, Bnb8bitConfig
+from distquant.device_map import place_of
 from distquant.errors import Problem
 from distquant.schemes.base import Context, Scheme
 
@@ -28,6 +29,12 @@ class BitsandbytesScheme(Scheme):
             fix = "Set llm_int8_enable_fp32_cpu_offload=True to allow that, or map everything to one kind of device"
             found.append(Problem("device_map", what, fix))
         return found
+
+    def offloaded(self, converted: Iterable[str], device_map: Mapping[str, str]) -> set[str]:
+        """Modules on CPU or disk beside other devices, where that is allowed (transformers keeps them in 16 bits)."""
+        if not self.config.llm_int8_enable_fp32_cpu_offload or set(device_map.values()) == {"cpu"}:
+            return set()
+        return {name for name in converted if place_of(device_map, name) in ("cpu", "disk")}
 
     def adjust_max_memory(self, max_memory: int) -> int:
         """A tenth is left for what quantization needs beside the weights, as transformers does."""

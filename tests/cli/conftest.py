@@ -12,11 +12,13 @@ from cli_runs import Command, Run
 
 @pytest.fixture
 def command(capfd: pytest.CaptureFixture[str], workdir: Path) -> Command:
-    """Runs `distquant ARGUMENTS` in `workdir`."""
+    """Runs `distquant ARGUMENTS` in `workdir`; loads on one thread, as the models are small."""
     from distquant.cli.main import main
 
     def run(*arguments: object) -> Run:
         capfd.readouterr()
+        if arguments[:1] in (("load",), ("verify",), ("perplexity",)):
+            arguments = (*arguments, "--threads", "1")
         try:
             code = main([str(argument) for argument in arguments])
         except SystemExit as end:  # argparse ends so
@@ -28,10 +30,8 @@ def command(capfd: pytest.CaptureFixture[str], workdir: Path) -> Command:
 
 
 @pytest.fixture
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The empty current directory of a command; what the command line changes in this process is put back."""
-    import torch
-
     folder = tmp_path / "workdir"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -39,8 +39,17 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(name, raising=False)
     for name in ("OMP_NUM_THREADS", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM"):
         monkeypatch.setenv(name, os.environ.get(name, {"OMP_NUM_THREADS": "1"}.get(name, "error")))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are small, and the command line would leave its own number behind."""
+    import torch
+
     threads = torch.get_num_threads()
-    yield folder
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(threads)
 
 

@@ -88,7 +88,7 @@ def tokens(path: str, name: str, mesh: str | None, seed: int | None = None, **kw
     model = exact(path, name, mesh)
     if seed is not None:
         torch.manual_seed(seed + rank())
-    return model.generate(torch.tensor(IDS), max_new_tokens=10, **kwargs).tolist()
+    return model.generate(torch.tensor(IDS), max_new_tokens=6, **kwargs).tolist()
 
 
 def traces_of_generate(path: str, quant: Any, mesh: str | None, static: bool) -> tuple[str, str, list[str]]:
@@ -96,7 +96,7 @@ def traces_of_generate(path: str, quant: Any, mesh: str | None, static: bool) ->
     model = dq.load(path, quantization_config=quant, mesh=mesh)
     before, state = dq.fingerprint(model), {k: v.clone() for k, v in model.state_dict().items()}
     more = {"cache_implementation": "static"} if static else {}
-    model.generate(torch.tensor(IDS), max_new_tokens=4, do_sample=False, **more)
+    model.generate(torch.tensor(IDS), max_new_tokens=3, do_sample=False, **more)
     after, now = dq.fingerprint(model), model.state_dict()
     changed = [
         k for k in state.keys() | now.keys() if k not in state or k not in now or not same_bits(state[k], now[k])

@@ -22,12 +22,13 @@ PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
     ["errors", "version"],
-    ["facts", "mesh", "layout", "comm", "hostmem"],
+    ["facts", "mesh", "layout", "comm", "hostmem", "device_map"],
     ["checkpoint", "config"],
     ["skeleton"],
     ["planning", "kernels", "tally"],
     ["schemes"],
-    ["placement"],
+    ["placement", "draft"],
+    ["checks", "notes"],
     ["coordinator"],
     ["stream", "assemble", "report"],
     ["loader", "quality"],

@@ -1,0 +1,81 @@
+"""What to know of a plan though nothing is wrong: what was dropped, left, replicated, and what it costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from distquant.draft import Draft
+from distquant.facts import format_bytes
+from distquant.layout import DTYPE_BYTES
+from distquant.planning.load_plan import TensorPlan
+from distquant.schemes import Shard
+
+NAMED = 3
+"""Names that a note lists."""
+
+
+def notes_on(draft: Draft) -> Iterator[str]:
+    """All notes on a finished draft."""
+    unexpected = draft.skeleton.unexpected
+    if unexpected:
+        yield f"dropped: {len(unexpected)} checkpoint tensors that the model lacks ({_some(unexpected)})"
+    if draft.scheme.name != "none":
+        yield from _left_unquantized(draft)
+    if draft.skeleton.experts:
+        kept = "left unquantized and whole on every rank" if draft.scheme.name != "none" else "whole on every rank"
+        size = format_bytes(_nbytes(draft, set(draft.skeleton.experts)))
+        yield f"{kept}: {len(draft.skeleton.experts)} modules of fused experts, {size} each rank"
+    yield from _replicated(draft)
+    yield from _exactness(draft)
+
+
+def _left_unquantized(draft: Draft) -> Iterator[str]:
+    if draft.offloaded:
+        what = f"left unquantized on cpu or disk: {len(draft.offloaded)} linear modules"
+        yield f"{what} (llm_int8_enable_fp32_cpu_offload)"
+    done = draft.offloaded.union(draft.converted)
+    left = [name for name in draft.skeleton.linears if name not in done]
+    loaded = [name for name in left if f"{name}.weight" in draft.skeleton.params]
+    if loaded:
+        yield f"left unquantized: {len(loaded)} linear modules ({_some(loaded)})"
+    tied = [name for name in left if f"{name}.weight" in draft.skeleton.tied]
+    if tied:
+        yield f"left unquantized: {_some(tied)}, tied to an embedding"
+
+
+def _replicated(draft: Draft) -> Iterator[str]:
+    parallel = draft.parallel
+    if parallel.replicated:
+        size = format_bytes(_nbytes(draft, set(parallel.replicated)))
+        cost = f"{len(parallel.replicated)} modules, {size} before quantization on each further rank"
+        yield f"replicated: {cost}: {'; '.join(sorted(set(parallel.replicated.values()))[:NAMED])}"
+    for key, heads in parallel.heads.items():
+        if heads.kv.repeated:
+            layers = sum(attention.heads == key for attention in parallel.attentions.values())
+            yield f"repeated: {heads.kv.repeated} kv heads in each of {layers} layers, counted once in the fingerprint"
+
+
+def _exactness(draft: Draft) -> Iterator[str]:
+    """What exact statistics and repeated rows cost over the uncut layout, summed over ranks."""
+    extra = 0
+    for tensor in draft.tensors:
+        if tensor.scheme != "none" and tensor.cut:
+            whole = Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype)
+            parts = (draft.local(tensor, tp)[1] for tp in range(draft.mesh.tp))
+            extra += sum(parts) - draft.scheme.shard_nbytes(whole)
+    if extra > 0:
+        yield f"exact statistics and repeated rows cost {format_bytes(extra)} over all ranks of tp"
+
+
+def _nbytes(draft: Draft, modules: set[str]) -> int:
+    """Bytes of whole modules in the dtype they are loaded in."""
+
+    def size(tensor: TensorPlan) -> int:
+        return math.prod(tensor.shape) * DTYPE_BYTES.get(tensor.dtype, 4)
+
+    return sum(size(tensor) for tensor in draft.tensors if tensor.name.rpartition(".")[0] in modules)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
