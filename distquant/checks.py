@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
+from distquant.device_map import place_of
 from distquant.draft import Draft
 from distquant.errors import Problems
 from distquant.facts import Facts, format_bytes
@@ -37,7 +37,7 @@ def check_draft(draft: Draft, facts: Facts, mapped: bool, problems: Problems) ->
     problems.extend(draft.scheme.validate(context))
     _check_mesh(draft, None if mapped else facts.device_count, problems)
     _check_missing(draft, problems)
-    _check_devices(draft.device_map, facts.device_type, problems)
+    _check_devices(draft, facts.device_type, problems)
     weights = {f"{name}.weight" for name in draft.converted}
     for name in draft.skeleton.params:
         if name in draft.skeleton.sources:
@@ -72,8 +72,14 @@ def _check_missing(draft: Draft, problems: Problems) -> None:
         problems.add(str(draft.checkpoint.path), what, fix)
 
 
-def _check_devices(device_map: Mapping[str, str] | None, here: str | None, problems: Problems) -> None:
-    for place in sorted(set((device_map or {}).values())):
+def _check_devices(draft: Draft, here: str | None, problems: Problems) -> None:
+    device_map = draft.device_map or {}
+    for name, source in draft.skeleton.tied.items():
+        mine, other = place_of(device_map, name), place_of(device_map, source)
+        if mine != other and "disk" in (mine, other):
+            what = f"{name} is tied to {source}, and they are mapped to {mine} and {other}"
+            problems.add("device_map", what, "Map both to one device")
+    for place in sorted(set(device_map.values())):
         if here is not None and place.partition(":")[0] not in ("cpu", "disk", here):
             what = f"{place!r} is given, and the devices here are of type {here!r}"
             problems.add("device_map", what, "Map the modules to devices that are there, or use 'auto'")

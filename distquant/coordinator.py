@@ -216,7 +216,7 @@ class _Planner:
 
     def _check_at_load(self) -> Iterator[str]:
         if self.facts.device_type is None:
-            yield "device type, capability and count"
+            yield "device type and count" if self.facts.capability else "device type, capability and count"
         if self.facts.memory is None and self.draft.device_map is None:
             yield "memory of each rank (declare it with max_memory)"
 

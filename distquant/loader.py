@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import resource
 import time
@@ -27,7 +28,7 @@ from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.report import RankReport
 from distquant.schemes import Quantizer, Scheme, config_classes, scheme_for
 from distquant.skeleton import build
-from distquant.stream.reader import Reader, Work
+from distquant.stream.reader import Reader, ReadError, Work
 from distquant.stream.rows import row_ranges
 from distquant.stream.stored import TORCH_DTYPE, StoredWeight
 
@@ -73,7 +74,10 @@ def load_shard(plan: LoadPlan, comm: Comm, device: torch.device | str, progress:
     start = time.perf_counter()
     checkpoint = _same_files(plan, comm)
     loading = _Loading(plan, comm, checkpoint, torch.device(device), progress)
-    model = loading.run()
+    try:
+        model = loading.run()
+    except ReadError as error:
+        raise ReadError(f"rank {comm.rank}: {error}") from error
     loading.report.seconds = time.perf_counter() - start
     model.distquant = Loaded(plan, loading.scheme, comm, loading.report)
     return model
@@ -86,9 +90,17 @@ def _import_libraries(plan: LoadPlan) -> None:
 
 
 def _same_files(plan: LoadPlan, comm: Comm) -> Checkpoint:
-    """Opens the checkpoint on this rank and compares it with the plan; a difference on any rank stops all."""
+    """Opens the checkpoint on this rank and compares it with the plan; a difference on any rank stops all.
+
+    Ranks that were given different plans stop, too; only the folder may have another path on another machine.
+    """
     problems: list[Problem] = []
     checkpoint = None
+    decided = dataclasses.replace(plan, model="").digest
+    for rank, theirs in enumerate(comm.collect(decided)):
+        if theirs != decided:
+            what = f"rank {rank} has the plan {theirs[:16]}, rank {comm.rank} has {decided[:16]}"
+            raise InputError.one("plan", what, "Give every rank the same arguments, or the same plan")
     try:
         checkpoint = open_checkpoint(plan.model)
         mine = checkpoint.digests()
@@ -204,8 +216,9 @@ class _Loading:
                 self.progress(done, total)
             if chunk.buffer is None:
                 continue  # read straight into its place
-            if chunk.local % sink.row_step:
-                what = f"its parts start at row {chunk.local}, quantization blocks need multiples of {sink.row_step}"
+            step = works[chunk.task].row_step
+            if chunk.local % step:
+                what = f"its parts start at row {chunk.local}, quantization blocks need multiples of {step}"
                 raise InputError.one(tensor.name, what, "Skip the module, or convert the checkpoint first")
             start = time.perf_counter()
             rows = chunk.rows.view(TORCH_DTYPE[chunk.dtype]).to(getattr(torch, tensor.dtype))
@@ -230,7 +243,7 @@ class _Loading:
         ranges = list(row_ranges(shape, tensor.sources, self.checkpoint.tensors, tensor.dim, segments))
         step = 1
         if tensor.scheme != "none" and not tensor.transposed:
-            step = self._quantizer(tensor, nn.Module(), torch.device("meta")).row_step
+            step = self.scheme.row_step(shard_of(tensor, self.plan, self.axis.rank))
         pace = max((r.row_bytes for r in ranges), default=0) if tensor.dim == 1 else 0
         into = None
         if placer is not None and placer.target.device.type == "cpu":

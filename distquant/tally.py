@@ -19,6 +19,9 @@ from torch import Tensor
 
 Segment = tuple[int, int]
 
+WHOLE_ROW = -1
+"""Span of a value that stands for a whole row, however much of it a rank holds."""
+
 LANES = 2
 MASK = (1 << 64) - 1
 TILE = 1 << 20
@@ -70,6 +73,35 @@ class Tally:
                 sums = (tile * column_numbers).sum(1)
                 total += int((sums * row_numbers[at : at + per_tile]).sum())
             self.lanes[lane] = (self.lanes[lane] + total) & MASK
+
+    def shard(
+        self,
+        stream: str,
+        values: Tensor,
+        shape: tuple[int, int],
+        dim: int | None,
+        owned: tuple[tuple[Segment, int], ...],
+        span: int = 1,
+    ) -> None:
+        """Counts a component of a rank's part of a weight.
+
+        Args:
+            stream: what the values are.
+            values: `[local rows, ceil(local columns / span)]`.
+            shape: of the whole weight, `[out, in]`.
+            dim: dim that is cut; None = none.
+            owned: segments of that dim (of the rows, if None) that this rank counts, each with its local start.
+            span: local columns that one value stands for; `WHOLE_ROW` = all of them.
+        """
+        for (start, stop), local in owned:
+            if dim != 1:
+                width = shape[1] if span == WHOLE_ROW else span
+                self.add(stream, values[local : local + stop - start], (start, stop), (0, shape[1]), width)
+            elif span == WHOLE_ROW:
+                self.add(stream, values, (0, shape[0]), (start, stop), stop - start)
+            else:
+                part = values[:, local // span : -(-(local + stop - start) // span)]
+                self.add(stream, part, (0, shape[0]), (start, stop), span)
 
     def tensor(self, values: Tensor, owned: tuple[tuple[Segment, int], ...], dim: int) -> None:
         """Counts a plain tensor by its bits: `owned` segments of `dim`, each with its local start."""

@@ -45,6 +45,8 @@ def _tally_plain(module: Any, tensor: Any, plan: Any, rank: int, tally: Tally) -
     leaf = tensor.name.rpartition(".")[2]
     value = module._parameters.get(leaf)
     value = module._buffers[leaf] if value is None else value
+    if value.is_meta:  # on the disk, under accelerate's hook
+        value = module._hf_hook.weights_map[leaf]
     if tensor.cut is not None:
         tally.tensor(value, plan.cuts[tensor.cut].owned(rank), tensor.dim)
     elif rank == 0:

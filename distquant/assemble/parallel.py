@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distquant.comm import Axis
+from distquant.errors import InputError
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.parallel import COLWISE, COLWISE_GATHER, GRAD_REDUCE, ROWWISE, ROWWISE_SPLIT, VOCAB_EMBEDDING
 
@@ -156,6 +157,18 @@ class ReduceGradient:
             self.axis.all_reduce(parameter.grad)
 
 
+class _RefuseAdapterSave:
+    """What PEFT asks every module for before it writes adapters: on a cut one, each rank would write its part."""
+
+    @property
+    def tp_plan(self) -> dict[str, str]:
+        raise InputError.one(
+            "save_pretrained",
+            "the adapters sit on a sharded model, every rank would write its part as if it were the whole",
+            "Gather them by hand (see model.distquant.plan.cuts), or train at tp=1 to save",
+        )
+
+
 def install_styles(model: nn.Module, plan: LoadPlan, axis: Axis) -> None:
     """Installs the style of every cut module."""
     for name, shard in plan.modules.items():
@@ -165,6 +178,7 @@ def install_styles(model: nn.Module, plan: LoadPlan, axis: Axis) -> None:
                 parameter.register_post_accumulate_grad_hook(ReduceGradient(axis))
             continue
         cut = plan.cuts[shard.cut]
+        module.__dict__["_tp_info"] = _RefuseAdapterSave()
         if shard.style in (COLWISE, COLWISE_GATHER):
             module.register_forward_pre_hook(CopyInput(axis))
             if shard.style == COLWISE_GATHER:

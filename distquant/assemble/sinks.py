@@ -11,8 +11,6 @@ from distquant.schemes import Quantizer
 class Placer:
     """Takes the rows of an unquantized tensor into its final memory."""
 
-    row_step = 1
-
     def __init__(self, target: Tensor):
         self.target = target
         self.rows = target.view(-1, target.shape[-1]) if target.dim() > 1 else target.view(-1, 1)
@@ -26,8 +24,6 @@ class Placer:
 
 class Transposer:
     """Gathers a weight that is stored `[in, out]` (GPT-2), then hands it to the quantizer the right way round."""
-
-    row_step = 1
 
     def __init__(self, stored: tuple[int, int], dtype: torch.dtype, inner: Quantizer):
         self.whole, self.inner = torch.empty(stored, dtype=dtype), inner

@@ -126,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch.tell_once(error)
         return 2
     except DistquantError as error:
-        print(f"distquant: {launch.rank_prefix()}{error}", file=sys.stderr)
+        prefix = "" if str(error).startswith("rank ") else launch.rank_prefix()
+        print(f"distquant: {prefix}{error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not launch.lost_peer(error):

@@ -128,8 +128,9 @@ class LoadPlan:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the canonical JSON, 64 hex digits; the same plan has the same digest on every machine."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """sha256 over the canonical JSON without `facts`, 64 hex digits: it names what was decided, not from what."""
+        decided = {key: value for key, value in json.loads(self.to_json()).items() if key != "facts"}
+        return hashlib.sha256(json.dumps(decided, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -42,11 +42,10 @@ class Context:
 class Quantizer(Protocol):
     """Takes the rows of a shard as they are read, and fills the module at the end."""
 
-    row_step: int
-    """Every piece but the last has a multiple of this many rows."""
-
     def update(self, rows: Tensor, start: int) -> None:
         """Takes local rows `[start, start + len(rows))` in the dtype to quantize from, `[n, local columns]`.
+
+        All pieces but the last have a multiple of `Scheme.row_step` rows; how many depends on the staging budget.
 
         Ranks of a cut along `in` get the same rows in the same order, so a method may call collectives here.
         """
@@ -144,15 +143,23 @@ class Scheme(ABC):
     def layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
         """How a weight of this shape is stored."""
 
-    @abstractmethod
     def shard_nbytes(self, shard: Shard) -> int:
-        """Bytes that a finished shard takes."""
+        """Bytes that a finished shard takes; by default what the layout says of a weight of its size."""
+        return self.layout(shard.local_shape, shard.dtype).nbytes(shard.local_shape)
+
+    def row_step(self, shard: Shard) -> int:
+        """Rows that can only be quantized together: every piece but the last has a multiple of this many."""
+        return 1
 
     # -- executing (every rank) ------------------------------------------------------------------------------------
 
     @abstractmethod
     def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
-        """An empty module of the shard's size that takes `linear`'s place; its parameters lie on `meta`."""
+        """An empty module of the shard's size that takes `linear`'s place; its parameters lie on `meta`.
+
+        It takes over `linear.bias`, which the loader fills, and reads `self.bias` in `forward` and nowhere else: a
+        row-parallel module's bias is hidden during `forward` and added once, after the sum over ranks.
+        """
 
     @abstractmethod
     def quantizer(self, shard: Shard, module: nn.Module, axis: Axis, device: Any) -> Quantizer:

@@ -85,6 +85,14 @@ class Bnb4bitScheme(BitsandbytesScheme):
         nested = self.config.bnb_4bit_use_double_quant and keeps_nesting(shard)
         return -(-count // 2) + (blocks + 4 * -(-blocks // SECOND) if nested else 4 * blocks)
 
+    def row_step(self, shard: Shard) -> int:
+        """Rows that are whole blocks (of the weight where ranks share some) and whole bytes of codes."""
+        width, block = shard.local_shape[1], local_block(shard)
+        step = block // math.gcd(block, width)
+        if cut_crosses_blocks(shard):
+            step = BLOCK // math.gcd(BLOCK, shard.shape[1])
+        return step * 2 if step * width % 2 else step
+
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         word = 2 * DTYPE_BYTES[self.config.bnb_4bit_quant_storage]
         if math.prod(shape) % word == 0:
@@ -210,15 +218,8 @@ class Bnb4bitScheme(BitsandbytesScheme):
         if columns % block:
             absmax, block = absmax.repeat_interleave(block)[: rows * columns], 1
         absmax = absmax.view(rows, columns // block)
-        for (a, b), local in shard.owned:
-            if shard.dim == 1:
-                part = slice(local // block, (local + b - a) // block)
-                tally.add("code", codes[:, local : local + b - a], (0, rows), (a, b))
-                tally.add("scale", absmax[:, part], (0, rows), (a, b), block)
-            else:
-                part = slice(local, local + b - a)
-                tally.add("code", codes[part], (a, b), (0, columns))
-                tally.add("scale", absmax[part], (a, b), (0, columns), block)
+        tally.shard("code", codes, shard.shape, shard.dim, shard.owned)
+        tally.shard("scale", absmax, shard.shape, shard.dim, shard.owned, span=block)
 
 
 class _Quantizer:
@@ -229,10 +230,6 @@ class _Quantizer:
         rows, columns = shard.local_shape
         self.block = local_block(shard)
         self.crossing = cut_crosses_blocks(shard)
-        step = (
-            BLOCK // math.gcd(BLOCK, shard.shape[1]) if self.crossing else self.block // math.gcd(self.block, columns)
-        )
-        self.row_step = step * 2 if step * columns % 2 else step
         self.codes = hostmem.empty(-(-rows * columns // 2), torch.uint8, device)
         self.absmax = torch.empty(-(-rows * columns // self.block), dtype=torch.float32, device=device)
         blocks = -(-math.prod(shard.shape) // BLOCK)

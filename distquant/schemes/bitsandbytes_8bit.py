@@ -22,6 +22,7 @@ from distquant.schemes.base import Quantizer, Stored
 from distquant.schemes.bitsandbytes import BitsandbytesScheme
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
+from distquant.tally import WHOLE_ROW
 
 if TYPE_CHECKING:
     from distquant.comm import Axis
@@ -44,10 +45,6 @@ class Bnb8bitScheme(BitsandbytesScheme):
     def layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
         codes = Component(name="", dtype="int8", cuts=PLAIN_STEPS)
         return Layout((codes, Component(name="SCB", dtype="float32", spans=(1, ALL), cuts=PLAIN_STEPS)))
-
-    def shard_nbytes(self, shard: Shard) -> int:
-        rows, columns = shard.local_shape
-        return rows * columns + 4 * rows
 
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         return []
@@ -104,21 +101,12 @@ class Bnb8bitScheme(BitsandbytesScheme):
         weight: Any = module.weight
         state: Any = module.state
         absmax = weight.SCB if weight.SCB is not None else state.SCB
-        codes = weight.data
-        for (a, b), local in shard.owned:
-            part = slice(local, local + b - a)
-            if shard.dim == 1:
-                tally.add("code", codes[:, part], (0, shard.shape[0]), (a, b))
-                tally.add("scale", absmax.view(-1, 1), (0, shard.shape[0]), (a, b), b - a)
-            else:
-                tally.add("code", codes[part], (a, b), (0, shard.shape[1]))
-                tally.add("scale", absmax[part].view(-1, 1), (a, b), (0, shard.shape[1]), shard.shape[1])
+        tally.shard("code", weight.data, shard.shape, shard.dim, shard.owned)
+        tally.shard("scale", absmax.view(-1, 1), shard.shape, shard.dim, shard.owned, span=WHOLE_ROW)
 
 
 class _Quantizer:
     """Quantizes rows as they come; under a cut along `in` their absmax are first reduced over the axis."""
-
-    row_step = 1
 
     def __init__(self, scheme: Bnb8bitScheme, shard: Shard, module: nn.Module, axis: Axis, device: Any):
         self.scheme, self.shard, self.module, self.axis = scheme, shard, module, axis

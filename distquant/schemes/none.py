@@ -31,9 +31,6 @@ class NoneScheme(Scheme):
     def layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
         return plain(dtype, len(shape))
 
-    def shard_nbytes(self, shard: Shard) -> int:
-        return plain(shard.dtype).nbytes(shard.local_shape)
-
     def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
         raise AssertionError("the scheme `none` converts no module")
 

@@ -3,7 +3,7 @@
 Everything that depends on the version of `transformers` lives in this package.
 """
 
-from distquant.skeleton.build import Built, build, build_skeleton
+from distquant.skeleton.build import build, build_skeleton
 from distquant.skeleton.words import Attention, Linear, Param, Skeleton, Source
 
-__all__ = ["Attention", "Built", "Linear", "Param", "Skeleton", "Source", "build", "build_skeleton"]
+__all__ = ["Attention", "Linear", "Param", "Skeleton", "Source", "build", "build_skeleton"]

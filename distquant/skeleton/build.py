@@ -6,7 +6,6 @@ import inspect
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distquant.errors import InputError, Problems
@@ -19,12 +18,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, slots=True)
-class Built:
-    """A model on `meta` and its description."""
+UNBUILDABLE = (ValueError, LookupError, OSError, ImportError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+"""What transformers raises at a config.json that makes no sense; the whole of it is the user's input."""
 
-    model: PreTrainedModel
-    skeleton: Skeleton
+
+def _strict_error() -> type[Exception]:
+    """huggingface_hub's error for config fields of the wrong type."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return StrictDataclassError
 
 
 def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -47,7 +49,7 @@ def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> 
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, wanted), trust_remote_code=trust_remote_code
             )
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except (*UNBUILDABLE, _strict_error()) as error:
         raise InputError.one(str(path), _first_line(error), _how_to_build(error, trust_remote_code)) from error
     return model.eval()
 
@@ -172,9 +174,17 @@ def _path_of(model: PreTrainedModel, wanted: Any) -> str | None:
     return next((n for n, m in model.named_modules() if wanted is not None and m is wanted), None)
 
 
+_READS_HEADS: dict[str, bool] = {}
+"""By class: reading a source file for each of hundreds of layers takes its time."""
+
+
 def reads_heads_from_config(module: Any) -> bool:
     """Whether a module's forward slices by `self.config.num_attention_heads`, so that a shard needs its own view."""
-    return "self.config.num_" in inspect.getsource(type(module).forward)
+    kind = type(module)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name not in _READS_HEADS:
+        _READS_HEADS[name] = "self.config.num_" in inspect.getsource(kind.forward)
+    return _READS_HEADS[name]
 
 
 def _name(dtype: Any) -> str | None:

@@ -76,16 +76,13 @@ class Int8GroupsScheme(Scheme):
     config_class = Int8GroupsConfig
     config: Int8GroupsConfig
 
-    # The coordinator asks these two: where may a weight be cut, and how large is a part?
+    # The coordinator asks this: where may a weight be cut, and how large is a part?
 
     def layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
         """One code an element; a scale spans one row and a group of inputs. Units and memory follow from it."""
         codes = Component(name="", dtype="int8", cuts=PLAIN_STEPS)
         scales = Component(name="weight_scale", dtype="float32", spans=(1, self.config.group_size))
         return Layout((codes, scales))
-
-    def shard_nbytes(self, shard: Shard) -> int:
-        return self.layout(shard.local_shape, shard.dtype).nbytes(shard.local_shape)
 
     # Every rank calls these three, with its own shard.
 
@@ -98,22 +95,12 @@ class Int8GroupsScheme(Scheme):
 
     def tally(self, module: Any, shard: Shard, tally: Any) -> None:
         """Counts what this rank owns, at its place in the whole weight."""
-        group = self.config.group_size
-        for (a, b), local in shard.owned:
-            if shard.dim == 1:
-                groups = slice(local // group, -(-(local + b - a) // group))
-                tally.add("code", module.weight[:, local : local + b - a], (0, shard.shape[0]), (a, b))
-                tally.add("scale", module.weight_scale[:, groups], (0, shard.shape[0]), (a, b), group)
-            else:
-                rows = slice(local, local + b - a)
-                tally.add("code", module.weight[rows], (a, b), (0, shard.shape[1]))
-                tally.add("scale", module.weight_scale[rows], (a, b), (0, shard.shape[1]), group)
+        tally.shard("code", module.weight, shard.shape, shard.dim, shard.owned)
+        tally.shard("scale", module.weight_scale, shard.shape, shard.dim, shard.owned, span=self.config.group_size)
 
 
 class _Quantizer:
     """Quantizes the rows of a shard as they are read, and fills the module at the end."""
-
-    row_step = 1  # any number of whole rows can be quantized by itself
 
     def __init__(self, shard: Shard, module: Any, group_size: int, device: Any):
         self.module, self.group_size = module, group_size

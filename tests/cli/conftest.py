@@ -58,7 +58,7 @@ def refused(command: Command, workdir: Path) -> Command:
     """Runs a command that must be refused without a file written: asks for every file that it could write."""
 
     def run(name: str, *arguments: object) -> Run:
-        wanted = {"plan": ["--json", "out.json"], "load": ["--report", "out.json"]}.get(name, [])
+        wanted = {"plan": ["--json", "out.json", "--html", "out.html"], "load": ["--report", "out.json"]}.get(name, [])
         done = command(name, *arguments, *wanted)
         assert list(workdir.iterdir()) == [], "something was written"
         return done

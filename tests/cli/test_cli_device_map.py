@@ -110,6 +110,13 @@ def test_a_device_may_not_get_more_than_its_memory(kjv_tiny: str) -> None:
     dq.plan(kjv_tiny, quantization_config="none", device_map=MIXED, max_memory={**memory, "0": "2MiB"})
 
 
+@pytest.mark.parametrize("device_map", [{"model": "cpu", "lm_head": "disk"}, {"model": "disk", "lm_head": "cpu"}])
+def test_tied_weights_are_not_parted_by_the_disk(device_map: dict[str, str], model_of) -> None:
+    pattern = r"^device_map: lm_head\.weight is tied to model\.embed_tokens\.weight, .*\. Map both to one device$"
+    with pytest.raises(InputError, match=pattern):
+        dq.plan(model_of("llama-tied"), device_map=device_map)
+
+
 def tokens(model: Any) -> list[int]:
     ids = torch.arange(3, 20)[None]
     return model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
@@ -141,7 +148,6 @@ def test_folder_of_offloaded_weights_goes_with_the_model(kjv_tiny: str) -> None:
     assert not os.path.exists(folder)
 
 
-@pytest.mark.xfail(reason="assemble/fingerprint.py does not look for weights on disk", strict=True)
 def test_fingerprint_of_a_model_on_disk(kjv_tiny: str, whole: Any) -> None:
     model = dq.load(kjv_tiny, quantization_config="none", device_map=OFFLOADED)
     assert dq.fingerprint(model) == dq.fingerprint(whole)

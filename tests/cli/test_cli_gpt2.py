@@ -12,7 +12,6 @@ from cli_runs import Command
 
 import distquant as dq
 
-
 FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 
 KINDS: dict[str, dict[str, Any]] = {

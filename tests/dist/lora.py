@@ -111,3 +111,7 @@ def answer(path: str, name: str, mesh: str | None) -> list[list[int]]:
     model = wrap(exact(path, name, mesh))
     fill(model)
     return model.generate(input_ids=torch.tensor(IDS), max_new_tokens=6, do_sample=False).tolist()
+
+
+def save_adapter(path: str, name: str, mesh: str | None, folder: str) -> None:
+    wrap(exact(path, name, mesh)).save_pretrained(folder)

@@ -101,3 +101,13 @@ def test_repeated_kv_heads_are_refused(ranks, model_of, width):
 def test_embedding_as_target_is_refused(ranks, model_of):
     errors = ranks.run(2, work.error_of, lora.train, model_of("llama-gqa"), "nf4", "tp=2", ("embed_tokens",))
     assert [type(error) for error in errors] == [AdapterError] * 2
+
+
+def test_saving_adapters_of_a_sharded_model_is_refused(ranks, model_of, tmp_path):
+    """PEFT would write every rank's part as if it were the whole. At tp=1 it writes them."""
+    target = tmp_path / "adapter"
+    errors = ranks.run(2, work.error_of, lora.save_adapter, model_of("llama-gqa"), "nf4", "tp=2", str(target))
+    assert [type(error) for error in errors] == [dq.InputError] * 2
+    assert not list(target.glob("*.safetensors"))
+    lora.save_adapter(model_of("llama-gqa"), "nf4", None, str(target))
+    assert list(target.glob("*.safetensors"))

@@ -61,10 +61,22 @@ def test_file_truncated_while_loading_is_named(ranks, copy_of):
     """The headers were right when they were compared, the bytes are gone when they are read."""
     copy = copy_of("llama-gqa")
     errors = ranks.run(2, work.error_of, work.load_while_truncating, planned(str(copy), "tp=2", "none"))
-    for error in errors:
-        assert isinstance(error, dq.DistquantError | OSError)
+    for rank, error in enumerate(errors):
+        assert isinstance(error, dq.DistquantError)
+        assert str(error).startswith(f"rank {rank}: ")
         assert "model.safetensors" in str(error)
         assert "too early" in str(error)
+
+
+def test_ranks_with_different_plans_stop(ranks, model_of):
+    """Each plan is good by itself; together they would give a model that is neither."""
+    plans = [planned(model_of("llama-gqa"), "tp=2", quant) for quant in ("nf4", "fp4")]
+    all_input_errors(ranks.run(2, work.error_of, work.load_planned, plans), "plan", *(plan_name(p) for p in plans))
+
+
+def plan_name(plan: dq.LoadPlan) -> str:
+    """What a plan is told as: its digest without the folder."""
+    return dataclasses.replace(plan, model="").digest[:16]
 
 
 @pytest.mark.parametrize("mesh", ["tp=3", "dp=2,tp=2", "tp=1", None])

@@ -103,7 +103,7 @@ def test_small_steps_come_before_large_ones():
 def test_describe():
     cut = next(cut_heads(10, 2, 3))
     assert [cut.describe(rank) for rank in range(3)] == [
-        "query heads 0-3, kv heads 0",
-        "query heads 4-6, kv heads 0,1,1",
-        "query heads 7-9, kv heads 1",
+        "query heads 0-3, kv heads 0, 4 query heads to each kv head",
+        "query heads 4-6, kv heads 0,1,1, 1 query heads to each kv head",
+        "query heads 7-9, kv heads 1, 3 query heads to each kv head",
     ]
