@@ -143,10 +143,11 @@ def test_changes_cover_every_field():
 
 
 @pytest.mark.parametrize("field", sorted(CHANGES))
-def test_every_field_moves_the_digest(field):
+def test_every_field_but_the_facts_moves_the_digest(field):
+    """The digest names what was decided; what was measured (free memory, say) changes from one load to the next."""
     plan = small_plan()
     changed = dataclasses.replace(plan, **{field: CHANGES[field]})
-    assert changed.digest != plan.digest
+    assert (changed.digest != plan.digest) == (field != "facts")
     assert LoadPlan.from_json(changed.to_json()) == changed
 
 
