@@ -65,6 +65,7 @@ CONTESTANTS = (
     Contestant("distquant bf16 tp=2", "distquant", "none", 2, 1, HF_TP),
     Contestant(HF_TP, "transformers", "none", 2, 1),
     Contestant("preadv of the bytes, 2 threads", "preadv", "", 1, 2),
+    Contestant("first write to as much fresh memory, 2 processes", "fresh", "", 2, 1),
 )
 
 
@@ -136,10 +137,23 @@ def read_bytes(path: str, contestant: Contestant) -> tuple[Any, int | None]:
     return None, sum(counts)
 
 
+def write_fresh(path: str, contestant: Contestant) -> tuple[Any, int | None]:
+    """The other floor: this rank's share of the bytes written once to new memory, in parts as large as weights are."""
+    import torch
+
+    from distquant import hostmem
+
+    share = sum(map(os.path.getsize, shards(path))) // contestant.ranks
+    kept = [hostmem.empty(2 * CHUNK, torch.uint8).fill_(1) for _ in range(share // (2 * CHUNK))]
+    del kept
+    return None, None
+
+
 LOADERS: dict[str, Callable[[str, Contestant], tuple[Any, int | None]]] = {
     "distquant": load_distquant,
     "transformers": load_transformers,
     "preadv": read_bytes,
+    "fresh": write_fresh,
 }
 
 

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
+import math
 import mmap
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-LARGE = 4 << 20
+HUGE = 2 << 20
+"""Bytes of a large page, and the alignment that lets the kernel use one."""
+
+LARGE = 2 * HUGE
 """Bytes from which a tensor is worth large pages."""
-
-_HUGEPAGE = 14
-"""MADV_HUGEPAGE of Linux' <asm-generic/mman-common.h>."""
-
-
-@cache
-def _madvise() -> Any:
-    try:
-        function = ctypes.CDLL(None, use_errno=True).madvise
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
 
 
 def empty(shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """`torch.empty`, in large pages where it lies on the host and is large. The pages are only advice: no error."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if tensor.device.type == "cpu" and tensor.nbytes >= LARGE and _madvise() is not None:
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        _madvise()(start, length, _HUGEPAGE)
-    return tensor
+    """`torch.empty`; on the host, a large tensor starts on a large page and asks for as many as fill it.
+
+    Asking is advice, so there is nothing to fail. What does not fill a large page lies in small ones: no byte more is
+    taken than the tensor has.
+    """
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or nbytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    area = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    offset = -torch.frombuffer(area, dtype=torch.uint8).data_ptr() % HUGE
+    area.madvise(mmap.MADV_HUGEPAGE, offset, nbytes // HUGE * HUGE)
+    return torch.frombuffer(area, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
