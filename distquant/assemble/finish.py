@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import types
 from collections import Counter
 from typing import Any
@@ -30,13 +29,8 @@ def fill_computed_buffers(model: Any, device_of: Any) -> None:
 
 
 def finish(model: Any, path: str, axis: Axis) -> None:
-    """Generation config, mode and, on a sharded model, the methods that must know of the other ranks."""
-    from transformers import GenerationConfig
-
+    """Names, mode and, on a sharded model, the methods that must know of the other ranks."""
     model.name_or_path = model.config.name_or_path = path
-    if model.can_generate():
-        with contextlib.suppress(OSError):  # the checkpoint has none; the model's defaults stay
-            model.generation_config = GenerationConfig.from_pretrained(path)
     model.eval()
     if axis.size > 1:
         model.save_pretrained = types.MethodType(_refuse_save, model)

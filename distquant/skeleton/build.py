@@ -36,7 +36,7 @@ def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> 
         InputError: transformers does not know the model, or it needs code from the checkpoint.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -49,6 +49,8 @@ def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> 
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, wanted), trust_remote_code=trust_remote_code
             )
+        if model.can_generate() and (path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
     except (*UNBUILDABLE, _strict_error()) as error:
         raise InputError.one(str(path), _first_line(error), _how_to_build(error, trust_remote_code)) from error
     return model.eval()
@@ -198,4 +200,4 @@ def _first_line(error: Exception) -> str:
 def _how_to_build(error: Exception, trusted: bool) -> str:
     if "trust_remote_code" in str(error) and not trusted:
         return "Read the model's code, then pass trust_remote_code=True (--trust-remote-code) if you trust it"
-    return "The model must be one that transformers' AutoModelForCausalLM can build; check config.json"
+    return "AutoModelForCausalLM of transformers must be able to build it; check config.json and generation_config.json"

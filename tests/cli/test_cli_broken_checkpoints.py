@@ -202,3 +202,11 @@ class TestPathThatIsNoCheckpoint:
     def test_id_that_is_not_in_the_cache(self, name: str, refused: Command) -> None:
         pattern = r"^nobody/nothing: revision 'main' is not in the Hugging Face cache .*`hf download nobody/nothing`"
         tells(refused(name, "nobody/nothing"), pattern)
+
+
+def test_generation_config_that_is_no_json(tmp_path: Path, kjv_tiny: str, refused: Command) -> None:
+    """Told before weights are read, and not taken for a checkpoint that has none."""
+    model = tmp_path / "broken"
+    shutil.copytree(kjv_tiny, model)
+    (model / "generation_config.json").write_text("{")
+    tells(refused("plan", model), r"broken: .*generation_config\.json")
