@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format clean venv
+NATIVE := distquant/kernels/cpu/native
+SANITIZE = $(BIN)/cmake -S $(NATIVE) -B build/$@ -DCMAKE_BUILD_TYPE=Debug -DDISTQUANT_NATIVE=ON \
+	-DDISTQUANT_DRIVER=$(CURDIR)/tests/unit/kernels/native/driver.cpp -DDISTQUANT_SANITIZE=
+
+.PHONY: demo test check format clean venv sanitize sanitize-memory sanitize-threads
 
 demo: venv
 	$(BIN)/distquant demo examples/models/kjv-tiny
@@ -17,6 +21,21 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The native kernels under sanitizers, on buffers of exact sizes. The run that reads too far must be stopped.
+sanitize: sanitize-memory sanitize-threads
+
+sanitize-memory: venv
+	$(SANITIZE)address,undefined
+	$(BIN)/cmake --build build/$@ --parallel --target driver
+	build/$@/driver
+	! build/$@/driver overrun 2> build/$@/overrun.txt
+	grep -q heap-buffer-overflow build/$@/overrun.txt
+
+sanitize-threads: venv
+	$(SANITIZE)thread
+	$(BIN)/cmake --build build/$@ --parallel --target driver
+	build/$@/driver quick
+
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -24,10 +43,11 @@ format: venv
 venv: $(READY)
 
 # torch comes first and pinned: without it other packages would pull the newest build with all of CUDA.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(NATIVE)/CMakeLists.txt $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.hpp)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info distquant/kernels/cpu/_native.so
+	cd $(NATIVE) && rm -rf .cmake .ninja* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt *.cmake *.ninja

@@ -6,11 +6,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from distquant.coordinator import DEFAULT_STAGING, Request, make_plan
+from distquant.coordinator import make_plan
 from distquant.errors import InputError
 from distquant.facts import Facts, parse_bytes
 from distquant.mesh import Mesh
+from distquant.options import Options, Progress
 from distquant.planning import LoadPlan
+from distquant.request import DEFAULT_STAGING, Request
 
 Model = str | os.PathLike[str]
 
@@ -24,6 +26,8 @@ def plan(
     max_memory: str | int | Mapping[Any, Any] | None = None,
     dtype: Any = "auto",
     staging: str | int = DEFAULT_STAGING,
+    ranks_per_node: int | None = None,
+    on_unsupported: str = "error",
     capability: tuple[int, int] | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -39,6 +43,10 @@ def plan(
         max_memory: bytes that each rank may fill (`24GiB`); a dict of device -> size with a device map.
         dtype: what weights are loaded in and quantized from; "auto" takes the checkpoint's.
         staging: bytes that weights may pass through, per rank.
+        ranks_per_node: ranks that share a node, and so read each byte once among them; None: 8.
+        on_unsupported: what to do with a checkpoint that is quantized by a method without a scheme here: "error", or
+            "skip" to leave the method out and plan its tensors as they are stored. Such a plan is to be read; `load`
+            refuses it.
         capability: CUDA compute capability of the devices, if known.
         trust_remote_code: run model code that comes with the checkpoint.
         revision: which revision of a cached id.
@@ -56,6 +64,8 @@ def plan(
         max_memory=dict(max_memory) if isinstance(max_memory, Mapping) else max_memory,
         dtype=dtype,
         staging=staging,
+        ranks_per_node=ranks_per_node,
+        on_unsupported=on_unsupported,
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
@@ -78,18 +88,26 @@ def load(
     max_memory: str | int | Mapping[Any, Any] | None = None,
     dtype: Any = "auto",
     staging: str | int = DEFAULT_STAGING,
+    on_unsupported: str = "error",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    kernel: str = "auto",
+    io: str = "auto",
+    trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> Any:
     """Loads a model: all of it in one process, or this rank's part under torchrun and its like.
 
     Arguments are those of `plan`; `model` may also be a finished `LoadPlan`, and then stands alone.
 
     Args:
-        timeout: seconds that a rank waits for the others before it gives up (only where this call starts the group).
-        progress: called with (bytes taken, bytes in all) as rows arrive.
+        kernel: which kernels quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`. All give the same bits.
+        io: how files are read: `buffered` (through the page cache), `direct` (past it), or `auto`: what is in memory
+            through the page cache, the rest past it.
+        trace: file to write a trace of all ranks' stages to, for Perfetto.
+        timeout: seconds that a rank waits for the others before it gives up.
+        progress: called with `Seen` (bytes taken, bytes in all, stage that limits) as rows arrive.
 
     Returns:
         A `transformers.PreTrainedModel` in eval mode whose quantized modules are the ecosystem's own, of local size.
@@ -112,17 +130,19 @@ def load(
             max_memory=dict(max_memory) if isinstance(max_memory, Mapping) else max_memory,
             dtype=dtype,
             staging=staging,
+            on_unsupported=on_unsupported,
             trust_remote_code=trust_remote_code,
             revision=revision,
         )
         size = _mesh_size(request)
+    options = Options(kernel=kernel, io=io, trace=None if trace is None else os.fspath(trace), timeout=timeout)
     if torchrun.joined():
-        return torchrun.load(request, _rank_memory(max_memory), progress, timeout)
+        return torchrun.load(request, _rank_memory(max_memory), options, progress)
     if size > 1:
         what = f"needs {size} ranks, and this process is alone"
         fix = "Start it with torchrun, or use distquant.ray.load (command line: --runtime torchrun or ray)"
         raise InputError.one("mesh", what, fix)
-    return local.load(request, _rank_memory(max_memory), progress)
+    return local.load(request, _rank_memory(max_memory), options, progress)
 
 
 def fingerprint(model: Any) -> str:

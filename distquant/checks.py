@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+from distquant.config.resolve import is_known
 from distquant.device_map import place_of
 from distquant.draft import Draft
-from distquant.errors import Problems
+from distquant.errors import InputError, Problem, Problems
 from distquant.facts import Facts, format_bytes
-from distquant.planning.load_plan import RankMemory
-from distquant.schemes import Context
+from distquant.planning.load_plan import LoadPlan, RankMemory
+from distquant.schemes import Context, config_classes
+from distquant.skeleton import FLOATS
 
-TOLD_MISSING = 20
-"""Missing parameters that are named; of more, the number is told."""
+TOLD = 20
+"""Parameters that are named where many have a problem of the same kind; of more, the number is told."""
 
-FLOATS = {"F64", "F32", "F16", "BF16"}
-"""Checkpoint dtypes that need no scheme to be read."""
+
+PLAIN = {"float64", "float32", "float16", "bfloat16", "int64", "bool"}
+"""Dtypes of parameters and buffers that are what they say."""
+
+OTHER_CHECKPOINT = "The checkpoint is of another model or method; check config.json"
 
 
 def check_draft(draft: Draft, facts: Facts, mapped: bool, problems: Problems) -> None:
@@ -38,10 +44,16 @@ def check_draft(draft: Draft, facts: Facts, mapped: bool, problems: Problems) ->
     _check_mesh(draft, None if mapped else facts.device_count, problems)
     _check_missing(draft, problems)
     _check_devices(draft, facts.device_type, problems)
-    weights = {f"{name}.weight" for name in draft.converted}
+    weights, kept = {f"{name}.weight" for name in draft.converted}, set(draft.kept.weights)
+    wrong = 0
     for name in draft.skeleton.params:
         if name in draft.skeleton.sources:
-            _check_sources(draft, name, name in weights, problems)
+            found = list(_wrong_sources(draft, name, name in weights, name in kept))
+            wrong += bool(found)
+            problems.extend(found if wrong <= TOLD else ())
+    if wrong > TOLD:
+        what = f"{wrong - TOLD} more parameters cannot be filled from its tensors"
+        problems.add(str(draft.checkpoint.path), what, OTHER_CHECKPOINT)
 
 
 def _check_mesh(draft: Draft, devices: int | None, problems: Problems) -> None:
@@ -64,11 +76,11 @@ def _check_mesh(draft: Draft, devices: int | None, problems: Problems) -> None:
 def _check_missing(draft: Draft, problems: Problems) -> None:
     missing = draft.skeleton.missing
     fix = "Download the checkpoint again, or check that config.json belongs to it"
-    for name in missing[:TOLD_MISSING]:
+    for name in missing[:TOLD]:
         what = f"the checkpoint has no tensor for it (shape {list(draft.skeleton.params[name].shape)})"
         problems.add(name, what, fix)
-    if len(missing) > TOLD_MISSING:
-        what = f"{len(missing) - TOLD_MISSING} more parameters have no tensor in it"
+    if len(missing) > TOLD:
+        what = f"{len(missing) - TOLD} more parameters have no tensor in it"
         problems.add(str(draft.checkpoint.path), what, fix)
 
 
@@ -85,33 +97,37 @@ def _check_devices(draft: Draft, here: str | None, problems: Problems) -> None:
             problems.add("device_map", what, "Map the modules to devices that are there, or use 'auto'")
 
 
-def _check_sources(draft: Draft, name: str, quantized: bool, problems: Problems) -> None:
-    """Whether the checkpoint's tensors can fill a parameter."""
+def _wrong_sources(draft: Draft, name: str, quantized: bool, kept: bool) -> Iterator[Problem]:
+    """Why the checkpoint's tensors cannot fill a parameter."""
     param, sources, tensors = draft.skeleton.params[name], draft.skeleton.sources[name], draft.checkpoint.tensors
     infos = {source.component: tensors[source.tensor] for source in sources}
-    fix = "The checkpoint is of another model or method; check config.json"
     if quantized and draft.prequantized:
         stored = {component: info.shape for component, info in infos.items()}
-        problems.extend(draft.scheme.check_stored(name, param.shape, stored))
+        yield from draft.scheme.check_stored(name, param.shape, stored)
         return
     extra = sorted(component for component in infos if component)
     if extra:
-        problems.add(name, f"is stored quantized ({', '.join(extra)}), the config leaves it unquantized", fix)
+        what = f"is stored quantized ({', '.join(extra)}), the config leaves it unquantized"
+        yield Problem(name, what, OTHER_CHECKPOINT)
         return
+    if not kept and param.dtype.startswith(("float", "bfloat")):
+        found = [source.tensor for source in sources if tensors[source.tensor].dtype not in FLOATS]
+        if found:
+            others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            dtype = tensors[found[0]].dtype
+            what = f"{found[0]}{others} is stored as {dtype}, which no quantization in config.json explains"
+            yield Problem(name, what, OTHER_CHECKPOINT)
     for source in sources:
-        dtype = tensors[source.tensor].dtype
-        if dtype not in FLOATS and param.dtype.startswith(("float", "bfloat")):
-            what = f"{source.tensor} is stored as {dtype}, which no quantization in config.json explains"
-            problems.add(name, what, fix)
         if source.offset is not None and len(source.offset) > 1 and source.offset[-1] != 0:
             what = f"{source.tensor} is concatenated along the input dim, which cannot be streamed"
-            problems.add(name, what, "Convert the checkpoint with save_pretrained first")
+            yield Problem(name, what, "Convert the checkpoint with save_pretrained first")
     whole = len(sources) == 1 and sources[0].offset is None and sources[0].take is None
     shape = infos[""].shape
     if (whole and shape != param.shape) or sum(map(draft.taken, sources)) != math.prod(param.shape):
-        problems.add(name, f"the checkpoint has shape {list(shape)}, the model {list(param.shape)}", fix)
+        what = f"the checkpoint has shape {list(shape)}, the model {list(param.shape)}"
+        yield Problem(name, what, OTHER_CHECKPOINT)
     elif quantized:
-        problems.extend(draft.scheme.check_weight(name, param.shape))
+        yield from draft.scheme.check_weight(name, param.shape)
 
 
 def check_rank_memory(draft: Draft, memory: tuple[RankMemory, ...], facts: Facts, problems: Problems) -> None:
@@ -130,3 +146,20 @@ def check_rank_memory(draft: Draft, memory: tuple[RankMemory, ...], facts: Facts
         others = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
         fix = "Use more ranks, a smaller staging, fewer bits, or more memory"
         problems.add(f"rank {worst.rank}{others}", what, fix)
+
+
+def refuse_unsupported(plan: LoadPlan) -> None:
+    """Raises `InputError` for a plan that keeps weights as a method stores them that has no scheme here.
+
+    Such a plan (`on_unsupported="skip"`) is to be read: values without their scales are wrong.
+    """
+    if plan.converted or is_known(plan.quantization_config, config_classes()):
+        return
+    stored = [f"{tensor.name} ({tensor.dtype})" for tensor in plan.tensors if tensor.dtype not in PLAIN]
+    method = plan.quantization_config["quant_method"]
+    what = (
+        f"weights are stored quantized with {method!r}, which has no scheme here, and without it their values are "
+        f"wrong: {len(stored)} tensors, {', '.join(stored[:3])}{', ...' if len(stored) > 3 else ''}"
+    )
+    fix = "A plan with on_unsupported='skip' is for reading: load an unquantized checkpoint of this model"
+    raise InputError.one("on_unsupported", what, fix)

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+DEFAULT_TIMEOUT = 600.0
+"""Seconds after which a rank that hears nothing of the others gives up."""
+
+
 class Axis(Protocol):
     """The ranks along one mesh axis, seen from one of them."""
 
@@ -34,6 +38,8 @@ class Comm(Protocol):
 
     rank: int
     world_size: int
+    timeout: float
+    """Seconds that a rank waits for the others before it gives up."""
 
     def axis(self, name: str) -> Axis:
         """The ranks along a mesh axis (`dp`, `ep`, `tp`)."""
@@ -66,6 +72,7 @@ class SoloComm:
 
     rank = 0
     world_size = 1
+    timeout = DEFAULT_TIMEOUT
 
     def axis(self, name: str) -> SoloAxis:
         return SoloAxis()

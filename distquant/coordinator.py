@@ -6,7 +6,7 @@ them is raised together, before a weight byte moves.
 
 from __future__ import annotations
 
-import os
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from typing import Any
 
 from distquant.checkpoint import open_checkpoint
 from distquant.checks import check_draft, check_rank_memory
-from distquant.config import QuantizationConfig, detect, merge, parse
+from distquant.config import QuantizationConfig
+from distquant.config.resolve import resolve
 from distquant.draft import Draft
 from distquant.errors import InputError, Problems
 from distquant.facts import Facts, parse_bytes
 from distquant.layout import Layout, plain
-from distquant.mesh import Mesh
 from distquant.notes import notes_on
 from distquant.placement import check_memory, infer_device_map, read_memory
 from distquant.planning.load_plan import LoadPlan, ModuleShard, RankMemory, TensorPlan
@@ -34,67 +34,51 @@ from distquant.planning.parallel import (
     ParallelPlan,
     rewrite_tp_plan,
 )
+from distquant.planning.reading import nodes_of, way_of_reading
+from distquant.request import Request, collected, read_request
 from distquant.schemes import Shard, config_classes, scheme_for
-from distquant.skeleton import build, build_skeleton
-
-DEFAULT_STAGING = "512MiB"
+from distquant.skeleton import as_stored, build, build_skeleton
 
 CUT_DIM = {COLWISE: 0, COLWISE_GATHER: 0, VOCAB_EMBEDDING: 0, ROWWISE: 1, ROWWISE_SPLIT: 1}
 """The weight's dim that each style cuts."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What the user asked for, as given; `make_plan` checks all of it."""
-
-    model: str | os.PathLike[str]
-    quantization_config: Any = None
-    mesh: Any = None
-    device_map: Any = None
-    max_memory: Any = None
-    dtype: Any = None
-    staging: str | int = DEFAULT_STAGING
-    trust_remote_code: bool = False
-    revision: str | None = None
-
-
 @contextmanager
-def _collected(problems: Problems) -> Iterator[None]:
+def _without_collector() -> Iterator[None]:
+    """Lets Python's garbage collector rest.
+
+    What is made of the headers stays, and the collector would walk all of it (and all of torch) time and again: a
+    third of the time for 90,000 tensors.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
-    except InputError as error:
-        problems.extend(error.problems)
+    finally:
+        if enabled:
+            gc.enable()
 
 
+@_without_collector()
 def make_plan(request: Request, facts: Facts) -> LoadPlan:
     """Plans a load; raises `InputError` with every problem found."""
     problems = Problems()
-    mesh, staging, dtype, user = Mesh(), 0, None, None
-    with _collected(problems):
-        mesh = Mesh.parse(request.mesh)
-    with _collected(problems):
-        staging = parse_bytes(request.staging, "staging")
-    with _collected(problems):
-        dtype = _dtype_name(request.dtype)
-    with _collected(problems):
-        _check_sizes(request)
-    with _collected(problems):
-        user = parse(request.quantization_config, config_classes())
+    given = read_request(request, problems)
+    mesh = given.mesh
     checkpoint = None
-    with _collected(problems):
+    with collected(problems):
         checkpoint = open_checkpoint(request.model, revision=request.revision)
     if checkpoint is None:
         problems.raise_if_any()
         raise AssertionError("open_checkpoint neither returned nor raised")
-    merged = None
-    with _collected(problems):
-        stored = detect(checkpoint.config)
-        merged = merge(parse(stored, config_classes()) if stored else None, user)
+    merged, skipped = None, None
+    with collected(problems):
+        merged, skipped = resolve(checkpoint.config, given.config, config_classes(), request.on_unsupported)
     if merged is None:
         problems.raise_if_any()
-        raise AssertionError("merge neither returned nor raised")
+        raise AssertionError("resolve neither returned nor raised")
     try:
-        model = build(checkpoint.path, dtype, trust_remote_code=request.trust_remote_code)
+        model = build(checkpoint.path, given.dtype, trust_remote_code=request.trust_remote_code)
     except InputError as error:
         raise InputError([*problems, *error.problems]) from error
     scheme = scheme_for(merged.config)
@@ -104,10 +88,14 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
         checkpoint=checkpoint,
         scheme=scheme,
         mesh=mesh,
-        staging=staging,
+        staging=given.staging,
+        nodes=facts.nodes if len(facts.nodes) == mesh.size else nodes_of(mesh.size, request.ranks_per_node),
         prequantized=merged.prequantized,
         skeleton=build_skeleton(model, shapes, scheme.suffixes if merged.prequantized else {}, problems),
+        skipped=skipped,
     )
+    if skipped is not None:
+        draft.skeleton, draft.kept = as_stored(draft.skeleton, checkpoint.tensors)
     return _Planner(request, facts, draft, problems, understood).plan(model)
 
 
@@ -132,7 +120,9 @@ class _Planner:
         check_draft(draft, self.facts, self.request.device_map is not None, self.problems)
         draft.parallel = self._parallel()
         draft.tensors = tuple(self._tensors())
-        memory = tuple(draft.memory())
+        memory: tuple[RankMemory, ...] = ()
+        with collected(self.problems):
+            memory = tuple(draft.memory())
         self._check_memory(memory)
         self.problems.raise_if_any()
         return LoadPlan(
@@ -141,9 +131,9 @@ class _Planner:
             architecture=draft.skeleton.architecture,
             mesh=draft.mesh,
             dtype=str(model.dtype).removeprefix("torch."),
-            quantization_config=config.to_dict(),
+            quantization_config=draft.skipped if draft.kept.weights and draft.skipped else config.to_dict(),
             selection=_extras(config),
-            prequantized=draft.prequantized,
+            prequantized=draft.prequantized or bool(draft.kept.weights),
             tensors=draft.tensors,
             tied=draft.skeleton.tied,
             cuts=draft.parallel.cuts,
@@ -155,6 +145,7 @@ class _Planner:
             notes=tuple(notes_on(draft)),
             memory=memory,
             staging=draft.staging,
+            nodes=draft.nodes,
             device_map=draft.device_map,
             shards=draft.checkpoint.digests(),
             check_at_load=tuple(self._check_at_load()),
@@ -210,7 +201,7 @@ class _Planner:
         if self.request.device_map is None:
             check_rank_memory(self.draft, memory, self.facts, self.problems)
         elif self.draft.device_map is not None:
-            with _collected(self.problems):
+            with collected(self.problems):
                 sizes = ((tensor.name, self.draft.local(tensor, 0)[1]) for tensor in self.draft.tensors)
                 check_memory(sizes, self.draft.device_map, self._limits(self.draft.device_map), self.problems)
 
@@ -219,6 +210,9 @@ class _Planner:
             yield "device type and count" if self.facts.capability else "device type, capability and count"
         if self.facts.memory is None and self.draft.device_map is None:
             yield "memory of each rank (declare it with max_memory)"
+        if not self.facts.nodes and self.draft.mesh.size > 1:
+            assumed = max(map(self.draft.nodes.count, self.draft.nodes))
+            yield f"which ranks share a node ({assumed} each, as planned)"
 
     # -- cutting ---------------------------------------------------------------------------------------------------
 
@@ -257,7 +251,8 @@ class _Planner:
             scheme = self.draft.scheme.name if owner in converted and leaf == "weight" else "none"
             cut = shard.cut if shard is not None and dim is not None else None
             turned = turned and not self.draft.prequantized
-            yield TensorPlan(name, shape, param.dtype, scheme, skeleton.sources[name], dim, cut, turned)
+            reading = way_of_reading(dim, parallel.cuts[cut] if cut else None, self.draft.mesh, self.draft.nodes)
+            yield TensorPlan(name, shape, param.dtype, scheme, skeleton.sources[name], dim, cut, turned, reading)
 
     def _tied_shard(self, name: str) -> ModuleShard | None:
         """The shard of a module whose parameter is tied to this one (its own module may have no rule)."""
@@ -284,22 +279,3 @@ def _leaves(modules: tuple[str, ...]) -> list[str]:
 def _extras(config: QuantizationConfig) -> dict[str, Any]:
     plain_dict = config.to_dict()
     return {key: value for key, value in config.to_dict(extras=True).items() if key not in plain_dict}
-
-
-def _check_sizes(request: Request) -> None:
-    """Raises `InputError` where `max_memory` is no size, or would be ignored."""
-    if not isinstance(request.max_memory, Mapping):
-        if request.max_memory is not None:
-            parse_bytes(request.max_memory, "max_memory")
-    elif request.device_map is None:
-        what = f"sizes of {', '.join(map(str, request.max_memory))} are given without a device_map"
-        raise InputError.one("max_memory", what, "Give one size for every rank, or device_map='auto'")
-
-
-def _dtype_name(dtype: Any) -> str | None:
-    if dtype is None or dtype == "auto":
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if name not in ("bfloat16", "float16", "float32"):
-        raise InputError.one("dtype", f"{dtype!r} is no dtype to load in", "Use bfloat16, float16, float32 or auto")
-    return name

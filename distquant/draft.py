@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distquant.checkpoint import Checkpoint
@@ -12,8 +13,10 @@ from distquant.layout import DTYPE_BYTES
 from distquant.mesh import Mesh
 from distquant.planning.load_plan import RankMemory, TensorPlan
 from distquant.planning.parallel import ParallelPlan
+from distquant.planning.reading import Dealer, node_columns, rows_and_width
 from distquant.schemes import Scheme, Shard
-from distquant.skeleton import Skeleton, Source
+from distquant.schemes.flow import Flow, flows_of
+from distquant.skeleton import Kept, Skeleton, Source
 
 
 @dataclass(kw_only=True)
@@ -24,8 +27,14 @@ class Draft:
     scheme: Scheme
     mesh: Mesh
     staging: int
+    nodes: tuple[int, ...]
+    """The node of each rank."""
     prequantized: bool
     skeleton: Skeleton
+    skipped: dict[str, Any] | None = None
+    """The checkpoint's quantization config, where its method is left out."""
+    kept: Kept = field(default_factory=Kept)
+    """What is then planned as it is stored."""
     converted: list[str] = field(default_factory=list)
     """Modules that the scheme replaces."""
     offloaded: set[str] = field(default_factory=set)
@@ -58,40 +67,70 @@ class Draft:
         dim, start, stop = source.take
         return math.prod(shape) // shape[dim] * (stop - start)
 
+    def alike(self) -> list[tuple[TensorPlan, int]]:
+        """Tensors of equal sizes on every rank, as (one of them, how many).
+
+        A model of many layers has few kinds of tensors, and sums over ranks need each kind once.
+        """
+        first: dict[Any, TensorPlan] = {}
+        counts: Counter[Any] = Counter()
+        for tensor in self.tensors:
+            key = (tensor.shape, tensor.dtype, tensor.scheme, tensor.dim, tensor.cut)
+            first.setdefault(key, tensor)
+            counts[key] += 1
+        return [(tensor, counts[key]) for key, tensor in first.items()]
+
     def memory(self) -> Iterator[RankMemory]:
         """The memory table, a row a rank. Ranks with the same tp position share their sizes."""
-        sizes: dict[Any, tuple[int, int]] = {}
-        rows: dict[int, RankMemory] = {}
-        stored = {tensor.name: self._stored_bytes(tensor) for tensor in self.tensors}
+        alike, read = self.alike(), self._reads()
+        rows = [self._row(tp, alike) for tp in range(self.mesh.tp)]
         for rank in range(self.mesh.size):
-            tp = self.mesh.coordinates(rank)["tp"]
-            if tp not in rows:
-                rows[tp] = self._row(tp, sizes, stored)
-            row = rows[tp]
-            yield RankMemory(rank, row.parameters, row.read, row.quantized, row.unquantized, row.staging)
+            row = rows[self.mesh.coordinates(rank)["tp"]]
+            yield replace(row, rank=rank, read=read[rank])
 
-    def _row(self, tp: int, sizes: dict[Any, tuple[int, int]], stored: dict[str, int]) -> RankMemory:
-        parameters = read = quantized = unquantized = 0
-        for tensor in self.tensors:
-            key = (tensor.shape, tensor.dtype, tensor.scheme, tensor.dim, tensor.cut, tp if tensor.cut else None)
-            if key not in sizes:
-                sizes[key] = self.local(tensor, tp)
-            count, nbytes = sizes[key]
-            parameters += count
+    def _row(self, tp: int, alike: list[tuple[TensorPlan, int]]) -> RankMemory:
+        """Sizes of a tp position; what is read depends on the rank."""
+        parameters = quantized = unquantized = 0
+        for tensor, times in alike:
+            count, nbytes = self.local(tensor, tp)
+            parameters += count * times
             if tensor.scheme == "none":
-                unquantized += nbytes
+                unquantized += nbytes * times
             else:
-                quantized += nbytes
-            if tensor.scheme != "none" and self.prequantized:
-                read += nbytes
-            else:
-                read += stored[tensor.name] * count // max(math.prod(tensor.shape), 1)
-        return RankMemory(tp, parameters, read, quantized, unquantized, self.staging)
+                quantized += nbytes * times
+        return RankMemory(tp, parameters, 0, quantized, unquantized, self.staging)
 
-    def _stored_bytes(self, tensor: TensorPlan) -> int:
-        """Bytes of a whole tensor in the checkpoint."""
+    def _reads(self) -> list[int]:
+        """Bytes that each rank is dealt; nodes whose ranks have the same positions are dealt the same."""
+        read, dealt = [0] * self.mesh.size, {}
+        flows = [(flow, self._stored_bytes(flow)) for tensor in self.tensors for flow in self._flows(tensor)]
+        for node in sorted(set(self.nodes)):
+            ranks = tuple(rank for rank, its in enumerate(self.nodes) if its == node)
+            key = tuple(self.mesh.coordinates(rank)["tp"] for rank in ranks)
+            if key not in dealt:
+                dealt[key] = list(self._dealt(ranks, flows).values())
+            for rank, nbytes in zip(ranks, dealt[key], strict=True):
+                read[rank] = nbytes
+        return read
+
+    def _flows(self, tensor: TensorPlan) -> Iterator[Flow]:
+        cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
+        return flows_of(tensor, cut, self.scheme, self.prequantized, self.checkpoint.tensors)
+
+    def _dealt(self, ranks: tuple[int, ...], flows: list[tuple[Flow, int]]) -> dict[int, int]:
+        """Bytes that each rank of one node reads."""
+        dealer = Dealer(self.mesh, ranks)
+        for flow, nbytes in flows:
+            rows, width = rows_and_width(flow.shape)
+            a, b = node_columns(flow.shape, flow.dim, flow.cut, dealer.positions.values(), flow.apart)
+            row_bytes = nbytes * (b - a) // max(rows * width, 1)
+            dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned)
+        return dealer.loads
+
+    def _stored_bytes(self, flow: Flow) -> int:
+        """Bytes of a whole flow in the checkpoint."""
         total = 0
-        for source in tensor.sources:
+        for source in flow.sources:
             info = self.checkpoint.tensors[source.tensor]
             total += self.taken(source) * info.nbytes // max(math.prod(info.shape), 1)
         return total

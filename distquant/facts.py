@@ -51,6 +51,8 @@ class Facts:
     """Bytes that one rank may fill."""
     memory_source: str = "unknown"
     """Where `memory` comes from: `--max-memory`, a measurement, or unknown."""
+    nodes: tuple[int, ...] = ()
+    """The node of each rank (ranks of one node share memory); empty = unknown."""
     packages: dict[str, str] = field(default_factory=dict)
     """Installed versions by package name."""
 

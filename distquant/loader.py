@@ -1,4 +1,4 @@
-"""Executes one rank's share of a plan: streams its rows, quantizes them, and assembles the local model."""
+"""Executes one rank's share of a plan: streams and quantizes rows, and assembles the local model."""
 
 from __future__ import annotations
 
@@ -6,34 +6,38 @@ import dataclasses
 import importlib
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distquant import hostmem
 from distquant.assemble import check_complete, finish, install_styles, localize, set_tensor
 from distquant.assemble.adapters import watch_adapters
 from distquant.assemble.devices import Devices
 from distquant.assemble.finish import fill_computed_buffers
 from distquant.assemble.local import local_shape, shard_of
-from distquant.assemble.sinks import Placer, Transposer
+from distquant.assemble.sinks import BandSink
+from distquant.assemble.tasks import Job, jobs_of, sink_of
 from distquant.checkpoint import Checkpoint, open_checkpoint
-from distquant.comm import Axis, Comm
+from distquant.checks import refuse_unsupported
+from distquant.comm import Comm
 from distquant.config import parse
-from distquant.errors import InputError, Problem
+from distquant.errors import DistquantError, InputError, Problem, RankError
+from distquant.kernels.choice import Choice, choose
+from distquant.options import Options, Progress, Seen
 from distquant.planning.load_plan import LoadPlan, TensorPlan
+from distquant.planning.reading import node_ranks
 from distquant.report import RankReport
-from distquant.schemes import Quantizer, Scheme, config_classes, scheme_for
+from distquant.schemes import Scheme, config_classes, scheme_for
 from distquant.skeleton import build
-from distquant.stream.reader import Reader, ReadError, Work
-from distquant.stream.rows import row_ranges
-from distquant.stream.stored import TORCH_DTYPE, StoredWeight
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes of rows taken so far, bytes of rows in all)."""
+from distquant.stream.arena import Board
+from distquant.stream.engine import Engine
+from distquant.stream.files import Files, ReadError
+from distquant.stream.stages import Stages
+from distquant.stream.tasks import Task
+from distquant.stream.trace import write_trace
 
 
 @dataclass
@@ -56,31 +60,53 @@ def scheme_of(plan: LoadPlan) -> Scheme:
     return scheme_for(config)
 
 
-def load_shard(plan: LoadPlan, comm: Comm, device: torch.device | str, progress: Progress | None = None) -> Any:
+def load_shard(
+    plan: LoadPlan,
+    comm: Comm,
+    device: torch.device | str,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Any:
     """Loads this rank's part of the model.
 
     Args:
         plan: the same on every rank.
         comm: the ranks; its size is the mesh's.
         device: where this rank's weights go, unless the plan has a device map.
+        options: how to run; the same on every rank.
         progress: called as rows arrive.
 
     Raises:
         InputError: this rank's (or another's) files are not those that were planned.
         ReadError: a file cannot be read as its header says.
+        RankError: another rank failed, or was not heard of for the timeout.
     """
+    refuse_unsupported(plan)
+    options = options or Options()
+    device = torch.device(device)
+    choose(options.kernel, device)  # what cannot run here is told before anything is read
     _import_libraries(plan)
     comm.collect(None)  # ranks that import slowly are not counted as loading
     start = time.perf_counter()
     checkpoint = _same_files(plan, comm)
-    loading = _Loading(plan, comm, checkpoint, torch.device(device), progress)
+    loading = _Loading(plan, comm, checkpoint, device, options, progress)
     try:
         model = loading.run()
     except ReadError as error:
         raise ReadError(f"rank {comm.rank}: {error}") from error
+    except RuntimeError as error:
+        raise _cause(error, loading.board) from error
     loading.report.seconds = time.perf_counter() - start
     model.distquant = Loaded(plan, loading.scheme, comm, loading.report)
+    if options.trace is not None:
+        write_trace(options.trace, comm, loading.stages, start)
     return model
+
+
+def _cause(error: RuntimeError, board: Board) -> BaseException:
+    """What another rank said or did, where that is why a collective failed here; else the error itself."""
+    known = isinstance(error, DistquantError) or not isinstance(board.failure, RankError)
+    return error if known or board.failure is None else board.failure
 
 
 def _import_libraries(plan: LoadPlan) -> None:
@@ -119,36 +145,13 @@ def _same_files(plan: LoadPlan, comm: Comm) -> Checkpoint:
     return checkpoint
 
 
-class _TimedAxis:
-    """An axis that counts what goes over it and how long that takes."""
-
-    def __init__(self, axis: Axis, report: RankReport):
-        self._axis, self._report = axis, report
-        self.rank, self.size = axis.rank, axis.size
-
-    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        if self.size == 1:
-            return tensor
-        start = time.perf_counter()
-        result = self._axis.all_reduce(tensor, op)
-        self._report.stages["exchange"] += time.perf_counter() - start
-        self._report.bytes_sent += tensor.nbytes
-        self._report.bytes_received += tensor.nbytes
-        return result
-
-    def all_gather(self, tensor: Tensor, sizes: list[int], dim: int) -> Tensor:
-        return self._axis.all_gather(tensor, sizes, dim)
-
-    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        return self._axis.broadcast(tensor, source)
-
-
 @dataclass
 class _Loading:
     plan: LoadPlan
     comm: Comm
     checkpoint: Checkpoint
     device: torch.device
+    options: Options
     progress: Progress | None
     report: RankReport = field(init=False)
     scheme: Scheme = field(init=False)
@@ -157,28 +160,43 @@ class _Loading:
         self.report = RankReport(rank=self.comm.rank)
         self.scheme = scheme_of(self.plan)
         self.axis = self.comm.axis("tp")
-        self.timed = _TimedAxis(self.axis, self.report)
         self.filled: list[str] = []
+        self.whole: set[str] = set()
         self.devices = Devices(self.device, self.plan.device_map)
+        self.stages = Stages(traced=self.options.trace is not None)
+        self.board = Board(self.comm.timeout)
+        self.kernels: dict[torch.device, Choice] = {}
+        self.started = time.perf_counter()
 
     def run(self) -> Any:
         plan = self.plan
         model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
         localize(model, plan, self.scheme, self.axis.rank)
-        streamed = [t for t in plan.tensors if not self._restored(t)]
-        with Reader(self.checkpoint.path, plan.staging) as reader:
-            self._stream(model, streamed, reader)
-            for tensor in plan.tensors:
-                if self._restored(tensor):
-                    self._restore(model, tensor, reader)
-            self.report.bytes_read = reader.stats.bytes
-            self.report.stages["read"] = reader.stats.seconds
-            self.report.staging_bytes = reader.stats.largest
+        files = Files(self.checkpoint.path, self.options.io)
+        try:
+            self._stream(model, files)
+        finally:
+            files.close()
         self._complete(model)
-        self.report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if self.device.type == "cuda":
-            self.report.peak_device_bytes = torch.cuda.max_memory_allocated(self.device)
+        self._tell(files)
         return model
+
+    def _ops(self, device: torch.device) -> Any:
+        """The kernels for a device."""
+        if device not in self.kernels:
+            self.kernels[device] = choose(self.options.kernel, device)
+        return self.kernels[device].ops
+
+    def _tell(self, files: Files) -> None:
+        report = self.report
+        read = files.stats
+        report.bytes_read, report.direct_bytes, report.retries = read.bytes, read.direct, read.retries
+        report.kernel = "; ".join(choice.reason for choice in self.kernels.values())
+        report.stages = dict(self.stages.busy)
+        report.limit = self.stages.limit(time.perf_counter() - self.started)
+        report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type == "cuda":
+            report.peak_device_bytes = torch.cuda.max_memory_allocated(self.device)
 
     def _complete(self, model: Any) -> None:
         plan = self.plan
@@ -193,93 +211,78 @@ class _Loading:
         if plan.device_map is not None:
             self.devices.dispatch(model)
 
-    def _restored(self, tensor: TensorPlan) -> bool:
-        return tensor.scheme != "none" and self.plan.prequantized
-
     # -- streaming -------------------------------------------------------------------------------------------------
 
-    def _stream(self, model: Any, tensors: list[TensorPlan], reader: Reader) -> None:
-        placers = {tensor.name: self._placer(tensor) for tensor in tensors if tensor.scheme == "none"}
-        works = [self._work(tensor, placers.get(tensor.name)) for tensor in tensors]
-        total = sum(r.nbytes for work in works for r in work.ranges)
-        done, current, sink = 0, -1, None
-        stages = self.report.stages
-        for chunk in reader.stream(works):
-            while current < chunk.task:
-                self._finish(model, tensors, current, sink)
-                current += 1
-                sink = placers.pop(tensors[current].name, None) or self._sink(model, tensors[current])
-            tensor = tensors[current]
-            assert sink is not None
-            done += chunk.rows.numel()
-            if self.progress is not None:
-                self.progress(done, total)
-            if chunk.buffer is None:
-                continue  # read straight into its place
-            step = works[chunk.task].row_step
-            if chunk.local % step:
-                what = f"its parts start at row {chunk.local}, quantization blocks need multiples of {step}"
-                raise InputError.one(tensor.name, what, "Skip the module, or convert the checkpoint first")
-            start = time.perf_counter()
-            rows = chunk.rows.view(TORCH_DTYPE[chunk.dtype]).to(getattr(torch, tensor.dtype))
-            if tensor.scheme != "none" and self.devices.of(tensor.name).type != "cpu":
-                rows = rows.to(self.devices.of(tensor.name))
-            copied = time.perf_counter()
-            exchanged = stages["exchange"]
-            sink.update(rows, chunk.local)
-            stage = "place" if tensor.scheme == "none" else "quantize"
-            stages["copy"] += copied - start
-            stages[stage] += time.perf_counter() - copied - (stages["exchange"] - exchanged)
-        while current < len(tensors):
-            self._finish(model, tensors, current, sink)
-            current += 1
-            if current < len(tensors):
-                sink = placers.pop(tensors[current].name, None) or self._sink(model, tensors[current])
+    def _stream(self, model: Any, files: Files) -> None:
+        plan = self.plan
+        node = node_ranks(plan.nodes, self.comm.rank)
+        jobs = list(jobs_of(plan, self.scheme, node, self.checkpoint.tensors, self.devices.of, self._ops))
+        partial = any(plan.nodes[rank] != plan.nodes[self.comm.rank] for rank in plan.mesh.peers(self.comm.rank, "tp"))
+        stored: dict[str, Tensor] = {}
 
-    def _work(self, tensor: TensorPlan, placer: Placer | None) -> Work:
-        cut = self.plan.cuts[tensor.cut] if tensor.cut else None
-        segments = cut.segments(self.axis.rank) if cut else ()
-        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
-        ranges = list(row_ranges(shape, tensor.sources, self.checkpoint.tensors, tensor.dim, segments))
-        step = 1
-        if tensor.scheme != "none" and not tensor.transposed:
-            step = self.scheme.row_step(shard_of(tensor, self.plan, self.axis.rank))
-        pace = max((r.row_bytes for r in ranges), default=0) if tensor.dim == 1 else 0
-        into = None
-        if placer is not None and placer.target.device.type == "cpu":
-            stored = {TORCH_DTYPE[r.dtype] for r in ranges}
-            if stored == {placer.target.dtype} and placer.target.numel():
-                into = placer.rows.view(torch.uint8)
-        return Work(ranges, step, pace, into)
+        def sink(task: Task) -> BandSink:
+            return sink_of(jobs[task.index], self.axis.rank, partial)
 
-    def _quantizer(self, tensor: TensorPlan, module: nn.Module, device: torch.device) -> Quantizer:
-        return self.scheme.quantizer(shard_of(tensor, self.plan, self.axis.rank), module, self.timed, device)
+        def finished(task: Task, filled: Any) -> None:
+            if partial:
+                self._join_statistics(task, filled)
+            self._fill(model, jobs[task.index], filled, stored)
 
-    def _sink(self, model: Any, tensor: TensorPlan) -> Any:
-        module = model.get_submodule(tensor.name.rpartition(".")[0])
-        quantizer = self._quantizer(tensor, module, self.devices.of(tensor.name))
-        if tensor.transposed:
-            return Transposer((tensor.shape[1], tensor.shape[0]), getattr(torch, tensor.dtype), quantizer)
-        return quantizer
+        def progress(done: int, total: int) -> None:
+            assert self.progress is not None
+            self.progress(Seen(done, total, self.stages.limit(time.perf_counter() - self.started)))
 
-    def _placer(self, tensor: TensorPlan) -> Placer:
-        """The final memory of an unquantized tensor; untouched pages cost nothing until they are read into."""
-        shape = local_shape(tensor, self.plan, self.axis.rank)
-        return Placer(hostmem.empty(shape, getattr(torch, tensor.dtype), self.devices.of(tensor.name)))
+        with Engine(
+            self.comm.rank,
+            [job.task for job in jobs],
+            files,
+            plan.staging,
+            self.board,
+            self.stages,
+            sink,
+            finished,
+            progress if self.progress is not None else None,
+            pinned=self.device.type == "cuda",
+        ) as engine:
+            if self.comm.world_size > 1:
+                engine.peers.connect(self.comm, node)
+            engine.run()
+            self.report.staging_bytes = engine.arena.slot_bytes * engine.arena.slots
+            self.report.bytes_sent += engine.moved.sent
+            self.report.bytes_received += engine.moved.received
 
-    def _finish(self, model: Any, tensors: list[TensorPlan], index: int, sink: Any) -> None:
-        if index < 0 or sink is None:
-            return
-        tensor = tensors[index]
-        start, exchanged = time.perf_counter(), self.report.stages["exchange"]
-        sink.finish()
+    def _join_statistics(self, task: Task, sink: BandSink) -> None:
+        """Fills in the statistics of rows that other nodes read: a maximum over zeros, which is exact."""
+        for band in task.bands:
+            if band.whole:
+                start, values = time.perf_counter(), sink.memory[band.name]
+                # As integers: non-negative floats order the same, and a NaN stays one.
+                self.axis.all_reduce(values.view(torch.int32), "max")
+                self.stages.add("exchange", start, task.name, values.nbytes)
+                self.report.bytes_sent += values.nbytes
+                self.report.bytes_received += values.nbytes
+
+    def _fill(self, model: Any, job: Job, sink: BandSink, stored: dict[str, Tensor]) -> None:
+        """Puts what has arrived into the model; components of a stored weight are gathered until the last is there."""
+        tensor, memory = job.tensor, sink.memory
         if tensor.scheme == "none":
-            self._put(model, tensor, sink.target)
+            self._put(model, tensor, memory[""].view(local_shape(tensor, self.plan, self.axis.rank)))
+            return
+        if job.flow.stored is not None:
+            stored[job.flow.stored] = memory[job.flow.stored]
+            self.whole |= job.flow.whole
+            if not job.last:
+                return
+        module = model.get_submodule(tensor.name.rpartition(".")[0])
+        shard = shard_of(tensor, self.plan, self.axis.rank)
+        if job.flow.stored is not None:
+            self.scheme.restore(shard, module, dict(stored), frozenset(self.whole))
+            stored.clear()
+            self.whole.clear()
         else:
-            self._account(model, tensor)
-        waited = self.report.stages["exchange"] - exchanged
-        stage = "place" if tensor.scheme == "none" else "quantize"
-        self.report.stages[stage] += time.perf_counter() - start - waited
+            self.scheme.complete(shard, module, memory, self._ops(self.devices.of(tensor.name)))
+        self.filled.append(tensor.name)
+        self.report.quantized_bytes += sum(p.nbytes for n, p in _state(module) if n != "bias")
 
     def _put(self, model: Any, tensor: TensorPlan, value: Tensor) -> None:
         self.filled.append(tensor.name)
@@ -288,22 +291,6 @@ class _Loading:
             self.devices.offload(tensor.name, value)
         else:
             set_tensor(model, tensor.name, value, self.plan.tied)
-
-    # -- pre-quantized ---------------------------------------------------------------------------------------------
-
-    def _restore(self, model: Any, tensor: TensorPlan, reader: Reader) -> None:
-        infos = {source.component: self.checkpoint.tensors[source.tensor] for source in tensor.sources}
-        module = model.get_submodule(tensor.name.rpartition(".")[0])
-        shard = shard_of(tensor, self.plan, self.axis.rank)
-        start = time.perf_counter()
-        self.scheme.restore(shard, module, StoredWeight(reader, infos), self.devices.of(tensor.name))
-        self.report.stages["place"] += time.perf_counter() - start
-        self._account(model, tensor)
-
-    def _account(self, model: Any, tensor: TensorPlan) -> None:
-        self.filled.append(tensor.name)
-        module = model.get_submodule(tensor.name.rpartition(".")[0])
-        self.report.quantized_bytes += sum(p.nbytes for n, p in _state(module) if n != "bias")
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

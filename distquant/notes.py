@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from distquant.draft import Draft
@@ -17,6 +18,7 @@ NAMED = 3
 
 def notes_on(draft: Draft) -> Iterator[str]:
     """All notes on a finished draft."""
+    yield from _skipped(draft)
     unexpected = draft.skeleton.unexpected
     if unexpected:
         yield f"dropped: {len(unexpected)} checkpoint tensors that the model lacks ({_some(unexpected)})"
@@ -27,7 +29,27 @@ def notes_on(draft: Draft) -> Iterator[str]:
         size = format_bytes(_nbytes(draft, set(draft.skeleton.experts)))
         yield f"{kept}: {len(draft.skeleton.experts)} modules of fused experts, {size} each rank"
     yield from _replicated(draft)
-    yield from _exactness(draft)
+    if draft.scheme.name != "none":
+        yield from _exactness(draft)
+
+
+def _skipped(draft: Draft) -> Iterator[str]:
+    """What leaving out the checkpoint's method means."""
+    if draft.skipped is None:
+        return
+    told = f"SKIPPED: no scheme for the checkpoint's method {draft.skipped['quant_method']!r} is known, it is left out"
+    if not draft.kept.weights:
+        yield f"{told}; no weight is stored quantized"
+        return
+    dtypes = Counter(draft.skeleton.params[name].dtype for name in draft.kept.weights)
+    stored = ", ".join(f"{count:,} as {dtype}" for dtype, count in dtypes.most_common())
+    yield f"{told}. Weights are planned as they are stored ({stored}), which can be read but not loaded"
+    if draft.kept.beside:
+        tensors = draft.checkpoint.tensors
+        size = format_bytes(sum(tensors[name].nbytes for name in draft.kept.beside))
+        kinds = Counter(name.rpartition(".")[2] for name in draft.kept.beside)
+        names = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+        yield f"left out beside those weights: {names}; {size}, not in the memory table"
 
 
 def _left_unquantized(draft: Draft) -> Iterator[str]:
@@ -59,11 +81,11 @@ def _replicated(draft: Draft) -> Iterator[str]:
 def _exactness(draft: Draft) -> Iterator[str]:
     """What exact statistics and repeated rows cost over the uncut layout, summed over ranks."""
     extra = 0
-    for tensor in draft.tensors:
+    for tensor, times in draft.alike():
         if tensor.scheme != "none" and tensor.cut:
             whole = Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype)
             parts = (draft.local(tensor, tp)[1] for tp in range(draft.mesh.tp))
-            extra += sum(parts) - draft.scheme.shard_nbytes(whole)
+            extra += (sum(parts) - draft.scheme.shard_nbytes(whole)) * times
     if extra > 0:
         yield f"exact statistics and repeated rows cost {format_bytes(extra)} over all ranks of tp"
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distquant.planning.load_plan import LoadPlan
-
-STAGES = ("read", "copy", "quantize", "exchange", "place")
+from distquant.stream.stages import STAGES
 
 
 @dataclass(kw_only=True)
@@ -24,9 +23,17 @@ class RankReport:
     quantized_bytes: int = 0
     unquantized_bytes: int = 0
     staging_bytes: int = 0
-    """Largest single buffer of the reader."""
+    """Host memory that weights passed through."""
+    direct_bytes: int = 0
+    """Of the bytes read, those that were read past the page cache."""
+    retries: int = 0
+    """Reads that failed and were tried again."""
     peak_rss_bytes: int = 0
     peak_device_bytes: int = 0
+    kernel: str = ""
+    """Which kernels quantized, and why these."""
+    limit: str = ""
+    """The stage that held the rank back."""
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
 

@@ -1,36 +1,103 @@
-"""What rows flow into when they are not quantized on the way: final memory, or a transposition first."""
+"""Where a rank puts what it keeps of a tensor: the memory of its components, and the rows and columns that go there."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from distquant.schemes import Quantizer
+from distquant import hostmem
+from distquant.planning.cuts import Segment
+from distquant.schemes.bands import Band
 
 
-class Placer:
-    """Takes the rows of an unquantized tensor into its final memory."""
+class BandSink:
+    """Final memory of all components of one tensor, filled as rows arrive.
 
-    def __init__(self, target: Tensor):
-        self.target = target
-        self.rows = target.view(-1, target.shape[-1]) if target.dim() > 1 else target.view(-1, 1)
+    Args:
+        bands: components as they flow over this node, `columns` wide.
+        columns: columns of the tensor that flow over this node.
+        width: columns of the whole tensor.
+        rows: segments of rows that are kept, in local order.
+        kept: segments of columns that are kept, in local order.
+        device: where the memory lies.
+        partial: whether other nodes hold statistics that this one does not see.
+    """
 
-    def update(self, rows: Tensor, start: int) -> None:
-        self.rows[start : start + len(rows)] = rows.to(self.target.device)
+    def __init__(
+        self,
+        bands: Sequence[Band],
+        columns: Segment,
+        width: int,
+        rows: Sequence[Segment],
+        kept: Sequence[Segment],
+        device: torch.device,
+        partial: bool = False,
+    ):
+        self.columns, self.kept = columns, tuple(kept)
+        self.windows = _windows(rows)
+        self.uncut = self.kept == (columns,)
+        local_rows = sum(stop - start for start, stop in rows)
+        local_width = sum(stop - start for start, stop in kept)
+        self.own = {}
+        for band in bands:
+            own_rows, own_width = (band.rows, width) if band.whole else (local_rows, local_width)
+            self.own[band.name] = replace(band, rows=own_rows, width=own_width)
+        self.memory = {
+            name: torch.zeros(band.before(band.rows), dtype=band.dtype, device=device)
+            if band.whole and partial
+            else hostmem.empty(band.before(band.rows), band.dtype, device)
+            for name, band in self.own.items()
+        }
 
-    def finish(self) -> None:
-        pass
+    def direct(self, band: Band, start: int, stop: int) -> Tensor | None:
+        """Final memory of all of rows `[start, stop)`, flat; None where they do not go to one run of it."""
+        own, memory = self.own[band.name], self.memory[band.name]
+        if own.width != band.width or not (band.whole or self.uncut):
+            return None
+        if band.whole:
+            return memory[own.before(start) : own.before(stop)]
+        places = [(a, local) for a, b, local in self.windows if a < stop and start < b]
+        inside = [(a, local) for a, b, local in self.windows if a <= start and stop <= b]
+        if len(places) != 1 or len(inside) != 1:
+            return None
+        first = own.before(inside[0][1] + start - inside[0][0])
+        return memory[first : first + band.count(start, stop)]
+
+    def place(self, band: Band, values: Tensor, start: int, stop: int) -> int:
+        """Copies what is kept of rows `[start, stop)` (flat `values`); returns the bytes of it."""
+        own, memory = self.own[band.name], self.memory[band.name]
+        windows = [(0, band.rows, 0)] if band.whole else self.windows
+        kept = [self.columns] if band.whole else self.kept
+        moved = 0
+        for a, b, local in windows:
+            first, last = max(start, a), min(stop, b)
+            if first >= last:
+                continue
+            source = values[band.count(start, first) : band.count(start, last)]
+            at = local + first - a
+            if own.width == band.width and (band.whole or self.uncut):
+                target = memory[own.before(at) : own.before(at) + source.numel()]
+                target.copy_(source)
+                moved += source.nbytes
+                continue
+            wide = source.view(-1, band.per_row)
+            narrow = memory.view(-1, own.per_row)[at // band.row_span :][: len(wide)]
+            column = own.columns(self.columns[0], self.columns[0])[0] if band.whole else 0
+            for left, right in kept[: 1 if band.column_span >= band.width else None]:
+                x, y = band.columns(left - self.columns[0], right - self.columns[0])
+                narrow[:, column : column + y - x] = wide[:, x:y]
+                column += y - x
+                moved += wide[:, x:y].nbytes
+        return moved
 
 
-class Transposer:
-    """Gathers a weight that is stored `[in, out]` (GPT-2), then hands it to the quantizer the right way round."""
-
-    def __init__(self, stored: tuple[int, int], dtype: torch.dtype, inner: Quantizer):
-        self.whole, self.inner = torch.empty(stored, dtype=dtype), inner
-
-    def update(self, rows: Tensor, start: int) -> None:
-        self.whole[start : start + len(rows)] = rows
-
-    def finish(self) -> None:
-        self.inner.update(self.whole.t().contiguous(), 0)
-        self.inner.finish()
+def _windows(rows: Sequence[Segment]) -> list[tuple[int, int, int]]:
+    """(first row, row after the last, local row of the first) of every segment."""
+    found, local = [], 0
+    for start, stop in rows:
+        found.append((start, stop, local))
+        local += stop - start
+    return found

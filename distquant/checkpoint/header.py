@@ -211,9 +211,9 @@ def _malformed(entry: Any) -> tuple[HeaderFault, str] | None:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str:
         return HeaderFault.BAD_ENTRY, f"dtype is {shown(dtype)}, and must be a string"
-    if type(shape) is not list or any(type(dim) is not int or dim < 0 for dim in shape):
+    if type(shape) is not list or not {*map(type, shape)} <= {int} or min(shape, default=0) < 0:
         return HeaderFault.BAD_ENTRY, f"shape is {shown(shape)}, and must be a list of integers from 0"
-    if type(offsets) is not list or len(offsets) != 2 or any(type(offset) is not int for offset in offsets):
+    if type(offsets) is not list or len(offsets) != 2 or not {*map(type, offsets)} <= {int}:
         return HeaderFault.BAD_ENTRY, f"data_offsets is {shown(offsets)}, and must be two integers"
     if max(offsets) > MAX_U64:
         return HeaderFault.OVERFLOW, f"data_offsets {shown(offsets)} pass the largest offset, {MAX_U64}"

@@ -7,7 +7,6 @@ at, because published checkpoints often get it wrong and nothing here needs it.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,16 +33,20 @@ def read_index(folder: Path, faults: Faults) -> dict[str, str]:
         faults.add(HeaderFault.INDEX_BAD_ENTRY, INDEX_NAME, what)
         return {}
     weight_map = {}
+    inside: dict[str, bool] = {}  # few files hold many tensors
     for tensor, file in found.items():
         if not isinstance(file, str):
             what = f"file is {shown(file)}, and must be a file name"
             faults.add(HeaderFault.INDEX_BAD_ENTRY, INDEX_NAME, what, tensor=tensor)
-        elif not is_inside(file):
+            continue
+        if file not in inside:
+            inside[file] = is_inside(file)
+        if inside[file]:
+            weight_map[tensor] = file
+        else:
             what = f"file is {shown(file)}, and must be a plain path below the checkpoint's folder"
             fix = "Do not trust this checkpoint; get it from its publisher"
             faults.add(HeaderFault.PATH_ESCAPES, INDEX_NAME, what, tensor=tensor, fix=fix)
-        else:
-            weight_map[tensor] = file
     return weight_map
 
 
@@ -59,22 +62,25 @@ def merge(
     weight_map: dict[str, str], shards: Iterable[ShardHeader], unreadable: set[str], faults: Faults
 ) -> dict[str, TensorInfo]:
     """All tensors of all shards, each exactly where the index says; `unreadable` shards are told already."""
-    holders: dict[str, list[TensorInfo]] = defaultdict(list)
+    tensors: dict[str, TensorInfo] = {}
+    more: dict[str, list[str]] = {}  # files of a tensor that lies in several
     for shard in shards:
         for tensor in shard.tensors:
-            holders[tensor.name].append(tensor)
-    for name, found in holders.items():
-        if len(found) > 1:
-            files = [tensor.file for tensor in found]
-            what = f"lies in {len(files)} files, {shown(files)}, and must lie in one"
-            faults.add(HeaderFault.TENSOR_IN_TWO_SHARDS, files[1], what, tensor=name)
+            first = tensors.setdefault(tensor.name, tensor)
+            if first is not tensor:
+                more.setdefault(tensor.name, [first.file]).append(tensor.file)
+    for name, files in more.items():
+        what = f"lies in {len(files)} files, {shown(files)}, and must lie in one"
+        faults.add(HeaderFault.TENSOR_IN_TWO_SHARDS, files[1], what, tensor=name)
+    for name, tensor in tensors.items():
         if name not in weight_map:
             what = f"is not listed by {INDEX_NAME}"
             fix = f"{faults.damaged}, {INDEX_NAME} too: the two are of different versions"
-            faults.add(HeaderFault.TENSOR_NOT_IN_INDEX, found[0].file, what, tensor=name, fix=fix)
+            faults.add(HeaderFault.TENSOR_NOT_IN_INDEX, tensor.file, what, tensor=name, fix=fix)
     for name, file in weight_map.items():
-        files = [tensor.file for tensor in holders.get(name, ())]
+        holder = tensors.get(name)
+        files = more.get(name) or ([holder.file] if holder else [])
         if file not in files and file not in unreadable:
             what = f"is not in this file, where {INDEX_NAME} places it" + (f", but in {shown(files)}" if files else "")
             faults.add(HeaderFault.TENSOR_NOT_IN_SHARD, file, what, tensor=name)
-    return {name: found[0] for name, found in holders.items()}
+    return tensors

@@ -18,7 +18,8 @@ def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
     _check_output("--json", arguments.json)
     _check_output("--html", arguments.html)
     options = launch.load_options(arguments, arguments.mesh)
-    plan = make(arguments.model, **options, capability=_capability(arguments.capability))
+    capability, per_node = _capability(arguments.capability), arguments.ranks_per_node
+    plan = make(arguments.model, **options, capability=capability, ranks_per_node=per_node)
     print(render.plan_text(plan))
     if arguments.json:
         with open(arguments.json, "w") as file:

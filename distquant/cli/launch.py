@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from distquant.checks import refuse_unsupported
 from distquant.cli.progress import ProgressLine
 from distquant.errors import DistquantError, InputError, Problem, Problems
 from distquant.mesh import Mesh
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | No
         return _here(arguments, job, mesh, "local")
     if launched:
         return _here(arguments, job, mesh, "torchrun")
-    plan(arguments.model, **load_options(arguments, mesh))  # what cannot work fails before ranks are started
+    refuse_unsupported(plan(arguments.model, **load_options(arguments, mesh)))  # before ranks are started
     return _start_ranks(arguments, argv, size)
 
 
@@ -106,6 +107,7 @@ def load_options(arguments: argparse.Namespace, mesh: str | None) -> dict[str, A
         "max_memory": text_or_json(arguments.max_memory, "max_memory", '{"0": "24GiB", "cpu": "100GiB"}'),
         "dtype": arguments.dtype,
         "staging": arguments.staging,
+        "on_unsupported": arguments.on_unsupported,
         "trust_remote_code": arguments.trust_remote_code,
         "revision": arguments.revision,
     }
@@ -113,6 +115,11 @@ def load_options(arguments: argparse.Namespace, mesh: str | None) -> dict[str, A
     if device_map is not None:
         options["device_map"] = text_or_json(device_map, "device_map", '{"model.layers.0": 0, "lm_head": "cpu", ...}')
     return options
+
+
+def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How the load runs: arguments of `distquant.load` that are no part of the plan."""
+    return {name: getattr(arguments, name) for name in ("kernel", "io", "trace", "timeout")}
 
 
 def text_or_json(text: str | None, where: str, example: str) -> Any:
@@ -146,8 +153,8 @@ def _here(arguments: argparse.Namespace, job: Job, mesh: str | None, runtime: st
         model = load(
             arguments.model,
             **load_options(arguments, mesh),
-            timeout=arguments.timeout,
-            progress=lambda done, total: line.show([(done, total)]),
+            **run_options(arguments),
+            progress=lambda seen: line.show([seen]),
         )
     outcome = perform(model, job, runtime)
     if runtime == "torchrun":
@@ -175,7 +182,7 @@ def _on_ray(arguments: argparse.Namespace, job: Job, mesh: str | None) -> Outcom
     with (
         ProgressLine(Mesh.parse(mesh).size) as line,
         ray.load(
-            arguments.model, **options, threads=arguments.threads or 1, timeout=arguments.timeout, progress=line.show
+            arguments.model, **options, threads=arguments.threads or 1, **run_options(arguments), progress=line.show
         ) as sharded,
     ):
         line.end()

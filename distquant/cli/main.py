@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from distquant.errors import CheckFailed, DistquantError, InputError
+from distquant.kernels.choice import Kernel
+from distquant.options import IO_MODES
 from distquant.version import __version__
 
 RUNTIMES = ("local", "torchrun", "ray")
+KERNELS = [kernel.value for kernel in Kernel]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,6 +49,12 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="bfloat16, float16, float32 or auto")
     parser.add_argument("--max-memory", metavar="SIZE", help="bytes that one rank may fill, such as 24GiB")
     parser.add_argument("--staging", metavar="SIZE", default="512MiB", help="bytes that weights may pass through")
+    parser.add_argument(
+        "--on-unsupported",
+        metavar="WHAT",
+        default="error",
+        help="skip: plan the tensors of an unknown method as stored",
+    )
     parser.add_argument("--revision", help="revision of a cached id")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the checkpoint")
 
@@ -61,6 +70,9 @@ def _run_arguments(parser: argparse.ArgumentParser, *, many: bool = False) -> No
     parser.add_argument("--runtime", choices=RUNTIMES, help="default: local for one rank, torchrun for more")
     parser.add_argument("--threads", type=_at_least(1), default=0, help="torch threads of a rank")
     parser.add_argument("--timeout", type=_at_least(0.1, float), help="seconds that a rank waits for the others")
+    parser.add_argument("--kernel", choices=KERNELS, default="auto", help="which kernels quantize (default: auto)")
+    parser.add_argument("--io", choices=IO_MODES, default="auto", help="read through the page cache or past it")
+    parser.add_argument("--trace", metavar="FILE", help="write a trace of all ranks' stages, for Perfetto")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model_arguments(plan)
     plan.add_argument("--mesh", metavar="MESH")
     plan.add_argument("--device-map", metavar="MAP")
+    plan.add_argument("--ranks-per-node", type=_at_least(1), help="ranks that share a node (default: 8)")
     plan.add_argument("--capability", metavar="X.Y", help="compute capability of the devices")
     plan.add_argument("--json", metavar="FILE", help="write the whole plan")
     plan.add_argument("--html", metavar="FILE", help="write the plan as a page")

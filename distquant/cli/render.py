@@ -13,6 +13,7 @@ from typing import Any
 from distquant.checkpoint import Checkpoint
 from distquant.facts import format_bytes
 from distquant.planning import LoadPlan
+from distquant.planning.reading import REASONS
 
 SHOWN_RANKS = 16
 """Ranks that a table lists; of more, the first and last are shown."""
@@ -42,6 +43,9 @@ def plan_text(plan: LoadPlan) -> str:
         "",
         _memory_table(plan),
     ]
+    if plan.mesh.size > 1:
+        ways = Counter(tensor.reading for tensor in plan.tensors)
+        parts += ["", *(f"{count:,} tensors {REASONS[way]}" for way, count in ways.items())]
     if plan.rules:
         rows = [(r.pattern, r.asked, r.became, str(r.modules), r.reason) for r in plan.rules]
         parts += ["", table(("rule", "asked", "became", "modules", "why"), rows)]
@@ -94,8 +98,10 @@ def report_text(report: dict[str, Any]) -> str:
         for r in report["ranks"]
     ]
     header = ("rank", "loaded in", "read", "quantized", "unquantized", "peak memory", "busy (s)")
+    kernels = "; ".join(dict.fromkeys(r["kernel"] for r in report["ranks"] if r["kernel"]))
     what = f"{report['runtime']}, mesh {report['mesh']}, fingerprint {report['fingerprint']}"
-    return f"{table(header, rows)}\n{what}"
+    limits = ", ".join(dict.fromkeys(r["limit"] for r in report["ranks"]))
+    return "\n".join([table(header, rows), *([f"kernels {kernels}"] if kernels else []), f"limited by {limits}", what])
 
 
 def inspect_text(checkpoint: Checkpoint) -> str:
@@ -146,7 +152,7 @@ def doctor_text(quant: str | None) -> str:
     from distquant.skeleton import Skeleton
 
     found = packages()
-    facts = measure(1, local.device(), None)
+    facts = measure(local.device(), None)
     lines = [
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores, "
         f"{format_bytes(host_memory())} free",

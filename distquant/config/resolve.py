@@ -18,11 +18,56 @@ from distquant.errors import InputError, Problems
 _OPTION = "quantization_config"
 
 
+ON_UNSUPPORTED = ("error", "skip")
+"""What to do with a checkpoint whose method nobody knows here."""
+
+
 class Merged(NamedTuple):
     """The configuration to load with, and whether the checkpoint already holds quantized weights."""
 
     config: QuantizationConfig
     prequantized: bool
+
+
+def resolve(
+    model_config: Mapping[str, Any],
+    user: QuantizationConfig | None,
+    classes: Iterable[type[QuantizationConfig]],
+    on_unsupported: str = "error",
+) -> tuple[Merged, dict[str, Any] | None]:
+    """What `detect`, `parse` and `merge` make of a checkpoint's `config.json` and of what the user gave.
+
+    Args:
+        model_config: the parsed `config.json`.
+        user: the user's configuration, if there is one.
+        classes: the known configuration classes.
+        on_unsupported: "skip" leaves out a checkpoint's method that is not among them; anything else makes it an error.
+
+    Returns:
+        the configuration to load with, and the checkpoint's own where its method is left out.
+
+    Raises:
+        InputError: as those; and where a user's method would quantize weights whose own method is left out.
+    """
+    classes = tuple(classes)
+    stored = detect(model_config)
+    if stored is None or is_known(stored, classes):
+        return merge(parse(stored, classes), user), None
+    method = plain(stored["quant_method"])
+    if on_unsupported != "skip":
+        skip = "To plan the checkpoint's tensors as they are stored: on_unsupported='skip' (--on-unsupported skip)."
+        fix = f"{_known_methods(method, classes)} {skip}"
+        raise InputError.one(where("quant_method"), f"{method!r} is not supported", fix)
+    if user is not None and not isinstance(user, NoneConfig):
+        what = f"{user.to_diff_dict()} cannot quantize weights that {method!r} has quantized, and {method!r} is skipped"
+        raise InputError.one(_OPTION, what, "Leave quantization_config out, or take an unquantized checkpoint.")
+    return Merged(NoneConfig(), prequantized=False), stored
+
+
+def is_known(given: Mapping[str, Any], classes: Iterable[type[QuantizationConfig]]) -> bool:
+    """Whether some class is for the method of a dict; a dict that names no method is for `parse` to judge."""
+    method = plain(given.get("quant_method"))
+    return method is None or any(cls.quant_method == method for cls in classes)
 
 
 def parse(given: Any, classes: Iterable[type[QuantizationConfig]]) -> QuantizationConfig | None:
@@ -65,13 +110,18 @@ def _class_for(given: Mapping[str, Any], classes: tuple[type[QuantizationConfig]
         if cls.matches(given):
             return cls
     method = plain(given.get("quant_method"))
-    known = list(dict.fromkeys(cls.quant_method for cls in classes))
     markers = [f"{cls.marker}=True" for cls in classes if cls.quant_method == method and cls.marker]
     if markers:
         raise InputError.one(_OPTION, f"{method!r} does not say which kind is meant", f"Add {' or '.join(markers)}.")
     what = "is missing" if method is None else f"{method!r} is not supported"
+    raise InputError.one(where("quant_method"), what, _known_methods(method, classes))
+
+
+def _known_methods(method: Any, classes: Iterable[type[QuantizationConfig]]) -> str:
+    """What may have been meant instead."""
+    known = list(dict.fromkeys(cls.quant_method for cls in classes))
     near = did_you_mean(method, known) if method is not None else ""
-    raise InputError.one(where("quant_method"), what, f"{near} Known methods: {', '.join(known)}.".strip())
+    return f"{near} Known methods: {', '.join(known)}.".strip()
 
 
 def detect(model_config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from distquant.errors import InputError
@@ -14,9 +15,10 @@ from distquant.facts import Facts
 from distquant.mesh import Mesh
 from distquant.planning.cuts import Cut
 from distquant.planning.heads import HeadCut
+from distquant.planning.reading import OWN
 from distquant.skeleton.words import Source
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 """Version of the JSON; a plan of another version is refused."""
 
 
@@ -33,6 +35,7 @@ class TensorPlan:
         dim: dim that is cut over tp; None = every rank holds all of it.
         cut: key into `LoadPlan.cuts`.
         transposed: whether the checkpoint stores it `[in, out]` (GPT-2's Conv1D) and it is turned to be quantized.
+        reading: how the ranks of a node read it, a key of `planning.reading.REASONS`.
     """
 
     name: str
@@ -43,6 +46,7 @@ class TensorPlan:
     dim: int | None = None
     cut: str | None = None
     transposed: bool = False
+    reading: str = OWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,8 @@ class LoadPlan:
     """What the user should know: replicated, repeated, left unquantized, dropped; with what it costs."""
     memory: tuple[RankMemory, ...]
     staging: int
+    nodes: tuple[int, ...]
+    """The node of each rank: ranks of one node share memory, and read each byte once among them."""
     device_map: dict[str, str] | None
     shards: dict[str, tuple[str, int]]
     """File -> (sha256 of its header, size): a rank whose files differ refuses to load."""
@@ -129,8 +135,7 @@ class LoadPlan:
     @cached_property
     def digest(self) -> str:
         """sha256 over the canonical JSON without `facts`, 64 hex digits: it names what was decided, not from what."""
-        decided = {key: value for key, value in json.loads(self.to_json()).items() if key != "facts"}
-        return hashlib.sha256(json.dumps(decided, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(self._json(without="facts").encode()).hexdigest()
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -138,8 +143,12 @@ class LoadPlan:
 
     def to_json(self) -> str:
         """Canonical JSON (sorted keys, no spaces)."""
+        return self._json()
+
+    def _json(self, without: str | None = None) -> str:
         fields = {"format": PLAN_FORMAT, **_plain(self)}
-        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        fields.pop(without, None)
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), default=_plain)
 
     @classmethod
     def from_json(cls, text: str) -> LoadPlan:
@@ -157,17 +166,15 @@ class LoadPlan:
             raise InputError.one("plan", what, "Write one with `distquant plan --json`") from error
 
 
+_ROWS = {kind: attrgetter(*(f.name for f in dataclasses.fields(kind))) for kind in (TensorPlan, Source)}
+"""Kinds that are written as lists, because there are many of them."""
+
+
 def _plain(value: Any) -> Any:
-    """Dataclasses to dicts, tensors and sources to short lists (there are many of them)."""
-    if isinstance(value, TensorPlan | Source):
-        return [_plain(getattr(value, f.name)) for f in dataclasses.fields(value)]
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
+    """One level of what JSON has no word for: dataclasses to dicts, tensors and sources to short lists."""
+    if (row := _ROWS.get(type(value))) is not None:
+        return row(value)
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
 
 
 def _tuples(value: Any) -> Any:
@@ -178,14 +185,18 @@ def _cut(fields: dict[str, Any]) -> Cut:
     return Cut(fields["size"], _tuples(fields["parts"]))
 
 
+def _source(tensor: str, component: str, offset: Any, take: Any) -> Source:
+    return Source(tensor, component, offset if offset is None else tuple(offset), take if take is None else tuple(take))
+
+
 def _tensor(row: list[Any]) -> TensorPlan:
     name, shape, dtype, scheme, sources, *rest = row
-    return TensorPlan(name, tuple(shape), dtype, scheme, tuple(Source(*map(_tuples, s)) for s in sources), *rest)
+    return TensorPlan(name, tuple(shape), dtype, scheme, tuple(_source(*source) for source in sources), *rest)
 
 
 def _restore(fields: dict[str, Any]) -> dict[str, Any]:
     facts = dict(fields["facts"])
-    facts["capability"] = _tuples(facts["capability"])
+    facts["capability"], facts["nodes"] = _tuples(facts["capability"]), tuple(facts["nodes"])
     heads = fields["heads"].items()
     return {
         **fields,
@@ -201,5 +212,6 @@ def _restore(fields: dict[str, Any]) -> dict[str, Any]:
         "memory": tuple(RankMemory(**row) for row in fields["memory"]),
         "shards": {key: (digest, size) for key, (digest, size) in fields["shards"].items()},
         "check_at_load": tuple(fields["check_at_load"]),
+        "nodes": tuple(fields["nodes"]),
         "facts": Facts(**facts),
     }

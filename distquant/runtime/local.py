@@ -8,7 +8,8 @@ import torch
 
 from distquant.comm import SoloComm
 from distquant.coordinator import Request, make_plan
-from distquant.loader import Progress, load_shard
+from distquant.loader import load_shard
+from distquant.options import Options, Progress
 from distquant.planning import LoadPlan
 from distquant.runtime.measure import measure
 
@@ -20,7 +21,12 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load(request: Request | LoadPlan, max_memory: int | None, progress: Progress | None = None) -> Any:
+def load(
+    request: Request | LoadPlan,
+    max_memory: int | None,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Any:
     """Plans (unless that is done) and loads in this process."""
-    plan = request if isinstance(request, LoadPlan) else make_plan(request, measure(1, device(), max_memory))
-    return load_shard(plan, SoloComm(), device(), progress)
+    plan = request if isinstance(request, LoadPlan) else make_plan(request, measure(device(), max_memory))
+    return load_shard(plan, SoloComm(), device(), options, progress)

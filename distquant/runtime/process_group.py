@@ -9,12 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distquant.comm import DEFAULT_TIMEOUT
 from distquant.mesh import AXES, Mesh
 
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-
-DEFAULT_TIMEOUT = 600.0
-"""Seconds after which a collective that not every rank joined fails."""
 
 
 class GroupAxis:
@@ -49,8 +47,9 @@ class GroupAxis:
 class GroupComm:
     """All ranks of an initialized default process group, arranged as a mesh."""
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh, timeout: float | None = None):
         self.mesh = mesh
+        self.timeout = DEFAULT_TIMEOUT if timeout is None else timeout
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         assert self.world_size == mesh.size, "the mesh is checked against the world before groups are made"
         self._axes: dict[str, GroupAxis] = {}

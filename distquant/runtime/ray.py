@@ -20,13 +20,16 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distquant.api import Model, _rank_memory
-from distquant.coordinator import DEFAULT_STAGING, Request, make_plan
+from distquant.checks import refuse_unsupported
+from distquant.coordinator import make_plan
 from distquant.errors import DistquantError, InputError, RankError
 from distquant.facts import Facts
 from distquant.mesh import Mesh
+from distquant.options import Options, Seen
 from distquant.planning import LoadPlan
+from distquant.request import DEFAULT_STAGING, Request
 from distquant.runtime.job import Job, Outcome
-from distquant.runtime.measure import packages
+from distquant.runtime.measure import numbered, packages
 
 NAME = "ray"
 
@@ -42,8 +45,8 @@ GRACE = 5.0
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """How gloo and NCCL tell that another rank is gone."""
 
-Progress = Callable[[list[tuple[int, int]]], None]
-"""Called with (bytes taken, bytes in all) of every rank."""
+Progress = Callable[[list[Seen]], None]
+"""Called with how far every rank is."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Worker:
 
         torch.set_num_threads(threads)
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        self.rank, self.world, self.seen, self.model = rank, world, (0, 0), None
+        self.rank, self.world, self.seen, self.model = rank, world, Seen(), None
 
     def address(self) -> str:
         """`tcp://` address at which rank 0 can be met."""
@@ -75,27 +78,30 @@ class Worker:
             return f"tcp://{ip}:{free.getsockname()[1]}"
 
     def node(self) -> str:
-        return ray.get_runtime_context().get_node_id()
+        from distquant.runtime.measure import node_name
 
-    def facts(self, max_memory: int | None, local: int) -> Facts:
+        return node_name()
+
+    def facts(self, max_memory: int | None, nodes: tuple[int, ...]) -> Facts:
         from distquant.runtime import local as one
         from distquant.runtime.measure import measure
 
-        return measure(self.world, one.device(), max_memory, local)
+        return measure(one.device(), max_memory, nodes, self.rank)
 
-    def load(self, plan: str, url: str, timeout: float | None) -> None:
+    def load(self, plan: str, url: str, options: Options) -> None:
         from distquant.loader import load_shard
         from distquant.runtime import local as one
         from distquant.runtime import process_group
 
         loaded = LoadPlan.from_json(plan)
-        process_group.init(self.rank, self.world, url, timeout)
-        self.model = load_shard(loaded, process_group.GroupComm(loaded.mesh), one.device(), self._progress)
+        process_group.init(self.rank, self.world, url, options.timeout)
+        comm = process_group.GroupComm(loaded.mesh, options.timeout)
+        self.model = load_shard(loaded, comm, one.device(), options, self._progress)
 
-    def _progress(self, done: int, total: int) -> None:
-        self.seen = (done, total)
+    def _progress(self, seen: Seen) -> None:
+        self.seen = seen
 
-    def progress(self) -> tuple[int, int]:
+    def progress(self) -> Seen:
         return self.seen
 
     def perform(self, job: Job) -> Outcome:
@@ -218,11 +224,15 @@ def load(
     max_memory: str | int | None = None,
     dtype: Any = "auto",
     staging: str | int = DEFAULT_STAGING,
+    on_unsupported: str = "error",
     trust_remote_code: bool = False,
     revision: str | None = None,
     resources: Resources | None = None,
     threads: int = 1,
     schedule_timeout: float = SCHEDULE_TIMEOUT,
+    kernel: str = "auto",
+    io: str = "auto",
+    trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
     progress: Progress | None = None,
 ) -> Sharded:
@@ -235,8 +245,8 @@ def load(
         resources: what one worker asks for; None: one CPU, and one GPU where the cluster has any.
         threads: torch threads of a worker.
         schedule_timeout: seconds until a placement group that cannot be scheduled is given up.
-        timeout: seconds that a rank waits for the others before it gives up.
-        progress: called with (bytes taken, bytes in all) of every rank.
+        kernel, io, trace, timeout: as in `distquant.load`; the worker of rank 0 writes the trace.
+        progress: called with how far every rank is.
 
     Raises:
         InputError: with every problem; also where the cluster lacks what the mesh needs.
@@ -249,12 +259,16 @@ def load(
         max_memory=max_memory,
         dtype=dtype,
         staging=staging,
+        on_unsupported=on_unsupported,
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
+    options = Options(kernel=kernel, io=io, trace=None if trace is None else os.path.abspath(trace), timeout=timeout)
     memory = _rank_memory(max_memory)
     source = "max_memory" if memory is not None else "unknown"
-    world = make_plan(request, Facts(memory=memory, memory_source=source, packages=packages())).mesh.size
+    first = make_plan(request, Facts(memory=memory, memory_source=source, packages=packages()))
+    refuse_unsupported(first)
+    world = first.mesh.size
     started_ray = _start(world)
     workers: list[Any] = []
     group = None
@@ -266,7 +280,7 @@ def load(
         url = ray.get(workers[0].address.remote())
         text = plan.to_json()
         tick = (lambda: progress(_seen(workers))) if progress is not None else None
-        gather([worker.load.remote(text, url, timeout) for worker in workers], tick)
+        gather([worker.load.remote(text, url, options) for worker in workers], tick)
         return Sharded(plan, workers, group, started_ray)
     except BaseException:
         stop(workers, group, started_ray)
@@ -312,13 +326,13 @@ def _workers(world: int, resources: Resources, group: PlacementGroup, threads: i
 
 def _plan(request: Request, workers: list[Any], max_memory: int | None) -> LoadPlan:
     """The plan with what the workers measured; the weakest device counts."""
-    nodes = gather([worker.node.remote() for worker in workers])
-    facts = gather([w.facts.remote(max_memory, nodes.count(n)) for w, n in zip(workers, nodes, strict=True)])
+    nodes = numbered(gather([worker.node.remote() for worker in workers]))
+    facts = gather([worker.facts.remote(max_memory, nodes) for worker in workers])
     weakest = min(facts, key=lambda f: (f.capability or (0, 0), f.memory or 0))
     return make_plan(request, weakest)
 
 
-def _seen(workers: list[Any]) -> list[tuple[int, int]]:
+def _seen(workers: list[Any]) -> list[Seen]:
     try:
         return ray.get([worker.progress.remote() for worker in workers], timeout=1)
     except (ray.exceptions.RayError, TimeoutError):

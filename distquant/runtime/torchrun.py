@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 from distquant.coordinator import Request, make_plan
 from distquant.errors import InputError, RankError
-from distquant.loader import Progress, load_shard
+from distquant.loader import load_shard
 from distquant.mesh import Mesh
+from distquant.options import Options, Progress
 from distquant.planning import LoadPlan
 from distquant.runtime import process_group
-from distquant.runtime.measure import measure
+from distquant.runtime.measure import measure, node_name, numbered
 
 NAME = "torchrun"
 
@@ -36,29 +37,29 @@ def device() -> torch.device:
 def load(
     request: Request | LoadPlan,
     max_memory: int | None,
+    options: Options | None = None,
     progress: Progress | None = None,
-    timeout: float | None = None,
 ) -> Any:
     """Rank 0 plans and shares the plan (or what is wrong with it); every rank loads its part.
 
     Joins the default process group if nobody has.
     """
-    own = device()
+    own, timeout = device(), options.timeout if options else None
     if not dist.is_initialized():
         process_group.init(timeout=timeout)
     plan = request if isinstance(request, LoadPlan) else agree(request, own, max_memory)
     check_world(plan.mesh, dist.get_world_size())
-    comm = process_group.GroupComm(plan.mesh)
-    return load_shard(plan, comm, own, progress)
+    comm = process_group.GroupComm(plan.mesh, timeout)
+    return load_shard(plan, comm, own, options, progress)
 
 
 def agree(request: Request, own: torch.device, max_memory: int | None) -> LoadPlan:
     """Rank 0's plan, on every rank; its error too."""
     outcome: Any = None
+    nodes = numbered(process_group.collect(node_name()))
     if dist.get_rank() == 0:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         try:
-            outcome = make_plan(request, measure(dist.get_world_size(), own, max_memory, local)).to_json()
+            outcome = make_plan(request, measure(own, max_memory, nodes)).to_json()
         except InputError as error:
             outcome = error
         except Exception as error:  # the others must not wait for a plan that never comes

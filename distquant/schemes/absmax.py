@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,13 +42,13 @@ class Statistics:
     values: Tensor | None = None
     offset: Tensor | None = None
 
-    def effective(self) -> Tensor:
+    def effective(self, ops: Any = reference) -> Tensor:
         """float32 `[blocks]`, as bitsandbytes computes them at use: `values[codes] * second + offset`."""
         if self.absmax is not None:
             return self.absmax
         assert self.codes is not None and self.second is not None
         assert self.values is not None and self.offset is not None
-        return reference.dequantize_blockwise(self.codes, self.second, self.values, SECOND) + self.offset
+        return ops.dequantize_blockwise(self.codes, self.second, self.values, SECOND).add_(self.offset)
 
 
 @contextmanager
@@ -61,19 +62,21 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def quantize_absmax(absmax: Tensor) -> Statistics:
-    """Second level of double quantization over all absmax of a weight, on the CPU wherever they lie.
+@cache
+def dynamic_map() -> Tensor:
+    """float32 `[256]`: bitsandbytes' values of second-level codes."""
+    from bitsandbytes.functional import create_dynamic_map
 
-    bitsandbytes' own 8-bit dynamic map and kernel do it, so the result is theirs.
-    """
-    from bitsandbytes.functional import quantize_blockwise
+    return create_dynamic_map()
 
-    whole = absmax.cpu()
+
+def quantize_absmax(absmax: Tensor, ops: Any) -> Statistics:
+    """Second level of double quantization over all absmax of a weight; their mean is taken on the CPU."""
     with one_thread():
-        offset = whole.mean()
-        codes, state = quantize_blockwise(whole - offset, blocksize=SECOND)
-    device = absmax.device
-    return Statistics(None, codes.to(device), state.absmax.to(device), state.code.to(device), offset.to(device))
+        offset = absmax.cpu().mean().to(absmax.device)
+    values = dynamic_map().to(absmax.device, copy=True)  # saving refuses shared tensors
+    codes, second = ops.quantize_blockwise(absmax - offset, values, SECOND)
+    return Statistics(None, codes, second, values, offset)
 
 
 def local_block(shard: Shard) -> int:
@@ -114,7 +117,7 @@ def block_index(shard: Shard, first: int, last: int, device: Any) -> Tensor:
     return ((rows + starts) // BLOCK).view(-1)
 
 
-def local_statistics(whole: Statistics, shard: Shard) -> Statistics:
+def local_statistics(whole: Statistics, shard: Shard, ops: Any = reference) -> Statistics:
     """A shard's statistics from the weight's; nested where the shard keeps nesting."""
     if shard.dim is None:
         return whole
@@ -124,7 +127,10 @@ def local_statistics(whole: Statistics, shard: Shard) -> Statistics:
         codes = torch.cat([whole.codes[a:b] for a, b in runs])
         second = torch.cat([whole.second[a // SECOND : -(-b // SECOND)] for a, b in runs])
         return Statistics(None, codes, second, whole.values, whole.offset)
-    absmax = whole.effective()
+    absmax = whole.effective(ops)
     if shard.dim == 0:
         return Statistics(torch.cat([absmax[a:b] for a, b in block_segments(shard)]))
+    if not cut_crosses_blocks(shard):
+        wide = absmax.view(shard.shape[0], -1)
+        return Statistics(torch.cat([wide[:, a // BLOCK : b // BLOCK] for a, b in shard.columns], dim=1).view(-1))
     return Statistics(absmax[block_index(shard, 0, shard.shape[0], absmax.device)])

@@ -1,7 +1,9 @@
 """What a quantization method contributes: configuration, layout, hooks for the planner, execution and module.
 
-The planner calls the hooks on the coordinator, where there is no device and no weight. The loader calls `quantizer` or
-`restore` on every rank, with that rank's shard. A method that needs slicing code of its own lacks a word in `layout`.
+The planner calls the hooks on the coordinator, where there is no device and no weight. Of the ranks, the one that reads
+rows calls `encode` with all their columns; what comes out is cut by its layout, and every rank that keeps a part
+calls `complete` with it (or `restore`, with what a checkpoint stores). A method that needs slicing code of its own
+lacks a word in `layout`.
 """
 
 from __future__ import annotations
@@ -9,14 +11,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from packaging.version import Version
 
 from distquant.config import QuantizationConfig
 from distquant.errors import Problem
 from distquant.facts import Facts
-from distquant.layout import Layout
+from distquant.layout import Component, Layout
 from distquant.mesh import Mesh
 from distquant.schemes.shard import Shard
 from distquant.skeleton.words import Skeleton
@@ -24,7 +26,6 @@ from distquant.skeleton.words import Skeleton
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from distquant.comm import Axis
     from distquant.tally import Tally
 
 
@@ -37,36 +38,6 @@ class Context:
     skeleton: Skeleton
     device_map: Mapping[str, str] | None
     prequantized: bool
-
-
-class Quantizer(Protocol):
-    """Takes the rows of a shard as they are read, and fills the module at the end."""
-
-    def update(self, rows: Tensor, start: int) -> None:
-        """Takes local rows `[start, start + len(rows))` in the dtype to quantize from, `[n, local columns]`.
-
-        All pieces but the last have a multiple of `Scheme.row_step` rows; how many depends on the staging budget.
-
-        Ranks of a cut along `in` get the same rows in the same order, so a method may call collectives here.
-        """
-
-    def finish(self) -> None:
-        """Completes statistics over the whole tensor and fills the module."""
-
-
-class Stored(Protocol):
-    """The components of one pre-quantized weight in the checkpoint."""
-
-    def shape(self, component: str) -> tuple[int, ...]:
-        """Stored shape, from the header; KeyError where the checkpoint lacks the component."""
-
-    def read(self, component: str, span: tuple[int, int] | None = None) -> Tensor:
-        """A component on the CPU, or the elements `[start, stop)` of its first dim."""
-
-    def rows(
-        self, component: str, row_bytes: int, segments: Iterable[tuple[int, int]], columns: tuple[int, int]
-    ) -> Tensor:
-        """uint8, flat: a component seen as rows of `row_bytes`; of each row in `segments` the bytes `columns`."""
 
 
 class Scheme(ABC):
@@ -147,9 +118,13 @@ class Scheme(ABC):
         """Bytes that a finished shard takes; by default what the layout says of a weight of its size."""
         return self.layout(shard.local_shape, shard.dtype).nbytes(shard.local_shape)
 
-    def row_step(self, shard: Shard) -> int:
-        """Rows that can only be quantized together: every piece but the last has a multiple of this many."""
-        return 1
+    def flowing(self, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+        """The components that `encode` fills, row by row; by default all of the layout that are not `gathered`."""
+        return tuple(c for c in self.layout(shape, dtype).components if not c.gathered)
+
+    def statistics(self, shard: Shard) -> frozenset[str]:
+        """Of those, the ones that every rank needs for the whole weight; the same answer for every rank's shard."""
+        return frozenset()
 
     # -- executing (every rank) ------------------------------------------------------------------------------------
 
@@ -162,11 +137,38 @@ class Scheme(ABC):
         """
 
     @abstractmethod
-    def quantizer(self, shard: Shard, module: nn.Module, axis: Axis, device: Any) -> Quantizer:
-        """Quantizes this rank's rows as they come, into `module`."""
+    def encode(self, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+        """Quantizes consecutive rows of a weight.
 
-    def restore(self, shard: Shard, module: nn.Module, stored: Stored, device: Any) -> None:
-        """Fills `module` from a pre-quantized weight."""
+        Args:
+            rows: `[n, columns]` in the load dtype: all columns, or a run of them that starts and ends with every
+                component's elements. `n` is a multiple of what the components need, but for the weight's last rows.
+            out: component -> memory to fill, flat, in row order.
+            ops: kernels, a module like `distquant.kernels.reference`.
+        """
+
+    @abstractmethod
+    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+        """Fills `module` when all rows have come.
+
+        Args:
+            shard: this rank's part.
+            module: as `module` made it.
+            parts: component -> what the shard keeps of it, flat, rows in local order; of `statistics` all of the
+                whole weight. On the device; the memory is the module's to keep.
+            ops: kernels, as `encode` gets them.
+        """
+
+    def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
+        """Fills `module` from a pre-quantized weight.
+
+        Args:
+            shard: this rank's part.
+            module: as `module` made it.
+            parts: stored component -> what the shard keeps of it, flat, in the stored dtype, on the device.
+            whole: components that were not cut, because the layout does not know them or the cut does not fall between
+                their elements: `parts` has all of them.
+        """
         raise NotImplementedError(f"{self.name} has no pre-quantized checkpoints")
 
     def finish_model(self, model: nn.Module) -> None:  # noqa: B027  (most methods need no mark)

@@ -3,12 +3,12 @@
 Codes: two a byte, the even element in the high nibble, row-major; absmax per 64 elements of the flattened weight, which
 straddle rows where a row is no multiple of 64. Double quantization subtracts the mean of all absmax and stores them as
 8-bit codes with one float32 per 256 (bitsandbytes `functional.quantize_4bit`). Neither mean nor second-level blocks are
-local to a shard, so absmax (1/64 of the elements) are gathered over the axis and quantized on the whole, on one thread:
-`mean` over one and over two threads differ in the last bit. A shard keeps the nested form where its blocks are whole
-runs of 256, and otherwise stores the same values as float32 absmax.
+local to a shard, so every rank gets all absmax (1/64 of the elements) and quantizes the whole, on one thread: `mean`
+over one and over two threads differ in the last bit. A shard keeps the nested form where its blocks are whole runs of
+256, and otherwise stores the same values as float32 absmax.
 
 Along `in` a shard may need blocks of 32 where 64 would straddle its rows: absmax are then repeated, which changes no
-value. If the cut passes through a block of 64, its absmax is the maximum over the ranks that share it.
+value. Rows are quantized whole before they are cut, so a cut may pass through a block of 64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distquant import hostmem
 from distquant.config import Bnb4bitConfig, torch_dtype
 from distquant.errors import InputError, Problem
 from distquant.kernels import reference
@@ -31,20 +30,17 @@ from distquant.schemes.absmax import (
     FINE_BLOCK,
     SECOND,
     Statistics,
-    block_index,
     cut_crosses_blocks,
     keeps_nesting,
     local_block,
     local_statistics,
     quantize_absmax,
 )
-from distquant.schemes.base import Quantizer, Stored
 from distquant.schemes.bitsandbytes import BitsandbytesScheme
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 
 if TYPE_CHECKING:
-    from distquant.comm import Axis
     from distquant.tally import Tally
 
 
@@ -85,13 +81,18 @@ class Bnb4bitScheme(BitsandbytesScheme):
         nested = self.config.bnb_4bit_use_double_quant and keeps_nesting(shard)
         return -(-count // 2) + (blocks + 4 * -(-blocks // SECOND) if nested else 4 * blocks)
 
-    def row_step(self, shard: Shard) -> int:
-        """Rows that are whole blocks (of the weight where ranks share some) and whole bytes of codes."""
-        width, block = shard.local_shape[1], local_block(shard)
-        step = block // math.gcd(block, width)
-        if cut_crosses_blocks(shard):
-            step = BLOCK // math.gcd(BLOCK, shard.shape[1])
-        return step * 2 if step * width % 2 else step
+    def flowing(self, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+        """Codes by the byte, and the absmax that a second level is made from at the end."""
+        return (
+            Component(name="", dtype="uint8", flat=2),
+            Component(name="absmax", dtype="float32", flat=BLOCK),
+        )
+
+    def statistics(self, shard: Shard) -> frozenset[str]:
+        """absmax: all of them for a second level, and where a cut along `in` is finer than the blocks."""
+        if self.config.bnb_4bit_use_double_quant or cut_crosses_blocks(shard):
+            return frozenset(("absmax",))
+        return frozenset()
 
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         word = 2 * DTYPE_BYTES[self.config.bnb_4bit_quant_storage]
@@ -137,26 +138,32 @@ class Bnb4bitScheme(BitsandbytesScheme):
         module.support_avx512bf16_for_cpu = False
         return module
 
-    def quantizer(self, shard: Shard, module: nn.Module, axis: Axis, device: Any) -> Quantizer:
-        return _Quantizer(self, shard, module, axis, device)
+    def encode(self, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+        ops.quantize_4bit(rows, BLOCK, self.config.bnb_4bit_quant_type, codes=out[""], absmax=out["absmax"])
 
-    def restore(self, shard: Shard, module: nn.Module, stored: Stored, device: Any) -> None:
-        state = json.loads(bytes(stored.read("quant_state").tolist()))
+    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+        statistics = Statistics(parts["absmax"])
+        if self.config.bnb_4bit_use_double_quant:
+            statistics = quantize_absmax(parts["absmax"], ops)
+        if self.statistics(shard):
+            statistics = local_statistics(statistics, shard, ops)
+        self.fill(shard, module, parts[""], statistics, torch_dtype(shard.dtype))
+
+    def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
+        state = json.loads(bytes(parts["quant_state"].tolist()))
         self._check_state(shard, state)
-        columns = shard.shape[1]
-        if shard.dim == 1:
-            ((a, b),) = shard.columns
-            codes = stored.rows("", columns // 2, [(0, shard.shape[0])], (a // 2, b // 2))
-        else:
-            codes = stored.rows("", 1, [(a * columns // 2, -(-b * columns // 2)) for a, b in shard.rows], (0, 1))
-        absmax = stored.read("absmax").view(-1)
+        codes, columns = parts[""].view(torch.uint8), shard.shape[1]
+        if "" in whole and shard.dim == 0:
+            codes = torch.cat([codes[a * columns // 2 : -(-b * columns // 2)] for a, b in shard.rows])
+        statistics = Statistics(parts["absmax"].float())
         if "nested_offset" in state:
-            offset = torch.tensor(float(state["nested_offset"]))
-            second, values = stored.read("nested_absmax").view(-1), stored.read("nested_quant_map").view(-1)
-            whole = Statistics(None, absmax, second, values, offset)
-        else:
-            whole = Statistics(absmax.float())
-        self.fill(shard, module, codes.to(device), local_statistics(whole, shard), getattr(torch, state["dtype"]))
+            offset = torch.tensor(float(state["nested_offset"]), device=codes.device)
+            statistics = Statistics(
+                None, parts["absmax"], parts["nested_absmax"], parts["nested_quant_map"].clone(), offset
+            )
+        if "absmax" in whole:
+            statistics = local_statistics(statistics, shard)
+        self.fill(shard, module, codes, statistics, getattr(torch, state["dtype"]))
 
     def _check_state(self, shard: Shard, state: dict[str, Any]) -> None:
         expected = {
@@ -220,72 +227,3 @@ class Bnb4bitScheme(BitsandbytesScheme):
         absmax = absmax.view(rows, columns // block)
         tally.shard("code", codes, shard.shape, shard.dim, shard.owned)
         tally.shard("scale", absmax, shard.shape, shard.dim, shard.owned, span=block)
-
-
-class _Quantizer:
-    """Quantizes a shard as its rows come; absmax that cross a cut are reduced over the axis on the way."""
-
-    def __init__(self, scheme: Bnb4bitScheme, shard: Shard, module: nn.Module, axis: Axis, device: Any):
-        self.scheme, self.shard, self.module, self.axis, self.device = scheme, shard, module, axis, device
-        rows, columns = shard.local_shape
-        self.block = local_block(shard)
-        self.crossing = cut_crosses_blocks(shard)
-        self.codes = hostmem.empty(-(-rows * columns // 2), torch.uint8, device)
-        self.absmax = torch.empty(-(-rows * columns // self.block), dtype=torch.float32, device=device)
-        blocks = -(-math.prod(shard.shape) // BLOCK)
-        self.whole = torch.empty(blocks, dtype=torch.float32, device=device) if self.crossing else self.absmax
-
-    def update(self, rows: Tensor, start: int) -> None:
-        quant_type = self.scheme.config.bnb_4bit_quant_type
-        at = start * self.shard.local_shape[1]
-        if self.crossing:
-            absmax, ragged = self._shared_absmax(rows, start)
-            codes = reference.encode_4bit(rows, absmax, self.block, quant_type, ragged)
-        else:
-            codes, absmax = reference.quantize_4bit(rows, self.block, quant_type)
-        self.codes[at // 2 : at // 2 + len(codes)] = codes
-        self.absmax[at // self.block : at // self.block + len(absmax)] = absmax
-
-    def _shared_absmax(self, rows: Tensor, start: int) -> tuple[Tensor, bool]:
-        """absmax of the blocks of 64 under each local block, over all ranks; whether the last is the ragged tail."""
-        count, columns = math.prod(self.shard.shape), self.shard.shape[1]
-        stop = start + len(rows)
-        first, last = start * columns // BLOCK, -(-stop * columns // BLOCK)
-        index = block_index(self.shard, start, stop, rows.device) - first
-        partial = rows.reshape(-1, self.block).abs().amax(1).float()
-        shared = torch.zeros(last - first, device=rows.device).scatter_reduce_(0, index, partial, "amax")
-        self._reduce(shared)
-        tail = count % BLOCK != 0 and stop * columns == count
-        if tail:
-            shared[-1].clamp_(min=reference.TINY)
-        self.whole[first:last] = shared
-        return shared[index], tail and self.shard.columns[-1][1] == columns
-
-    def _reduce(self, absmax: Tensor) -> None:
-        """Maximum over the axis. As integers: non-negative floats order the same, and a NaN stays one."""
-        self.axis.all_reduce(absmax.view(torch.int32), "max")
-
-    def _gather(self) -> Tensor:
-        """All absmax of the weight, on every rank."""
-        if self.crossing or self.shard.dim is None:
-            return self.whole
-        rows, columns = self.shard.shape
-        whole = torch.zeros(-(-rows * columns // BLOCK), device=self.device)
-        if self.shard.dim == 1:
-            ((a, b),) = self.shard.columns
-            mine = self.absmax.view(rows, -1)
-            whole.view(rows, columns // BLOCK)[:, a // BLOCK : b // BLOCK] = mine
-        else:
-            for (a, b), local in self.shard.owned:
-                length = -(-b * columns // BLOCK) - a * columns // BLOCK
-                at = local * columns // BLOCK
-                whole[a * columns // BLOCK :][:length] = self.absmax[at : at + length]
-        self._reduce(whole)
-        return whole
-
-    def finish(self) -> None:
-        statistics = Statistics(self.absmax)
-        if self.scheme.config.bnb_4bit_use_double_quant:
-            statistics = local_statistics(quantize_absmax(self._gather()), self.shard)
-        dtype = torch_dtype(self.shard.dtype)
-        self.scheme.fill(self.shard, self.module, self.codes, statistics, dtype)

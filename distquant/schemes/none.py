@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from distquant.config import NoneConfig
 from distquant.layout import Layout, plain
-from distquant.schemes.base import Quantizer, Scheme
+from distquant.schemes.base import Scheme
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.skeleton.words import Skeleton
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from distquant.comm import Axis
     from distquant.tally import Tally
 
 
@@ -34,7 +33,10 @@ class NoneScheme(Scheme):
     def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
         raise AssertionError("the scheme `none` converts no module")
 
-    def quantizer(self, shard: Shard, module: nn.Module, axis: Axis, device: Any) -> Quantizer:
+    def encode(self, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+        raise AssertionError("the scheme `none` converts no module")
+
+    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
         raise AssertionError("the scheme `none` converts no module")
 
     def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:

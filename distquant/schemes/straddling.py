@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from distquant.kernels import reference
+from distquant.kernels.choice import Kernel, choose
+
+
+@cache
+def _ops(device: torch.device) -> Any:
+    return choose(Kernel.AUTO, device).ops
 
 
 class _Dequantized(torch.autograd.Function):
@@ -27,14 +33,15 @@ class _Dequantized(torch.autograd.Function):
 def dequantized(module: nn.Module) -> Tensor:
     """The weight of a `Linear4bit` by the flat definition, `[out, in]`, in the dtype that it was quantized from."""
     weight: Any = module.weight
-    state = weight.quant_state
+    ops, state = _ops(weight.device), weight.quant_state
     absmax = state.absmax
     if state.nested:
         second = state.state2
-        absmax = reference.dequantize_blockwise(absmax, second.absmax, second.code, second.blocksize) + state.offset
+        absmax = ops.dequantize_blockwise(absmax, second.absmax, second.code, second.blocksize) + state.offset
     codes = weight.data.contiguous().view(torch.uint8)
-    values = reference.dequantize_4bit(codes, absmax.float(), state.blocksize, state.quant_type, tuple(state.shape))
-    return values.to(state.dtype)
+    return ops.dequantize_4bit(
+        codes, absmax.float(), state.blocksize, state.quant_type, tuple(state.shape), dtype=state.dtype
+    )
 
 
 class StraddlingLinear4bit(Linear4bit):

@@ -4,6 +4,18 @@ Everything that depends on the version of `transformers` lives in this package.
 """
 
 from distquant.skeleton.build import build, build_skeleton
+from distquant.skeleton.stored import FLOATS, Kept, as_stored
 from distquant.skeleton.words import Attention, Linear, Param, Skeleton, Source
 
-__all__ = ["Attention", "Linear", "Param", "Skeleton", "Source", "build", "build_skeleton"]
+__all__ = [
+    "FLOATS",
+    "Attention",
+    "Kept",
+    "Linear",
+    "Param",
+    "Skeleton",
+    "Source",
+    "as_stored",
+    "build",
+    "build_skeleton",
+]

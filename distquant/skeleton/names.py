@@ -65,7 +65,7 @@ def map_names(
     collected: dict[str, dict[str, list[str]]] = {}
     converter_of: dict[str, Any] = {}
     unexpected = []
-    for name in sorted(tensors, key=natural):
+    for name in sorted(tensors):
         base, component = split_component(name, suffixes)
         target, pattern = rename_source_key(base, renamings, converters, prefix, known)
         if target not in params and base in params:
@@ -83,7 +83,8 @@ def map_names(
         else:
             collected.setdefault(target, {}).setdefault(pattern, []).append(name)
             converter_of[target] = by_pattern[pattern]
-    for target, groups in collected.items():
+    for target, found in collected.items():
+        groups = {pattern: sorted(names, key=natural) for pattern, names in found.items()}
         for param, sources in _follow(converter_of[target], target, groups, params, tensors, problems).items():
             _check_bounds(param, params[param], sources, tensors, problems)
             placed.setdefault(param, []).extend(sources)
@@ -158,6 +159,6 @@ def _chunk(converter: Any, target: str, name: str, params: Shapes, tensors: Shap
 def ignorable(names: Iterable[str], patterns: Iterable[str] | None) -> tuple[set[str], list[str]]:
     """Splits names into those that the model class says to ignore and the rest."""
     regex = "|".join(f"({p})" for p in patterns or ())
-    names = list(names)
-    ignored = {n for n in names if regex and re.search(regex, n)}
+    names, matches = list(names), re.compile(regex).search
+    ignored = {n for n in names if matches(n)} if regex else set()
     return ignored, [n for n in names if n not in ignored]

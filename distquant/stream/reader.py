@@ -1,219 +1,140 @@
-"""Streams rows of files through reusable buffers, ahead of the consumer and never further than the budget.
+"""Reads ahead of the consumer, several reads in flight, into slots of the staging memory and never further.
 
-One thread reads with `preadv` (which releases the GIL) into a ring of buffers; the consumer takes them in order and
-gives them back. A buffer holds whole row steps of one tensor. Nothing is mapped into memory.
+Threads take the next batch and its slot in order, read without holding Python's lock, and the consumer gets the batches
+in that order. No slot free: no read begins, so a slow consumer holds the reads back.
 """
 
 from __future__ import annotations
 
-import os
-import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-import torch
-from torch import Tensor
+from distquant.errors import RankError
+from distquant.stream.arena import Arena, Board, Slots
+from distquant.stream.files import Files
+from distquant.stream.stages import Stages
+from distquant.stream.tasks import Chunk
 
-from distquant.errors import DistquantError
-from distquant.stream.rows import RowRange
-
-BUFFERS = 3
-"""Buffers in the ring: one being read, one waiting, one being quantized."""
-
-CHUNK = 8 << 20
-"""Bytes per buffer where the budget allows: large enough for the disk, small enough for the cache."""
+AHEAD = 8
+"""Batches that may wait for the consumer, those that were read straight into place included."""
 
 
-AHEAD = 16
-"""Pieces that may wait for the consumer. Those in buffers are fewer; these limit what is read straight into place."""
-
-PATIENCE = 0.1
-"""Seconds between looks whether the reader is to stop."""
-
-
-class ReadError(DistquantError, OSError):
-    """A file could not be read as its header says; names file, offset and tensor."""
-
-
-@dataclass(slots=True)
-class Chunk:
-    """Consecutive local rows of one task: uint8 `[rows, row bytes]`, valid until the next chunk is asked for.
-
-    `buffer` is None where the rows were read straight into the task's own memory and nothing is left to do with them.
-    """
-
-    task: int
-    rows: Tensor
-    local: int
-    dtype: str
-    buffer: Tensor | None = None
-
-
-@dataclass(slots=True)
-class ReadStats:
-    """What the reader did: `bytes` off the files (waste included), seconds spent reading and waited for."""
-
-    bytes: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    largest: int = 0
-
-
-@dataclass(slots=True)
-class Work:
-    """One task's reads: its row ranges, the step that its pieces must keep, and the row bytes that set their size."""
-
-    ranges: list[RowRange]
-    row_step: int = 1
-    pace: int = 0
-    """Bytes a row counts for when pieces are sized; the same on every rank where pieces must match. 0 = its own."""
-    into: Tensor | None = None
-    """uint8 `[local rows, row bytes]`: finished memory that rows are read into without passing through a buffer."""
-
-
-@dataclass
 class Reader:
-    """Reads tasks in order. Use as a context manager: leaving it stops the thread and closes the files."""
+    """Iterates over filled batches. `stop` the board and `join` before the files are closed."""
 
-    folder: Path
-    budget: int
-    stats: ReadStats = field(default_factory=ReadStats)
+    def __init__(
+        self,
+        files: Files,
+        arena: Arena,
+        slots: Slots,
+        board: Board,
+        stages: Stages,
+        batches: Iterator[list[Chunk]],
+        threads: int,
+    ):
+        self._files, self._arena, self._slots, self._board, self._stages = files, arena, slots, board, stages
+        self._batches = batches
+        self._order = threading.Lock()
+        self._begun = self._taken = 0
+        self._ended = False
+        self._ready: dict[int, list[Chunk]] = {}
+        self._threads = [
+            threading.Thread(target=self._work, name=f"distquant-reader-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def __post_init__(self) -> None:
-        self._files: dict[str, int] = {}
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
-
-    @property
-    def chunk_bytes(self) -> int:
-        return max(min(self.budget // BUFFERS, CHUNK), 1)
-
-    def stream(self, works: Iterable[Work]) -> Iterator[Chunk]:
-        """Yields the chunks of all tasks, in order; each is valid until the next is taken."""
-        free: queue.Queue[Tensor] = queue.Queue()
-        ready: queue.Queue[Chunk | BaseException | None] = queue.Queue(AHEAD)
-        for _ in range(BUFFERS):
-            free.put(torch.empty(0, dtype=torch.uint8))
-        self._thread = threading.Thread(
-            target=self._produce, args=(works, free, ready), name="distquant-reader", daemon=True
-        )
-        self._thread.start()
+    def __iter__(self) -> Iterator[list[Chunk]]:
         while True:
             start = time.perf_counter()
-            item = ready.get()
-            self.stats.waited += time.perf_counter() - start
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            if item.buffer is not None:
-                free.put(item.buffer)
+            with self._board.watch:
+                if not self._board.wait(self._next_is_there, self._late):
+                    return
+                if self._taken not in self._ready:
+                    return
+                batch = self._ready.pop(self._taken)
+                self._taken += 1
+                self._board.watch.notify_all()
+            self._stages.waited += time.perf_counter() - start
+            yield batch
 
-    def _produce(self, works: Iterable[Work], free: queue.Queue[Tensor], ready: queue.Queue) -> None:
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def _next_is_there(self) -> bool:
+        return self._taken in self._ready or (self._ended and self._taken == self._begun)
+
+    def _late(self) -> RankError:
+        return RankError(-1, f"a read has not come back for {self._board.timeout:g} s")
+
+    def _work(self) -> None:
         try:
-            for task, work in enumerate(works):
-                for piece in self._pieces(work):
-                    if work.into is not None:
-                        if self._stop.is_set():
-                            return
-                        rows = work.into[piece.local : piece.local + piece.rows]
-                        self.read_rows(piece, rows.view(-1))
-                        self._hand(ready, Chunk(task, rows, piece.local, piece.dtype))
-                        continue
-                    buffer = self._take(free)
-                    if buffer is None:
-                        return
-                    self._hand(ready, self._fill(task, piece, buffer))
-            self._hand(ready, None)
-        except BaseException as error:  # handed to the consumer, which raises it
-            self._hand(ready, error)
+            while True:
+                with self._order:
+                    begun = self._begin()
+                if begun is None:
+                    return
+                number, batch = begun
+                self._read(batch)
+                with self._board.watch:
+                    self._ready[number] = batch
+                    self._board.watch.notify_all()
+        except BaseException as error:
+            self._board.fail(error)
 
-    def _take(self, free: queue.Queue[Tensor]) -> Tensor | None:
-        while not self._stop.is_set():
-            try:
-                return free.get(timeout=PATIENCE)
-            except queue.Empty:
-                continue
-        return None
+    def _begin(self) -> tuple[int, list[Chunk]] | None:
+        """The next batch with its slot; None at the end or when the load stops."""
+        board = self._board
+        if self._ended:
+            return None
+        batch = next(self._batches, None)
+        with board.watch:
+            if batch is None:
+                self._ended = True
+                board.watch.notify_all()
+                return None
+            direct = batch[0].into is not None
 
-    def _hand(self, ready: queue.Queue[Any], item: Chunk | BaseException | None) -> None:
-        while not self._stop.is_set():
-            try:
-                ready.put(item, timeout=PATIENCE)
-            except queue.Full:
-                continue
-            return
+            def room() -> bool:
+                return self._begun - self._taken < AHEAD and (direct or self._slots.any_free)
 
-    def _pieces(self, work: Work) -> Iterator[RowRange]:
-        for whole in work.ranges:
-            pace = work.pace or whole.row_bytes
-            most = max(self.chunk_bytes // max(pace, 1) // work.row_step, 1) * work.row_step
-            for first in range(0, whole.rows, most):
-                yield whole.part(first, min(most, whole.rows - first))
+            board.watch.wait_for(lambda: room() or board.stopped or board.failure is not None)
+            if board.stopped or board.failure is not None:
+                return None
+            if not direct:
+                slot = self._slots.take(len(batch))
+                for chunk in batch:
+                    chunk.slot = slot
+            self._begun += 1
+            return self._begun - 1, batch
 
-    def _fill(self, task: int, piece: RowRange, buffer: Tensor) -> Chunk:
-        needed = piece.nbytes
-        if buffer.numel() < needed:
-            buffer = torch.empty(max(needed, min(self.chunk_bytes, CHUNK)), dtype=torch.uint8)
-            self.stats.largest = max(self.stats.largest, buffer.numel())
-        view = buffer[:needed]
-        self.read_rows(piece, view)
-        return Chunk(task, view.view(piece.rows, -1), piece.local, piece.dtype, buffer)
-
-    def read_rows(self, piece: RowRange, into: Tensor) -> None:
-        """Reads a row range into a contiguous uint8 tensor of its size."""
+    def _read(self, batch: list[Chunk]) -> None:
         start = time.perf_counter()
-        target = memoryview(into.numpy().data)
-        width = piece.keep[1] - piece.keep[0]
-        if width == piece.row_bytes:
-            self._pread(piece, piece.offset, target)
+        first, nbytes = batch[0], sum(chunk.nbytes for chunk in batch)
+        span = first.span
+        if first.into is not None:
+            self._scattered(first, first.into)
+            first.raw = first.into
+        elif span is None:
+            first.raw = self._arena.slot(first.slot)[:nbytes]
+            self._scattered(first, first.raw)
         else:
-            fd, at = self._open(piece.file), piece.offset + piece.keep[0]
-            for first in range(0, piece.rows * width, width):
-                row = target[first : first + width]
-                if os.preadv(fd, (row,), at) == width:
-                    self.stats.bytes += width
-                else:
-                    self._pread(piece, at, row)  # short: once more from its start, with the loop that tells why
-                at += piece.row_bytes
-        self.stats.seconds += time.perf_counter() - start
+            view = self._files.read_span(span[0], span[1], nbytes, self._arena.slot(first.slot), first.ranges[0].tensor)
+            at = 0
+            for chunk in batch:
+                chunk.raw = view[at : at + chunk.nbytes]
+                at += chunk.nbytes
+        self._stages.add("read", start, first.task.name, nbytes)
 
-    def _pread(self, piece: RowRange, offset: int, target: memoryview) -> None:
-        fd = self._open(piece.file)
-        done = 0
-        while done < len(target):
-            try:
-                count = os.preadv(fd, [target[done:]], offset + done)
-            except OSError as error:
-                raise ReadError(f"{piece.file} at byte {offset + done} ({piece.tensor}): {error.strerror}") from error
-            if count == 0:
-                what = f"the file ends {len(target) - done} bytes too early"
-                raise ReadError(f"{piece.file} at byte {offset + done} ({piece.tensor}): {what}")
-            done += count
-        self.stats.bytes += done
-
-    def _open(self, file: str) -> int:
-        with self._lock:
-            if file not in self._files:
-                try:
-                    self._files[file] = os.open(self.folder / file, os.O_RDONLY)
-                except OSError as error:
-                    raise ReadError(f"{self.folder / file}: {error.strerror}") from error
-            return self._files[file]
+    def _scattered(self, chunk: Chunk, target: object) -> None:
+        """Reads ranges one after the other into consecutive memory, through the page cache."""
+        view, at = memoryview(target.numpy().data), 0  # type: ignore[attr-defined]
+        for piece in chunk.ranges:
+            part = view[at : at + piece.nbytes]
+            if piece.contiguous:
+                self._files.read(piece.file, piece.offset, part, piece.tensor)
+            else:
+                self._files.read_rows(piece.file, piece.offset, piece.stride, part, piece.width, piece.tensor)
+            at += piece.nbytes

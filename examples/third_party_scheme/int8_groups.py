@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distquant.config import QuantizationConfig
 from distquant.errors import Problem
 from distquant.layout import PLAIN_STEPS, Component, Layout
-from distquant.schemes import Quantizer, Scheme, Shard, register
+from distquant.schemes import Scheme, Shard, register
 
 LARGEST = 127
 """Largest code; -128 is not used, so that codes are symmetric."""
@@ -84,39 +84,30 @@ class Int8GroupsScheme(Scheme):
         scales = Component(name="weight_scale", dtype="float32", spans=(1, self.config.group_size))
         return Layout((codes, scales))
 
-    # Every rank calls these three, with its own shard.
+    # Ranks call these: `encode` with whole rows, the others with their own shard.
 
     def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
         out_features, in_features = shard.local_shape
         return Int8GroupsLinear(in_features, out_features, self.config.group_size, linear.bias)
 
-    def quantizer(self, shard: Shard, module: nn.Module, axis: Any, device: Any) -> Quantizer:
-        return _Quantizer(shard, module, self.config.group_size, device)
+    def encode(self, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+        """Codes and scales of rows; the rank that reads them calls this, and the others get what they keep."""
+        count, columns = rows.shape
+        padded = nn.functional.pad(rows.float(), (0, -columns % self.config.group_size))
+        groups = padded.view(count, -1, self.config.group_size)
+        scales = groups.abs().amax(dim=2) / LARGEST
+        divisors = scales.masked_fill(scales == 0, 1).unsqueeze(2)  # a group of zeros has codes of zero
+        out["weight_scale"].copy_(scales.view(-1))
+        codes = torch.round(groups / divisors).to(torch.int8).view(count, -1)[:, :columns]
+        out[""].view(count, columns).copy_(codes)
+
+    def complete(self, shard: Shard, module: Any, parts: dict[str, Tensor], ops: Any) -> None:
+        """Takes what came of the shard's rows, in order."""
+        rows, columns = shard.local_shape
+        module.weight = nn.Parameter(parts[""].view(rows, columns), requires_grad=False)
+        module.weight_scale = parts["weight_scale"].view(rows, -1)
 
     def tally(self, module: Any, shard: Shard, tally: Any) -> None:
         """Counts what this rank owns, at its place in the whole weight."""
         tally.shard("code", module.weight, shard.shape, shard.dim, shard.owned)
         tally.shard("scale", module.weight_scale, shard.shape, shard.dim, shard.owned, span=self.config.group_size)
-
-
-class _Quantizer:
-    """Quantizes the rows of a shard as they are read, and fills the module at the end."""
-
-    def __init__(self, shard: Shard, module: Any, group_size: int, device: Any):
-        self.module, self.group_size = module, group_size
-        rows, columns = shard.local_shape
-        self.codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
-        self.scales = torch.empty(rows, -(-columns // group_size), device=device)
-
-    def update(self, rows: Tensor, start: int) -> None:
-        stop, columns = start + len(rows), rows.shape[1]
-        padded = nn.functional.pad(rows.float(), (0, -columns % self.group_size))
-        groups = padded.view(len(rows), -1, self.group_size)
-        scales = groups.abs().amax(dim=2) / LARGEST
-        divisors = scales.masked_fill(scales == 0, 1).unsqueeze(2)  # a group of zeros has codes of zero
-        self.codes[start:stop] = torch.round(groups / divisors).to(torch.int8).view(len(rows), -1)[:, :columns]
-        self.scales[start:stop] = scales
-
-    def finish(self) -> None:
-        self.module.weight = nn.Parameter(self.codes, requires_grad=False)
-        self.module.weight_scale = self.scales

@@ -61,9 +61,9 @@ def test_file_truncated_while_loading_is_named(ranks, copy_of):
     """The headers were right when they were compared, the bytes are gone when they are read."""
     copy = copy_of("llama-gqa")
     errors = ranks.run(2, work.error_of, work.load_while_truncating, planned(str(copy), "tp=2", "none"))
-    for rank, error in enumerate(errors):
+    for error in errors:
         assert isinstance(error, dq.DistquantError)
-        assert str(error).startswith(f"rank {rank}: ")
+        assert str(error).startswith("rank ")  # its own, or that of the rank that failed first
         assert "model.safetensors" in str(error)
         assert "too early" in str(error)
 

@@ -23,7 +23,7 @@ path, mesh, quant, out = sys.argv[1:5]
 rank = int(os.environ["RANK"])
 
 
-def fail_on_rank_1(done, total):
+def fail_on_rank_1(seen):
     if rank == 1:
         raise RuntimeError("the disk of rank 1 is on fire")
 
@@ -62,7 +62,7 @@ def test_two_ranks_have_the_bits_of_one(model_of, tmp_path):
 
 
 def test_failure_of_one_rank_stops_all(model_of, tmp_path):
-    """int8 reduces over ranks while it loads, so rank 0 waits for one that never comes."""
+    """Rank 0 waits for rows that rank 1 never sends."""
     done, seconds = torchrun(tmp_path, model_of("llama-gqa"), "tp=2", "int8", str(tmp_path), "--fail")
     assert done.returncode != 0
     assert "the disk of rank 1 is on fire" in done.stderr

@@ -56,6 +56,7 @@ def small_plan() -> LoadPlan:
         notes=("größer: ein Hinweis",),
         memory=(RankMemory(0, 10, 20, 30, 40, 50), RankMemory(1, 11, 21, 31, 41, 51)),
         staging=1 << 20,
+        nodes=(0, 0, 0, 1, 1, 1),
         device_map={"model": "cuda:0"},
         shards={"model-00001.safetensors": ("ab" * 32, 1000), "model-00002.safetensors": ("cd" * 32, 234)},
         check_at_load=("free memory",),
@@ -65,6 +66,7 @@ def small_plan() -> LoadPlan:
 
 
 CHANGES = {
+    "nodes": (0, 0, 1, 1, 2, 2),
     "model": "other",
     "model_type": "qwen2",
     "architecture": "Qwen2ForCausalLM",
@@ -100,6 +102,7 @@ TENSOR_CHANGES = {
     "dim": 1,
     "cut": "cut1",
     "transposed": True,
+    "reading": "scatter",
 }
 SOURCE_CHANGES = {"tensor": "z", "component": "SCB", "offset": (0, 1), "take": (1, 0, 2)}
 
@@ -195,9 +198,9 @@ def test_frozen():
         ("3", "no plan in JSON"),
         ("[]", ""),
         ('["format"]', ""),
-        ('{"format": 0}', r"format 0, this is 1\. Plan again"),
-        ('{"format": "1"}', "format 1, this is 1"),
-        ('{"format": 1}', ""),
+        ('{"format": 0}', r"format 0, this is 2\. Plan again"),
+        ('{"format": "1"}', "format 1, this is 2"),
+        ('{"format": 2}', ""),
     ],
 )
 def test_what_is_no_plan(text, message):
@@ -207,9 +210,9 @@ def test_what_is_no_plan(text, message):
 
 def test_another_version_of_the_format_is_refused():
     fields = json.loads(small_plan().to_json())
-    assert fields["format"] == 1
-    fields["format"] = 2
-    with pytest.raises(InputError, match=r"^plan: format 2, this is 1\. Plan again with this version"):
+    assert fields["format"] == 2
+    fields["format"] = 3
+    with pytest.raises(InputError, match=r"^plan: format 3, this is 2\. Plan again with this version"):
         LoadPlan.from_json(json.dumps(fields))
 
 

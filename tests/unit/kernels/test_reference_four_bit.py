@@ -1,4 +1,4 @@
-"""The reference against bitsandbytes on CPU, bit for bit; against the flat definition where that kernel is wrong."""
+"""4-bit codes against bitsandbytes on CPU, bit for bit; against the flat definition where that kernel is wrong."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ import torch
 from bitsandbytes import functional as bnb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_samples import DTYPES, bits, random
 
 from distquant.kernels import reference
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
 
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def random(count: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(count, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 as integers, so that -0.0 and NaN compare too; the payload of a NaN is left to the reduction's order."""
-    return torch.where(tensor.isnan(), torch.tensor(math.nan), tensor).contiguous().view(torch.int32)
 
 
 def assert_equals_bitsandbytes(weight: torch.Tensor, blocksize: int, quant_type: str) -> torch.Tensor:
@@ -211,58 +202,23 @@ def test_dequantize_4bit_of_packed_columns_and_odd_shapes():
     assert torch.equal(reference.dequantize_4bit(packed, absmax, 64, "nf4", (63,)), whole[:63])
 
 
-@pytest.mark.parametrize("count", [256, 1000, 1024, 7])
-def test_dequantize_blockwise(count):
-    source = random(count, torch.float32, 4).abs()
-    codes, state = bnb.quantize_blockwise(source, blocksize=256)
-    theirs = bnb.dequantize_blockwise(codes, state)
-    ours = reference.dequantize_blockwise(codes, state.absmax, state.code, 256)
-    assert torch.equal(bits(ours), bits(theirs))
-    assert len(ours.unique()) > 4
-
-
-def assert_int8_equals_bitsandbytes(weight: torch.Tensor) -> torch.Tensor:
-    absmax = reference.row_absmax(weight)
-    codes = reference.quantize_int8_rows(weight, absmax)
-    theirs, stats, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
-    assert (codes.dtype, absmax.dtype) == (torch.int8, torch.float32)
-    assert torch.equal(bits(absmax), bits(stats))
-    assert torch.equal(codes, theirs)
-    return codes
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("count", [64 * 5, 64 * 3 + 10])
+def test_quantize_4bit_into_given_outputs(quant_type, count):
+    weight = random(count, torch.bfloat16, 31)
+    codes, absmax = torch.empty(count // 2, 1, dtype=torch.uint8), torch.empty(math.ceil(count / 64))
+    found = reference.quantize_4bit(weight, 64, quant_type, codes=codes, absmax=absmax)
+    assert [tensor.data_ptr() for tensor in found] == [codes.data_ptr(), absmax.data_ptr()]
+    expected = reference.quantize_4bit(weight, 64, quant_type)
+    assert torch.equal(codes.view(-1), expected[0])
+    assert torch.equal(absmax, expected[1])
+    with pytest.raises(ValueError, match="the output is torch"):
+        reference.quantize_4bit(weight, 64, quant_type, codes=codes[1:])
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (16, 96), (33, 352), (2, 5000)])
-def test_int8_rows(shape, dtype):
-    codes = assert_int8_equals_bitsandbytes(random(math.prod(shape), DTYPES[dtype], 9).view(shape))
-    assert torch.all(codes.abs().amax(dim=1) == 127)
-
-
-@pytest.mark.parametrize("dtype", sorted(DTYPES))
-@pytest.mark.parametrize("scale", [1e-9, 1e-7, 1e-4, 1.0, 1e3, 6e4])
-def test_int8_rows_of_any_scale(scale, dtype):
-    assert_int8_equals_bitsandbytes(random(8 * 64, DTYPES[dtype], 13, scale).view(8, 64))
-
-
-@pytest.mark.parametrize("value", [0.0, -0.0, math.inf, math.nan, 6e-8, 65504.0, 1e6])
-def test_int8_rows_with_special_values(value):
-    weight = random(4 * 32, torch.float32, 17).view(4, 32)
-    weight[1] = value
-    weight[2, 5] = value
-    assert_int8_equals_bitsandbytes(weight)
-
-
-def test_int8_rounds_after_the_cast_to_float16():
-    """1 + 2**-12 is 1 in float16: absmax is that of the cast weight, not of the given one."""
-    weight = torch.tensor([[1 + 2**-12, 0.5]])
-    assert reference.row_absmax(weight).tolist() == [1.0]
-    assert reference.quantize_int8_rows(weight, reference.row_absmax(weight)).tolist() == [[127, 64]]
-
-
-def test_int8_halves_of_a_row_under_the_whole_rows_absmax():
-    weight = random(8 * 96, torch.bfloat16, 19).view(8, 96)
-    absmax = reference.row_absmax(weight)
-    halves = [reference.quantize_int8_rows(part, absmax) for part in weight.split([40, 56], dim=1)]
-    assert torch.equal(torch.cat(halves, dim=1), reference.quantize_int8_rows(weight, absmax))
-    reduced = torch.stack([reference.row_absmax(part) for part in weight.split([40, 56], dim=1)]).amax(dim=0)
-    assert torch.equal(reduced, absmax)
+def test_dequantize_4bit_casts_the_float32_product(dtype):
+    packed, absmax = reference.quantize_4bit(random(500, torch.float32, 33), 64, "nf4")
+    found = reference.dequantize_4bit(packed, absmax, 64, "nf4", (50, 10), DTYPES[dtype])
+    assert found.dtype is DTYPES[dtype]
+    assert torch.equal(found, reference.dequantize_4bit(packed, absmax, 64, "nf4", (50, 10)).to(DTYPES[dtype]))

@@ -1,7 +1,7 @@
-"""Quantization in plain torch: the truth that every faster kernel must equal bit for bit.
+"""NF4 and FP4 of flat blocks, two codes a byte.
 
 Formats as bitsandbytes 0.50 defines them on CPU (`backends/default/ops.py`), so that packed codes and absmax equal what
-`transformers` + bitsandbytes store. Every function works on flat runs of blocks; nothing here knows of shards.
+`transformers` + bitsandbytes store. Every function works on flat runs of blocks.
 
 Decision thresholds are the midpoints of neighbouring code values in float32, a value on a midpoint goes down; for FP4
 too (bitsandbytes' Triton kernel decides FP4 by other constants; this is the one definition used here on all devices).
@@ -15,6 +15,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from distquant.kernels.outputs import prepared
 
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -52,17 +54,29 @@ def code_values(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
     return _tables(quant_type, torch.device(device))[2]
 
 
-def block_absmax(weight: Tensor, blocksize: int) -> Tensor:
-    """float32 `[ceil(n / blocksize)]`: largest magnitude of each block of the flat `weight`."""
+def block_absmax(weight: Tensor, blocksize: int, *, absmax: Tensor | None = None) -> Tensor:
+    """float32 `[ceil(n / blocksize)]`: largest magnitude of each block of the flat `weight`; NaN where it has a NaN.
+
+    A ragged last block has at least `TINY`, a whole block of zeros has 0.
+    """
     flat = weight.reshape(-1)
-    whole = flat.numel() // blocksize * blocksize
-    found = flat[:whole].view(-1, blocksize).abs().amax(dim=1).float()
-    if whole == flat.numel():
-        return found
-    return torch.cat([found, flat[whole:].abs().amax().float().clamp(min=TINY).view(1)])
+    count = flat.numel() // blocksize
+    found = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
+    found[:count] = flat[: count * blocksize].view(-1, blocksize).abs().amax(dim=1)
+    if count < len(found):
+        found[count] = flat[count * blocksize :].abs().amax().float().clamp(min=TINY)
+    return found
 
 
-def encode_4bit(weight: Tensor, absmax: Tensor, blocksize: int, quant_type: str, ragged: bool = False) -> Tensor:
+def encode_4bit(
+    weight: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    ragged: bool = False,
+    *,
+    codes: Tensor | None = None,
+) -> Tensor:
     """uint8 `[ceil(n / 2)]`: codes of the flat `weight` under given absmax, even elements in the high nibble.
 
     Args:
@@ -72,9 +86,16 @@ def encode_4bit(weight: Tensor, absmax: Tensor, blocksize: int, quant_type: str,
         quant_type: `nf4` or `fp4`.
         ragged: whether the last block is the weight's ragged tail even though it is full here (a shard's last block
             can be as long as its blocksize and still lie in the tail of the whole).
+        codes: uint8 of as many bytes, to write into.
+
+    A NaN, and every element of a block whose absmax is NaN, gets the highest code; under an infinite absmax an infinite
+    element does so too, and a finite one gets the code of 0.
+
+    Raises:
+        ValueError: `n` is odd, or `codes` does not fit.
     """
     flat = weight.reshape(-1)
-    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
+    packed = prepared(codes, ((flat.numel() + 1) // 2,), torch.uint8, flat.device)
     tile = max(TILE // blocksize, 1) * blocksize
     tail = (flat.numel() - 1) // blocksize * blocksize if ragged or flat.numel() % blocksize else flat.numel()
     for start in range(0, tail, tile):
@@ -88,10 +109,20 @@ def encode_4bit(weight: Tensor, absmax: Tensor, blocksize: int, quant_type: str,
     return packed
 
 
-def quantize_4bit(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-    """Codes (uint8 `[ceil(n / 2)]`) and absmax (float32 `[ceil(n / blocksize)]`) of the flat `weight`."""
-    absmax = block_absmax(weight, blocksize)
-    return encode_4bit(weight, absmax, blocksize, quant_type), absmax
+def quantize_4bit(
+    weight: Tensor,
+    blocksize: int,
+    quant_type: str,
+    *,
+    codes: Tensor | None = None,
+    absmax: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Codes (uint8 `[ceil(n / 2)]`) and absmax (float32 `[ceil(n / blocksize)]`) of the flat `weight`.
+
+    `codes` and `absmax` are written into where given. Raises as `encode_4bit`.
+    """
+    found = block_absmax(weight, blocksize, absmax=absmax)
+    return encode_4bit(weight, found, blocksize, quant_type, codes=codes), found
 
 
 def _codes(scaled: Tensor, quant_type: str) -> Tensor:
@@ -118,34 +149,26 @@ def unpack_4bit(packed: Tensor) -> Tensor:
     return torch.stack((packed >> 4, packed & 15), dim=-1).view(-1)
 
 
-def dequantize_4bit(packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: tuple[int, ...]) -> Tensor:
-    """float32 of `shape`: by the flat definition, also where blocks straddle rows (upstream's CPU kernel does not)."""
+def dequantize_4bit(
+    codes: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`dtype` of `shape`: the float32 product of value and absmax, then cast.
+
+    By the flat definition, also where blocks straddle rows (upstream's CPU kernel does not).
+
+    Args:
+        codes: uint8 of at least `ceil(n / 2)` elements, any shape.
+        absmax: float32 `[ceil(n / blocksize)]`.
+    """
     count = torch.Size(shape).numel()
-    values = code_values(quant_type, packed.device)[unpack_4bit(packed.reshape(-1)).int()][:count]
+    values = code_values(quant_type, codes.device)[unpack_4bit(codes.reshape(-1)).int()][:count]
     whole = count // blocksize * blocksize
     values[:whole].view(-1, blocksize).mul_(absmax[: whole // blocksize].view(-1, 1))
     if whole < count:
         values[whole:] *= absmax[-1]
-    return values.view(shape)
-
-
-def dequantize_blockwise(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int) -> Tensor:
-    """float32 `[n]`: `values[codes] * absmax` with one absmax per `blocksize` codes (second level of double quant)."""
-    scale = absmax.repeat_interleave(blocksize)[: codes.numel()]
-    return values[codes.int()] * scale
-
-
-def row_absmax(weight: Tensor) -> Tensor:
-    """float32 `[rows]`: largest magnitude of each row after the cast to float16 that LLM.int8 makes."""
-    return weight.to(torch.float16).abs().amax(dim=1).float()
-
-
-def quantize_int8_rows(weight: Tensor, absmax: Tensor, out: Tensor | None = None) -> Tensor:
-    """int8 `[rows, columns]`: `round(w * (127 / absmax))` of the float16 weight, as LLM.int8 stores it."""
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device) if out is None else out
-    scale = (127.0 / absmax).unsqueeze(-1)
-    per_tile = max(TILE // max(weight.shape[1], 1), 1)
-    for at in range(0, len(weight), per_tile):
-        tile = weight[at : at + per_tile].to(torch.float16) * scale[at : at + per_tile]
-        codes[at : at + per_tile] = tile.round_()
-    return codes
+    return values.view(shape).to(dtype)

@@ -1,0 +1,287 @@
+"""The contestants of `load.py`: what each does in its measured processes.
+
+A system is a function of a checkpoint's folder, a contestant and a rank. It makes ready what may be ready before the
+clock starts, and returns the call that is timed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoints import CHUNK, reader, tensors, total_bytes
+
+QUANTIZED_AT_ONCE = (1024, 2048)
+"""Rows and columns that a floor quantizes again and again: 4 MiB of bfloat16, which lie in the cache."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One row of the table.
+
+    Attributes:
+        name: what `--only` looks for.
+        system: a key of `SYSTEMS`.
+        quant: distquant's short name of the quantization; "none" is bf16 as it is.
+        ranks, threads: processes, and threads of each.
+        mesh: of distquant; "" is tp over all ranks.
+        staging: distquant's option; "" is its default.
+        cold: whether the files are taken out of the page cache before, not brought into it.
+        once: whether one run is enough, because it is about bytes and not about seconds.
+    """
+
+    name: str
+    system: str
+    quant: str = ""
+    ranks: int = 1
+    threads: int = 1
+    mesh: str = ""
+    staging: str = ""
+    cold: bool = False
+    once: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One rank's figures; None where a system does not know.
+
+    Attributes:
+        seconds: from the common start to the end.
+        memory: bytes that were resident at most, over those before the start.
+        read: bytes read from files; `direct` of them past the page cache.
+        needed: bytes of the checkpoint's tensors that fill the model, each once.
+        finished: bytes of the finished shard.
+        staging: bytes that weights may pass through.
+        parts: seconds of the parts of a floor.
+    """
+
+    seconds: float = 0.0
+    memory: int = 0
+    read: int | None = None
+    direct: int | None = None
+    needed: int | None = None
+    finished: int | None = None
+    staging: int | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+BNB_NF4, BNB_INT8 = "transformers + bitsandbytes nf4-dq", "transformers + bitsandbytes int8"
+HF_TP = "transformers bf16 tp=2"
+COLD, PLAIN = "distquant nf4-dq tp=2 cold", "plain O_DIRECT read, 2 threads"
+CONTESTANTS = (
+    Contestant("distquant nf4-dq tp=2", "distquant", "nf4-dq", 2),
+    Contestant("distquant nf4-dq tp=1", "distquant", "nf4-dq", 1, 2),
+    Contestant(BNB_NF4, "transformers", "nf4-dq", 1, 2),
+    Contestant("floor nf4-dq tp=2", "floor", "nf4-dq", 2),
+    Contestant("distquant int8 tp=2", "distquant", "int8", 2),
+    Contestant(BNB_INT8, "transformers", "int8", 1, 2),
+    Contestant("floor int8 tp=2", "floor", "int8", 2),
+    Contestant("distquant bf16 tp=2", "distquant", "none", 2),
+    Contestant(HF_TP, "transformers", "none", 2),
+    Contestant("floor bf16 tp=2", "floor", "none", 2),
+    Contestant("distquant nf4-dq tp=2 staging=64MiB", "distquant", "nf4-dq", 2, staging="64MiB"),
+    Contestant("distquant int8 tp=2 staging=64MiB", "distquant", "int8", 2, staging="64MiB"),
+    Contestant("distquant bf16 tp=2 staging=64MiB", "distquant", "none", 2, staging="64MiB"),
+    Contestant(COLD, "distquant", "nf4-dq", 2, cold=True),
+    Contestant(PLAIN, "read", threads=2, cold=True),
+    Contestant("distquant nf4-dq tp=4", "distquant", "nf4-dq", 4, once=True),
+    Contestant("distquant nf4-dq dp=2,tp=2", "distquant", "nf4-dq", 4, mesh="dp=2,tp=2", once=True),
+    Contestant("preadv of the bytes, 2 threads", "read", threads=2),
+    Contestant("first write to as much fresh memory, 2 processes", "fresh", ranks=2),
+)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What the times of two contestants are to be: A `faster` times as fast as B at least, or `most` times B's time."""
+
+    a: str
+    b: str
+    faster: float | None = None
+    most: float | None = None
+
+
+BARS = (
+    Bar("distquant nf4-dq tp=2", BNB_NF4, faster=20),
+    Bar("distquant nf4-dq tp=2", "floor nf4-dq tp=2", most=1.6),
+    Bar("distquant nf4-dq tp=1", BNB_NF4),
+    Bar("distquant int8 tp=2", BNB_INT8, faster=8),
+    Bar("distquant int8 tp=2", "floor int8 tp=2", most=1.6),
+    Bar("distquant bf16 tp=2", HF_TP, faster=1.5),
+    Bar("distquant bf16 tp=2", "floor bf16 tp=2", most=1.6),
+    Bar(COLD, PLAIN, most=1.15),
+)
+MEMORY_BAR = 100 << 20
+"""Bytes that a rank may have resident beyond its finished shard and the staging."""
+
+Run = Callable[[], Measured]
+
+
+def distquant(path: str, contestant: Contestant, rank: int) -> Run:
+    import distquant as dq
+
+    options: dict[str, Any] = {"staging": contestant.staging} if contestant.staging else {}
+    mesh = contestant.mesh or f"tp={contestant.ranks}"
+    sizes = {name: nbytes for name, (_, nbytes) in tensors(path).items()}
+
+    def run() -> Measured:
+        model = dq.load(path, quantization_config=contestant.quant, mesh=mesh, dtype="bfloat16", **options)
+        touch(model)
+        plan, report = model.distquant.plan, model.distquant.report
+        sources = {source.tensor for tensor in plan.tensors for source in tensor.sources}
+        return Measured(
+            read=report.bytes_read,
+            direct=report.direct_bytes,
+            needed=sum(sizes[name] for name in sources),
+            finished=report.quantized_bytes + report.unquantized_bytes,
+            staging=plan.staging,
+        )
+
+    return run
+
+
+def transformers(path: str, contestant: Contestant, rank: int) -> Run:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if contestant.ranks > 1:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(tp_size=contestant.ranks)
+    else:
+        options["device_map"] = "cpu"
+    if contestant.quant == "nf4-dq":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    elif contestant.quant == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+
+    def run() -> Measured:
+        touch(AutoModelForCausalLM.from_pretrained(path, **options))
+        return Measured()
+
+    return run
+
+
+def floor(path: str, contestant: Contestant, rank: int) -> Run:
+    """What no loader gets around: this rank's half of the reads and of the arithmetic, and its shard's fresh memory."""
+    import distquant as dq
+
+    plan = dq.plan(path, quantization_config=contestant.quant, mesh=f"tp={contestant.ranks}", dtype="bfloat16")
+    read = reader(path, 1, part=slice(rank, None, contestant.ranks))
+    parameters = sum(math.prod(tensor.shape) for tensor in plan.tensors if tensor.scheme != "none")
+    quantize = quantizer(contestant.quant, parameters // contestant.ranks)
+    sizes = shard_sizes(plan, rank)
+
+    def run() -> Measured:
+        start = time.perf_counter()
+        count = read()
+        after_read = time.perf_counter()
+        quantize()
+        after_quantize = time.perf_counter()
+        write_fresh(sizes)
+        end = time.perf_counter()
+        parts = {"read": after_read - start, "quantize": after_quantize - after_read, "write": end - after_quantize}
+        return Measured(read=count, finished=sum(sizes), parts=parts)
+
+    return run
+
+
+def quantizer(quant: str, parameters: int) -> Callable[[], None]:
+    """A call that quantizes so many parameters, from a warm buffer into warm outputs."""
+    import torch
+
+    from distquant.kernels import cpu
+
+    rows, columns = QUANTIZED_AT_ONCE
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    if quant == "nf4-dq":
+        codes, absmax = cpu.quantize_4bit(weight, 64, "nf4")
+
+        def some(count: int) -> None:
+            n = count * columns
+            cpu.quantize_4bit(weight[:count], 64, "nf4", codes=codes[: n // 2], absmax=absmax[: n // 64])
+    elif quant == "int8":
+        codes, absmax = cpu.quantize_int8_rows(weight)
+
+        def some(count: int) -> None:
+            cpu.quantize_int8_rows(weight[:count], codes=codes[:count], absmax=absmax[:count])
+    else:
+        return lambda: None
+
+    def run() -> None:
+        whole, rest = divmod(parameters // columns, rows)
+        for _ in range(whole):
+            some(rows)
+        if rest:
+            some(rest)
+
+    return run
+
+
+def shard_sizes(plan: Any, rank: int) -> list[int]:
+    """Bytes of each tensor of a rank's finished shard: the plan's sums, divided as the whole tensors are."""
+    memory, sizes = plan.memory[rank], []
+    for quantized, nbytes in ((True, memory.quantized), (False, memory.unquantized)):
+        counts = [math.prod(tensor.shape) for tensor in plan.tensors if (tensor.scheme != "none") is quantized]
+        sizes += [count * nbytes // sum(counts) for count in counts]
+    return sizes
+
+
+def write_fresh(sizes: list[int]) -> None:
+    import torch
+
+    from distquant import hostmem
+
+    kept = [hostmem.empty(size, torch.uint8).fill_(1) for size in sizes]
+    del kept
+
+
+def fresh_memory(path: str, contestant: Contestant, rank: int) -> Run:
+    """This rank's share of the files' bytes, written once to new memory in parts as large as weights are."""
+    sizes = [2 * CHUNK] * (total_bytes(path) // contestant.ranks // (2 * CHUNK))
+
+    def run() -> Measured:
+        write_fresh(sizes)
+        return Measured()
+
+    return run
+
+
+def read_files(path: str, contestant: Contestant, rank: int) -> Run:
+    """All bytes of all files into one small buffer a thread, and nothing done with them."""
+    read = reader(path, contestant.threads, direct=contestant.cold)
+
+    def run() -> Measured:
+        count = read()
+        return Measured(read=count, direct=count * contestant.cold)
+
+    return run
+
+
+SYSTEMS: dict[str, Callable[[str, Contestant, int], Run]] = {
+    "distquant": distquant,
+    "transformers": transformers,
+    "floor": floor,
+    "read": read_files,
+    "fresh": fresh_memory,
+}
+
+
+def touch(model: Any) -> None:
+    """Reads every byte of the parameters once: what was only mapped into memory is then really there."""
+    import torch
+
+    for parameter in model.parameters():
+        local = getattr(parameter, "to_local", lambda p=parameter: p.data)()
+        words = local.reshape(-1).view(torch.uint8)
+        aligned = words.numel() // 8 * 8
+        words[:aligned].view(torch.int64).sum()

@@ -1,0 +1,111 @@
+"""Turns the tensors of a plan into the tasks of one node, and makes the memory that they end in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial as bind
+from typing import Any
+
+import torch
+
+from distquant.assemble.sinks import BandSink
+from distquant.checkpoint import TensorInfo
+from distquant.planning.load_plan import LoadPlan, TensorPlan
+from distquant.planning.reading import Dealer, column_segments, node_columns, row_segments, rows_and_width
+from distquant.schemes import Scheme
+from distquant.schemes.bands import band_of
+from distquant.schemes.flow import Flow, flows_of
+from distquant.stream.rows import RowMap
+from distquant.stream.tasks import TORCH_DTYPE, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A task, with the tensor and the flow that it is for; `last` of its tensor's."""
+
+    task: Task
+    tensor: TensorPlan
+    flow: Flow
+    last: bool
+
+
+def jobs_of(
+    plan: LoadPlan,
+    scheme: Scheme,
+    node: tuple[int, ...],
+    infos: Mapping[str, TensorInfo],
+    device_of: Callable[[str], torch.device],
+    ops_of: Callable[[torch.device], Any],
+) -> Iterator[Job]:
+    """The jobs of a node in the plan's order; the same on every one of its ranks.
+
+    Args:
+        plan: the whole plan.
+        scheme: the plan's.
+        node: ranks of the node.
+        infos: headers of the checkpoint.
+        device_of: where a tensor is quantized and kept.
+        ops_of: kernels of a device.
+    """
+    dealer, index = Dealer(plan.mesh, node), 0
+    for tensor in plan.tensors:
+        cut = plan.cuts[tensor.cut] if tensor.cut else None
+        flows = list(flows_of(tensor, cut, scheme, plan.prequantized, infos))
+        for number, flow in enumerate(flows, 1):
+            task = _task(index, tensor, flow, dealer, infos, device_of(tensor.name))
+            if tensor.scheme != "none" and flow.stored is None:
+                task.encode = bind(scheme.encode, ops=ops_of(task.device))
+            yield Job(task, tensor, flow, number == len(flows))
+            index += 1
+
+
+def _task(
+    index: int,
+    tensor: TensorPlan,
+    flow: Flow,
+    dealer: Dealer,
+    infos: Mapping[str, TensorInfo],
+    device: torch.device,
+) -> Task:
+    rows = rows_and_width(flow.shape)[0]
+    columns = node_columns(flow.shape, flow.dim, flow.cut, dealer.positions.values(), flow.apart)
+    row_map = RowMap(flow.shape[::-1] if flow.turned else flow.shape, flow.sources, infos)
+    row_bytes = row_map.row_bytes() * (columns[1] - columns[0]) // max(row_map.width, 1)
+    parts = dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned)
+    dtype = getattr(torch, flow.dtype) if flow.dtype else TORCH_DTYPE[infos[flow.sources[0].tensor].dtype]
+    # What a rank gets whole is told apart only where that differs from what it keeps.
+    whole = flow.whole if flow.stored is None else frozenset()
+    shape = (rows, columns[1] - columns[0])
+    bands = [band_of(component, shape, component.name in whole) for component in flow.components]
+    if flow.stored is not None:
+        bands = [replace(band, dtype=dtype) for band in bands]
+    return Task(
+        index=index,
+        name=tensor.name,
+        rows=row_map,
+        columns=(0, row_map.width) if flow.turned else columns,
+        step=flow.step,
+        bands=tuple(bands),
+        parts=parts,
+        dtype=dtype,
+        encode=None,
+        turned=flow.turned,
+        device=device,
+    )
+
+
+def sink_of(job: Job, tp: int, partial: bool) -> BandSink:
+    """Memory for what a position on tp keeps.
+
+    Args:
+        job: of this rank's node.
+        tp: position on the tp axis.
+        partial: whether other nodes read rows of it, too.
+    """
+    task, flow = job.task, job.flow
+    rows = row_segments(flow.shape, flow.dim, flow.cut, tp)
+    kept = column_segments(flow.shape, flow.dim, flow.cut, tp)
+    width = rows_and_width(flow.shape)[1]
+    columns = (0, width) if task.turned else task.columns
+    return BandSink(task.bands, columns, width, rows, kept, task.device, partial)

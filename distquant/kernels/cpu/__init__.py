@@ -1,0 +1,63 @@
+"""Native kernels for the CPU: the functions of `reference`, bit-equal to them and many times faster.
+
+The numbers are the reference's own; only the payload of a NaN may differ. The library (`native/`) is plain C++ without
+any dependency, in variants for AVX-512, AVX2 and any other processor; `isa()` tells which one runs here, and the
+environment variable `DISTQUANT_CPU_ISA` (`portable`, `avx2`, `avx512`) forces one.
+
+All tensors lie on the CPU. Weights may be bfloat16, float16 or float32 and are made contiguous where they are not;
+outputs (`codes=`, `absmax=`, `scale=`, `zero=`) must be contiguous and are written in place. Work is shared among
+`torch.get_num_threads()` threads at block or row boundaries, which changes no result; the interpreter's lock is
+released meanwhile. Functions that only reduce or look up are the reference's own. What does not fit raises ValueError.
+
+Raises:
+    ImportError: the library was not built.
+"""
+
+from distquant.kernels.cpu.library import ISAS, isa
+from distquant.kernels.cpu.matrices import (
+    dequantize_fp8,
+    dequantize_groups,
+    encode_fp8,
+    encode_int8_rows,
+    quantize_fp8,
+    quantize_groups,
+    quantize_int8_rows,
+)
+from distquant.kernels.cpu.runs import (
+    dequantize_4bit,
+    dequantize_blockwise,
+    encode_4bit,
+    quantize_4bit,
+    quantize_blockwise,
+)
+from distquant.kernels.reference import (
+    block_absmax,
+    block_amax,
+    blockwise_absmax,
+    code_values,
+    row_absmax,
+    unpack_4bit,
+)
+
+__all__ = [
+    "ISAS",
+    "block_absmax",
+    "block_amax",
+    "blockwise_absmax",
+    "code_values",
+    "dequantize_4bit",
+    "dequantize_blockwise",
+    "dequantize_fp8",
+    "dequantize_groups",
+    "encode_4bit",
+    "encode_fp8",
+    "encode_int8_rows",
+    "isa",
+    "quantize_4bit",
+    "quantize_blockwise",
+    "quantize_fp8",
+    "quantize_groups",
+    "quantize_int8_rows",
+    "row_absmax",
+    "unpack_4bit",
+]

@@ -1,0 +1,179 @@
+"""Formats whose scales belong to rows, tiles or groups of a matrix: LLM.int8, float8 e4m3, and integer groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distquant.kernels.cpu.library import FLOATS, FOUND, GIVEN, call, matrix, on_cpu, positive
+from distquant.kernels.cpu.runs import CPU, output
+from distquant.kernels.outputs import prepared
+
+Block = tuple["int | None", "int | None"]
+
+
+def quantize_int8_rows(
+    weight: Tensor, *, codes: Tensor | None = None, absmax: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes (int8 `[rows, columns]`) and absmax (float32 `[rows]`) of `weight`, as LLM.int8 stores it.
+
+    As `reference.quantize_int8_rows`: one pass over a row finds its absmax after the cast to float16, the next one
+    rounds `w * (1 / absmax * 127)`.
+
+    Args:
+        weight: bfloat16, float16 or float32 `[rows, columns]`, at least one column.
+        codes, absmax: written into where given.
+
+    Raises:
+        ValueError: an argument is not as said here.
+    """
+    source, rows, columns = matrix(weight)
+    if columns == 0:
+        raise ValueError(f"the weight has shape {list(weight.shape)}: a row without columns has no absmax")
+    packed = prepared(codes, (rows, columns), torch.int8, CPU)
+    found = prepared(absmax, (rows,), torch.float32, CPU)
+    call("quantize_int8_rows", source, FLOATS[source.dtype], rows, columns, packed, found, FOUND)
+    return packed, found
+
+
+def encode_int8_rows(weight: Tensor, absmax: Tensor, out: Tensor | None = None) -> Tensor:
+    """int8 `[rows, columns]`: codes of `weight` (`[rows, columns]`) under given row absmax (float32 `[rows]`).
+
+    As `reference.encode_int8_rows`; no row's absmax may be less than its own.
+
+    Raises:
+        ValueError: an argument is not as said here.
+    """
+    source, rows, columns = matrix(weight)
+    packed = prepared(out, (rows, columns), torch.int8, CPU)
+    given = on_cpu(absmax, "absmax", torch.float32, rows)
+    call("quantize_int8_rows", source, FLOATS[source.dtype], rows, columns, packed, given, GIVEN)
+    return packed
+
+
+def _tile(rows: int, columns: int, block: Block) -> tuple[int, int, tuple[int, int]]:
+    """Rows and columns of a whole tile, and the shape of the scales."""
+    height = max(rows, 1) if block[0] is None else positive(block[0], "rows of a block")
+    width = max(columns, 1) if block[1] is None else positive(block[1], "columns of a block")
+    return height, width, (-(-rows // height), -(-columns // width))
+
+
+def quantize_fp8(
+    weight: Tensor, block: Block, *, codes: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes (float8_e4m3fn `[rows, columns]`) and scales (float32 `[ceil(rows / br), ceil(columns / bc)]`).
+
+    As `reference.quantize_fp8`.
+
+    Args:
+        weight: bfloat16, float16 or float32 `[rows, columns]`.
+        block: rows and columns of a tile, None for the whole dim.
+        codes, scale: written into where given.
+
+    Raises:
+        ValueError: an argument is not as said here.
+    """
+    source, rows, columns = matrix(weight)
+    height, width, grid = _tile(rows, columns, block)
+    packed = prepared(codes, (rows, columns), torch.float8_e4m3fn, CPU)
+    found = prepared(scale, grid, torch.float32, CPU)
+    call("quantize_fp8", source, FLOATS[source.dtype], rows, columns, height, width, packed, found)
+    return packed, found
+
+
+def encode_fp8(
+    weight: Tensor, amax: Tensor, block: Block, *, codes: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `quantize_fp8`, under given amax (float32 `[ceil(rows / br), ceil(columns / bc)]`), which shards may share."""
+    source, rows, columns = matrix(weight)
+    height, width, grid = _tile(rows, columns, block)
+    packed = prepared(codes, (rows, columns), torch.float8_e4m3fn, CPU)
+    found = prepared(scale, grid, torch.float32, CPU)
+    factors = on_cpu(amax, "amax", torch.float32, grid[0] * grid[1]).clone()
+    call("encode_fp8", source, FLOATS[source.dtype], rows, columns, height, width, packed, found, factors)
+    return packed, found
+
+
+def dequantize_fp8(codes: Tensor, scale: Tensor, block: Block, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`dtype` `[rows, columns]`: the float32 product of each code's value and its tile's scale, then cast.
+
+    Args:
+        codes: float8_e4m3fn `[rows, columns]`.
+        scale: float32 `[ceil(rows / br), ceil(columns / bc)]`.
+        block: rows and columns of a tile, None for the whole dim.
+        dtype: bfloat16, float16 or float32.
+
+    Raises:
+        ValueError: an argument is not as said here.
+    """
+    if codes.dim() != 2:
+        raise ValueError(f"codes have shape {list(codes.shape)}, and must be a matrix")
+    rows, columns = codes.shape
+    height, width, grid = _tile(rows, columns, block)
+    packed = on_cpu(codes, "codes", torch.float8_e4m3fn)
+    scales = on_cpu(scale, "scale", torch.float32, grid[0] * grid[1])
+    out = output((rows, columns), dtype)
+    call("dequantize_fp8", packed, scales, rows, columns, height, width, out, FLOATS[dtype])
+    return out
+
+
+def quantize_groups(
+    weight: Tensor,
+    group_size: int,
+    bits: int,
+    symmetric: bool,
+    *,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (int8 `[rows, columns]`), scale (the weight's dtype `[rows, ceil(columns / group_size)]`), zero.
+
+    As `reference.quantize_groups`.
+
+    Args:
+        weight: bfloat16, float16 or float32 `[rows, columns]`.
+        group_size: columns per scale.
+        bits: 4 or 8.
+        symmetric: without zero points: the third result is None, otherwise it is int8 and of the scale's shape.
+        codes, scale, zero: written into where given.
+
+    Raises:
+        ValueError: an argument is not as said here.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"groups of {bits} bits: only 4 and 8 are supported")
+    source, rows, columns = matrix(weight)
+    grid = (rows, -(-columns // positive(group_size, "group_size")))
+    packed = prepared(codes, (rows, columns), torch.int8, CPU)
+    scales = prepared(scale, grid, source.dtype, CPU)
+    zeros = None if symmetric else prepared(zero, grid, torch.int8, CPU)
+    kind = FLOATS[source.dtype]
+    call("quantize_groups", source, kind, rows, columns, group_size, bits, packed, scales, zeros)
+    return packed, scales, zeros
+
+
+def dequantize_groups(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`dtype` `[rows, columns]`: the float32 product of `code - zero` and the group's scale, then cast.
+
+    Args:
+        codes: int8 `[rows, columns]`.
+        scale: bfloat16, float16 or float32 `[rows, ceil(columns / group_size)]`.
+        zero: int8 of the scale's shape, or None.
+        dtype: bfloat16, float16 or float32.
+
+    Raises:
+        ValueError: an argument is not as said here.
+    """
+    if codes.dim() != 2:
+        raise ValueError(f"codes have shape {list(codes.shape)}, and must be a matrix")
+    rows, columns = codes.shape
+    groups = rows * -(-columns // positive(group_size, "group_size"))
+    packed = on_cpu(codes, "codes", torch.int8)
+    scales = on_cpu(scale, "scale", None, groups).float()
+    zeros = None if zero is None else on_cpu(zero, "zero", torch.int8, groups)
+    out = output((rows, columns), dtype)
+    call("dequantize_groups", packed, scales, zeros, rows, columns, group_size, out, FLOATS[dtype])
+    return out

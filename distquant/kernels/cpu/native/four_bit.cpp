@@ -1,0 +1,199 @@
+// NF4 and FP4: one code path; the two differ by their tables only.
+#include "formats.hpp"
+#include "isa.hpp"
+
+namespace distquant {
+namespace DISTQUANT_ISA {
+namespace {
+
+// Smallest divisor: keeps a block of zeros from dividing by zero. A denormal, on purpose: it is the reference's.
+inline float at_least_tiny(float x) { return x < 1e-38f ? 1e-38f : x; }  // NaN stays
+
+// The 15 thresholds, laid out for a search that halves them four times. Rank = how many of them do not hold a value
+// back; "not less or equal" rather than "greater", so that NaN passes all and gets the highest rank.
+struct Search {
+    Floats thresholds[15];  // for the portable search: each in every lane
+    Floats first, second_low, second_high, third, fourth;
+    Words order;
+    const uint8_t *codes;
+
+    explicit Search(const Quantize4bit &a) : codes(a.order) {
+        const float *t = a.thresholds;
+        for (int i = 0; i < 15; ++i) thresholds[i] = all(t[i]);
+        first = all(t[7]);
+        second_low = all(t[3]);
+        second_high = all(t[11]);
+        float at_third[16] = {}, at_fourth[16] = {};
+        uint32_t as_words[16];
+        for (int i = 0; i < 16; ++i) as_words[i] = a.order[i];
+#if defined(__AVX512F__)
+        for (int i = 0; i < 14; ++i) at_third[i] = t[i + 1];
+        for (int i = 0; i < 15; ++i) at_fourth[i] = t[i];
+#else
+        for (int i = 0; i < 4; ++i) at_third[i] = t[4 * i + 1];
+        for (int i = 0; i < 8; ++i) at_fourth[i] = t[2 * i];
+#endif
+        third = load<Floats>(at_third);
+        fourth = load<Floats>(at_fourth);
+        order = load<Words>(as_words);
+    }
+};
+
+DISTQUANT_INLINE Words rank(const Search &s, Floats x) {
+#if defined(__AVX512F__)
+    const __m512 v = (__m512)x;
+    __mmask16 up = _mm512_cmp_ps_mask(v, (__m512)s.first, _CMP_NLE_UQ);
+    __m512 t = _mm512_mask_blend_ps(up, (__m512)s.second_low, (__m512)s.second_high);
+    __m512i at = _mm512_maskz_set1_epi32(up, 8);
+    up = _mm512_cmp_ps_mask(v, t, _CMP_NLE_UQ);
+    at = _mm512_mask_or_epi32(at, up, at, _mm512_set1_epi32(4));
+    up = _mm512_cmp_ps_mask(v, _mm512_permutexvar_ps(at, (__m512)s.third), _CMP_NLE_UQ);
+    at = _mm512_mask_or_epi32(at, up, at, _mm512_set1_epi32(2));
+    up = _mm512_cmp_ps_mask(v, _mm512_permutexvar_ps(at, (__m512)s.fourth), _CMP_NLE_UQ);
+    return (Words)_mm512_mask_or_epi32(at, up, at, _mm512_set1_epi32(1));
+#elif defined(__AVX2__)
+    // A comparison yields -1, so `2 at - up` appends one bit to the position.
+    const __m256 v = (__m256)x;
+    __m256 up = _mm256_cmp_ps(v, (__m256)s.first, _CMP_NLE_UQ);
+    Words at = -(Words)up;
+    up = _mm256_cmp_ps(v, _mm256_blendv_ps((__m256)s.second_low, (__m256)s.second_high, up), _CMP_NLE_UQ);
+    at = at + at - (Words)up;
+    up = _mm256_cmp_ps(v, _mm256_permutevar8x32_ps((__m256)s.third, (__m256i)at), _CMP_NLE_UQ);
+    at = at + at - (Words)up;
+    up = _mm256_cmp_ps(v, _mm256_permutevar8x32_ps((__m256)s.fourth, (__m256i)at), _CMP_NLE_UQ);
+    return at + at - (Words)up;
+#else
+    Signed at = Signed{} + 15;
+    for (int i = 0; i < 15; ++i) at += (Signed)(x <= s.thresholds[i]);
+    return (Words)at;
+#endif
+}
+
+// Ranks of W even and W odd elements -> W bytes of codes, the even one in the high nibble.
+template <bool ordered>
+DISTQUANT_INLINE void put(const Search &s, Words even, Words odd, uint8_t *to) {
+#if defined(__AVX512F__)
+    if (!ordered) {
+        even = (Words)_mm512_permutexvar_epi32((__m512i)even, (__m512i)s.order);
+        odd = (Words)_mm512_permutexvar_epi32((__m512i)odd, (__m512i)s.order);
+    }
+    store_low_bytes(to, (even << 4) | odd);
+#elif defined(__AVX2__)
+    store_low_bytes(to, (even << 4) | odd);
+    if (!ordered) {
+        const __m128i map = _mm_loadu_si128((const __m128i *)s.codes), low = _mm_set1_epi8(15);
+        const __m128i both = _mm_loadl_epi64((const __m128i *)to);
+        const __m128i first = _mm_shuffle_epi8(map, _mm_and_si128(_mm_srli_epi16(both, 4), low));
+        const __m128i second = _mm_shuffle_epi8(map, _mm_and_si128(both, low));
+        _mm_storel_epi64((__m128i *)to, _mm_or_si128(_mm_slli_epi16(first, 4), second));
+    }
+#else
+    for (int i = 0; i < W; ++i) to[i] = (uint8_t)((s.codes[even[i]] << 4) | s.codes[odd[i]]);
+#endif
+}
+
+template <class T, bool ordered, bool divide>
+DISTQUANT_INLINE void encode(const Search &s, const uint8_t *from, int64_t count, float by, uint8_t *to) {
+    const Floats factor = all(by);
+    int64_t i = 0;
+    for (; i + 2 * W <= count; i += 2 * W) {
+        const Pair x = T::read_pairs(from + i * T::bytes);
+        put<ordered>(s, rank(s, divide ? x.even / factor : x.even * factor),
+                     rank(s, divide ? x.odd / factor : x.odd * factor), to + i / 2);
+    }
+    if (i < count) {
+        uint8_t rest[2 * W * T::bytes] = {}, found[W];
+        std::memcpy(rest, from + i * T::bytes, (size_t)((count - i) * T::bytes));
+        const Pair x = T::read_pairs(rest);
+        put<ordered>(s, rank(s, divide ? x.even / factor : x.even * factor),
+                     rank(s, divide ? x.odd / factor : x.odd * factor), found);
+        std::memcpy(to + i / 2, found, (size_t)((count - i) / 2));
+    }
+}
+
+template <class T, bool ordered>
+void quantize(const Quantize4bit &a, int64_t first, int64_t last) {
+    const Search s(a);
+    const uint8_t *weight = (const uint8_t *)a.weight;
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t start = block * a.blocksize, left = a.count - start;
+        const uint8_t *from = weight + start * T::bytes;
+        uint8_t *to = a.codes + start / 2;
+        const int64_t count = left < a.blocksize ? left : a.blocksize;
+        const bool ragged = left < a.blocksize || (a.ragged && left == a.blocksize);
+        if (a.statistics == kFound) {
+            const float found = absmax_of<T>(from, count);
+            a.absmax[block] = ragged ? at_least_tiny(found) : found;
+        }
+        const float absmax = a.absmax[block];
+        if (ragged)
+            encode<T, ordered, true>(s, from, count, absmax, to);
+        else
+            encode<T, ordered, false>(s, from, count, 1.0f / at_least_tiny(absmax), to);
+    }
+}
+
+// Sixteen words, one a code, for lookups by vectors of codes.
+struct Lookup {
+    Words part[16 / W];
+};
+
+DISTQUANT_INLINE Words look_up(const Lookup &table, Words code) {  // of each word the low four bits count
+#if defined(__AVX512F__)
+    return (Words)_mm512_permutexvar_epi32((__m512i)code, (__m512i)table.part[0]);
+#elif defined(__AVX2__)
+    const __m256 low = (__m256)_mm256_permutevar8x32_epi32((__m256i)table.part[0], (__m256i)code);
+    const __m256 high = (__m256)_mm256_permutevar8x32_epi32((__m256i)table.part[1], (__m256i)code);
+    return (Words)_mm256_blendv_ps(low, high, (__m256)(code << 28));
+#else
+    Words found;
+    for (int i = 0; i < W; ++i) found[i] = table.part[(code[i] & 15u) / W][code[i] % W];
+    return found;
+#endif
+}
+
+template <class T>
+void dequantize(const Dequantize4bit &a, int64_t first, int64_t last) {
+    uint8_t *out = (uint8_t *)a.out;
+    for (int64_t block = first; block < last; ++block) {
+        // A block has only sixteen different results: they are computed and rounded first, then looked up.
+        const Floats scale = all(a.absmax[block]);
+        Lookup table;
+        for (int i = 0; i < 16 / W; ++i) table.part[i] = T::encode(load<Floats>(a.values + i * W) * scale);
+        const int64_t start = block * a.blocksize, left = a.count - start;
+        const int64_t count = left < a.blocksize ? left : a.blocksize;
+        const uint8_t *from = a.codes + start / 2;
+        uint8_t *to = out + start * T::bytes;
+        int64_t i = 0;
+        for (; i + 2 * W <= count; i += 2 * W) {
+            const Words code = __builtin_convertvector(load<Bytes>(from + i / 2), Words);
+            T::write_pairs(to + i * T::bytes, look_up(table, code >> 4), look_up(table, code));
+        }
+        if (i < count) {
+            uint8_t rest[W] = {}, found[2 * W * T::bytes];
+            std::memcpy(rest, from + i / 2, (size_t)((count - i + 1) / 2));
+            const Words code = __builtin_convertvector(load<Bytes>(rest), Words);
+            T::write_pairs(found, look_up(table, code >> 4), look_up(table, code));
+            std::memcpy(to + i * T::bytes, found, (size_t)((count - i) * T::bytes));
+        }
+    }
+}
+
+}  // namespace
+
+void quantize_4bit(const Quantize4bit &a, int64_t first, int64_t last) {
+    bool ordered = true;  // whether a rank is its code
+    for (int i = 0; i < 16; ++i) ordered = ordered && a.order[i] == i;
+#define DISTQUANT_WORK(T) ordered ? quantize<T, true>(a, first, last) : quantize<T, false>(a, first, last)
+    DISTQUANT_BY_FORMAT(a.type, DISTQUANT_WORK)
+#undef DISTQUANT_WORK
+}
+
+void dequantize_4bit(const Dequantize4bit &a, int64_t first, int64_t last) {
+#define DISTQUANT_WORK(T) dequantize<T>(a, first, last)
+    DISTQUANT_BY_FORMAT(a.type, DISTQUANT_WORK)
+#undef DISTQUANT_WORK
+}
+
+}  // namespace DISTQUANT_ISA
+}  // namespace distquant

@@ -1,0 +1,110 @@
+"""Integers in groups of a row's columns: definitions in `distquant.kernels.reference.groups`."""
+
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distquant.kernels.gpu.arithmetic import clamped, magnitude, narrowed, rounded, rounded_to, widened
+from distquant.kernels.gpu.launch import EXACT, KINDS, by_rows, on, power, words
+from distquant.kernels.outputs import prepared
+from distquant.kernels.reference.groups import check_bits
+
+
+@triton.jit
+def _largest_of(x):
+    """float32 `[PER]`: the largest of 0 and the values (float32 `[PER, SIZE]`) that are positive; NaN is above all."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x == x, tl.where(x > 0, bits, 0), magnitude(x))
+    return tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _encode(weight, codes, scale, zero, rows, columns, stride, group, groups, eps, SIZE: tl.constexpr,
+            PER: tl.constexpr, TOP: tl.constexpr, SYMMETRIC: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
+    """`PER` groups, each padded to `SIZE` columns."""
+    index = tl.program_id(0).to(tl.int64) * PER + tl.arange(0, PER)
+    row, within = (index // groups)[:, None], tl.arange(0, SIZE)[None, :]
+    column = (index % groups)[:, None] * group + within
+    inside = (within < group) & (column < columns) & (row < rows)
+    x = widened(tl.load(weight + row * stride + column, mask=inside, other=0), KIND)
+    here = index < rows * groups
+    if SYMMETRIC:
+        largest = tl.max(magnitude(x), axis=1).to(tl.float32, bitcast=True)
+        found = rounded_to(tl.div_rn(largest, tl.full((PER,), TOP - 0.5, tl.float32)), KIND)
+    else:
+        low, high = -_largest_of(-x), _largest_of(x)
+        found = rounded_to(high - low, KIND)
+        found = rounded_to(tl.div_rn(found, tl.full((PER,), 2.0 * TOP - 1.0, tl.float32)), KIND)
+        exact = rounded_to(-TOP - rounded_to(tl.div_rn(low, found), KIND), KIND)
+        point = rounded(clamped(exact, -TOP, TOP - 1.0))
+        tl.store(zero + index, point.to(tl.int8), mask=here)
+    found = tl.where(found == 0, eps, found)
+    tl.store(scale + index, narrowed(found, KIND), mask=here)
+    scaled = rounded_to(tl.div_rn(x, tl.broadcast_to(found[:, None], (PER, SIZE))), KIND)
+    if not SYMMETRIC:
+        scaled = rounded_to(scaled + point.to(tl.float32)[:, None], KIND)
+    code = rounded(clamped(scaled, -TOP, TOP - 1.0)).to(tl.int8)
+    tl.store(codes + row * columns + column, code, mask=inside)
+
+
+def quantize_groups(
+    weight: Tensor,
+    group_size: int,
+    bits: int,
+    symmetric: bool,
+    *,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As the reference's."""
+    check_bits(bits)
+    rows, columns = weight.shape
+    groups = -(-columns // group_size)
+    source = by_rows(weight)
+    packed = prepared(codes, (rows, columns), torch.int8, weight.device)
+    scales = prepared(scale, (rows, groups), weight.dtype, weight.device)
+    zeros = None if symmetric else prepared(zero, (rows, groups), torch.int8, weight.device)
+    size = power(group_size)
+    per = max(4096 // size, 1)
+    with on(source):
+        if source.numel():
+            _encode[(-(-rows * groups // per),)](
+                words(source), packed, words(scales), packed if zeros is None else zeros, rows, columns,
+                source.stride(0), group_size, groups, torch.finfo(weight.dtype).eps, SIZE=size, PER=per,
+                TOP=float(2 ** (bits - 1)), SYMMETRIC=symmetric, KIND=KINDS[weight.dtype], **EXACT,
+            )  # fmt: skip
+    return packed, scales, zeros
+
+
+@triton.jit
+def _decode(codes, scale, zero, out, columns, group, groups, count, PER: tl.constexpr, ZERO: tl.constexpr,
+            SCALES: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * PER + tl.arange(0, PER)
+    index = at // columns * groups + at % columns // group
+    code = tl.load(codes + at, mask=at < count, other=0).to(tl.float32)
+    if ZERO:
+        code -= tl.load(zero + index, mask=at < count, other=0).to(tl.float32)
+    found = code * widened(tl.load(scale + index, mask=at < count, other=0), SCALES)
+    tl.store(out + at, narrowed(found, KIND), mask=at < count)
+
+
+def dequantize_groups(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """As the reference's."""
+    source, scales = codes.contiguous(), scale.contiguous()
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    with on(source):
+        if out.numel():
+            _decode[(-(-out.numel() // 4096),)](
+                source, words(scales), source if zero is None else zero.contiguous(), words(out), codes.shape[1],
+                group_size, scale.shape[1], out.numel(), PER=4096, ZERO=zero is not None,
+                SCALES=KINDS[scale.dtype], KIND=KINDS[dtype], **EXACT,
+            )  # fmt: skip
+    return out

@@ -1,0 +1,112 @@
+"""float8 e4m3 with one scale per tile of the matrix, per row, or per tensor.
+
+By the definition of transformers' quantization on the fly (5.23, `integrations/finegrained_fp8.py`, `Fp8Quantize`), in
+float32 whatever the weight's dtype:
+
+    factor = reciprocal(amax) * 448           two roundings; 1 where amax is 0 or NaN, or where the factor is infinite
+    code   = e4m3(clamp(weight * factor, -448, 448))      rounded half to even
+    scale  = reciprocal(factor)               stored, what dequantization multiplies with
+
+The two differences: upstream leaves matrices that tiles do not divide unquantized, here a ragged tile has its own amax;
+and where amax is so small that the factor overflows (below 1.4e-36), upstream's zeros become NaN, here the tile's codes
+are zeros under scale 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distquant.kernels.outputs import prepared
+from distquant.kernels.reference.four_bit import TILE
+
+FP8_MAX = 448.0
+"""Largest finite e4m3 value."""
+NAN = 0x7F
+"""The one e4m3 NaN that is ever stored."""
+
+Block = tuple["int | None", "int | None"]
+
+
+def tile_shape(shape: tuple[int, ...] | torch.Size, block: Block) -> tuple[int, int]:
+    """Rows and columns of a whole tile of a matrix of `shape`; None in `block` is the whole dim."""
+    rows, columns = shape
+    found = (rows if block[0] is None else block[0], columns if block[1] is None else block[1])
+    return max(found[0], 1), max(found[1], 1)
+
+
+def _scales_shape(shape: torch.Size, tile: tuple[int, int]) -> tuple[int, int]:
+    return -(-shape[0] // tile[0]), -(-shape[1] // tile[1])
+
+
+def block_amax(weight: Tensor, block: Block) -> Tensor:
+    """float32 `[ceil(rows / br), ceil(columns / bc)]`: each tile's largest magnitude; NaN where it has a NaN."""
+    tile = tile_shape(weight.shape, block)
+    found = torch.zeros(_scales_shape(weight.shape, tile), dtype=torch.float32, device=weight.device)
+    rows, columns = (size // part * part for size, part in zip(weight.shape, tile, strict=True))
+    for row_part in (slice(0, rows), slice(rows, None)):
+        for column_part in (slice(0, columns), slice(columns, None)):
+            part = weight[row_part, column_part]
+            if part.numel():
+                height, width = min(tile[0], part.shape[0]), min(tile[1], part.shape[1])
+                tiles = part.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+                # Two reductions read twice, abs() would write a copy.
+                largest = torch.maximum(tiles.amax((1, 3)), tiles.amin((1, 3)).neg_())
+                at = (row_part.start // tile[0], column_part.start // tile[1])
+                found[at[0] : at[0] + largest.shape[0], at[1] : at[1] + largest.shape[1]] = largest
+    return found.abs_()
+
+
+def fp8_factors(amax: Tensor) -> Tensor:
+    """float32 like `amax`: what weights are multiplied by before they become e4m3."""
+    factor = amax.reciprocal() * FP8_MAX
+    return torch.where((amax > 0) & (factor < torch.inf), factor, 1.0)
+
+
+def encode_fp8(
+    weight: Tensor, amax: Tensor, block: Block, *, codes: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `quantize_fp8`, under given amax (float32 `[ceil(rows / br), ceil(columns / bc)]`), which shards may share."""
+    tile = tile_shape(weight.shape, block)
+    factors = fp8_factors(amax)
+    stored = prepared(scale, _scales_shape(weight.shape, tile), torch.float32, weight.device)
+    torch.reciprocal(factors, out=stored)
+    packed = prepared(codes, tuple(weight.shape), torch.float8_e4m3fn, weight.device)
+    row_of = torch.arange(weight.shape[0], device=weight.device) // tile[0]
+    column_of = torch.arange(weight.shape[1], device=weight.device) // tile[1]
+    step = max(TILE // max(weight.shape[1], 1), 1)
+    for at in range(0, len(weight), step):
+        factor = factors[row_of[at : at + step]]
+        factor = factor if factor.shape[1] == 1 else factor[:, column_of]
+        scaled = weight[at : at + step].float() * factor
+        packed[at : at + step] = scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    found = packed.view(torch.uint8)
+    found.masked_fill_(found == (NAN | 0x80), NAN)
+    return packed, stored
+
+
+def quantize_fp8(
+    weight: Tensor, block: Block, *, codes: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes (float8_e4m3fn `[rows, columns]`) and scales (float32 `[ceil(rows / br), ceil(columns / bc)]`).
+
+    Args:
+        weight: float `[rows, columns]`.
+        block: rows and columns of a tile, None for the whole dim: `(128, 128)` tiles with ragged edges, `(1, None)`
+            rows, `(None, None)` the whole tensor.
+        codes, scale: written into where given.
+
+    A tile of zeros has scale 1, and -0.0 keeps its sign. A NaN gets the NaN code 0x7F; the other elements of its tile
+    are cast under scale 1, clamped to 448. An infinity makes the tile's scale infinite: itself it becomes NaN, the
+    finite elements zeros (which an infinite scale dequantizes to NaN).
+    """
+    return encode_fp8(weight, block_amax(weight, block), block, codes=codes, scale=scale)
+
+
+def dequantize_fp8(codes: Tensor, scale: Tensor, block: Block, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`dtype` `[rows, columns]`: the float32 product of each code's value and its tile's scale, then cast."""
+    tile = tile_shape(codes.shape, block)
+    row_of = torch.arange(codes.shape[0], device=codes.device) // tile[0]
+    column_of = torch.arange(codes.shape[1], device=codes.device) // tile[1]
+    rows = scale[row_of]
+    return (codes.float() * (rows if rows.shape[1] == 1 else rows[:, column_of])).to(dtype)

@@ -1,0 +1,140 @@
+"""The functions of `reference` that bitsandbytes has, computed by it, so that its results can be had and compared.
+
+On the CPU they are equal to the reference's. On CUDA bitsandbytes decides FP4 by other constants near the thresholds,
+and second-level codes by another search. What it does not have raises ValueError: that method needs other kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from bitsandbytes import functional
+from torch import Tensor
+
+from distquant.kernels.outputs import prepared
+from distquant.kernels.reference import (
+    block_absmax,
+    block_amax,
+    blockwise_absmax,
+    code_values,
+    row_absmax,
+    unpack_4bit,
+)
+
+__all__ = [
+    "block_absmax",
+    "block_amax",
+    "blockwise_absmax",
+    "code_values",
+    "dequantize_4bit",
+    "dequantize_blockwise",
+    "dequantize_fp8",
+    "dequantize_groups",
+    "encode_4bit",
+    "encode_fp8",
+    "encode_int8_rows",
+    "quantize_4bit",
+    "quantize_blockwise",
+    "quantize_fp8",
+    "quantize_groups",
+    "quantize_int8_rows",
+    "row_absmax",
+    "unpack_4bit",
+]
+
+
+def quantize_4bit(
+    weight: Tensor,
+    blocksize: int,
+    quant_type: str,
+    *,
+    codes: Tensor | None = None,
+    absmax: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Codes (uint8 `[ceil(n / 2)]`) and absmax (float32 `[ceil(n / blocksize)]`) of the flat `weight`.
+
+    Raises:
+        ValueError: `n` is odd, a given output does not fit, or bitsandbytes refuses the blocksize or the dtype.
+    """
+    count = weight.numel()
+    if count % 2:
+        raise ValueError(f"{count} codes do not fill whole bytes")
+    packed = prepared(codes, (count // 2,), torch.uint8, weight.device)
+    found = prepared(absmax, (-(-count // blocksize),), torch.float32, weight.device)
+    theirs, state = functional.quantize_4bit(weight.contiguous(), blocksize=blocksize, quant_type=quant_type)
+    return packed.copy_(theirs.view(-1)), found.copy_(state.absmax)
+
+
+def dequantize_4bit(
+    codes: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`dtype` of `shape`, by the flat definition: bitsandbytes is given rows of whole blocks, one after the other.
+
+    Args:
+        codes: uint8 of at least `ceil(n / 2)` elements, any shape.
+        absmax: float32 `[ceil(n / blocksize)]`.
+    """
+    count, blocks = math.prod(shape), len(absmax)
+    packed = codes.new_zeros(blocks * blocksize // 2)  # its kernel for the CPU errs where a row ends within a block
+    packed[: (count + 1) // 2] = codes.view(-1)[: (count + 1) // 2]
+    state = functional.QuantState(
+        absmax,
+        shape=torch.Size((blocks, blocksize)),
+        code=code_values(quant_type, codes.device),
+        blocksize=blocksize,
+        quant_type=quant_type,
+        dtype=dtype,
+    )
+    with torch.compiler.set_stance("force_eager"):  # it would compile its fallback for large blocks
+        values = functional.dequantize_4bit(packed.view(-1, 1), state)
+    return values.view(-1)[:count].view(shape)
+
+
+def quantize_blockwise(
+    values: Tensor, code: Tensor, blocksize: int, *, codes: Tensor | None = None, absmax: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes (uint8 `[n]`) and absmax (float32 `[ceil(n / blocksize)]`) of the flat `values`, under `code` `[256]`."""
+    flat = values.reshape(-1).float().contiguous()
+    theirs, state = functional.quantize_blockwise(flat, code=code, blocksize=blocksize)
+    packed = prepared(codes, (flat.numel(),), torch.uint8, flat.device)
+    found = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
+    return packed.copy_(theirs), found.copy_(state.absmax)
+
+
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
+    """float32 `[n]`: `code[codes] * absmax`, with one absmax per `blocksize` codes."""
+    return functional.dequantize_blockwise(codes.contiguous(), absmax=absmax, code=code, blocksize=blocksize)
+
+
+def quantize_int8_rows(
+    weight: Tensor, *, codes: Tensor | None = None, absmax: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes (int8 `[rows, columns]`) and absmax (float32 `[rows]`) of `weight` (`[rows, columns]`)."""
+    theirs, statistics, _ = functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+    packed = prepared(codes, tuple(weight.shape), torch.int8, weight.device)
+    found = prepared(absmax, (len(weight),), torch.float32, weight.device)
+    return packed.copy_(theirs), found.copy_(statistics)
+
+
+def _absent(name: str) -> Callable[..., NoReturn]:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise ValueError(f"bitsandbytes has no {name}: take kernel 'auto', 'cpu', 'triton' or 'reference'")
+
+    return refuse
+
+
+encode_4bit = _absent("encode_4bit")
+encode_int8_rows = _absent("encode_int8_rows")
+encode_fp8 = _absent("encode_fp8")
+quantize_fp8 = _absent("quantize_fp8")
+dequantize_fp8 = _absent("dequantize_fp8")
+quantize_groups = _absent("quantize_groups")
+dequantize_groups = _absent("dequantize_groups")

@@ -1,0 +1,53 @@
+"""How a load runs, as far as that changes no bit of its result: such options are no part of the plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from distquant.errors import Problems
+
+IO_MODES = ("auto", "buffered", "direct")
+"""By measurement, through the page cache, past it."""
+
+
+class Seen(NamedTuple):
+    """How far one rank is."""
+
+    done: int = 0
+    """Bytes of rows taken so far."""
+    total: int = 0
+    """Bytes of rows that this rank reads in all; 0 = not known yet."""
+    limit: str = ""
+    """The stage that holds it back."""
+
+
+Progress = Callable[[Seen], None]
+"""Called as rows arrive."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Choices of one load."""
+
+    kernel: str = "auto"
+    """Which kernels quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`."""
+    io: str = "auto"
+    """How files are read: through the page cache (`buffered`), past it (`direct`), or by measurement (`auto`)."""
+    trace: str | None = None
+    """File to write a Chrome trace of all ranks' stages to."""
+    timeout: float | None = None
+    """Seconds that a rank waits for the others."""
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` with every option that cannot work."""
+        problems = Problems()
+        if self.io not in IO_MODES:
+            problems.add("io", f"{self.io!r} is no way to read", f"Choose one of: {', '.join(IO_MODES)}")
+        if self.trace is not None and not os.path.isdir(os.path.dirname(os.path.abspath(self.trace))):
+            problems.add("trace", f"{self.trace}: there is no such folder", "Give a file in a folder that exists")
+        if self.timeout is not None and not self.timeout > 0:
+            problems.add("timeout", f"{self.timeout} is no time to wait", "Give a number of seconds above 0")
+        problems.raise_if_any()

@@ -1,0 +1,125 @@
+"""What flows for a tensor of a plan: rows of which shape, cut how, in which components.
+
+A weight that is quantized on the way flows as one run of rows that becomes several components; a tensor that stays as
+it is as one run with one component; a weight that is stored quantized as one run for each stored component, cut by
+its layout. Planner and loader both work from this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from distquant.checkpoint import TensorInfo
+from distquant.errors import InputError
+from distquant.layout import ALL, Component
+from distquant.planning.cuts import Cut
+from distquant.planning.load_plan import TensorPlan
+from distquant.schemes.bands import column_step, row_step
+from distquant.schemes.base import Scheme
+from distquant.schemes.shard import Shard
+from distquant.skeleton.words import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One run of rows.
+
+    Attributes:
+        stored: component of a weight that is stored quantized; None for every other tensor.
+        shape: of what flows, `[rows, columns]` once seen as rows.
+        dtype: torch's name of the dtype that rows are cast to; None = as they are stored.
+        sources: checkpoint tensors that hold the rows.
+        dim: dim of `shape` that is cut.
+        cut: its cut.
+        components: what the rows become.
+        whole: names of the components that every rank gets for all rows.
+        step: rows that belong together.
+        apart: columns at which rows may be taken apart; None = only whole rows.
+        turned: whether rows are stored as columns.
+    """
+
+    stored: str | None
+    shape: tuple[int, ...]
+    dtype: str | None
+    sources: tuple[Source, ...]
+    dim: int | None
+    cut: Cut | None
+    components: tuple[Component, ...]
+    whole: frozenset[str] = frozenset()
+    step: int = 1
+    apart: int | None = 1
+    turned: bool = False
+
+
+def flows_of(
+    tensor: TensorPlan, cut: Cut | None, scheme: Scheme, prequantized: bool, infos: Mapping[str, TensorInfo]
+) -> Iterator[Flow]:
+    """The flows of a tensor, in the order of the file.
+
+    Args:
+        tensor: of the plan.
+        cut: its cut.
+        scheme: of the plan.
+        prequantized: whether the plan's quantized weights are stored so.
+        infos: headers of its sources.
+    """
+    if tensor.scheme == "none":
+        component = Component(name="", dtype=tensor.dtype)
+        yield Flow(None, tensor.shape, tensor.dtype, tensor.sources, tensor.dim, cut, (component,))
+        return
+    shard = Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype, tensor.dim, cut)
+    if prequantized:
+        for source in sorted(tensor.sources, key=lambda s: (infos[s.tensor].file, infos[s.tensor].offset)):
+            yield _stored(source, infos[source.tensor], scheme, shard)
+        return
+    components = scheme.flowing(shard.shape, tensor.dtype)
+    yield Flow(
+        stored=None,
+        shape=shard.shape,
+        dtype=tensor.dtype,
+        sources=tensor.sources,
+        dim=tensor.dim,
+        cut=cut,
+        components=components,
+        whole=scheme.statistics(shard),
+        step=row_step(components, shard.shape),
+        apart=None if tensor.transposed else column_step(components, shard.shape),
+        turned=tensor.transposed,
+    )
+
+
+def _stored(source: Source, info: TensorInfo, scheme: Scheme, shard: Shard) -> Flow:
+    """A stored component: cut like the weight where its layout lets it, whole for every rank where not."""
+    name, count = source.component, math.prod(info.shape)
+    flowing = Component(name=name, dtype="uint8")  # its dtype is that of the file
+    known = {component.name: component for component in scheme.layout(shard.shape, shard.dtype).components}
+    component = known.get(name)
+    part = None
+    if component is not None and not component.gathered and name not in scheme.statistics(shard):
+        part = _cut_part(component, shard)
+    if part is None:
+        return Flow(name, (count,), None, (source,), None, None, (flowing,), frozenset((name,)))
+    shape, dim, cut = part
+    if math.prod(shape) != count:
+        what = f"{info.name} stores {count} elements, its layout has {math.prod(shape)}"
+        raise InputError.one(shard.name, what, "Check that config.json belongs to the checkpoint")
+    return Flow(name, shape, None, (source,), dim, cut, (flowing,))
+
+
+def _cut_part(component: Component, shard: Shard) -> tuple[tuple[int, int], int | None, Cut | None] | None:
+    """Stored rows and columns, and their cut; None where the cut does not fall between stored elements."""
+    rows, width = shard.shape
+    down, across = (1, component.flat) if component.flat else component.spans
+    if down == ALL or (component.flat and width % component.flat):
+        return None
+    per_row = 1 if across == ALL else -(-width // across)
+    shape = (-(-rows // down), per_row)
+    if shard.cut is None or shard.dim is None or (shard.dim == 1 and across == ALL):
+        return shape, None, None
+    span = down if shard.dim == 0 else across
+    if not shard.cut.legal(span):
+        return None
+    parts = tuple(tuple((a // span, -(-b // span)) for a, b in part) for part in shard.cut.parts)
+    return shape, shard.dim, Cut(shape[shard.dim], parts)

@@ -1,0 +1,119 @@
+"""The staging memory of a rank: a fixed number of equal slots, reused, in memory that ranks of one node can share.
+
+A slot is taken, counted once for every piece in it and every rank that still has to copy from it, and free again when
+the count is back at zero. Memory that is never written to is never taken from the machine.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+PAGE = 4096
+"""Slots start on pages, as O_DIRECT wants its buffers."""
+
+
+class Arena:
+    """`slots` slots of `slot_bytes` bytes."""
+
+    def __init__(self, slots: int, slot_bytes: int):
+        self.slot_bytes = -(-slot_bytes // PAGE) * PAGE
+        self.slots = slots
+        self.fd = os.memfd_create("distquant-staging") if hasattr(os, "memfd_create") else None
+        size = max(self.slot_bytes * slots, PAGE)
+        if self.fd is None:
+            self._map = mmap.mmap(-1, size)
+        else:
+            os.ftruncate(self.fd, size)
+            self._map = mmap.mmap(self.fd, size)
+        self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._pinned = False
+
+    def slot(self, index: int) -> Tensor:
+        """uint8 `[slot_bytes]`."""
+        return self.memory[index * self.slot_bytes : (index + 1) * self.slot_bytes]
+
+    def pin(self) -> None:
+        """Pins the memory for copies to a GPU."""
+        code = torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.memory.numel(), 0)
+        self._pinned = int(code) == 0
+
+    def close(self) -> None:
+        """Gives the memory back. Views of it must not be used any more."""
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
+        del self.memory
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+class Slots:
+    """Hands out slots of an arena, and takes them back when nobody needs them any more."""
+
+    def __init__(self, indices: range, watch: threading.Condition):
+        self._free = list(indices)
+        self._held: dict[int, int] = {}
+        self._watch = watch
+
+    @property
+    def any_free(self) -> bool:
+        return bool(self._free)
+
+    def take(self, count: int) -> int:
+        """A free slot, held `count` times; call with the condition held and a slot free."""
+        index = self._free.pop()
+        self._held[index] = count
+        return index
+
+    def hold(self, index: int, count: int) -> None:
+        with self._watch:
+            self._held[index] += count
+
+    def release(self, index: int, count: int = 1) -> None:
+        """Gives back some of the holds on a slot."""
+        with self._watch:
+            self._held[index] -= count
+            if self._held[index] == 0:
+                del self._held[index]
+                self._free.append(index)
+                self._watch.notify_all()
+
+
+class Board:
+    """What the threads of a load tell each other: one condition, and the first thing that went wrong."""
+
+    def __init__(self, timeout: float):
+        self.watch = threading.Condition()
+        self.timeout = timeout
+        self.failure: BaseException | None = None
+        self.stopped = False
+
+    def fail(self, error: BaseException) -> None:
+        with self.watch:
+            if self.failure is None:
+                self.failure = error
+            self.watch.notify_all()
+
+    def stop(self) -> None:
+        """Ends all threads that wait."""
+        with self.watch:
+            self.stopped = True
+            self.watch.notify_all()
+
+    def wait(self, ready: Callable[[], bool], late: Callable[[], BaseException]) -> bool:
+        """Waits, with the condition held, until `ready`; False if the load was stopped meanwhile.
+
+        Raises what went wrong anywhere, and `late()` after the timeout.
+        """
+        done = self.watch.wait_for(lambda: ready() or self.stopped or self.failure is not None, self.timeout)
+        if self.failure is not None:
+            raise self.failure
+        if not done:
+            raise late()
+        return not self.stopped

@@ -1,0 +1,315 @@
+"""One rank's share of a load: reads ahead, quantizes, hands pieces to the ranks of its node, and places what it keeps.
+
+    reader threads: files -> slots        main thread: slot -> device -> components -> final memory, other ranks
+    listening thread: other ranks -> final memory
+
+Every piece is a run of whole rows that one rank of the node read. It is quantized where it was read, straight into its
+final place if it has one there, otherwise into a slot that the other ranks copy their parts from. Tensors are finished
+in one order, the same on every rank, as soon as all their rows have arrived; nobody runs further ahead of that than
+the statistics that must be kept meanwhile allow.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from distquant.errors import InputError
+from distquant.stream.arena import Arena, Board, Slots
+from distquant.stream.budget import READ_SLOTS, SEND_SLOTS, Budget
+from distquant.stream.copier import Copier
+from distquant.stream.files import Files
+from distquant.stream.ledger import Ledger
+from distquant.stream.peers import PIECE, Message, Peer, Peers
+from distquant.stream.reader import Reader
+from distquant.stream.stages import Stages
+from distquant.stream.tasks import TORCH_DTYPE, Chunk, Sink, Task, batches, chunks_of
+
+READERS = 2
+"""Reads in flight."""
+
+
+@dataclass
+class Moved:
+    """Bytes handed to other ranks and taken from them."""
+
+    sent: int = 0
+    received: int = 0
+
+
+class Engine:
+    """Streams tasks. Use as a context manager; leaving it ends all threads and gives back all memory."""
+
+    def __init__(
+        self,
+        rank: int,
+        tasks: Sequence[Task],
+        files: Files,
+        staging: int,
+        board: Board,
+        stages: Stages,
+        sink: Callable[[Task], Sink],
+        finish: Callable[[Task, Sink], None],
+        progress: Callable[[int, int], None] | None = None,
+        pinned: bool = False,
+    ):
+        self.rank, self.tasks, self.files = rank, tasks, files
+        self.board, self.stages, self.moved = board, stages, Moved()
+        self._make_sink, self._finish, self._progress = sink, finish, progress
+        self.budget = Budget.of(staging, tasks)
+        self.arena = Arena(READ_SLOTS + SEND_SLOTS, self.budget.slot)
+        if pinned:
+            self.arena.pin()
+        self._reads = Slots(range(READ_SLOTS), board.watch)
+        self._sends = Slots(range(READ_SLOTS, READ_SLOTS + SEND_SLOTS), board.watch)
+        self.peers = Peers(rank, self.arena, board)
+        self.copier = Copier(pinned)
+        self._sinks: dict[int, Sink] = {}
+        self._turning: dict[int, Tensor] = {}
+        self._sink_lock = threading.Lock()
+        self.ledger = Ledger(tasks, rank, board)
+        self._reader: Reader | None = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.board.stop()
+        if self._reader is not None:
+            self._reader.join()
+        self.peers.close(error)
+        self.copier.close()
+        self._sinks.clear()
+        self._turning.clear()
+        self._reader = None
+        self.arena.close()
+
+    # -- the main thread -------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Loads everything that this rank keeps; returns when it is finished."""
+        self.peers.start(self._take_piece, self._freed)
+        total = self.bytes_to_read()
+        done = 0
+        chunks = batches(self._chunks(), self.budget.largest)
+        self._reader = Reader(self.files, self.arena, self._reads, self.board, self.stages, chunks, READERS)
+        for batch in self._reader:
+            for chunk in batch:
+                done += chunk.nbytes
+                self._hold_back(chunk.task)
+                self._consume(chunk)
+                chunk.raw = chunk.into = None
+                self._finish_arrived()
+                if self._progress is not None:
+                    self._progress(done, total)
+        while not self.ledger.ended:
+            self.ledger.await_next()
+            self._finish_arrived()
+        self.copier.drain()
+        self.peers.leave()
+
+    def bytes_to_read(self) -> int:
+        """Bytes of all rows that this rank reads."""
+        total = 0
+        for task in self.tasks:
+            for part in task.parts:
+                if part.reader == self.rank:
+                    rows = task.rows.rows if task.turned else part.rows[1] - part.rows[0]
+                    total += task.row_bytes() * rows
+        return total
+
+    def _chunks(self) -> Iterator[Chunk]:
+        """All pieces that this rank reads, in order; runs on a reader thread."""
+        for task in self.tasks:
+            for chunk in chunks_of(task, self.rank, self.budget.piece):
+                self._aim(chunk)
+                yield chunk
+
+    def _aim(self, chunk: Chunk) -> None:
+        """Lets rows that stay as they are, and that nobody else keeps, be read into their final place."""
+        task = chunk.task
+        if task.encode is not None or task.turned or self._receivers(chunk) or not chunk.ranges:
+            return
+        if any(self.files.is_direct(piece.file) for piece in chunk.ranges):
+            return
+        if TORCH_DTYPE[chunk.ranges[0].dtype] == task.dtype and task.device.type == "cpu":
+            place = self._sink(task).direct(task.bands[0], chunk.start, chunk.stop)
+            chunk.into = place.view(torch.uint8) if place is not None and place.device.type == "cpu" else None
+
+    def _receivers(self, chunk: Chunk) -> tuple[int, ...]:
+        """Other ranks of the node that keep something of these rows."""
+        if chunk.task.gathered:
+            return tuple(self.peers.peers)
+        return tuple(rank for rank in chunk.part.holders if rank != self.rank)
+
+    def _consume(self, chunk: Chunk) -> None:
+        task = chunk.task
+        if chunk.into is not None:
+            self.ledger.count(task, chunk.start, chunk.stop)
+            return
+        assert chunk.raw is not None
+        start = perf_counter()
+        rows = chunk.raw.view(TORCH_DTYPE[chunk.ranges[0].dtype]).view(chunk.stop - chunk.start, -1)
+        as_it_is = task.encode is None and rows.dtype == task.dtype and not task.turned
+        if as_it_is and (task.device.type == "cpu" or self._receivers(chunk)):
+            self._pass_on(chunk, rows.view(-1))
+            self._reads.release(chunk.slot)
+            return
+        moved = self.copier.to_device(rows, task.device, lambda: self._reads.release(chunk.slot))
+        moved = moved.to(task.dtype)
+        self.stages.add("copy", start, task.name, chunk.nbytes)
+        if task.turned:
+            self._turn(chunk, moved)
+        else:
+            self._emit(chunk, moved, chunk.start, chunk.stop)
+        if task.device.type == "cpu":
+            self._reads.release(chunk.slot)
+
+    def _pass_on(self, chunk: Chunk, values: Tensor) -> None:
+        """Rows that stay as they are: the slot that they were read into is what others copy from."""
+        task, receivers = chunk.task, self._receivers(chunk)
+        if receivers:
+            self._reads.hold(chunk.slot, len(receivers))
+            offset = values.data_ptr() - self.arena.memory.data_ptr()
+            self._tell(receivers, Message(PIECE, chunk.slot, task.index, 1, chunk.start, chunk.stop, offset))
+            self.moved.sent += values.nbytes
+        start = perf_counter()
+        nbytes = self._sink(task).place(task.bands[0], values, chunk.start, chunk.stop)
+        self.stages.add("place", start, task.name, nbytes)
+        self.ledger.count(task, chunk.start, chunk.stop)
+
+    def _turn(self, chunk: Chunk, rows: Tensor) -> None:
+        """Gathers a tensor that is stored `[in, out]`; its last row sends it on the right way round."""
+        task = chunk.task
+        if task.index not in self._turning:
+            shape = (task.rows.rows, task.rows.width)
+            self._turning[task.index] = torch.empty(shape, dtype=task.dtype, device=task.device)
+        whole = self._turning[task.index]
+        whole[chunk.start : chunk.stop] = rows
+        if chunk.stop < task.rows.rows:
+            return
+        del self._turning[task.index]
+        most = task.rows_within(self.budget.piece)
+        for first in range(0, task.bands[0].rows, most):
+            last = min(first + most, task.bands[0].rows)
+            self._emit(chunk, whole[:, first:last].t().contiguous(), first, last)
+
+    def _emit(self, chunk: Chunk, rows: Tensor, start: int, stop: int) -> None:
+        """Quantizes rows into their final place or a slot, and tells the ranks that keep something of them."""
+        task, receivers = chunk.task, self._receivers(chunk)
+        if start % task.step:
+            what = f"its parts start at row {start}, quantization blocks need multiples of {task.step}"
+            raise InputError.one(task.name, what, "Skip the module, or convert the checkpoint first")
+        mask = self._wanted(chunk)
+        payload, nbytes = task.payload(start, stop, mask)
+        slot, views = -1, {}
+        if payload:
+            slot = self._take_slot(len(receivers))
+            memory = self.arena.slot(slot)
+            views = {band.name: memory[at : at + size].view(band.dtype) for band, at, size in payload}
+        begun = perf_counter()
+        sink = self._sink(task)
+        places = {band.name: sink.direct(band, start, stop) for band in task.bands}
+        out = {band.name: self._target(band, places, views, task, start, stop) for band in task.bands}
+        if task.encode is not None:
+            task.encode(rows, out)
+            begun = self.stages.add("quantize", begun, task.name, rows.nbytes)
+        else:
+            out[""].copy_(rows.reshape(-1))
+        for band in task.bands:
+            view = views.get(band.name)
+            if view is not None and out[band.name] is not view:
+                view.copy_(out[band.name])
+            if out[band.name] is not places[band.name]:
+                sink.place(band, out[band.name], start, stop)
+        self.stages.add("place", begun, task.name, nbytes)
+        if payload:
+            offset = slot * self.arena.slot_bytes
+            self._tell(receivers, Message(PIECE, slot, task.index, mask, start, stop, offset))
+            self.moved.sent += nbytes
+        self.ledger.count(task, start, stop)
+
+    @staticmethod
+    def _target(band, places, views, task, start, stop):  # type: ignore[no-untyped-def]
+        """Where a component is written first: its final place, the slot for the others, or memory of its own."""
+        if places[band.name] is not None:
+            return places[band.name]
+        if band.name in views and task.device.type == "cpu":
+            return views[band.name]
+        return torch.empty(band.count(start, stop), dtype=band.dtype, device=task.device)
+
+    def _wanted(self, chunk: Chunk) -> int:
+        """Mask of the components that other ranks need of these rows."""
+        if not self._receivers(chunk):
+            return 0
+        shared = len(chunk.part.holders) > 1
+        return sum(1 << i for i, band in enumerate(chunk.task.bands) if band.whole or shared)
+
+    def _tell(self, receivers: tuple[int, ...], message: Message) -> None:
+        start = perf_counter()
+        for rank in receivers:
+            self.peers.send(rank, message)
+        self.stages.add("exchange", start, self.tasks[message.tensor].name)
+
+    def _take_slot(self, count: int) -> int:
+        """A slot to send from; waits for the ranks that still copy from all of them."""
+        start = perf_counter()
+        with self.board.watch:
+            self.board.wait(lambda: self._sends.any_free, self.ledger.late)
+            slot = self._sends.take(count)
+        self.stages.add("exchange", start)
+        return slot
+
+    # -- order and completion --------------------------------------------------------------------------------------
+
+    def _hold_back(self, task: Task) -> None:
+        """Waits until the statistics of tensors in work, this one's included, fit beside the slots."""
+        ledger = self.ledger
+        while ledger.next < task.index and ledger.unfinished_statistics(task) > self.budget.statistics:
+            start = perf_counter()
+            ledger.await_next()
+            self.stages.add("exchange", start)
+            self._finish_arrived()
+
+    def _finish_arrived(self) -> None:
+        """Finishes the tensors that are complete, in order."""
+        while self.ledger.next_is_complete():
+            task = self.tasks[self.ledger.next]
+            sink = self._sink(task)
+            start = perf_counter()
+            self._finish(task, sink)
+            self.stages.add("quantize" if task.encode is not None else "place", start, task.name)
+            with self._sink_lock:
+                del self._sinks[task.index]
+            self.ledger.finished()
+
+    def _sink(self, task: Task) -> Sink:
+        with self._sink_lock:
+            if task.index not in self._sinks:
+                self._sinks[task.index] = self._make_sink(task)
+            return self._sinks[task.index]
+
+    # -- the listening thread --------------------------------------------------------------------------------------
+
+    def _take_piece(self, peer: Peer, message: Message) -> None:
+        """Copies what this rank keeps out of another's memory."""
+        task = self.tasks[message.tensor]
+        sink = self._sink(task)
+        begun = perf_counter()
+        payload, _ = task.payload(message.start, message.stop, message.mask)
+        received = 0
+        for band, at, nbytes in payload:
+            first = message.offset + at
+            values = peer.memory[first : first + nbytes].view(band.dtype)
+            received += sink.place(band, values, message.start, message.stop)
+        self.moved.received += received
+        self.stages.add("exchange", begun, task.name, received)
+        self.ledger.count(task, message.start, message.stop)
+
+    def _freed(self, slot: int) -> None:
+        (self._reads if slot < READ_SLOTS else self._sends).release(slot)

@@ -1,0 +1,199 @@
+"""Reads bytes of checkpoint files: explicitly, through the page cache or past it, again where that makes sense.
+
+A file whose pages are mostly in memory is read through the page cache; another is read with O_DIRECT, which saves a
+copy and leaves the machine's memory alone. Which it is, is measured once a file: `RWF_NOWAIT` reads of a few pages
+answer at once whether they are there. Nothing is mapped into memory, so a file on a network may vanish without a crash.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from distquant.errors import DistquantError, InputError
+from distquant.stream.arena import PAGE
+
+RETRIED = frozenset((errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EINTR))
+"""Errors of a disk or network that may pass; any other is final at once."""
+
+PAUSES = (0.05, 0.2, 0.8)
+"""Seconds before each new try."""
+
+SAMPLES = 32
+"""Pages of a file that are looked for in memory."""
+
+RESIDENT = 0.5
+"""Share of them from which a file is read through the page cache."""
+
+SLACK = 2 * PAGE
+"""Bytes that a direct read may take beyond what is wanted, because it starts and ends on pages."""
+
+
+class ReadError(DistquantError, OSError):
+    """A file could not be read as its header says; names file, offset and tensor."""
+
+
+@dataclass(slots=True)
+class ReadStats:
+    """What was read: bytes off the files (waste included), by mode, and how often a read was tried again."""
+
+    bytes: int = 0
+    direct: int = 0
+    calls: int = 0
+    retries: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count(self, nbytes: int, direct: bool, calls: int = 1) -> None:
+        with self._lock:
+            self.bytes += nbytes
+            self.direct += nbytes * direct
+            self.calls += calls
+
+
+class Files:
+    """The open files of a checkpoint folder. Threads may read at the same time; `close` when none does any more."""
+
+    def __init__(self, folder: Path, mode: str = "auto"):
+        self.folder, self.mode = folder, mode
+        self.stats = ReadStats()
+        self._open: dict[tuple[str, bool], int] = {}
+        self._direct: dict[str, bool] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+    def is_direct(self, file: str) -> bool:
+        """Whether a file is read past the page cache; decided at its first read."""
+        with self._lock:
+            if file not in self._direct:
+                self._direct[file] = self._decide(file)
+            return self._direct[file]
+
+    def read(self, file: str, offset: int, target: memoryview, tensor: str) -> None:
+        """Fills `target` from a byte offset on, through the page cache."""
+        self._fill(file, offset, target, tensor, False, len(target))
+        self.stats.count(len(target), False)
+
+    def read_rows(self, file: str, offset: int, stride: int, target: memoryview, width: int, tensor: str) -> None:
+        """Fills `target` with `width` bytes from every `stride`, through the page cache."""
+        fd = self._fd(file, False)
+        for at in range(0, len(target), width):
+            row = target[at : at + width]
+            if self._preadv(fd, row, offset) != width:
+                # Short: once more from its start, with the loop that tells why.
+                self._fill(file, offset, row, tensor, False, width)
+            offset += stride
+        self.stats.count(len(target), False, len(target) // max(width, 1))
+
+    def read_span(self, file: str, offset: int, count: int, slot: Tensor, tensor: str) -> Tensor:
+        """Reads `count` bytes into a slot on a page boundary with `SLACK` to spare, the way that suits the file.
+
+        Returns:
+            uint8 `[count]`: the part of the slot that holds them.
+        """
+        if not self.is_direct(file):
+            view = slot[:count]
+            self.read(file, offset, memoryview(view.numpy().data), tensor)
+            return view
+        before = offset % PAGE
+        length = -(-(before + count) // PAGE) * PAGE
+        target = memoryview(slot[:length].numpy().data)
+        done = self._fill(file, offset - before, target, tensor, True, before + count)
+        self.stats.count(done, True)
+        return slot[before : before + count]
+
+    def _fill(self, file: str, offset: int, target: memoryview, tensor: str, direct: bool, needed: int) -> int:
+        """Reads until `needed` bytes are there; what more the file gives of `target` is read along."""
+        done, tries = 0, 0
+        while done < needed:
+            try:
+                count = self._preadv(self._fd(file, direct), target[done:], offset + done)
+            except OSError as error:
+                where = f"{file} at byte {offset + done} ({tensor})"
+                if error.errno not in RETRIED or tries == len(PAUSES):
+                    again = f", after {tries} new tries" if tries else ""
+                    raise ReadError(f"{where}: {error.strerror}{again}") from error
+                time.sleep(PAUSES[tries])
+                tries += 1
+                self.stats.retries += 1
+                if error.errno == errno.ESTALE:
+                    self._forget(file, direct)
+                continue
+            if count == 0:
+                what = f"the file ends {needed - done} bytes too early"
+                raise ReadError(f"{file} at byte {offset + done} ({tensor}): {what}")
+            done += count
+            if direct and done < needed:
+                done = done // PAGE * PAGE  # the next direct read must start on a page
+        return done
+
+    def _preadv(self, fd: int, target: memoryview, offset: int) -> int:
+        """One read; tests replace it by one that fails."""
+        return os.preadv(fd, (target,), offset)
+
+    def _fd(self, file: str, direct: bool) -> int:
+        with self._lock:
+            return self._opened(file, direct)
+
+    def _opened(self, file: str, direct: bool) -> int:
+        key = (file, direct)
+        if key not in self._open:
+            try:
+                self._open[key] = os.open(self.folder / file, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+            except OSError as error:
+                raise ReadError(f"{self.folder / file}: {error.strerror}") from error
+        return self._open[key]
+
+    def _forget(self, file: str, direct: bool) -> None:
+        """Closes a file whose handle the server no longer knows; the next read opens it again."""
+        with self._lock:
+            fd = self._open.pop((file, direct), None)
+            if fd is not None:
+                os.close(fd)
+
+    def _decide(self, file: str) -> bool:
+        if self.mode == "buffered" or not hasattr(os, "O_DIRECT"):
+            return False
+        if self.mode == "auto" and resident_share(self._opened(file, False)) >= RESIDENT:
+            return False
+        try:
+            self._probe(self._opened(file, True))
+        except (OSError, ReadError) as error:
+            if self.mode == "direct":
+                what = f"{self.folder / file} cannot be read with O_DIRECT ({error})"
+                raise InputError.one("io", what, "Use io='auto' or 'buffered'") from error
+            return False
+        return True
+
+    @staticmethod
+    def _probe(fd: int) -> None:
+        """Raises OSError where the file system does not take direct reads."""
+        import mmap
+
+        with mmap.mmap(-1, PAGE) as page:
+            os.preadv(fd, (page,), 0)
+
+
+def resident_share(fd: int) -> float:
+    """Share of a file's pages that lie in memory, from a sample; 1.0 where that cannot be asked."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return 1.0
+    size, buffer, found = os.fstat(fd).st_size, bytearray(1), 0
+    for i in range(SAMPLES):
+        try:
+            os.preadv(fd, (buffer,), size * i // SAMPLES, os.RWF_NOWAIT)
+            found += 1
+        except BlockingIOError:
+            continue
+        except OSError:
+            return 1.0
+    return found / SAMPLES

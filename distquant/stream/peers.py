@@ -1,0 +1,244 @@
+"""How ranks of one node hand pieces to each other: shared memory for the bytes, sockets to say that they are there.
+
+Messages go one way, are placed on arrival by a thread that waits for nothing else, and are answered by one byte-sized
+word: the slot is free again. So whoever sends is served sooner or later, in whatever order the ranks work, and nothing
+can deadlock. A rank that fails says so; one that dies closes its sockets, which the others notice at once.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import selectors
+import socket
+import struct
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distquant.comm import Comm
+from distquant.errors import DistquantError, InputError, RankError
+from distquant.stream.arena import Arena, Board
+
+PIECE, DONE_WITH, FAILED, BYE = range(4)
+HEADER = struct.Struct("<BxxxIIIQQQ")
+"""Kind, slot, tensor, mask of components, first row, row after the last, offset in the sender's memory."""
+
+HELLO = struct.Struct("<IQ")
+"""Rank, and bytes of its shared memory."""
+
+CONNECT = 60.0
+"""Seconds that a peer of the same node may take to connect."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Rows of a tensor that lie in the sender's memory."""
+
+    kind: int
+    slot: int = 0
+    tensor: int = 0
+    mask: int = 0
+    start: int = 0
+    stop: int = 0
+    offset: int = 0
+
+    def pack(self) -> bytes:
+        return HEADER.pack(self.kind, self.slot, self.tensor, self.mask, self.start, self.stop, self.offset)
+
+
+@dataclass(slots=True)
+class Peer:
+    """Another rank of the node: its socket, and its staging memory as far as this rank may read it."""
+
+    rank: int
+    socket: socket.socket
+    memory: Tensor
+    lock: threading.Lock
+    left: bool = False
+
+    def send(self, data: bytes) -> None:
+        with self.lock:
+            self.socket.sendall(data)
+
+
+class Peers:
+    """All other ranks of a node. `start` the listening thread, `leave` when all is done, `close` in any case."""
+
+    def __init__(self, rank: int, arena: Arena, board: Board):
+        self.rank, self.arena, self.board = rank, arena, board
+        self.peers: dict[int, Peer] = {}
+        self._thread: threading.Thread | None = None
+
+    # -- meeting ---------------------------------------------------------------------------------------------------
+
+    def connect(self, comm: Comm, node: tuple[int, ...]) -> None:
+        """Meets the other ranks of the node. Every rank of the load must call it, also one that is alone on its node.
+
+        Raises:
+            InputError: ranks that were planned on one node share no memory.
+        """
+        folder = tempfile.mkdtemp(prefix="distquant-")
+        path = os.path.join(folder, "s")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(len(node))
+            listener.settimeout(CONNECT)
+            try:
+                paths = comm.collect(path)
+                for other in node:
+                    if other < self.rank:
+                        self._meet(self._dial(other, paths[other]))
+                for _ in [other for other in node if other > self.rank]:
+                    self._meet(listener.accept()[0])
+            except TimeoutError as error:
+                missing = sorted(set(node) - self.peers.keys() - {self.rank})
+                raise RankError(missing[0], f"did not connect to rank {self.rank} within {CONNECT:g} s") from error
+            finally:
+                os.unlink(path)
+                os.rmdir(folder)
+
+    def _dial(self, other: int, path: str) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(CONNECT)
+        try:
+            connection.connect(path)
+        except (FileNotFoundError, ConnectionError, PermissionError) as error:
+            connection.close()
+            what = f"ranks {other} and {self.rank} are planned on one node, but share no memory ({error.strerror})"
+            raise InputError.one("plan", what, "Plan again with the number of ranks that share a node") from error
+        return connection
+
+    def _meet(self, connection: socket.socket) -> None:
+        """Exchanges ranks and shared memory."""
+        assert self.arena.fd is not None
+        connection.settimeout(CONNECT)
+        socket.send_fds(connection, [HELLO.pack(self.rank, self.arena.memory.numel())], [self.arena.fd])
+        data, fds, _, _ = socket.recv_fds(connection, HELLO.size, 1)
+        if len(data) != HELLO.size:
+            raise RankError(self.rank, "a rank of this node ended while ranks were meeting")
+        rank, size = HELLO.unpack(data)
+        shared = mmap.mmap(fds[0], size)
+        os.close(fds[0])
+        connection.settimeout(None)
+        self.peers[rank] = Peer(rank, connection, torch.frombuffer(shared, dtype=torch.uint8), threading.Lock())
+
+    # -- talking ---------------------------------------------------------------------------------------------------
+
+    def start(self, arrived: Callable[[Peer, Message], None], freed: Callable[[int], None]) -> None:
+        """Listens from now on.
+
+        Args:
+            arrived: copies a piece out of the peer's memory; called on the listening thread.
+            freed: told the slot of this rank that a peer is done with.
+        """
+        if self.peers:
+            self._thread = threading.Thread(
+                target=self._listen, args=(arrived, freed), name="distquant-peers", daemon=True
+            )
+            self._thread.start()
+
+    def send(self, rank: int, message: Message) -> None:
+        peer = self.peers[rank]
+        try:
+            peer.send(message.pack())
+        except OSError as error:
+            with self.board.watch:
+                failure = self.board.failure  # what the peer said before it left
+            raise failure or RankError(rank, "ended during the load") from error
+
+    def leave(self) -> None:
+        """Says that this rank has sent all it had to, and waits until the others have said so."""
+        for peer in self.peers.values():
+            self.send(peer.rank, Message(BYE))
+
+        def late() -> RankError:
+            rank = next(peer.rank for peer in self.peers.values() if not peer.left)
+            return RankError(rank, f"was not done {self.board.timeout:g} s after rank {self.rank}")
+
+        with self.board.watch:
+            self.board.wait(lambda: all(peer.left for peer in self.peers.values()), late)
+
+    def close(self, failure: BaseException | None = None) -> None:
+        """Ends the thread and the connections; on a failure tells the others what it was."""
+        text = str(failure) if isinstance(failure, DistquantError) else f"{type(failure).__name__}: {failure}"
+        for peer in self.peers.values():
+            if failure is not None and not peer.left:
+                said = text.encode()
+                with suppress(OSError):
+                    peer.socket.settimeout(1.0)  # a peer that does not read must not keep this one
+                    peer.send(Message(FAILED, stop=len(said)).pack() + said)
+            with suppress(OSError):
+                peer.socket.shutdown(socket.SHUT_RDWR)
+        if self._thread is not None:
+            self._thread.join()
+        for peer in self.peers.values():
+            peer.socket.close()
+        self.peers.clear()
+
+    # -- listening -------------------------------------------------------------------------------------------------
+
+    def _listen(self, arrived: Callable[[Peer, Message], None], freed: Callable[[int], None]) -> None:
+        with selectors.DefaultSelector() as selector:
+            for peer in self.peers.values():
+                selector.register(peer.socket, selectors.EVENT_READ, peer)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    peer = key.data
+                    try:
+                        going_on = self._hear(peer, arrived, freed)
+                    except BaseException as error:
+                        self.board.fail(error)
+                        return
+                    if not going_on:
+                        selector.unregister(peer.socket)
+
+    def _hear(self, peer: Peer, arrived: Callable[[Peer, Message], None], freed: Callable[[int], None]) -> bool:
+        """Takes one message; False when the peer has hung up."""
+        data = _receive(peer.socket, HEADER.size)
+        if data is None:
+            if not peer.left and not self.board.stopped:
+                self.board.fail(RankError(peer.rank, "ended during the load"))
+            return False
+        message = Message(*HEADER.unpack(data))
+        if message.kind == PIECE:
+            arrived(peer, message)
+            with suppress(OSError):  # it may have left, and needs no slot any more
+                peer.send(Message(DONE_WITH, slot=message.slot).pack())
+        elif message.kind == DONE_WITH:
+            freed(message.slot)
+        elif message.kind == FAILED:
+            said = _receive(peer.socket, message.stop) or b"ended during the load"
+            self.board.fail(_failure_of(peer.rank, said.decode()))
+        else:
+            with self.board.watch:
+                peer.left = True
+                self.board.watch.notify_all()
+        return True
+
+
+def _failure_of(rank: int, said: str) -> RankError:
+    """A rank that stopped because another failed passes that one's name on."""
+    if said.startswith("rank ") and " failed: " in said:
+        name, _, rest = said.partition(" failed: ")
+        return RankError(int(name.removeprefix("rank ")), rest)
+    return RankError(rank, said)
+
+
+def _receive(connection: socket.socket, count: int) -> bytes | None:
+    """Exactly `count` bytes; None where the other side has hung up."""
+    data = b""
+    while len(data) < count:
+        try:
+            more = connection.recv(count - len(data))
+        except OSError:
+            return None
+        if not more:
+            return None
+        data += more
+    return data

@@ -1,0 +1,308 @@
+"""The native kernels against the reference, bit for bit: every instruction set there is here, one to three threads."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import same
+from kernel_samples import DTYPES, random, specials
+
+from distquant.errors import InputError
+from distquant.kernels import reference
+
+cpu = pytest.importorskip("distquant.kernels.cpu", reason="the native kernels were not built")
+from distquant.kernels.cpu import library  # noqa: E402
+
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=40)
+
+ISAS = library.available()
+BLOCKS = [(None, None), (1, None), (None, 40), (128, 128), (3, 7), (2, 16)]
+LARGE = 3 * 2**17 + 66
+"""Elements that are worth three threads."""
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def weight(shape: tuple[int, ...], dtype: str, scale: float, special: int, seed: int) -> torch.Tensor:
+    """Normal numbers times `scale`, of which every `special`-th is none (0: all are normal)."""
+    made = random(math.prod(shape), torch.float32, seed, scale)
+    if special:
+        made[::special] = specials(len(made[::special]), torch.float32, seed)
+    return made.to(DTYPES[dtype]).view(shape)
+
+
+weights = st.tuples(
+    st.sampled_from(sorted(DTYPES)),
+    st.sampled_from([1e-45, 1e-40, 1e-37, 1e-8, 1e-6, 0.02, 1.0, 448.0, 3e4, 1e37]),
+    st.sampled_from([0, 0, 1, 2, 9, 50]),
+    st.integers(0, 10**6),
+)
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 300))
+quant_types = st.sampled_from(["nf4", "fp4"])
+
+
+def on_every_isa(name: str, *arguments: Any, **named: Any) -> Any:
+    """The reference's result of a function, after every instruction set gave the same."""
+    expected = getattr(reference, name)(*arguments, **named)
+    for isa in ISAS:
+        with library.running(isa):
+            same(getattr(cpu, name)(*arguments, **named), expected, f"{name} on {isa}")
+    return expected
+
+
+def test_this_machine_runs_more_than_the_portable_kernels() -> None:
+    assert ISAS[0] == "portable"
+    assert cpu.isa() == os.environ.get(library.VARIABLE, ISAS[-1])
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        assert "avx2" in ISAS
+
+
+@PROPERTY
+@given(weights, st.integers(1, 700), quant_types, st.sampled_from([32, 34, 64, 100, 128, 256, 4096]))
+def test_4bit(kind, half, quant_type, blocksize):
+    source = weight((2 * half,), *kind)
+    codes, absmax = on_every_isa("quantize_4bit", source, blocksize, quant_type)
+    for dtype in DTYPES.values():
+        on_every_isa("dequantize_4bit", codes, absmax, blocksize, quant_type, (2 * half - 1,), dtype)
+    if blocksize in (32, 64, 128, 256, 4096):
+        theirs, state = bnb.quantize_4bit(source, blocksize=blocksize, quant_type=quant_type)
+        same((codes, absmax), (theirs.view(-1), state.absmax), "bitsandbytes")
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_4bit_on_the_thresholds_and_beside_them(quant_type, dtype):
+    ascending = reference.code_values(quant_type).sort().values
+    middle = (ascending[:-1] + ascending[1:]) / 2
+    beside = [torch.nextafter(middle, torch.tensor(way)) for way in (math.inf, -math.inf)]
+    probes = torch.cat([middle, *beside, torch.ones(64 - 45)]).to(DTYPES[dtype])
+    codes, absmax = on_every_isa("quantize_4bit", probes, 64, quant_type)
+    theirs, state = bnb.quantize_4bit(probes, blocksize=64, quant_type=quant_type)
+    same((codes, absmax), (theirs.view(-1), state.absmax), "bitsandbytes")
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_ragged_tail_is_divided(quant_type):
+    """Just above a threshold times the absmax, where a division and a product with the reciprocal may part."""
+    bounds, differ = torch.tensor(reference._tables(quant_type, torch.device("cpu"))[0]), 0
+    for seed in range(40):
+        tail = random(16, torch.float32, seed)
+        tail[:15] = torch.nextafter(bounds, torch.tensor(1.0)) * tail[15].abs()
+        codes, absmax = on_every_isa(
+            "quantize_4bit", torch.cat([random(64, torch.float32, seed), tail]), 64, quant_type
+        )
+        whole = on_every_isa("encode_4bit", tail.repeat(2), absmax[1:], 32, quant_type)
+        divided = on_every_isa("encode_4bit", tail.repeat(2), absmax[1:], 32, quant_type, True)
+        assert torch.equal(divided[:8], codes[32:])
+        differ += not torch.equal(divided, whole)
+    assert differ, "nothing tells a division from a product"
+
+
+@PROPERTY
+@given(weights, st.integers(1, 40), quant_types, st.booleans())
+def test_encode_4bit_under_given_absmax(kind, blocks, quant_type, ragged):
+    source = weight((32 * blocks,), *kind)
+    absmax = reference.block_absmax(source, 32) * 1.5
+    on_every_isa("encode_4bit", source, absmax, 32, quant_type, ragged)
+
+
+@PROPERTY
+@given(weights, st.integers(1, 1500), st.sampled_from([256, 64, 7]))
+def test_blockwise(kind, count, blocksize):
+    source, code = weight((count,), *kind).float(), bnb.create_dynamic_map()
+    codes, absmax = on_every_isa("quantize_blockwise", source, code, blocksize)
+    on_every_isa("dequantize_blockwise", codes, absmax, code, blocksize)
+    if source.isfinite().all():  # it leaves NaN to the compiler
+        theirs, state = bnb.quantize_blockwise(source, code=code, blocksize=blocksize)
+        same((codes, absmax), (theirs, state.absmax), "bitsandbytes")
+
+
+def test_blockwise_beside_the_edges_at_which_codes_change():
+    code = bnb.create_dynamic_map()
+    table = reference.blockwise_table(code)
+    edges = (table[1:] != table[:-1]).nonzero().view(-1) + 1
+    around = ((edges.double() - 0.5) / 65535 * 2 - 1).float().view(torch.int32).view(-1, 1) + torch.arange(-40, 41)
+    source = torch.cat([around.view(-1).to(torch.int32).view(torch.float32), torch.ones(1)])
+    source = source[source.abs() <= 1]  # steps in the bits around 0 lead to NaN
+    codes, _ = on_every_isa("quantize_blockwise", source, code, len(source))
+    same(codes, bnb.quantize_blockwise(source, code=code, blocksize=len(source))[0])
+    assert torch.equal(codes.unique(), table.unique())
+
+
+def test_int8_factors_are_rounded_twice():
+    """Halves of steps of rows whose absmax is 127 / 128 times a power of two are ties, or just not."""
+    absmax = torch.arange(1, 2, 2**-10).view(-1, 1)
+    source = torch.cat([absmax, (absmax * (torch.arange(127) + 0.5) / 127)], dim=1).half()
+    codes, found = on_every_isa("quantize_int8_rows", source)
+    once = (source.float() * (127.0 / found.double()).float().view(-1, 1)).round()
+    assert not torch.equal(codes.float(), once), "nothing tells one rounding from two"
+
+
+@PROPERTY
+@given(weights, shapes)
+def test_int8_rows(kind, shape):
+    source = weight(shape, *kind)
+    _, absmax = on_every_isa("quantize_int8_rows", source)
+    on_every_isa("encode_int8_rows", source, absmax * 1.25)
+
+
+@PROPERTY
+@given(weights, shapes, st.sampled_from(BLOCKS))
+def test_fp8(kind, shape, block):
+    source = weight(shape, *kind)
+    codes, scale = on_every_isa("quantize_fp8", source, block)
+    on_every_isa("encode_fp8", source, reference.block_amax(source, block) * 1.5, block)
+    for dtype in DTYPES.values():
+        on_every_isa("dequantize_fp8", codes, scale, block, dtype)
+
+
+def test_every_code_of_fp8_and_what_lies_between():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, -1)
+    on_every_isa("dequantize_fp8", codes, torch.ones(1, 1), (None, None))
+    values = codes.float().view(-1).nan_to_num(0.0).sort().values
+    middle = (values[:-1] + values[1:]) / 2
+    beside = [torch.nextafter(middle, torch.tensor(way)) for way in (math.inf, -math.inf)]
+    found, scale = on_every_isa("quantize_fp8", torch.cat([values, middle, *beside]).view(1, -1), (None, None))
+    assert scale.item() == 1.0
+    assert torch.equal(found[0, :256].float(), values)
+
+
+@PROPERTY
+@given(weights, shapes, st.sampled_from([1, 7, 32, 128]), st.sampled_from([4, 8]), st.booleans())
+def test_groups(kind, shape, group_size, bits, symmetric):
+    found = on_every_isa("quantize_groups", weight(shape, *kind), group_size, bits, symmetric)
+    for dtype in DTYPES.values():
+        on_every_isa("dequantize_groups", *found, group_size, dtype)
+
+
+@pytest.mark.parametrize("shape", [(LARGE // 2, 2), (3, LARGE // 3), (130, LARGE // 130 // 2 * 2)])
+@pytest.mark.parametrize("isa", ISAS)
+def test_threads_change_nothing(isa, shape):
+    source = weight(shape, "bfloat16", 1.0, 97, 5)
+    runs = []
+    for count in (1, 2, 3):
+        with threads(count), library.running(isa):
+            found = [*cpu.quantize_4bit(source, 64, "nf4"), *cpu.quantize_int8_rows(source)]
+            found += [out for block in BLOCKS for out in cpu.quantize_fp8(source, block)]
+            found += cpu.quantize_groups(source, 32, 4, False)
+            found += cpu.quantize_blockwise(source.float(), bnb.create_dynamic_map(), 256)
+            found += [cpu.dequantize_4bit(found[0], found[1], 64, "nf4", shape, torch.bfloat16)]
+            runs.append(found)
+    for run in runs[1:]:
+        same(tuple(run), tuple(runs[0]))
+    same(tuple(runs[0][:2]), reference.quantize_4bit(source, 64, "nf4"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_no_thread_outlives_a_call():
+    source = random(LARGE, torch.bfloat16, 1)
+    with threads(3):
+        before = os.listdir("/proc/self/task")
+        cpu.quantize_4bit(source, 64, "nf4")
+        assert os.listdir("/proc/self/task") == before
+
+
+def test_outputs_are_written_in_place_and_nothing_beside_them():
+    source = weight((6, 70), "float16", 1.0, 0, 3)
+    for name, arguments, outputs in [
+        ("quantize_4bit", (64, "fp4"), {"codes": (torch.uint8, 210), "absmax": (torch.float32, 7)}),
+        ("quantize_int8_rows", (), {"codes": (torch.int8, 420), "absmax": (torch.float32, 6)}),
+        ("quantize_fp8", ((4, 32),), {"codes": (torch.float8_e4m3fn, 420), "scale": (torch.float32, 6)}),
+        (
+            "quantize_groups",
+            (32, 8, False),
+            {"codes": (torch.int8, 420), "scale": (torch.float16, 18), "zero": (torch.int8, 18)},
+        ),
+    ]:
+        expected = getattr(reference, name)(source, *arguments)
+        for isa in ISAS:
+            memory = {key: torch.full((n + 100,), 77.0).to(dtype) for key, (dtype, n) in outputs.items()}
+            slices = {key: memory[key][50 : 50 + n] for key, (_, n) in outputs.items()}
+            with library.running(isa):
+                found = getattr(cpu, name)(source, *arguments, **slices)
+            same(found, expected, name)
+            for (key, whole), result in zip(memory.items(), found, strict=True):
+                assert result.data_ptr() == slices[key].data_ptr()
+                assert (torch.cat([whole[:50], whole[-50:]]).float() == memory[key][0].float()).all()
+
+
+def test_strided_weights_and_empty_ones():
+    wide = weight((48, 64), "bfloat16", 1.0, 0, 2)
+    on_every_isa("quantize_4bit", wide.T, 64, "nf4")
+    on_every_isa("quantize_int8_rows", wide[::2, 3:50])
+    on_every_isa("quantize_fp8", wide[:, 1::3], (16, 16))
+    on_every_isa("quantize_4bit", wide[:0], 64, "nf4")
+    on_every_isa("quantize_fp8", wide[:0], (16, 16))
+    on_every_isa("quantize_groups", wide[:0], 32, 4, True)
+
+
+WEIGHT = torch.ones(4, 64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: cpu.quantize_4bit(torch.ones(33), 64, "nf4"), "33 codes do not fill whole bytes"),
+        (lambda: cpu.quantize_4bit(WEIGHT, 16, "nf4"), "blocksize is 16"),
+        (lambda: cpu.quantize_4bit(WEIGHT, 33, "nf4"), "blocksize is 33"),
+        (lambda: cpu.quantize_4bit(WEIGHT, 64, "nf5"), "quant_type is 'nf5'"),
+        (lambda: cpu.quantize_4bit(WEIGHT.double(), 64, "nf4"), "the weight is torch.float64"),
+        (lambda: cpu.quantize_4bit(WEIGHT.to("meta"), 64, "nf4"), "the weight lies on meta"),
+        (lambda: cpu.quantize_4bit(WEIGHT, 64, "nf4", absmax=torch.ones(3)), "the output is torch.float32"),
+        (lambda: cpu.quantize_4bit(WEIGHT, 64, "nf4", absmax=torch.ones(8)[::2]), "not contiguous"),
+        (lambda: cpu.dequantize_4bit(torch.zeros(3).byte(), torch.ones(1), 64, "nf4", (8,)), "codes has 3 elements"),
+        (lambda: cpu.dequantize_4bit(torch.zeros(4), torch.ones(1), 64, "nf4", (8,)), "codes is torch.float32"),
+        (
+            lambda: cpu.dequantize_4bit(torch.zeros(4).byte(), torch.ones(1), 64, "nf4", (8,), torch.int8),
+            "dtype is torch.int8",
+        ),
+        (lambda: cpu.quantize_blockwise(torch.ones(8), torch.ones(16), 256), "code has 16 values"),
+        (lambda: cpu.quantize_int8_rows(torch.ones(8)), "must be a matrix"),
+        (lambda: cpu.quantize_int8_rows(torch.ones(8, 0)), "without columns"),
+        (lambda: cpu.quantize_fp8(WEIGHT, (0, 4)), "rows of a block is 0"),
+        (lambda: cpu.quantize_groups(WEIGHT, 32, 3, True), "groups of 3 bits"),
+        (lambda: cpu.quantize_groups(WEIGHT, 0, 4, True), "group_size is 0"),
+        (lambda: cpu.dequantize_groups(torch.zeros(4, 64).char(), torch.ones(4), None, 32), "scale has 4 elements"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def forced(isa: str) -> subprocess.CompletedProcess[str]:
+    code = "from distquant.kernels import cpu; print(cpu.isa())"
+    environment = {**os.environ, library.VARIABLE: isa}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_environment_forces_an_instruction_set():
+    assert forced("portable").stdout.strip() == "portable"
+    refused = forced("avx1024")
+    assert refused.returncode == 1
+    assert "'avx1024' cannot run here. This machine has portable" in refused.stderr
+
+
+def test_an_instruction_set_that_is_not_there_is_never_run(monkeypatch):
+    monkeypatch.setattr(library, "ISAS", (*library.ISAS, "sve"))
+    with library.running("sve"), pytest.raises(InputError, match="'sve' cannot run here"):
+        cpu.quantize_int8_rows(WEIGHT)

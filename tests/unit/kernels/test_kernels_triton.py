@@ -1,0 +1,89 @@
+"""Triton kernels without a GPU: their results in Triton's interpreter, and what they compile to for a real one.
+
+Either needs a process of its own: the interpreter is chosen when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kernel_cases import cases
+
+TESTS = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def answer(script: str, **environment: str) -> dict[str, object]:
+    done = subprocess.run(
+        [sys.executable, str(TESTS / script)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, object]:
+    return answer("kernel_cases.py", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_a_kernel_in_the_interpreter_is_the_reference(interpreted: dict[str, object], name: str) -> None:
+    assert interpreted[name] is None, interpreted[name]
+
+
+def test_no_case_is_left_out(interpreted: dict[str, object]) -> None:
+    assert interpreted.keys() == cases().keys()
+
+
+def test_compiled_for_a_gpu_nothing_is_approximate_flushed_or_fused(tmp_path: Path) -> None:
+    pytest.importorskip("triton.backends.nvidia", reason="this triton has no backend for NVIDIA GPUs")
+    found = answer("kernel_ptx.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    for module in ("four_bit", "int8", "fp8", "groups", "blockwise"):
+        assert any(f".{module}._encode" in name for name in found), module
+    wrong = {name: instructions for name, instructions in found.items() if instructions}
+    assert not wrong
+
+
+@pytest.mark.parametrize("line", ["div.full.f32 ", "rcp.approx.ftz.f32 ", "fma.rn.f32 ", "mul.ftz.f32 "])
+def test_the_search_knows_what_it_looks_for(line: str) -> None:
+    from kernel_ptx import FORBIDDEN
+
+    assert FORBIDDEN.search(f"\t{line}%r1, %r2, %r3;")
+    assert not FORBIDDEN.search(
+        "\tmul.f32 %r1, %r2, %r3;\n\tdiv.rn.f32 %r1, %r2, %r3;\n\tmad.wide.s32 %rd1, %r1, 4, 0;"
+    )
+
+
+def test_tensors_on_a_cpu_are_refused_outside_the_interpreter() -> None:
+    code = (
+        "import torch\nfrom distquant.kernels import gpu\n"
+        "try: gpu.quantize_4bit(torch.ones(64), 64, 'nf4')\nexcept ValueError as error: print(error)"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "a tensor on cpu: GPU kernels need one on a GPU" in done.stdout, done.stderr
+
+
+def test_nothing_else_imports_triton() -> None:
+    code = (
+        "import sys, json, distquant.kernels.reference, distquant.schemes\n"
+        "print(json.dumps([name for name in sys.modules if name.startswith('distquant.kernels.gpu')]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+    package = Path(importlib.util.find_spec("distquant").origin).parent  # type: ignore[union-attr, arg-type]
+    for path in package.rglob("*.py"):
+        if path.parent != package / "kernels" / "gpu":
+            lines = path.read_text().splitlines()
+            assert not [line for line in lines if line.startswith(("import triton", "from triton"))], path

@@ -1,0 +1,331 @@
+"""Ranks as threads of one process: real engines, sockets, shared memory and files, under a plan made up at random."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from faulty import Counting
+from plans import Tiles, reduced
+from torch import Tensor
+
+from distquant.assemble.sinks import BandSink
+from distquant.checkpoint import TensorInfo
+from distquant.layout import Component
+from distquant.mesh import Mesh
+from distquant.planning.cuts import Cut
+from distquant.planning.load_plan import TensorPlan
+from distquant.planning.reading import Dealer, column_segments, node_columns, node_ranks, row_segments, rows_and_width
+from distquant.schemes.bands import Band, band_of, column_step, row_step
+from distquant.stream.arena import Board
+from distquant.stream.engine import Engine
+from distquant.stream.rows import RowMap
+from distquant.stream.stages import Stages
+from distquant.stream.tasks import Task
+
+HANGS = 60.0
+"""Seconds after which a world that has not ended hangs."""
+
+Hook = Callable[[int, str, str], None]
+"""Called with rank, place (`read`, `encode`, `finish`, `progress`) and tensor; may sleep or raise."""
+
+
+class Meeting:
+    """What ranks on threads use to collect values."""
+
+    def __init__(self, count: int):
+        self._barrier, self._values = threading.Barrier(count, timeout=HANGS), [None] * count
+
+    def collect(self, position: int, value: Any) -> list[Any]:
+        self._values[position] = value
+        self._barrier.wait()
+        found = list(self._values)
+        self._barrier.wait()
+        return found
+
+    def abort(self) -> None:
+        self._barrier.abort()
+
+
+class ThreadComm:
+    """As much of `Comm` as the engine uses."""
+
+    def __init__(self, rank: int, meeting: Meeting, timeout: float):
+        self.rank, self.timeout, self._meeting = rank, timeout, meeting
+
+    def collect(self, value: Any) -> list[Any]:
+        return self._meeting.collect(self.rank, value)
+
+
+class WatchedSink:
+    """Counts how often each row of each component was given memory or placed."""
+
+    def __init__(self, sink: BandSink, rows: int):
+        self.sink, self.memory = sink, sink.memory
+        self.counts = {name: np.zeros(rows, int) for name in sink.memory}
+
+    def direct(self, band: Band, start: int, stop: int) -> Tensor | None:
+        found = self.sink.direct(band, start, stop)
+        if found is not None:
+            self.counts[band.name][start:stop] += 1
+        return found
+
+    def place(self, band: Band, values: Tensor, start: int, stop: int) -> int:
+        self.counts[band.name][start:stop] += 1
+        return self.sink.place(band, values, start, stop)
+
+
+@dataclass
+class Outcome:
+    """What became of one rank."""
+
+    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+    error: BaseException | None = None
+    read: int = 0
+    sent: int = 0
+    received: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class World:
+    """A plan, its files, and how ranks shall run."""
+
+    mesh: Mesh
+    nodes: tuple[int, ...]
+    tensors: list[TensorPlan]
+    values: dict[str, Tensor]
+    cuts: dict[str, Cut]
+    scheme: Tiles
+    folder: Path
+    infos: dict[str, TensorInfo]
+    staging: int
+    seed: int = 0
+    delay: float = 0.0
+    short: bool = False
+    mode: str = "buffered"
+    timeout: float = 30.0
+    hook: Hook = lambda rank, place, tensor: None
+    counters: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+
+    def run(self) -> list[Outcome]:
+        """Runs all ranks to their end; fails with every thread's stack if one has none."""
+        self.outcomes = [Outcome() for _ in range(self.mesh.size)]
+        sizes = {path.name: path.stat().st_size for path in self.folder.iterdir()}
+        self.counters = {node: {n: np.zeros(s, int) for n, s in sizes.items()} for node in set(self.nodes)}
+        self.meeting = Meeting(self.mesh.size)
+        self.axes = {self.mesh.peers(rank, "tp"): Meeting(self.mesh.tp) for rank in range(self.mesh.size)}
+        threads = [threading.Thread(target=self._rank, args=(r,), daemon=True) for r in range(self.mesh.size)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + HANGS
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0.01))
+        if any(thread.is_alive() for thread in threads):
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            raise AssertionError(f"ranks {[r for r, t in enumerate(threads) if t.is_alive()]} hang")
+        return self.outcomes
+
+    def _rank(self, rank: int) -> None:
+        outcome, start = self.outcomes[rank], time.monotonic()
+        try:
+            self._load(rank, outcome)
+        except BaseException as error:
+            error.__traceback__ = None  # its frames would keep what the test looks for as leaked
+            outcome.error = error
+            for meeting in (self.meeting, *self.axes.values()):
+                meeting.abort()
+        outcome.seconds = time.monotonic() - start
+
+    def _load(self, rank: int, outcome: Outcome) -> None:
+        peers, hook = self.mesh.peers(rank, "tp"), self.hook
+        partial = any(self.nodes[other] != self.nodes[rank] for other in peers)
+        counters, chance = self.counters[self.nodes[rank]], self.seed * 100 + rank
+        files = Counting(
+            self.folder, counters, chance, self.delay, self.short, lambda: hook(rank, "read", ""), self.mode
+        )
+
+        def finish(task: Task, filled: Any) -> None:
+            hook(rank, "finish", task.name)
+            self._check_counts(task, filled, rank)
+            if partial:
+                self._join(task, filled, peers, rank)
+            outcome.order.append(task.index)
+            outcome.memory[task.name] = filled.memory
+
+        def sink(task: Task) -> WatchedSink:
+            return self._sink(task, rank, partial)
+
+        def progress(done: int, total: int) -> None:
+            assert 0 < done <= total
+            hook(rank, "progress", "")
+
+        board, tasks = Board(self.timeout), self.tasks(rank)
+        try:
+            with Engine(rank, tasks, files, self.staging, board, Stages(), sink, finish, progress) as engine:
+                if self.mesh.size > 1:
+                    comm = ThreadComm(rank, self.meeting, self.timeout)
+                    engine.peers.connect(comm, node_ranks(self.nodes, rank))
+                engine.run()
+                outcome.sent, outcome.received = engine.moved.sent, engine.moved.received
+        finally:
+            outcome.read = files.stats.bytes
+            files.close()
+
+    def tasks(self, rank: int) -> list[Task]:
+        """The tasks of a rank's node."""
+        dealer = Dealer(self.mesh, node_ranks(self.nodes, rank))
+        return [self._task(index, tensor, dealer, rank) for index, tensor in enumerate(self.tensors)]
+
+    def _task(self, index: int, tensor: TensorPlan, dealer: Dealer, rank: int) -> Task:
+        shape, cut = tensor.shape, self.cuts.get(tensor.cut or "")
+        quantized, (rows, width) = tensor.scheme != "none", rows_and_width(tensor.shape)
+        scheme = self.scheme if quantized else Tiles((Component(name="", dtype=tensor.dtype),))
+        step = row_step(scheme.components, (rows, width))
+        apart = None if tensor.transposed else column_step(scheme.components, (rows, width))
+        columns = node_columns(shape, tensor.dim, cut, dealer.positions.values(), apart)
+        row_map = RowMap(shape[::-1] if tensor.transposed else shape, tensor.sources, self.infos)
+        row_bytes = row_map.row_bytes() * (columns[1] - columns[0]) // row_map.width
+        parts = dealer.deal(shape, tensor.dim, cut, row_bytes, step, tensor.transposed)
+        flowing = (rows, columns[1] - columns[0])
+        bands = tuple(band_of(c, flowing, c.name in scheme.whole) for c in scheme.components)
+        read = (0, row_map.width) if tensor.transposed else columns
+
+        def encode(values: Tensor, out: dict[str, Tensor]) -> None:
+            self.hook(rank, "encode", tensor.name)
+            scheme.encode(values, out)
+
+        how, dtype = encode if quantized else None, getattr(torch, tensor.dtype)
+        return Task(index, tensor.name, row_map, read, step, bands, parts, dtype, how, tensor.transposed)
+
+    def _sink(self, task: Task, rank: int, partial: bool) -> WatchedSink:
+        tensor, tp = self.tensors[task.index], self.mesh.coordinates(rank)["tp"]
+        cut, (rows, width) = self.cuts.get(tensor.cut or ""), rows_and_width(tensor.shape)
+        places = (f(tensor.shape, tensor.dim, cut, tp) for f in (row_segments, column_segments))
+        columns = (0, width) if task.turned else task.columns
+        return WatchedSink(BandSink(task.bands, columns, width, *places, torch.device("cpu"), partial), rows)
+
+    def _join(self, task: Task, filled: WatchedSink, peers: tuple[int, ...], rank: int) -> None:
+        for band in task.bands:
+            if band.whole:
+                everyone = self.axes[peers].collect(peers.index(rank), filled.memory[band.name].clone())
+                for theirs in everyone:
+                    filled.memory[band.name].copy_(filled.memory[band.name].maximum(theirs))
+
+    def _check_counts(self, task: Task, filled: WatchedSink, rank: int) -> None:
+        """Each row that comes to a rank has come once; a row of which it keeps nothing, not at all."""
+        mine, node = np.zeros(task.bands[0].rows, int), np.zeros(task.bands[0].rows, int)
+        for part in task.parts:
+            node[slice(*part.rows)] = 1
+            if rank in part.holders:
+                mine[slice(*part.rows)] = 1
+        for band in task.bands:
+            expected = node if band.whole else mine
+            found = filled.counts[band.name]
+            assert (found[expected == 1] == 1).all(), f"rows of {task.name} {band.name!r} came {found.tolist()} times"
+            assert found.max(initial=0) <= 1
+
+    # -- what is expected ------------------------------------------------------------------------------------------
+
+    def expected(self, tensor: TensorPlan, rank: int) -> dict[str, Tensor]:
+        """What a rank ends with, from the whole tensor."""
+        whole = self.values[tensor.name]
+        tp = self.mesh.coordinates(rank)["tp"]
+        cut = self.cuts[tensor.cut] if tensor.cut else None
+        segments = [(0, whole.shape[tensor.dim or 0])] if cut is None else list(cut.segments(tp))
+        if tensor.scheme == "none":
+            return {"": _taken(whole, tensor.dim or 0, segments).reshape(-1)}
+        found = {}
+        for component in self.scheme.components:
+            if component.name in self.scheme.whole or cut is None:
+                found[component.name] = reduced(whole, component).reshape(-1)
+            elif tensor.dim == 0:
+                pieces = [reduced(whole[a:b], component).reshape(-1) for a, b in segments]
+                found[component.name] = _joined(pieces, 0)
+            else:
+                found[component.name] = _columns(whole, component, segments).reshape(-1)
+        return found
+
+    def needed(self, node: int) -> dict[str, np.ndarray]:
+        """File -> how often each byte is read on a node: once, where one of its ranks keeps something of it."""
+        ranks = [rank for rank, its in enumerate(self.nodes) if its == node]
+        positions = [self.mesh.coordinates(rank)["tp"] for rank in ranks]
+        found = {name: np.zeros(len(c), int) for name, c in self.counters[node].items()}
+        for tensor in self.tensors:
+            cut = self.cuts[tensor.cut] if tensor.cut else None
+            rows, width = rows_and_width(tensor.shape)
+            mask = np.zeros((rows, width), bool)
+            apart = 1
+            if tensor.scheme != "none":
+                apart = None if tensor.transposed else column_step(self.scheme.components, (rows, width))
+            columns = node_columns(tensor.shape, tensor.dim, cut, positions, apart)
+            for tp in positions:
+                for start, stop in row_segments(tensor.shape, tensor.dim, cut, tp):
+                    mask[start:stop, slice(*columns)] = True
+            self._mark(tensor, mask.T if tensor.transposed else mask, found)
+        return found
+
+    def _mark(self, tensor: TensorPlan, mask: np.ndarray, found: dict[str, np.ndarray]) -> None:
+        """Carries a mask over a tensor's elements to the bytes of its sources."""
+        at, flat = 0, np.ascontiguousarray(mask).reshape(-1)
+        for source in tensor.sources:
+            info = self.infos[source.tensor]
+            count = int(np.prod(info.shape))
+            item, skip = info.nbytes // count, 0
+            if source.take is not None:
+                per = count // info.shape[0]
+                skip, count = source.take[1] * per, (source.take[2] - source.take[1]) * per
+            begin = info.offset + skip * item
+            found[info.file][begin : begin + count * item] += np.repeat(flat[at : at + count], item)
+            at += count
+
+
+def _taken(whole: Tensor, dim: int, segments: list[tuple[int, int]]) -> Tensor:
+    dim = len(whole.shape) - 1 if dim else 0
+    return _joined([whole.narrow(dim, a, b - a) for a, b in segments], dim)
+
+
+def _columns(whole: Tensor, component: Any, segments: list[tuple[int, int]]) -> Tensor:
+    if not component.flat and component.spans[1] < 0:
+        return reduced(whole, component)
+    return _joined([reduced(whole[:, a:b].contiguous(), component) for a, b in segments], 1)
+
+
+def _joined(pieces: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(pieces, dim)
+
+
+# -- what must not be left behind --------------------------------------------------------------------------------------
+
+
+def left_behind() -> tuple[set[str], set[str], int]:
+    """Threads of the engine, open files (what they are), and mappings of staging memory."""
+    gc.collect()
+    threads = {thread.name for thread in threading.enumerate() if thread.name.startswith("distquant")}
+    files = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            files.add(f"{number}: {os.readlink(f'/proc/self/fd/{number}')}")
+        except FileNotFoundError:
+            continue  # the listing's own
+    with open("/proc/self/maps") as maps:
+        staging = sum("distquant-staging" in line for line in maps)
+    return threads, files, staging
+
+
+def sometimes(chance: random.Random, seconds: float) -> None:
+    """Sleeps now and then."""
+    if chance.random() < 0.3:
+        time.sleep(chance.random() * seconds)
