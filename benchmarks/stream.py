@@ -20,7 +20,7 @@ import datetime
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,21 +115,22 @@ class Sampler:
         self.samples.append((self.done, resident()))
 
 
-def wanted(plan: Any, infos: Any, limit: int | None) -> list[Any]:
-    """The first tensors of a plan, up to so many bytes; at least one."""
-    found, nbytes = [], 0
-    for tensor in plan.tensors:
-        nbytes += sum(infos[source.tensor].nbytes for source in tensor.sources)
+def within(jobs: Iterable[Any], infos: Any, limit: int | None) -> list[Any]:
+    """The tasks of the first jobs, up to so many bytes; at least one."""
+    found: list[Any] = []
+    nbytes = 0
+    for job in jobs:
+        nbytes += sum(infos[source.tensor].nbytes for source in job.flow.sources)
         if limit is not None and nbytes > limit and found:
             break
-        found.append(tensor)
+        found.append(job.task)
     return found
 
 
 def stream(plan: Any, io: str, limit: int | None, tell: Callable[[int, int], None]) -> Streamed:
     import torch
 
-    from distquant.assemble.tasks import tasks_of
+    from distquant.assemble.tasks import jobs_of
     from distquant.checkpoint import open_checkpoint
     from distquant.kernels.choice import choose
     from distquant.loader import scheme_of
@@ -141,13 +142,13 @@ def stream(plan: Any, io: str, limit: int | None, tell: Callable[[int, int], Non
 
     checkpoint = open_checkpoint(plan.model)
     device, ops = torch.device("cpu"), choose("auto", torch.device("cpu")).ops
-    tensors = wanted(plan, checkpoint.tensors, limit)
-    scheme = scheme_of(plan)
-    tasks = list(tasks_of(tensors, plan, scheme, (0,), checkpoint.tensors, lambda _: device, lambda _: ops))
+    infos = checkpoint.tensors
+    jobs = jobs_of(plan, scheme_of(plan), (0,), infos, lambda _: device, lambda _: ops)
+    tasks = within(jobs, infos, limit)
     sink = Forgetful(Budget.of(plan.staging, tasks).largest)
     board, stages, files = Board(600), Stages(), Files(checkpoint.path, io)
-    found = Streamed(tensors=len(tensors), staging=plan.staging, before=resident())
-    found.parameters = sum(task.bands[0].rows * task.rows.width for task in tasks if task.encode is not None)
+    found = Streamed(tensors=len({task.name for task in tasks}), staging=plan.staging, before=resident())
+    found.parameters = sum(task.rows.rows * task.rows.width for task in tasks if task.encode is not None)
     sampler = Sampler()
 
     def progress(done: int, total: int) -> None:
@@ -198,9 +199,9 @@ def page(path: str, command: str, found: Streamed, load: float, threads: int) ->
         f"{SHARES[0]:.0%} and {SHARES[-1]:.0%} of the stream\n"
         f"memory differs by {flat / mebi:.1f} MiB; the peak of {len(found.samples):,} samples lies "
         f"{(found.peak - found.before) / mebi:.1f} MiB over the start.",
-        "Resident memory is anonymous and shared memory; the page cache is not in it. Every tensor was read, quantized\n"
-        "and dropped: the last stage wrote each piece over the one before it, and double quantization's second level\n"
-        "was left out.",
+        "Resident memory is anonymous and shared memory; the page cache is not in it. Every tensor was read,\n"
+        "quantized and dropped: the last stage wrote each piece over the one before it, and double quantization's\n"
+        "second level was left out.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -230,8 +231,6 @@ def main() -> None:
     load = os.getloadavg()[0]
     try:
         plan = distquant.plan(path, quantization_config=arguments.quant, mesh="tp=1", staging=arguments.staging)
-        if plan.prequantized:
-            parser.error(f"{path} is quantized already, and such weights do not stream")
         found = stream(plan, arguments.io, arguments.limit, teller())
     except distquant.InputError as error:
         parser.error(str(error))

@@ -14,7 +14,7 @@ from typing import Any
 
 from distquant.checks import refuse_unsupported
 from distquant.cli.progress import ProgressLine
-from distquant.errors import DistquantError, InputError, Problem, Problems
+from distquant.errors import DistquantError, InputError, Problem, Problems, RankError
 from distquant.mesh import Mesh
 from distquant.runtime.job import Job, Outcome
 
@@ -232,6 +232,11 @@ def lost_peer(error: Exception) -> bool:
 
     of_nccl = isinstance(error, torch.distributed.DistError)
     return of_nccl or (isinstance(error, RuntimeError) and "/gloo/transport/" in str(error))  # gloo has no type
+
+
+def of_another_rank(error: DistquantError) -> bool:
+    """Whether this process is a rank, and stopped because another rank failed, which tells it itself."""
+    return is_launched() and isinstance(error, RankError) and error.rank != int(os.environ["RANK"])
 
 
 def wait_for_the_end() -> None:

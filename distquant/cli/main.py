@@ -139,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch.tell_once(error)
         return 2
     except DistquantError as error:
+        if launch.of_another_rank(error):
+            launch.wait_for_the_end()
         prefix = "" if str(error).startswith("rank ") else launch.rank_prefix()
         print(f"distquant: {prefix}{error}", file=sys.stderr)
         return 2

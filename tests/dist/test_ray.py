@@ -77,11 +77,11 @@ def test_worker_that_dies_is_named(cluster, kjv_tiny):
 
 @pytest.mark.parametrize("cluster", [2], indirect=True)
 def test_worker_that_dies_while_loading_is_named(cluster, kjv_tiny, monkeypatch):
-    """The other rank waits for it in a reduction, and fails too; the message must be that of the one that died."""
+    """The other rank waits for its rows, and fails too; the message must be that of the one that died."""
 
     class Dying(runtime.Worker):
-        def _progress(self, done: int, total: int) -> None:
-            if self.rank == 1 and done > total // 2:
+        def _progress(self, seen: Any) -> None:
+            if self.rank == 1 and seen.done > seen.total // 2:
                 time.sleep(0.5)  # until rank 0 surely waits
                 os._exit(3)
 

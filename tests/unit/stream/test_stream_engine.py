@@ -7,6 +7,7 @@ from threading import BrokenBarrierError
 
 import pytest
 import torch
+from expected import expected, needed
 from plans import Plans, random_scheme
 from world import World, sometimes
 
@@ -57,22 +58,22 @@ def assert_right(world: World) -> None:
     for rank, outcome in enumerate(world.outcomes):
         assert outcome.order == list(range(len(world.tensors)))
         for tensor in world.tensors:
-            for name, values in world.expected(tensor, rank).items():
+            for name, values in expected(world, tensor, rank).items():
                 found = outcome.memory[tensor.name][name]
                 assert torch.equal(found, values), f"rank {rank}: {tensor} {name!r}"
 
 
 def assert_read_once(world: World) -> None:
     for node in set(world.nodes):
-        needed = world.needed(node)
+        wanted = needed(world, node)
         for file, found in world.counters[node].items():
             if world.short or world.mode == "direct":
-                assert ((found > 0) >= (needed[file] > 0)).all()
+                assert ((found > 0) >= (wanted[file] > 0)).all()
             else:
-                assert (found == needed[file]).all()
+                assert (found == wanted[file]).all()
         if world.mode == "buffered":
             read = sum(o.read for rank, o in enumerate(world.outcomes) if world.nodes[rank] == node)
-            assert read == sum(int(counts.sum()) for counts in needed.values())
+            assert read == sum(int(counts.sum()) for counts in wanted.values())
 
 
 def delays(seed: int, seconds: float):

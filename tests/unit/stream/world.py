@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from faulty import Counting
-from plans import Tiles, reduced
+from plans import Tiles
 from torch import Tensor
 
 from distquant.assemble.sinks import BandSink
@@ -120,13 +120,17 @@ class World:
     hook: Hook = lambda rank, place, tensor: None
     counters: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
 
-    def run(self) -> list[Outcome]:
-        """Runs all ranks to their end; fails with every thread's stack if one has none."""
+    def prepare(self) -> None:
+        """What ranks share while they run."""
         self.outcomes = [Outcome() for _ in range(self.mesh.size)]
         sizes = {path.name: path.stat().st_size for path in self.folder.iterdir()}
         self.counters = {node: {n: np.zeros(s, int) for n, s in sizes.items()} for node in set(self.nodes)}
         self.meeting = Meeting(self.mesh.size)
         self.axes = {self.mesh.peers(rank, "tp"): Meeting(self.mesh.tp) for rank in range(self.mesh.size)}
+
+    def run(self) -> list[Outcome]:
+        """Runs all ranks to their end; fails with every thread's stack if one has none."""
+        self.prepare()
         threads = [threading.Thread(target=self._rank, args=(r,), daemon=True) for r in range(self.mesh.size)]
         for thread in threads:
             thread.start()
@@ -141,15 +145,15 @@ class World:
     def _rank(self, rank: int) -> None:
         outcome, start = self.outcomes[rank], time.monotonic()
         try:
-            self._load(rank, outcome)
+            self.load(rank, outcome)
         except BaseException as error:
-            error.__traceback__ = None  # its frames would keep what the test looks for as leaked
-            outcome.error = error
+            outcome.error = without_frames(error)
             for meeting in (self.meeting, *self.axes.values()):
                 meeting.abort()
         outcome.seconds = time.monotonic() - start
 
-    def _load(self, rank: int, outcome: Outcome) -> None:
+    def load(self, rank: int, outcome: Outcome) -> None:
+        """All of one rank's work."""
         peers, hook = self.mesh.peers(rank, "tp"), self.hook
         partial = any(self.nodes[other] != self.nodes[rank] for other in peers)
         counters, chance = self.counters[self.nodes[rank]], self.seed * 100 + rank
@@ -237,75 +241,6 @@ class World:
             assert (found[expected == 1] == 1).all(), f"rows of {task.name} {band.name!r} came {found.tolist()} times"
             assert found.max(initial=0) <= 1
 
-    # -- what is expected ------------------------------------------------------------------------------------------
-
-    def expected(self, tensor: TensorPlan, rank: int) -> dict[str, Tensor]:
-        """What a rank ends with, from the whole tensor."""
-        whole = self.values[tensor.name]
-        tp = self.mesh.coordinates(rank)["tp"]
-        cut = self.cuts[tensor.cut] if tensor.cut else None
-        segments = [(0, whole.shape[tensor.dim or 0])] if cut is None else list(cut.segments(tp))
-        if tensor.scheme == "none":
-            return {"": _taken(whole, tensor.dim or 0, segments).reshape(-1)}
-        found = {}
-        for component in self.scheme.components:
-            if component.name in self.scheme.whole or cut is None:
-                found[component.name] = reduced(whole, component).reshape(-1)
-            elif tensor.dim == 0:
-                pieces = [reduced(whole[a:b], component).reshape(-1) for a, b in segments]
-                found[component.name] = _joined(pieces, 0)
-            else:
-                found[component.name] = _columns(whole, component, segments).reshape(-1)
-        return found
-
-    def needed(self, node: int) -> dict[str, np.ndarray]:
-        """File -> how often each byte is read on a node: once, where one of its ranks keeps something of it."""
-        ranks = [rank for rank, its in enumerate(self.nodes) if its == node]
-        positions = [self.mesh.coordinates(rank)["tp"] for rank in ranks]
-        found = {name: np.zeros(len(c), int) for name, c in self.counters[node].items()}
-        for tensor in self.tensors:
-            cut = self.cuts[tensor.cut] if tensor.cut else None
-            rows, width = rows_and_width(tensor.shape)
-            mask = np.zeros((rows, width), bool)
-            apart = 1
-            if tensor.scheme != "none":
-                apart = None if tensor.transposed else column_step(self.scheme.components, (rows, width))
-            columns = node_columns(tensor.shape, tensor.dim, cut, positions, apart)
-            for tp in positions:
-                for start, stop in row_segments(tensor.shape, tensor.dim, cut, tp):
-                    mask[start:stop, slice(*columns)] = True
-            self._mark(tensor, mask.T if tensor.transposed else mask, found)
-        return found
-
-    def _mark(self, tensor: TensorPlan, mask: np.ndarray, found: dict[str, np.ndarray]) -> None:
-        """Carries a mask over a tensor's elements to the bytes of its sources."""
-        at, flat = 0, np.ascontiguousarray(mask).reshape(-1)
-        for source in tensor.sources:
-            info = self.infos[source.tensor]
-            count = int(np.prod(info.shape))
-            item, skip = info.nbytes // count, 0
-            if source.take is not None:
-                per = count // info.shape[0]
-                skip, count = source.take[1] * per, (source.take[2] - source.take[1]) * per
-            begin = info.offset + skip * item
-            found[info.file][begin : begin + count * item] += np.repeat(flat[at : at + count], item)
-            at += count
-
-
-def _taken(whole: Tensor, dim: int, segments: list[tuple[int, int]]) -> Tensor:
-    dim = len(whole.shape) - 1 if dim else 0
-    return _joined([whole.narrow(dim, a, b - a) for a, b in segments], dim)
-
-
-def _columns(whole: Tensor, component: Any, segments: list[tuple[int, int]]) -> Tensor:
-    if not component.flat and component.spans[1] < 0:
-        return reduced(whole, component)
-    return _joined([reduced(whole[:, a:b].contiguous(), component) for a, b in segments], 1)
-
-
-def _joined(pieces: list[Tensor], dim: int) -> Tensor:
-    return torch.cat(pieces, dim)
-
 
 # -- what must not be left behind --------------------------------------------------------------------------------------
 
@@ -323,6 +258,15 @@ def left_behind() -> tuple[set[str], set[str], int]:
     with open("/proc/self/maps") as maps:
         staging = sum("distquant-staging" in line for line in maps)
     return threads, files, staging
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """An error that keeps nothing of what was there when it was raised."""
+    linked: BaseException | None = error
+    while linked is not None:
+        linked.__traceback__ = None
+        linked = linked.__cause__ or linked.__context__
+    return error
 
 
 def sometimes(chance: random.Random, seconds: float) -> None:
