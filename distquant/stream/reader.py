@@ -10,9 +10,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-from distquant.errors import RankError
 from distquant.stream.arena import Arena, Board, Slots
-from distquant.stream.files import Files
+from distquant.stream.files import Files, ReadError
 from distquant.stream.stages import Stages
 from distquant.stream.tasks import Chunk
 
@@ -38,6 +37,7 @@ class Reader:
         self._order = threading.Lock()
         self._begun = self._taken = 0
         self._ended = False
+        self._reading: dict[int, Chunk] = {}
         self._ready: dict[int, list[Chunk]] = {}
         self._threads = [
             threading.Thread(target=self._work, name=f"distquant-reader-{i}", daemon=True) for i in range(threads)
@@ -66,8 +66,10 @@ class Reader:
     def _next_is_there(self) -> bool:
         return self._taken in self._ready or (self._ended and self._taken == self._begun)
 
-    def _late(self) -> RankError:
-        return RankError(-1, f"a read has not come back for {self._board.timeout:g} s")
+    def _late(self) -> ReadError:
+        piece = self._reading[self._taken].ranges[0] if self._taken in self._reading else None
+        where = f"{piece.file} at byte {piece.offset} ({piece.tensor})" if piece else "the next piece"
+        return ReadError(f"{where}: the read has not come back for {self._board.timeout:g} s")
 
     def _work(self) -> None:
         try:
@@ -77,8 +79,10 @@ class Reader:
                 if begun is None:
                     return
                 number, batch = begun
+                self._reading[number] = batch[0]
                 self._read(batch)
                 with self._board.watch:
+                    del self._reading[number]
                     self._ready[number] = batch
                     self._board.watch.notify_all()
         except BaseException as error:
