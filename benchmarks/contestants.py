@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoints import CHUNK, reader, tensors, total_bytes
+from common import memory
 
 QUANTIZED_AT_ONCE = (1024, 2048)
 """Rows and columns that a floor quantizes again and again: 4 MiB of bfloat16, which lie in the cache."""
@@ -51,6 +52,7 @@ class Measured:
     Attributes:
         seconds: from the common start to the end.
         memory: bytes that were resident at most, over those before the start.
+        own: bytes at the end that are no pages of mapped files, over those before the start.
         read: bytes read from files; `direct` of them past the page cache.
         needed: bytes of the checkpoint's tensors that fill the model, each once.
         finished: bytes of the finished shard.
@@ -60,6 +62,7 @@ class Measured:
 
     seconds: float = 0.0
     memory: int = 0
+    own: int | None = None
     read: int | None = None
     direct: int | None = None
     needed: int | None = None
@@ -133,6 +136,7 @@ def distquant(path: str, contestant: Contestant, rank: int) -> Run:
         plan, report = model.distquant.plan, model.distquant.report
         sources = {source.tensor for tensor in plan.tensors for source in tensor.sources}
         return Measured(
+            own=own_memory(),
             read=report.bytes_read,
             direct=report.direct_bytes,
             needed=sum(sizes[name] for name in sources),
@@ -165,8 +169,9 @@ def transformers(path: str, contestant: Contestant, rank: int) -> Run:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
 
     def run() -> Measured:
-        touch(AutoModelForCausalLM.from_pretrained(path, **options))
-        return Measured()
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        touch(model)
+        return Measured(own=own_memory())
 
     return run
 
@@ -229,8 +234,8 @@ def quantizer(quant: str, parameters: int) -> Callable[[], None]:
 
 def shard_sizes(plan: Any, rank: int) -> list[int]:
     """Bytes of each tensor of a rank's finished shard: the plan's sums, divided as the whole tensors are."""
-    memory, sizes = plan.memory[rank], []
-    for quantized, nbytes in ((True, memory.quantized), (False, memory.unquantized)):
+    shard, sizes = plan.memory[rank], []
+    for quantized, nbytes in ((True, shard.quantized), (False, shard.unquantized)):
         counts = [math.prod(tensor.shape) for tensor in plan.tensors if (tensor.scheme != "none") is quantized]
         sizes += [count * nbytes // sum(counts) for count in counts]
     return sizes
@@ -239,9 +244,7 @@ def shard_sizes(plan: Any, rank: int) -> list[int]:
 def write_fresh(sizes: list[int]) -> None:
     import torch
 
-    from distquant import hostmem
-
-    kept = [hostmem.empty(size, torch.uint8).fill_(1) for size in sizes]
+    kept = [torch.empty(size, dtype=torch.uint8).fill_(1) for size in sizes]
     del kept
 
 
@@ -274,6 +277,11 @@ SYSTEMS: dict[str, Callable[[str, Contestant, int], Run]] = {
     "read": read_files,
     "fresh": fresh_memory,
 }
+
+
+def own_memory() -> int:
+    """Bytes of this process that are no pages of mapped files."""
+    return memory("RssAnon") + memory("RssShmem")
 
 
 def touch(model: Any) -> None:

@@ -20,6 +20,7 @@ import dataclasses
 import datetime
 import json
 import os
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,13 @@ def times(runs: Runs, size: int) -> str:
                 f"{min(seconds):.3f} - {max(seconds):.3f}",
                 f"{size / median / 1e9:.2f}",
                 gigabytes(found, "memory"),
+                gigabytes(found, "own"),
                 gigabytes(found, "read"),
                 gigabytes(found, "direct"),
             ]
         )
-    heads = ["what", "processes x threads", "median s", "range s", "GB/s", "peak memory GB", "read GB", "direct GB"]
+    heads = ["what", "processes x threads", "median s", "range s", "GB/s", "peak memory GB"]
+    heads += ["own memory GB", "read GB", "direct GB"]
     return table(heads, rows)
 
 
@@ -149,11 +152,12 @@ def page(path: str, command: str, runs: Runs, load: float, count: int) -> str:
         "Seconds are medians of those of the slowest rank, from the call of the load to the assembled model with\n"
         "every byte of its parameters read once; processes started, imports done, process group up, files in the page\n"
         "cache (cold: dropped from it). GB/s: bytes of the files by those seconds. Peak memory: resident memory over\n"
-        "that before the load, summed over the processes (pages of mapped files count). Read: what distquant reports\n"
-        "or the floor counts; direct: of it, past the page cache. A floor is two processes with a thread each that,\n"
-        "one after the other, read half of the files' bytes into a small buffer, quantize half of the quantized\n"
-        "parameters from a warm 4 MiB buffer into warm outputs, and write their finished shard's bytes once to fresh\n"
-        "memory.",
+        "that before the load, summed over the processes (pages of mapped files count). Own memory: at the end,\n"
+        "without mapped files; a peer that has less of it than its model is large still lives in the page cache.\n"
+        "Read: what distquant reports or the floor counts; direct: of it, past the page cache. A floor is two\n"
+        "processes with a thread each that, one after the other, read half of the files' bytes into a small buffer,\n"
+        "quantize half of the quantized parameters from a warm 4 MiB buffer into warm outputs, and write their\n"
+        "finished shard's bytes once to fresh memory.",
     ]
     return "\n\n".join(part for part in parts if part is not None) + "\n"
 
@@ -210,7 +214,7 @@ def main() -> None:
         parser.error(f"--only matches none of: {', '.join(c.name for c in CONTESTANTS)}")
     load = os.getloadavg()[0]
     runs = measure(path, wanted, arguments.runs)
-    options = f" --runs {arguments.runs}" + (f" --only {' '.join(arguments.only)}" if arguments.only else "")
+    options = f" --runs {arguments.runs}" + (f" --only {shlex.join(arguments.only)}" if arguments.only else "")
     command = f"python benchmarks/load.py {Path(path).name}{options}"
     what = f"load-{slug(Path(path).name)}"
     named = f"{what}_{slug(cpu())}-{os.cpu_count()}c_{datetime.date.today().isoformat()}.md"

@@ -135,6 +135,7 @@ def draw_peers(results: Any, out: str) -> None:
         layout="constrained",
         squeeze=False,
     )
+    figure.get_layout_engine().set(hspace=0.08)
     for axes, (title, members) in zip(every[:, 0], groups, strict=True):
         draw_group(axes, title, members)
     every[-1, 0].set_xlabel("seconds (median; whiskers: fastest and slowest run); each panel has its own scale")
@@ -160,11 +161,12 @@ def draw_group(axes: Any, title: str, members: list[dict[str, Any]]) -> None:
             axes.plot([fastest, slowest], [at, at], color=INK, linewidth=1.2)
         label = f"{seconds:.2f} s"
         if reference and contestant["system"] == "transformers":
-            label += f"  ({seconds / reference:.1f}x distquant's best)"
+            times = seconds / reference
+            label += f"  ({times:.{1 if times >= 1 else 2}f}x distquant's best)"
         axes.text(max(seconds, slowest) + widest * 0.012, at, label, va="center", fontsize=10)
     axes.set_yticks(range(len(members)), [c["name"] for c in members])
     axes.set_ylim(len(members) - 0.4, -0.6)
-    axes.set_xlim(0, widest * 1.28)
+    axes.set_xlim(0, widest * 1.5)  # room for the longest label
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=GRID, linewidth=0.8)

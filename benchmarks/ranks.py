@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoints import drop, reader
 from common import SMALL, TIMEOUT, memory
-from contestants import SYSTEMS, Contestant, Measured
+from contestants import SYSTEMS, Contestant, Measured, own_memory
 
 # -- in the measured processes -----------------------------------------------------------------------------------------
 
@@ -58,13 +58,14 @@ def timed(path: str, contestant: Contestant, rank: int, barrier: Callable[[], ob
     run = system(path, contestant, rank)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = memory("VmRSS")
+    before, owned = memory("VmRSS"), own_memory()
     barrier()
     start = time.perf_counter()
     found = run()
     seconds = time.perf_counter() - start
     barrier()
-    return replace(found, seconds=seconds, memory=memory("VmHWM") - before)
+    own = None if found.own is None else found.own - owned
+    return replace(found, seconds=seconds, memory=memory("VmHWM") - before, own=own)
 
 
 # -- in the process that keeps the score -------------------------------------------------------------------------------

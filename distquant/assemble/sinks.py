@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distquant import hostmem
 from distquant.planning.cuts import Segment
 from distquant.schemes.bands import Band
 
@@ -48,7 +47,7 @@ class BandSink:
         self.memory = {
             name: torch.zeros(band.before(band.rows), dtype=band.dtype, device=device)
             if band.whole and partial
-            else hostmem.empty(band.before(band.rows), band.dtype, device)
+            else torch.empty(band.before(band.rows), dtype=band.dtype, device=device)
             for name, band in self.own.items()
         }
 

@@ -138,6 +138,9 @@ class Dealer:
             step: rows that are quantized together; parts start at a multiple of it.
             whole: whether one rank must read all of it (it is turned, or quantized as a whole).
         """
+        if whole:
+            rows = rows_and_width(shape)[0]
+            return self._share(0, rows, self.node, row_bytes, step, whole) if rows else []
         parts: list[Part] = []
         for (start, stop), holders in self._held(shape, dim, cut):
             parts += self._share(start, stop, holders, row_bytes, step, whole)

@@ -49,6 +49,9 @@ class Arena:
             torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
         del self.memory
         if self.fd is not None:
+            # Frees the pages though something may still refer to the mapping (a traceback that is kept, say). Whoever
+            # reads there finds zeros.
+            self._map.madvise(mmap.MADV_REMOVE)
             os.close(self.fd)
             self.fd = None
 
@@ -91,6 +94,8 @@ class Board:
     def __init__(self, timeout: float):
         self.watch = threading.Condition()
         self.timeout = timeout
+        self.beats = 0
+        """Grows with whatever arrives: who waits is patient while it does."""
         self.failure: BaseException | None = None
         self.stopped = False
 
@@ -109,11 +114,14 @@ class Board:
     def wait(self, ready: Callable[[], bool], late: Callable[[], BaseException]) -> bool:
         """Waits, with the condition held, until `ready`; False if the load was stopped meanwhile.
 
-        Raises what went wrong anywhere, and `late()` after the timeout.
+        Raises what went wrong anywhere, and `late()` when nothing has arrived for the timeout.
         """
-        done = self.watch.wait_for(lambda: ready() or self.stopped or self.failure is not None, self.timeout)
-        if self.failure is not None:
-            raise self.failure
-        if not done:
-            raise late()
-        return not self.stopped
+        while True:
+            seen = self.beats
+            done = self.watch.wait_for(lambda: ready() or self.stopped or self.failure is not None, self.timeout)
+            if self.failure is not None:
+                raise self.failure
+            if done:
+                return not self.stopped
+            if self.beats == seen:
+                raise late()

@@ -93,7 +93,7 @@ class Engine:
 
     def run(self) -> None:
         """Loads everything that this rank keeps; returns when it is finished."""
-        self.peers.start(self._take_piece, self._freed)
+        self.peers.start(self)
         total = self.bytes_to_read()
         done = 0
         chunks = batches(self._chunks(), self.budget.largest)
@@ -154,8 +154,11 @@ class Engine:
             return
         assert chunk.raw is not None
         start = perf_counter()
-        rows = chunk.raw.view(TORCH_DTYPE[chunk.ranges[0].dtype]).view(chunk.stop - chunk.start, -1)
-        as_it_is = task.encode is None and rows.dtype == task.dtype and not task.turned
+        kind = TORCH_DTYPE[chunk.ranges[0].dtype]
+        on_grid = chunk.raw.storage_offset() % kind.itemsize == 0
+        raw = chunk.raw if on_grid else chunk.raw.clone()
+        rows = raw.view(kind).view(chunk.stop - chunk.start, -1)
+        as_it_is = on_grid and task.encode is None and rows.dtype == task.dtype and not task.turned
         if as_it_is and (task.device.type == "cpu" or self._receivers(chunk)):
             self._pass_on(chunk, rows.view(-1))
             self._reads.release(chunk.slot)
@@ -177,7 +180,6 @@ class Engine:
             self._reads.hold(chunk.slot, len(receivers))
             offset = values.data_ptr() - self.arena.memory.data_ptr()
             self._tell(receivers, Message(PIECE, chunk.slot, task.index, 1, chunk.start, chunk.stop, offset))
-            self.moved.sent += values.nbytes
         start = perf_counter()
         nbytes = self._sink(task).place(task.bands[0], values, chunk.start, chunk.stop)
         self.stages.add("place", start, task.name, nbytes)
@@ -231,7 +233,6 @@ class Engine:
         if payload:
             offset = slot * self.arena.slot_bytes
             self._tell(receivers, Message(PIECE, slot, task.index, mask, start, stop, offset))
-            self.moved.sent += nbytes
         self.ledger.count(task, start, stop)
 
     @staticmethod
@@ -296,7 +297,7 @@ class Engine:
 
     # -- the listening thread --------------------------------------------------------------------------------------
 
-    def _take_piece(self, peer: Peer, message: Message) -> None:
+    def copy(self, peer: Peer, message: Message) -> int:
         """Copies what this rank keeps out of another's memory."""
         task = self.tasks[message.tensor]
         sink = self._sink(task)
@@ -309,7 +310,11 @@ class Engine:
             received += sink.place(band, values, message.start, message.stop)
         self.moved.received += received
         self.stages.add("exchange", begun, task.name, received)
-        self.ledger.count(task, message.start, message.stop)
+        return received
 
-    def _freed(self, slot: int) -> None:
-        (self._reads if slot < READ_SLOTS else self._sends).release(slot)
+    def arrived(self, message: Message) -> None:
+        self.ledger.count(self.tasks[message.tensor], message.start, message.stop)
+
+    def freed(self, message: Message) -> None:
+        self.moved.sent += message.offset
+        (self._reads if message.slot < READ_SLOTS else self._sends).release(message.slot)

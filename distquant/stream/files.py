@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import threading
 import time
 from dataclasses import dataclass, field
@@ -55,6 +56,10 @@ class ReadStats:
             self.direct += nbytes * direct
             self.calls += calls
 
+    def count_retry(self) -> None:
+        with self._lock:
+            self.retries += 1
+
 
 class Files:
     """The open files of a checkpoint folder. Threads may read at the same time; `close` when none does any more."""
@@ -65,11 +70,15 @@ class Files:
         self._open: dict[tuple[str, bool], int] = {}
         self._direct: dict[str, bool] = {}
         self._lock = threading.Lock()
+        self._stale: list[int] = []
+        """Handles that the server no longer knows: closed at the end, for another thread may be reading with them."""
 
     def close(self) -> None:
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()
+        while self._stale:
+            os.close(self._stale.pop())
 
     def is_direct(self, file: str) -> bool:
         """Whether a file is read past the page cache; decided at its first read."""
@@ -88,9 +97,14 @@ class Files:
         fd = self._fd(file, False)
         for at in range(0, len(target), width):
             row = target[at : at + width]
-            if self._preadv(fd, row, offset) != width:
-                # Short: once more from its start, with the loop that tells why.
+            try:
+                count = self._preadv(fd, row, offset)
+            except OSError:
+                count = -1
+            if count != width:
+                # Short, or failed: once more from its start, with the loop that tries again and tells why.
                 self._fill(file, offset, row, tensor, False, width)
+                fd = self._fd(file, False)
             offset += stride
         self.stats.count(len(target), False, len(target) // max(width, 1))
 
@@ -113,10 +127,12 @@ class Files:
 
     def _fill(self, file: str, offset: int, target: memoryview, tensor: str, direct: bool, needed: int) -> int:
         """Reads until `needed` bytes are there; what more the file gives of `target` is read along."""
-        done, tries = 0, 0
+        done, tries, reached = 0, 0, -1
         while done < needed:
             try:
                 count = self._preadv(self._fd(file, direct), target[done:], offset + done)
+            except ReadError:
+                raise
             except OSError as error:
                 where = f"{file} at byte {offset + done} ({tensor})"
                 if error.errno not in RETRIED or tries == len(PAUSES):
@@ -124,7 +140,7 @@ class Files:
                     raise ReadError(f"{where}: {error.strerror}{again}") from error
                 time.sleep(PAUSES[tries])
                 tries += 1
-                self.stats.retries += 1
+                self.stats.count_retry()
                 if error.errno == errno.ESTALE:
                     self._forget(file, direct)
                 continue
@@ -133,6 +149,10 @@ class Files:
                 raise ReadError(f"{file} at byte {offset + done} ({tensor}): {what}")
             done += count
             if direct and done < needed:
+                if done <= reached:
+                    what = f"the file ends {needed - done} bytes too early"
+                    raise ReadError(f"{file} at byte {offset + done} ({tensor}): {what}")
+                reached = done
                 done = done // PAGE * PAGE  # the next direct read must start on a page
         return done
 
@@ -154,11 +174,11 @@ class Files:
         return self._open[key]
 
     def _forget(self, file: str, direct: bool) -> None:
-        """Closes a file whose handle the server no longer knows; the next read opens it again."""
+        """Puts aside a file whose handle the server no longer knows; the next read opens it again."""
         with self._lock:
             fd = self._open.pop((file, direct), None)
             if fd is not None:
-                os.close(fd)
+                self._stale.append(fd)
 
     def _decide(self, file: str) -> bool:
         if self.mode == "buffered" or not hasattr(os, "O_DIRECT"):
@@ -184,13 +204,17 @@ class Files:
 
 
 def resident_share(fd: int) -> float:
-    """Share of a file's pages that lie in memory, from a sample; 1.0 where that cannot be asked."""
+    """Share of a file's pages that lie in memory, from a sample; 1.0 where that cannot be asked.
+
+    A page that is asked for and is not there is read ahead, with its neighbours, so the next to ask must ask for
+    others: the sample is random.
+    """
     if not hasattr(os, "RWF_NOWAIT"):
         return 1.0
     size, buffer, found = os.fstat(fd).st_size, bytearray(1), 0
-    for i in range(SAMPLES):
+    for _ in range(SAMPLES):
         try:
-            os.preadv(fd, (buffer,), size * i // SAMPLES, os.RWF_NOWAIT)
+            os.preadv(fd, (buffer,), random.randrange(max(size, 1)), os.RWF_NOWAIT)
             found += 1
         except BlockingIOError:
             continue

@@ -17,14 +17,16 @@ class Ledger:
         self.next = 0
         """The first tensor that is not finished."""
         self._missing = [task.expected(rank) for task in tasks]
-        self._starts: list[set[int]] = [set() for _ in tasks]
+        self._came: list[dict[int, int]] = [{} for _ in tasks]
+        """Rows that have come, first -> last, of each tensor in work."""
 
     def count(self, task: Task, start: int, stop: int) -> None:
         """Rows `[start, stop)` are in their place."""
         with self.board.watch:
-            if start in self._starts[task.index]:
+            if start in self._came[task.index]:
                 raise DistquantError(f"rows {start} to {stop} of {task.name} arrived twice")
-            self._starts[task.index].add(start)
+            self._came[task.index][start] = stop
+            self.board.beats += 1
             self._missing[task.index] -= stop - start
             if self._missing[task.index] == 0:
                 self.board.watch.notify_all()
@@ -38,7 +40,7 @@ class Ledger:
 
     def finished(self) -> None:
         """The next tensor is finished."""
-        self._starts[self.next].clear()
+        self._came[self.next].clear()
         self.next += 1
 
     def await_next(self) -> None:
@@ -53,7 +55,12 @@ class Ledger:
     def late(self) -> RankError:
         """Names a rank whose rows have not come."""
         task = self.tasks[min(self.next, len(self.tasks) - 1)]
-        others = [part for part in task.parts if part.reader != self.rank]
-        late = [part.reader for part in others if part.rows[0] not in self._starts[task.index]]
-        rank = (late or [part.reader for part in others] or [self.rank])[0]
+        came = self._came[task.index]
+        rank = self.rank
+        for part in task.parts:
+            first, last = part.rows
+            there = sum(stop - start for start, stop in came.items() if first <= start < last)
+            if part.reader != self.rank and there < last - first:
+                rank = part.reader
+                break
         return RankError(rank, f"sent no rows of {task.name} to rank {self.rank} for {self.board.timeout:g} s")

@@ -14,9 +14,9 @@ import socket
 import struct
 import tempfile
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +67,19 @@ class Peer:
             self.socket.sendall(data)
 
 
+class Ears(Protocol):
+    """Who is told what peers say; called on the listening thread."""
+
+    def copy(self, peer: Peer, message: Message) -> int:
+        """Copies what is kept of a piece out of the peer's memory; returns the bytes of it."""
+
+    def arrived(self, message: Message) -> None:
+        """The piece is in its place, and its sender knows it."""
+
+    def freed(self, message: Message) -> None:
+        """A peer is done with a slot of this rank's; `offset` is how many bytes it took."""
+
+
 class Peers:
     """All other ranks of a node. `start` the listening thread, `leave` when all is done, `close` in any case."""
 
@@ -93,9 +106,10 @@ class Peers:
                 paths = comm.collect(path)
                 for other in node:
                     if other < self.rank:
-                        self._meet(self._dial(other, paths[other]))
-                for _ in [other for other in node if other > self.rank]:
-                    self._meet(listener.accept()[0])
+                        self._meet(self._dial(other, paths[other]), other)
+                for other in node:
+                    if other > self.rank:  # they come in any order
+                        self._meet(listener.accept()[0], other)
             except TimeoutError as error:
                 missing = sorted(set(node) - self.peers.keys() - {self.rank})
                 raise RankError(missing[0], f"did not connect to rank {self.rank} within {CONNECT:g} s") from error
@@ -114,14 +128,18 @@ class Peers:
             raise InputError.one("plan", what, "Plan again with the number of ranks that share a node") from error
         return connection
 
-    def _meet(self, connection: socket.socket) -> None:
-        """Exchanges ranks and shared memory."""
+    def _meet(self, connection: socket.socket, other: int) -> None:
+        """Exchanges ranks and shared memory; `other` is who that may be."""
         assert self.arena.fd is not None
         connection.settimeout(CONNECT)
-        socket.send_fds(connection, [HELLO.pack(self.rank, self.arena.memory.numel())], [self.arena.fd])
-        data, fds, _, _ = socket.recv_fds(connection, HELLO.size, 1)
+        data = b""
+        fds: list[int] = []
+        with suppress(ConnectionError):
+            socket.send_fds(connection, [HELLO.pack(self.rank, self.arena.memory.numel())], [self.arena.fd])
+            data, fds, _, _ = socket.recv_fds(connection, HELLO.size, 1)
         if len(data) != HELLO.size:
-            raise RankError(self.rank, "a rank of this node ended while ranks were meeting")
+            connection.close()
+            raise RankError(other, "ended while ranks were meeting")
         rank, size = HELLO.unpack(data)
         shared = mmap.mmap(fds[0], size)
         os.close(fds[0])
@@ -130,17 +148,10 @@ class Peers:
 
     # -- talking ---------------------------------------------------------------------------------------------------
 
-    def start(self, arrived: Callable[[Peer, Message], None], freed: Callable[[int], None]) -> None:
-        """Listens from now on.
-
-        Args:
-            arrived: copies a piece out of the peer's memory; called on the listening thread.
-            freed: told the slot of this rank that a peer is done with.
-        """
+    def start(self, ears: Ears) -> None:
+        """Listens from now on."""
         if self.peers:
-            self._thread = threading.Thread(
-                target=self._listen, args=(arrived, freed), name="distquant-peers", daemon=True
-            )
+            self._thread = threading.Thread(target=self._listen, args=(ears,), name="distquant-peers", daemon=True)
             self._thread.start()
 
     def send(self, rank: int, message: Message) -> None:
@@ -148,8 +159,9 @@ class Peers:
         try:
             peer.send(message.pack())
         except OSError as error:
-            with self.board.watch:
-                failure = self.board.failure  # what the peer said before it left
+            with self.board.watch:  # what the peer said before it left is still to be read
+                self.board.watch.wait_for(lambda: self.board.failure is not None or self.board.stopped, 5.0)
+                failure = self.board.failure
             raise failure or RankError(rank, "ended during the load") from error
 
     def leave(self) -> None:
@@ -168,7 +180,7 @@ class Peers:
         """Ends the thread and the connections; on a failure tells the others what it was."""
         text = str(failure) if isinstance(failure, DistquantError) else f"{type(failure).__name__}: {failure}"
         for peer in self.peers.values():
-            if failure is not None and not peer.left:
+            if failure is not None:
                 said = text.encode()
                 with suppress(OSError):
                     peer.socket.settimeout(1.0)  # a peer that does not read must not keep this one
@@ -183,7 +195,7 @@ class Peers:
 
     # -- listening -------------------------------------------------------------------------------------------------
 
-    def _listen(self, arrived: Callable[[Peer, Message], None], freed: Callable[[int], None]) -> None:
+    def _listen(self, ears: Ears) -> None:
         with selectors.DefaultSelector() as selector:
             for peer in self.peers.values():
                 selector.register(peer.socket, selectors.EVENT_READ, peer)
@@ -191,14 +203,14 @@ class Peers:
                 for key, _ in selector.select():
                     peer = key.data
                     try:
-                        going_on = self._hear(peer, arrived, freed)
+                        going_on = self._hear(peer, ears)
                     except BaseException as error:
                         self.board.fail(error)
                         return
                     if not going_on:
                         selector.unregister(peer.socket)
 
-    def _hear(self, peer: Peer, arrived: Callable[[Peer, Message], None], freed: Callable[[int], None]) -> bool:
+    def _hear(self, peer: Peer, ears: Ears) -> bool:
         """Takes one message; False when the peer has hung up."""
         data = _receive(peer.socket, HEADER.size)
         if data is None:
@@ -207,11 +219,12 @@ class Peers:
             return False
         message = Message(*HEADER.unpack(data))
         if message.kind == PIECE:
-            arrived(peer, message)
+            taken = ears.copy(peer, message)
             with suppress(OSError):  # it may have left, and needs no slot any more
-                peer.send(Message(DONE_WITH, slot=message.slot).pack())
+                peer.send(Message(DONE_WITH, slot=message.slot, offset=taken).pack())
+            ears.arrived(message)
         elif message.kind == DONE_WITH:
-            freed(message.slot)
+            ears.freed(message)
         elif message.kind == FAILED:
             said = _receive(peer.socket, message.stop) or b"ended during the load"
             self.board.fail(_failure_of(peer.rank, said.decode()))

@@ -183,3 +183,60 @@ def load_while_truncating(plan: dq.LoadPlan) -> Any:
 def fingerprint_after_error(path: str, quant: Any) -> str:
     assert isinstance(error_of(fingerprint, path, quant, "tp=3"), dq.InputError)
     return fingerprint(path, quant, "tp=2")
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def loaded(plan: dq.LoadPlan, kwargs: dict[str, Any] | None = None) -> tuple[str, Any]:
+    """Fingerprint and this rank's report."""
+    model = dq.load(plan, **(kwargs or {}))
+    return dq.fingerprint(model), model.distquant.report
+
+
+def engine_leftovers() -> list[str]:
+    """Threads, open files and memory that a load must have given back (gloo's own are not looked at)."""
+    import gc
+    import os
+    import threading
+    from contextlib import suppress
+
+    gc.collect()
+    found = [thread.name for thread in threading.enumerate() if thread.name.startswith("distquant")]
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the listing's own
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    with open("/proc/self/maps") as maps:
+        found += [line for line in maps if "distquant-staging" in line]
+    return [name for name in found if "distquant" in name or name.endswith(".safetensors")]
+
+
+def load_with_a_fault(plan: dq.LoadPlan, victim: int, fault: BaseException) -> tuple[str, str, list[str], float]:
+    """Rank `victim` raises once half of its rows are there: kind and text of what each rank raises, what is left."""
+    import time
+
+    def progress(seen: Any) -> None:
+        if rank() == victim and 2 * seen.done >= seen.total:
+            raise type(fault)(*fault.args)  # not the object that is held here, with all frames that it passes
+
+    start, raised = time.monotonic(), ("", "")
+    try:
+        dq.load(plan, progress=progress)
+    except BaseException as error:
+        raised = (type(error).__name__, str(error))
+    return *raised, engine_leftovers(), time.monotonic() - start
+
+
+def load_and_be_killed(plan: dq.LoadPlan, victim: int) -> tuple[str, str, float]:
+    """Rank `victim` is killed, without a word, once half of its rows are there."""
+    import os
+    import signal
+    import time
+
+    def progress(seen: Any) -> None:
+        if rank() == victim and 2 * seen.done >= seen.total:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    start = time.monotonic()
+    error = error_of(dq.load, plan, progress=progress)
+    return type(error).__name__, str(error), time.monotonic() - start

@@ -22,7 +22,7 @@ PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
     ["errors", "version"],
-    ["facts", "mesh", "layout", "comm", "hostmem", "device_map", "options"],
+    ["facts", "mesh", "layout", "comm", "device_map", "options"],
     ["checkpoint", "config"],
     ["skeleton"],
     ["planning", "kernels", "tally"],

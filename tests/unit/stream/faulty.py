@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from distquant.stream.arena import PAGE
 from distquant.stream.files import Files
+
+SIZE = 5 * PAGE + 123
+"""Bytes of `data.bin`, the file that most tests read."""
 
 END = "end"
 """The file is found to end here."""
@@ -100,3 +104,20 @@ class Counting(Files):
         if self.mode == "direct":
             return max(int(length * share) // PAGE, 1) * PAGE
         return max(int(length * share), 1)
+
+
+def buffered(files: Files, offset: int, count: int) -> bytes:
+    target = bytearray(count)
+    files.read("data.bin", offset, memoryview(target), "some.weight")
+    return bytes(target)
+
+
+def rows(files: Files, offset: int, stride: int, width: int, count: int) -> bytes:
+    target = bytearray(width * count)
+    files.read_rows("data.bin", offset, stride, memoryview(target), width, "some.weight")
+    return bytes(target)
+
+
+def span(files: Files, offset: int, count: int, slot: torch.Tensor) -> bytes:
+    slot.zero_()
+    return files.read_span("data.bin", offset, count, slot, "some.weight").numpy().tobytes()

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 from test_stream_engine import assert_right, delays, quick, random_world
-from world import World, left_behind, sometimes
+from world import World, nothing_left_behind, sometimes
 
 from distquant.errors import RankError
 from distquant.mesh import Mesh
@@ -27,9 +27,8 @@ SOON = 25.0
 @pytest.fixture(autouse=True)
 def nothing_left():
     """Threads, open files and staging memory are the same after a test as before."""
-    before = left_behind()
-    yield
-    assert left_behind() == before
+    with nothing_left_behind():
+        yield
 
 
 class Fault:

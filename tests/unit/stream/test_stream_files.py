@@ -1,4 +1,4 @@
-"""Bytes come as the file has them, whatever the reads do: short ones, passing errors, holes, past the page cache."""
+"""Bytes come as the file has them, whatever the reads do: short ones, holes, past the page cache."""
 
 from __future__ import annotations
 
@@ -8,73 +8,16 @@ import threading
 
 import pytest
 import torch
-from faulty import END, Faulty, Short
+from faulty import SIZE, Faulty, Short, buffered, rows, span
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distquant.stream.files as files_module
 from distquant.errors import InputError
-from distquant.stream.arena import PAGE, Arena
-from distquant.stream.files import PAUSES, RETRIED, SLACK, Files, ReadError, resident_share
+from distquant.stream.arena import PAGE
+from distquant.stream.files import SLACK, Files, ReadError, resident_share
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
-SIZE = 5 * PAGE + 123
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("files")
-    (path / "data.bin").write_bytes(torch.randint(0, 256, (SIZE,), dtype=torch.uint8).numpy().tobytes())
-    return path
-
-
-@pytest.fixture(scope="module")
-def data(folder) -> bytes:
-    return (folder / "data.bin").read_bytes()
-
-
-@pytest.fixture
-def pauses(monkeypatch) -> list[float]:
-    """The pauses that were asked for; none is made."""
-    made: list[float] = []
-    monkeypatch.setattr(files_module.time, "sleep", made.append)
-    return made
-
-
-@pytest.fixture(scope="module")
-def slot():
-    arena = Arena(1, SIZE + SLACK)
-    yield arena.slot(0)
-    arena.close()
-
-
-@pytest.fixture(scope="module")
-def direct(folder) -> None:
-    """Skips where the file system takes no direct reads."""
-    files = Files(folder, "direct")
-    try:
-        files.is_direct("data.bin")
-    except InputError as error:
-        pytest.skip(str(error))
-    finally:
-        files.close()
-
-
-def buffered(files: Files, offset: int, count: int) -> bytes:
-    target = bytearray(count)
-    files.read("data.bin", offset, memoryview(target), "some.weight")
-    return bytes(target)
-
-
-def rows(files: Files, offset: int, stride: int, width: int, count: int) -> bytes:
-    target = bytearray(width * count)
-    files.read_rows("data.bin", offset, stride, memoryview(target), width, "some.weight")
-    return bytes(target)
-
-
-def span(files: Files, offset: int, count: int, slot: torch.Tensor) -> bytes:
-    slot.zero_()
-    return files.read_span("data.bin", offset, count, slot, "some.weight").numpy().tobytes()
 
 
 # -- short reads -------------------------------------------------------------------------------------------------------
@@ -116,7 +59,7 @@ def test_direct_short_reads(direct, folder, data, slot, offset, draw):
     files.close()
 
 
-@pytest.mark.parametrize("lengths", [(100,), (PAGE + 700,), (511, 513, PAGE + 1), (2 * PAGE + 1, 1)])
+@pytest.mark.parametrize("lengths", [(100,), (PAGE + 700,), (511, 513, PAGE + 1), (2 * PAGE + 1,)])
 def test_direct_reads_that_end_within_a_page_go_on_from_its_start(monkeypatch, direct, folder, data, slot, lengths):
     files = Faulty(folder, "direct", [Short(n) for n in lengths])
     files.is_direct("data.bin")
@@ -125,151 +68,6 @@ def test_direct_reads_that_end_within_a_page_go_on_from_its_start(monkeypatch, d
     assert span(files, 77, 4 * PAGE, slot) == data[77 : 77 + 4 * PAGE]
     assert all(at % PAGE == 0 for at, _ in files.asked)
     os.close(honest)
-    files.close()
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", sorted(RETRIED))
-@pytest.mark.parametrize("way", ["read", "rows"])
-def test_passing_errors_are_read_again(folder, data, pauses, number, way):
-    files = Faulty(folder, script=[number, Short(3), number])
-    found = buffered(files, 40, 500) if way == "read" else rows(files, 40, 500, 100, 3)
-    assert found == (data[40:540] if way == "read" else b"".join(data[40 + i * 500 :][:100] for i in range(3)))
-    assert files.stats.retries == 2
-    assert pauses == list(PAUSES[:2])
-    files.close()
-
-
-@pytest.mark.parametrize("way", ["read", "rows", "direct"])
-@pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT])
-def test_errors_that_last_are_told(request, folder, slot, pauses, number, way):
-    if way == "direct":
-        request.getfixturevalue("direct")
-    files = Faulty(folder, "direct" if way == "direct" else "buffered", [number] * 50)
-    ways = {
-        "read": lambda: buffered(files, PAGE, 500),
-        "rows": lambda: rows(files, PAGE, 500, 100, 3),
-        "direct": lambda: span(files, PAGE, 500, slot),
-    }
-    with pytest.raises(ReadError) as caught:
-        ways[way]()
-    told = str(caught.value)
-    for word in ("data.bin", f"byte {PAGE}", "some.weight", os.strerror(number), f"{len(PAUSES)} new tries"):
-        assert word in told
-    assert pauses == list(PAUSES)
-    assert len(files.asked) == len(PAUSES) + 1 == files.stats.retries + 1
-    files.close()
-
-
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSPC])
-@pytest.mark.parametrize("way", ["read", "rows"])
-def test_other_errors_are_final(folder, pauses, number, way):
-    files = Faulty(folder, script=[number])
-    with pytest.raises(ReadError, match=r"data\.bin at byte 7 \(some\.weight\): ") as caught:
-        buffered(files, 7, 500) if way == "read" else rows(files, 7, 500, 100, 3)
-    assert os.strerror(number) in str(caught.value)
-    assert "tries" not in str(caught.value)
-    assert (len(files.asked), pauses, files.stats.retries) == (1, [], 0)
-    files.close()
-
-
-@pytest.mark.parametrize("way", ["read", "rows"])
-def test_stale_handle_is_opened_again(folder, data, pauses, monkeypatch, way):
-    """The server forgot the handle: what it gave out before must not be used any more, nor another file's number."""
-    files, opened = Faulty(folder, script=[None, errno.ESTALE]), []
-    opening = os.open
-    monkeypatch.setattr(files_module.os, "open", lambda *a: opened.append(opening(*a)) or opened[-1])
-    buffered(files, 0, 10)
-    blocker = opening(folder, os.O_RDONLY)
-    try:
-        if way == "read":
-            assert buffered(files, 10, 50) == data[10:60]
-        else:
-            assert rows(files, 10, 50, 20, 4) == b"".join(data[10 + i * 50 :][:20] for i in range(4))
-    finally:
-        os.close(blocker)
-    assert len(opened) == 2
-    files.close()
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(opened[-1])
-
-
-class StaleOnce(Files):
-    """A read of thread `slow` is in the kernel while another finds the handle stale and opens the file again."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.inside, self.reopened, self.others = threading.Event(), threading.Event(), []
-
-    def _preadv(self, fd, target, offset):
-        if threading.current_thread().name == "slow":
-            self.inside.set()
-            assert self.reopened.wait(10)
-        elif not self.others:
-            self.others.append(None)
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        self.reopened.set()
-        return super()._preadv(fd, target, offset)
-
-    def _forget(self, file, direct):
-        super()._forget(file, direct)
-        self.others = [os.open(self.folder / "other.bin", os.O_RDONLY)]  # takes the number if that is free again
-
-    def close(self):
-        super().close()
-        os.close(self.others[0])
-
-
-def test_stale_handle_while_another_thread_reads(tmp_path, data, pauses):
-    """Its handle must not be closed under it: the number may already mean another file."""
-    (tmp_path / "data.bin").write_bytes(data)
-    (tmp_path / "other.bin").write_bytes(bytes(len(data)))
-    files, found = StaleOnce(tmp_path), []
-    slow = threading.Thread(target=lambda: found.append(result_of(buffered, files, 0, 100)), name="slow")
-    slow.start()
-    assert files.inside.wait(10)
-    assert buffered(files, 5, 10) == data[5:15]
-    slow.join(10)
-    assert found == [data[:100]]
-    files.close()
-
-
-def result_of(function, *args):
-    try:
-        return function(*args)
-    except Exception as error:
-        return error
-
-
-# -- the end of a file -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("way", ["read", "rows"])
-def test_file_that_ends_early_is_told(folder, way):
-    files = Faulty(folder)
-    with pytest.raises(
-        ReadError, match=rf"data\.bin at byte {SIZE} \(some\.weight\): the file ends 20 bytes too early"
-    ):
-        buffered(files, SIZE - 30, 50) if way == "read" else rows(files, SIZE - 30, 50, 50, 1)
-    files.close()
-
-
-def test_end_in_the_middle_is_told(folder):
-    files = Faulty(folder, script=[Short(30), END])
-    with pytest.raises(ReadError, match=r"byte 130 .* ends 20 bytes too early"):
-        buffered(files, 100, 50)
-    files.close()
-
-
-@pytest.mark.parametrize("size", [PAGE, PAGE + 904])
-def test_file_that_ends_early_is_told_past_the_page_cache(direct, tmp_path, slot, size):
-    """Also where the end is within a page: the same bytes must not be read again and again."""
-    (tmp_path / "data.bin").write_bytes(bytes(size))
-    files = Faulty(tmp_path, "direct", [None] * 20 + [errno.EBADF] * 20)
-    with pytest.raises(ReadError, match="too early"):
-        span(files, 100, 3 * PAGE, slot)
     files.close()
 
 

@@ -9,7 +9,9 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -245,19 +247,24 @@ class World:
 # -- what must not be left behind --------------------------------------------------------------------------------------
 
 
-def left_behind() -> tuple[set[str], set[str], int]:
-    """Threads of the engine, open files (what they are), and mappings of staging memory."""
+def there_is() -> Counter[str]:
+    """Threads of the engine, open files, and mappings of staging memory."""
     gc.collect()
-    threads = {thread.name for thread in threading.enumerate() if thread.name.startswith("distquant")}
-    files = set()
+    found = Counter(thread.name for thread in threading.enumerate() if thread.name.startswith("distquant"))
     for number in os.listdir("/proc/self/fd"):
-        try:
-            files.add(f"{number}: {os.readlink(f'/proc/self/fd/{number}')}")
-        except FileNotFoundError:
-            continue  # the listing's own
+        with suppress(FileNotFoundError):  # the listing's own
+            found[f"fd {number}: {os.readlink(f'/proc/self/fd/{number}')}"] += 1
     with open("/proc/self/maps") as maps:
-        staging = sum("distquant-staging" in line for line in maps)
-    return threads, files, staging
+        found["staging"] = sum("distquant-staging" in line for line in maps)
+    return found
+
+
+@contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """What is there afterwards was there before."""
+    before = there_is()
+    yield
+    assert not there_is() - before
 
 
 def without_frames(error: BaseException) -> BaseException:

@@ -1,0 +1,207 @@
+"""Ranks that meet, hand pieces over and part: over real sockets and shared memory, within one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+import torch
+from world import Meeting, ThreadComm, nothing_left_behind
+
+import distquant.stream.peers as peers_module
+from distquant.errors import InputError, RankError
+from distquant.stream.arena import Arena, Board
+from distquant.stream.peers import FAILED, HELLO, PIECE, Message, Peer, Peers
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    with nothing_left_behind():
+        yield
+
+
+def on_threads(*functions) -> list[object]:
+    """What each function returns or raises."""
+    found: list[object] = [None] * len(functions)
+
+    def call(index: int) -> None:
+        try:
+            found[index] = functions[index]()
+        except Exception as error:
+            found[index] = error.with_traceback(None)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    return found
+
+
+class Deaf:
+    """Is told nothing that matters."""
+
+    def copy(self, peer: Peer, message: Message) -> int:
+        return 0
+
+    def arrived(self, message: Message) -> None: ...
+
+    def freed(self, message: Message) -> None: ...
+
+
+class Notes(Deaf):
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.got: dict[int, list[int]] = {}
+        self.settled = 0
+        self.back: list[tuple[int, int]] = []
+
+    def copy(self, peer: Peer, message: Message) -> int:
+        self.got[peer.rank] = peer.memory[message.offset : message.offset + 8].tolist()
+        return 8
+
+    def arrived(self, message: Message) -> None:
+        self.settled += 1
+
+    def freed(self, message: Message) -> None:
+        self.back.append((message.slot, message.offset))
+
+
+def test_piece_is_seen_by_all_and_its_slot_comes_back():
+    meeting, count = Meeting(3), 3
+
+    def rank(number: int):
+        arena, board = Arena(2, 4096), Board(20)
+        peers, notes = Peers(number, arena, board), Notes()
+        peers.connect(ThreadComm(number, meeting, 20), (0, 1, 2))
+        peers.start(notes)
+        arena.slot(1)[:8] = torch.arange(8, dtype=torch.uint8) + 10 * number
+        for other in range(count):
+            if other != number:
+                peers.send(other, Message(PIECE, slot=1, tensor=3, mask=1, start=0, stop=8, offset=arena.slot_bytes))
+        give_up = time.monotonic() + 10
+        while (notes.settled, len(notes.back)) != (2, 2) and time.monotonic() < give_up:
+            time.sleep(0.002)
+        peers.leave()
+        peers.close()
+        arena.close()
+        return notes.got, notes.back
+
+    for number, found in enumerate(on_threads(*(lambda n=n: rank(n) for n in range(count)))):
+        assert found == ({n: [10 * n + i for i in range(8)] for n in range(count) if n != number}, [(1, 8), (1, 8)])
+
+
+def test_rank_that_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr(peers_module, "CONNECT", 0.3)
+    arena = Arena(1, 10)
+    peers = Peers(0, arena, Board(5))
+    with pytest.raises(RankError, match=r"rank 1 failed: did not connect to rank 0 within 0\.3 s"):
+        peers.connect(ThreadComm(0, Meeting(1), 5), (0, 1))
+    peers.close()
+    arena.close()
+
+
+def test_ranks_that_share_no_folder_are_told():
+    class Elsewhere:
+        def collect(self, value):
+            return ["/nowhere/at/all", value]
+
+    arena = Arena(1, 10)
+    peers = Peers(1, arena, Board(5))
+    with pytest.raises(InputError, match="ranks 0 and 1 are planned on one node, but share no memory"):
+        peers.connect(Elsewhere(), (0, 1))
+    peers.close()
+    arena.close()
+
+
+def pair(rank: int, board: Board) -> tuple[Peers, socket.socket]:
+    """Rank 1 with one peer, and that peer's end of the socket."""
+    ours, theirs = socket.socketpair()
+    peers = Peers(1, Arena(1, 10), board)
+    peers.peers[rank] = Peer(rank, ours, torch.empty(0, dtype=torch.uint8), threading.Lock())
+    return peers, theirs
+
+
+def test_rank_that_dies_is_named():
+    board = Board(20)
+    peers, theirs = pair(4, board)
+    peers.start(Deaf())
+    theirs.close()
+    with pytest.raises(RankError, match="rank 4 failed: ended during the load"), board.watch:
+        board.wait(lambda: False, TimeoutError)
+    peers.close()
+    peers.arena.close()
+
+
+def test_failure_is_told_with_the_rank_that_failed_first():
+    """Rank 0 stops because rank 2 failed; so does whoever hears it from rank 0."""
+    board = Board(20)
+    peers, theirs = pair(0, board)
+    peers.start(Deaf())
+    said = str(RankError(2, "ValueError: boom")).encode()
+    theirs.sendall(Message(FAILED, stop=len(said)).pack() + said)
+    with pytest.raises(RankError, match="rank 2 failed: ValueError: boom"), board.watch:
+        board.wait(lambda: False, TimeoutError)
+    theirs.close()
+    peers.close()
+    peers.arena.close()
+
+
+def test_rank_that_left_is_not_blamed_for_what_it_said(monkeypatch):
+    """It said why it leaves, and hung up. That a send fails is noticed before the listening thread has read that."""
+    hear = Peers._hear
+    monkeypatch.setattr(Peers, "_hear", lambda *arguments: time.sleep(0.2) or hear(*arguments))
+    board = Board(20)
+    peers, theirs = pair(0, board)
+    peers.start(Deaf())
+    said = str(RankError(2, "ValueError: boom")).encode()
+    theirs.sendall(Message(FAILED, stop=len(said)).pack() + said)
+    theirs.shutdown(socket.SHUT_RDWR)
+    try:
+        with pytest.raises(RankError, match="rank 2 failed: ValueError: boom"):
+            peers.send(0, Message(PIECE))
+    finally:
+        theirs.close()
+        peers.close()
+        peers.arena.close()
+
+
+def test_rank_that_ends_while_meeting_is_named():
+    """The one that ended, not the one that noticed; and its socket is closed."""
+    ours, theirs = socket.socketpair()
+    arena = Arena(1, 10)
+    peers = Peers(1, arena, Board(5))
+    theirs.sendall(HELLO.pack(0, 4096)[:3])
+    theirs.shutdown(socket.SHUT_WR)
+    try:
+        with pytest.raises(RankError) as caught:
+            peers._meet(ours, 0)
+        assert caught.value.rank == 0
+        assert ours.fileno() == -1
+    finally:
+        ours.close()
+        theirs.close()
+        peers.close()
+        arena.close()
+
+
+def test_meeting_leaves_no_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(peers_module.tempfile, "tempdir", str(tmp_path))
+    meeting = Meeting(2)
+
+    def rank(number: int):
+        arena, board = Arena(1, 10), Board(20)
+        peers = Peers(number, arena, board)
+        peers.connect(ThreadComm(number, meeting, 20), (0, 1))
+        peers.start(Deaf())
+        peers.leave()
+        peers.close()
+        arena.close()
+
+    assert on_threads(lambda: rank(0), lambda: rank(1)) == [None, None]
+    assert os.listdir(tmp_path) == []
