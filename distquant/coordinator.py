@@ -6,15 +6,14 @@ them is raised together, before a weight byte moves.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from distquant.checkpoint import open_checkpoint
 from distquant.checks import check_draft, check_rank_memory
+from distquant.collector import without_collector
 from distquant.config import QuantizationConfig
 from distquant.config.resolve import resolve
 from distquant.draft import Draft
@@ -43,23 +42,7 @@ CUT_DIM = {COLWISE: 0, COLWISE_GATHER: 0, VOCAB_EMBEDDING: 0, ROWWISE: 1, ROWWIS
 """The weight's dim that each style cuts."""
 
 
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Lets Python's garbage collector rest.
-
-    What is made of the headers stays, and the collector would walk all of it (and all of torch) time and again: a
-    third of the time for 90,000 tensors.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_without_collector()
+@without_collector()
 def make_plan(request: Request, facts: Facts) -> LoadPlan:
     """Plans a load; raises `InputError` with every problem found."""
     problems = Problems()

@@ -22,6 +22,7 @@ from distquant.assemble.sinks import BandSink
 from distquant.assemble.tasks import Job, jobs_of, sink_of
 from distquant.checkpoint import Checkpoint, open_checkpoint
 from distquant.checks import refuse_unsupported
+from distquant.collector import without_collector
 from distquant.comm import Comm
 from distquant.config import parse
 from distquant.errors import DistquantError, InputError, Problem, RankError
@@ -60,6 +61,7 @@ def scheme_of(plan: LoadPlan) -> Scheme:
     return scheme_for(config)
 
 
+@without_collector()
 def load_shard(
     plan: LoadPlan,
     comm: Comm,

@@ -70,13 +70,31 @@ def dynamic_map() -> Tensor:
     return create_dynamic_map()
 
 
-def quantize_absmax(absmax: Tensor, ops: Any) -> Statistics:
-    """Second level of double quantization over all absmax of a weight; their mean is taken on the CPU."""
+def quantize_absmax(absmax: Tensor, shard: Shard, ops: Any) -> Statistics:
+    """A shard's statistics after the second level of double quantization, from all absmax of the weight.
+
+    Their mean is taken on the CPU. Of a shard of whole rows only the second-level blocks that it touches are quantized.
+    """
     with one_thread():
         offset = absmax.cpu().mean().to(absmax.device)
     values = dynamic_map().to(absmax.device, copy=True)  # saving refuses shared tensors
-    codes, second = ops.quantize_blockwise(absmax - offset, values, SECOND)
-    return Statistics(None, codes, second, values, offset)
+
+    def nested(first: int, last: int) -> tuple[Tensor, Tensor]:
+        return ops.quantize_blockwise(absmax[first:last] - offset, values, SECOND)
+
+    if shard.dim != 0:
+        codes, second = nested(0, len(absmax))
+        return local_statistics(Statistics(None, codes, second, values, offset), shard, ops)
+    segments = block_segments(shard)
+    runs = [(a // SECOND * SECOND, min(-(-b // SECOND) * SECOND, len(absmax))) for a, b in segments]
+    parts = [nested(first, last) for first, last in runs]
+    if keeps_nesting(shard):
+        kept = [codes[: b - a] for (a, b), (codes, _) in zip(segments, parts, strict=True)]
+        return Statistics(None, torch.cat(kept), torch.cat([second for _, second in parts]), values, offset)
+    found = []
+    for (a, b), (first, _), (codes, second) in zip(segments, runs, parts, strict=True):
+        found.append(Statistics(None, codes, second, values, offset).effective(ops)[a - first : b - first])
+    return Statistics(torch.cat(found))
 
 
 def local_block(shard: Shard) -> int:

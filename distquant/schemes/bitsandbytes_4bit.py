@@ -142,11 +142,13 @@ class Bnb4bitScheme(BitsandbytesScheme):
         ops.quantize_4bit(rows, BLOCK, self.config.bnb_4bit_quant_type, codes=out[""], absmax=out["absmax"])
 
     def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
-        statistics = Statistics(parts["absmax"])
+        absmax = parts["absmax"]
         if self.config.bnb_4bit_use_double_quant:
-            statistics = quantize_absmax(parts["absmax"], ops)
-        if self.statistics(shard):
-            statistics = local_statistics(statistics, shard, ops)
+            statistics = quantize_absmax(absmax, shard, ops)
+        else:
+            statistics = Statistics(absmax)
+            if self.statistics(shard):
+                statistics = local_statistics(statistics, shard, ops)
         self.fill(shard, module, parts[""], statistics, torch_dtype(shard.dtype))
 
     def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
