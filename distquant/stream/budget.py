@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from distquant.stream.files import SLACK
 from distquant.stream.tasks import Task
 
-SLOT = 4 << 20
-"""Bytes of a slot where the budget allows: large enough for a disk, small enough for the cache."""
+SLOT = 8 << 20
+"""Bytes of a slot where the budget allows: large enough for a disk and for few messages, small beside the budget."""
 
 READ_SLOTS, SEND_SLOTS = 4, 4
 """Slots to read into, and slots from which other ranks copy."""

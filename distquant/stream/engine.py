@@ -31,7 +31,7 @@ from distquant.stream.stages import Stages
 from distquant.stream.tasks import TORCH_DTYPE, Chunk, Sink, Task, batches, chunks_of
 
 READERS = 2
-"""Reads in flight."""
+"""Reads in flight; one where all files lie in memory, because a second would only take the quantizer's core."""
 
 
 @dataclass
@@ -97,7 +97,8 @@ class Engine:
         total = self.bytes_to_read()
         done = 0
         chunks = batches(self._chunks(), self.budget.largest)
-        self._reader = Reader(self.files, self.arena, self._reads, self.board, self.stages, chunks, READERS)
+        readers = 1 if all(map(self.files.in_memory, self._files())) else READERS
+        self._reader = Reader(self.files, self.arena, self._reads, self.board, self.stages, chunks, readers)
         for batch in self._reader:
             for chunk in batch:
                 done += chunk.nbytes
@@ -112,6 +113,11 @@ class Engine:
             self._finish_arrived()
         self.copier.drain()
         self.peers.leave()
+
+    def _files(self) -> set[str]:
+        """Files that this rank reads of."""
+        mine = (task for task in self.tasks if any(part.reader == self.rank for part in task.parts))
+        return {placed.info.file for task in mine for placed in task.rows.placed}
 
     def bytes_to_read(self) -> int:
         """Bytes of all rows that this rank reads."""

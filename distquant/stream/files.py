@@ -87,6 +87,10 @@ class Files:
                 self._direct[file] = self._decide(file)
             return self._direct[file]
 
+    def in_memory(self, file: str) -> bool:
+        """Whether a file is read through the page cache because it was found there."""
+        return self.mode == "auto" and not self.is_direct(file)
+
     def read(self, file: str, offset: int, target: memoryview, tensor: str) -> None:
         """Fills `target` from a byte offset on, through the page cache."""
         self._fill(file, offset, target, tensor, False, len(target))

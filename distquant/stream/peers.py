@@ -96,6 +96,9 @@ class Peers:
         Raises:
             InputError: ranks that were planned on one node share no memory.
         """
+        if self.arena.fd is None:
+            what = "this system has no memory that processes can share by descriptor (memfd)"
+            raise InputError.one("environment", what, "Use Linux, or one process")
         folder = tempfile.mkdtemp(prefix="distquant-")
         path = os.path.join(folder, "s")
         with socket.socket(socket.AF_UNIX) as listener:
