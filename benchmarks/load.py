@@ -4,7 +4,7 @@
 
 CHECKPOINT is a folder of a bf16 model with safetensors files. A benchmark of CPUs: GPUs are hidden.
 
-What is timed: from the call of the load to the assembled model, for bf16 every byte of its parameters read once. Each
+What is timed: from the call of the load to the assembled model (bf16: every byte of its parameters read once). Each
 measurement has fresh processes. They have imported everything, joined their process group and, by the same call,
 loaded the small example model before the clock starts; the checkpoint's files have just been read, so they lie in the
 page cache where it has room (for a cold contestant they have just been dropped from it). The seconds of a run are those
@@ -149,9 +149,9 @@ def page(path: str, command: str, runs: Runs, load: float, count: int) -> str:
         floors(runs),
         memory(runs),
         bytes_read(runs),
-        "Seconds are medians of those of the slowest rank, from the call of the load to the assembled model (bf16: with\n"
-        "every byte of its parameters read once); processes started, imports done, process group up, files in the page\n"
-        "cache (cold: dropped from it). GB/s: bytes of the files by those seconds. Peak memory: resident memory over\n"
+        "Seconds are medians of those of the slowest rank, from the call of the load to the assembled model (bf16:\n"
+        "with every byte of its parameters read once); processes started, imports done, process group up, files in\n"
+        "the page cache (cold: dropped from it). GB/s: bytes of the files by those seconds. Peak memory: resident memory over\n"
         "that before the load, summed over the processes (pages of mapped files count). Own memory: at the end,\n"
         "without mapped files; a peer that has less of it than its model is large still lives in the page cache.\n"
         "Read: what distquant reports or the floor counts; direct: of it, past the page cache. A floor is two\n"
