@@ -151,8 +151,8 @@ def page(path: str, command: str, runs: Runs, load: float, count: int) -> str:
         bytes_read(runs),
         "Seconds are medians of those of the slowest rank, from the call of the load to the assembled model (bf16:\n"
         "with every byte of its parameters read once); processes started, imports done, process group up, files in\n"
-        "the page cache (cold: dropped from it). GB/s: bytes of the files by those seconds. Peak memory: resident memory over\n"
-        "that before the load, summed over the processes (pages of mapped files count). Own memory: at the end,\n"
+        "the page cache (cold: dropped from it). GB/s: bytes of the files by those seconds. Peak memory: resident\n"
+        "memory over that before the load, summed over the processes (pages of mapped files count). Own memory: at the end,\n"
         "without mapped files; a peer that has less of it than its model is large still lives in the page cache.\n"
         "Read: what distquant reports or the floor counts; direct: of it, past the page cache. A floor is two\n"
         "processes with a thread each that, one after the other, read half of the files' bytes into a small buffer,\n"
