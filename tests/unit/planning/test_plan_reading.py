@@ -89,7 +89,7 @@ def test_every_row_is_in_one_part(mesh, data):
         read: dict[int, int] = {}
         parts = dealer.deal(shape, dim, cut, row_bytes, step, whole)
         if whole:  # one rank reads all, and all get what it makes of it
-            keepers = dict.fromkeys(node, set(range(rows_and_width(shape)[0])))
+            keepers = {rank: set(range(rows_and_width(shape)[0])) for rank in node}
             assert len(parts) <= 1
         assert [part.rows for part in parts] == sorted(part.rows for part in parts)
         for part in parts:
