@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from distquant.checkpoint import open_checkpoint
@@ -156,7 +155,9 @@ class _Planner:
 
         def nbytes(name: str) -> int:
             linear, weight = draft.skeleton.linears[name], draft.skeleton.params[f"{name}.weight"]
-            return draft.scheme.shard_nbytes(Shard(name, (linear.out_features, linear.in_features), weight.dtype))
+            return draft.scheme.shard_nbytes(
+                Shard(f"{name}.weight", (linear.out_features, linear.in_features), weight.dtype)
+            )
 
         sizes = {name: nbytes(name) for name in draft.converted}
         asked = draft.scheme.update_device_map(asked) if isinstance(asked, dict) else asked
@@ -204,14 +205,11 @@ class _Planner:
         if self.draft.mesh.tp == 1 or not skeleton.tp_plan:
             return ParallelPlan()
 
-        @cache
-        def layout(shape: tuple[int, int], dtype: str, quantized: bool) -> Layout:
-            return scheme.layout(shape, dtype) if quantized else plain(dtype)
-
         def layout_of(name: str) -> Layout:
             linear, weight = skeleton.linears[name], skeleton.params.get(f"{name}.weight")
             dtype = weight.dtype if weight else "float32"
-            return layout((linear.out_features, linear.in_features), dtype, name in converted)
+            shape = (linear.out_features, linear.in_features)
+            return scheme.layout(f"{name}.weight", shape, dtype) if name in converted else plain(dtype)
 
         tp_plan = scheme.update_tp_plan(dict(skeleton.tp_plan))
         return rewrite_tp_plan(skeleton, tp_plan, self.draft.mesh.tp, layout_of)

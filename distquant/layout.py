@@ -1,9 +1,11 @@
 """How a scheme's stored components cover the logical weight; units and slices follow from it, none is written by hand.
 
 A component (codes, absmax, row scales, ...) says for each dim of the logical weight `[out, in]` how many logical
-elements one stored element spans. Two words more: `ALL`, where it reduces over a whole dim, and `flat`, where runs of
-elements are counted over the row-major weight and may straddle rows (bitsandbytes). From that follow the unit at which
-a dim may be cut, the slice of each component for a slice of the weight, and the bytes that a shape takes.
+elements one stored element spans. More words: `ALL`, where it reduces over a whole dim; `words`, where a span is stored
+in several elements (32 values of 3 bits in 3 integers, a GGUF block in 34 bytes); `turned`, where it is stored
+`[in, out]`; and `flat`, where runs of elements are counted over the row-major weight and may straddle rows
+(bitsandbytes). From that follow the unit at which a dim may be cut, the slice of each component for a slice of the
+weight, and the bytes that a shape takes.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ class Component:
         name: what follows the parameter's name in a checkpoint ("" for the codes, "absmax", "SCB", ...).
         dtype: torch's name of the stored dtype.
         spans: logical elements that one stored element covers, per dim; `ALL` reduces over the dim.
+        words: stored elements that a span takes, per dim; () = one each.
+        turned: whether the dims of the stored tensor are in reverse order, `[in, out]`.
         flat: if not 0, logical elements per stored element along the row-major weight (`spans` is then unused).
         cuts: steps at which a cut is preferred or still possible, best first. For a flat component they are the block
             sizes in which a local shard can store it without changing a value; a row of the weight must be a multiple
@@ -54,6 +58,8 @@ class Component:
     name: str
     dtype: str
     spans: tuple[int, ...] = (1, 1)
+    words: tuple[int, ...] = ()
+    turned: bool = False
     flat: int = 0
     cuts: tuple[int, ...] = ()
     gathered: bool = False
@@ -62,7 +68,16 @@ class Component:
         """Stored shape for a logical weight of this shape (1-D for flat components)."""
         if self.flat:
             return (-(-math.prod(weight) // self.flat),)
-        return tuple(1 if span == ALL else -(-size // span) for size, span in zip(weight, self.spans, strict=True))
+        sizes = tuple(self.stored(dim, size) for dim, size in enumerate(weight))
+        return sizes[::-1] if self.turned else sizes
+
+    def stored(self, dim: int, size: int) -> int:
+        """Stored elements of the first `size` logical ones of a dim; whole spans, but at the end of the dim."""
+        span = self.spans[dim]
+        return 1 if span == ALL else -(-size // span) * self._words(dim)
+
+    def _words(self, dim: int) -> int:
+        return self.words[dim] if self.words else 1
 
     def nbytes(self, weight: tuple[int, ...]) -> int:
         """Stored bytes for a logical weight of this shape."""
@@ -84,8 +99,10 @@ class Component:
         None where the slice is not one range of the component: the whole component is then needed.
         """
         if not self.flat:
-            span = self.spans[dim]
-            return None if span == ALL else (dim, start // span, -(-stop // span))
+            if self.spans[dim] == ALL:
+                return None
+            at = len(weight) - 1 - dim if self.turned else dim
+            return at, start // self.spans[dim] * self._words(dim), self.stored(dim, stop)
         if dim != 0:
             return None
         row = math.prod(weight[1:])

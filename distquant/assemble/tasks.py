@@ -55,7 +55,7 @@ def jobs_of(
         for number, flow in enumerate(flows, 1):
             task = _task(index, tensor, flow, dealer, infos, device_of(tensor.name))
             if tensor.scheme != "none" and flow.stored is None:
-                task.encode = bind(scheme.encode, ops=ops_of(task.device))
+                task.encode = bind(scheme.encode, tensor.name, ops=ops_of(task.device))
             yield Job(task, tensor, flow, number == len(flows))
             index += 1
 

@@ -103,7 +103,7 @@ class Scheme(ABC):
         return max_memory
 
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
-        """Why a weight of this shape cannot be quantized."""
+        """Why the parameter of this name and shape cannot be quantized."""
         return []
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
@@ -111,16 +111,16 @@ class Scheme(ABC):
         return []
 
     @abstractmethod
-    def layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
-        """How a weight of this shape is stored."""
+    def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
+        """How a weight of this shape is stored; `name` is the parameter's, for methods that tell modules apart."""
 
     def shard_nbytes(self, shard: Shard) -> int:
         """Bytes that a finished shard takes; by default what the layout says of a weight of its size."""
-        return self.layout(shard.local_shape, shard.dtype).nbytes(shard.local_shape)
+        return self.layout(shard.name, shard.local_shape, shard.dtype).nbytes(shard.local_shape)
 
-    def flowing(self, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+    def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         """The components that `encode` fills, row by row; by default all of the layout that are not `gathered`."""
-        return tuple(c for c in self.layout(shape, dtype).components if not c.gathered)
+        return tuple(c for c in self.layout(name, shape, dtype).components if not c.gathered)
 
     def statistics(self, shard: Shard) -> frozenset[str]:
         """Of those, the ones that every rank needs for the whole weight; the same answer for every rank's shard."""
@@ -137,10 +137,11 @@ class Scheme(ABC):
         """
 
     @abstractmethod
-    def encode(self, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         """Quantizes consecutive rows of a weight.
 
         Args:
+            name: the parameter's.
             rows: `[n, columns]` in the load dtype: all columns, or a run of them that starts and ends with every
                 component's elements. `n` is a multiple of what the components need, but for the weight's last rows.
             out: component -> memory to fill, flat, in row order.
@@ -170,6 +171,10 @@ class Scheme(ABC):
                 their elements: `parts` has all of them.
         """
         raise NotImplementedError(f"{self.name} has no pre-quantized checkpoints")
+
+    @abstractmethod
+    def dequantized(self, module: nn.Module, shard: Shard, ops: Any) -> Tensor:
+        """The weight of a filled module, `[local out, local in]` in the dtype that it was quantized from."""
 
     def finish_model(self, model: nn.Module) -> None:  # noqa: B027  (most methods need no mark)
         """Sets the marks by which the ecosystem knows a model quantized by this method."""

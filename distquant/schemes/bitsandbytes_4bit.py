@@ -61,7 +61,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
     mark = "is_loaded_in_4bit"
     config: Bnb4bitConfig
 
-    def layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
+    def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         word = DTYPE_BYTES[self.config.bnb_4bit_quant_storage]
         codes = Component(name="", dtype=self.config.bnb_4bit_quant_storage, flat=2 * word)
         cuts = (BLOCK, FINE_BLOCK)
@@ -81,7 +81,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
         nested = self.config.bnb_4bit_use_double_quant and keeps_nesting(shard)
         return -(-count // 2) + (blocks + 4 * -(-blocks // SECOND) if nested else 4 * blocks)
 
-    def flowing(self, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+    def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         """Codes by the byte, and the absmax that a second level is made from at the end."""
         return (
             Component(name="", dtype="uint8", flat=2),
@@ -138,7 +138,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
         module.support_avx512bf16_for_cpu = False
         return module
 
-    def encode(self, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         ops.quantize_4bit(rows, BLOCK, self.config.bnb_4bit_quant_type, codes=out[""], absmax=out["absmax"])
 
     def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
@@ -212,6 +212,11 @@ class Bnb4bitScheme(BitsandbytesScheme):
             bnb_quantized=True,
         )
         module.quant_state = state
+
+    def dequantized(self, module: nn.Module, shard: Shard, ops: Any) -> Tensor:
+        from distquant.schemes.straddling import dequantized
+
+        return dequantized(module).to(torch_dtype(shard.dtype))
 
     def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:
         weight: Any = module.weight

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from distquant.config import Bnb8bitConfig
+from distquant.config import Bnb8bitConfig, torch_dtype
 from distquant.errors import InputError, Problem
 from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.schemes.bitsandbytes import BitsandbytesScheme
@@ -37,7 +37,7 @@ class Bnb8bitScheme(BitsandbytesScheme):
     mark = "is_loaded_in_8bit"
     config: Bnb8bitConfig
 
-    def layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
+    def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         codes = Component(name="", dtype="int8", cuts=PLAIN_STEPS)
         return Layout((codes, Component(name="SCB", dtype="float32", spans=(1, ALL), cuts=PLAIN_STEPS)))
 
@@ -69,7 +69,7 @@ class Bnb8bitScheme(BitsandbytesScheme):
             device="meta",
         )
 
-    def encode(self, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         ops.quantize_int8_rows(rows, codes=out[""].view(rows.shape), absmax=out["SCB"])
 
     def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
@@ -87,6 +87,10 @@ class Bnb8bitScheme(BitsandbytesScheme):
         from bitsandbytes.nn import Int8Params
 
         module.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=absmax)
+
+    def dequantized(self, module: nn.Module, shard: Shard, ops: Any) -> Tensor:
+        weight: Any = module.weight
+        return (weight.data.float() * (weight.SCB.float() / 127).view(-1, 1)).to(torch_dtype(shard.dtype))
 
     def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:
         weight: Any = module.weight

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distquant.checkpoint import TensorInfo
 from distquant.errors import InputError
@@ -74,7 +74,7 @@ def flows_of(
         for source in sorted(tensor.sources, key=lambda s: (infos[s.tensor].file, infos[s.tensor].offset)):
             yield _stored(source, infos[source.tensor], scheme, shard)
         return
-    components = scheme.flowing(shard.shape, tensor.dtype)
+    components = scheme.flowing(tensor.name, shard.shape, tensor.dtype)
     yield Flow(
         stored=None,
         shape=shard.shape,
@@ -94,7 +94,7 @@ def _stored(source: Source, info: TensorInfo, scheme: Scheme, shard: Shard) -> F
     """A stored component: cut like the weight where its layout lets it, whole for every rank where not."""
     name, count = source.component, math.prod(info.shape)
     flowing = Component(name=name, dtype="uint8")  # its dtype is that of the file
-    known = {component.name: component for component in scheme.layout(shard.shape, shard.dtype).components}
+    known = {component.name: component for component in scheme.layout(shard.name, shard.shape, shard.dtype).components}
     component = known.get(name)
     part = None
     if component is not None and not component.gathered and name not in scheme.statistics(shard):
@@ -110,16 +110,20 @@ def _stored(source: Source, info: TensorInfo, scheme: Scheme, shard: Shard) -> F
 
 def _cut_part(component: Component, shard: Shard) -> tuple[tuple[int, int], int | None, Cut | None] | None:
     """Stored rows and columns, and their cut; None where the cut does not fall between stored elements."""
-    rows, width = shard.shape
-    down, across = (1, component.flat) if component.flat else component.spans
-    if down == ALL or (component.flat and width % component.flat):
+    if component.flat:
+        if shard.shape[1] % component.flat:
+            return None
+        component = replace(component, flat=0, spans=(1, component.flat))
+    (rows, columns), dim, cut = component.shape(shard.shape), shard.dim, shard.cut
+    if cut is None or dim is None or component.spans[dim] == ALL:
+        return (rows, columns), None, None
+    if not cut.legal(component.spans[dim]):
         return None
-    per_row = 1 if across == ALL else -(-width // across)
-    shape = (-(-rows // down), per_row)
-    if shard.cut is None or shard.dim is None or (shard.dim == 1 and across == ALL):
-        return shape, None, None
-    span = down if shard.dim == 0 else across
-    if not shard.cut.legal(span):
-        return None
-    parts = tuple(tuple((a // span, -(-b // span)) for a, b in part) for part in shard.cut.parts)
-    return shape, shard.dim, Cut(shape[shard.dim], parts)
+
+    def stored(start: int, stop: int) -> tuple[int, int]:
+        found = component.slice(shard.shape, dim, start, stop)
+        assert found is not None
+        return found[1:]
+
+    parts = tuple(tuple(stored(*segment) for segment in part) for part in cut.parts)
+    return (rows, columns), 1 - dim if component.turned else dim, Cut(component.stored(dim, cut.size), parts)

@@ -27,16 +27,19 @@ class NoneScheme(Scheme):
     def converts(self, skeleton: Skeleton) -> list[str]:
         return []
 
-    def layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
+    def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         return plain(dtype, len(shape))
 
     def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
         raise AssertionError("the scheme `none` converts no module")
 
-    def encode(self, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         raise AssertionError("the scheme `none` converts no module")
 
     def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+        raise AssertionError("the scheme `none` converts no module")
+
+    def dequantized(self, module: nn.Module, shard: Shard, ops: Any) -> Tensor:
         raise AssertionError("the scheme `none` converts no module")
 
     def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:

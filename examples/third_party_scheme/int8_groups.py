@@ -78,7 +78,7 @@ class Int8GroupsScheme(Scheme):
 
     # The coordinator asks this: where may a weight be cut, and how large is a part?
 
-    def layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
+    def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         """One code an element; a scale spans one row and a group of inputs. Units and memory follow from it."""
         codes = Component(name="", dtype="int8", cuts=PLAIN_STEPS)
         scales = Component(name="weight_scale", dtype="float32", spans=(1, self.config.group_size))
@@ -90,7 +90,7 @@ class Int8GroupsScheme(Scheme):
         out_features, in_features = shard.local_shape
         return Int8GroupsLinear(in_features, out_features, self.config.group_size, linear.bias)
 
-    def encode(self, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         """Codes and scales of rows; the rank that reads them calls this, and the others get what they keep."""
         count, columns = rows.shape
         padded = nn.functional.pad(rows.float(), (0, -columns % self.config.group_size))
@@ -106,6 +106,10 @@ class Int8GroupsScheme(Scheme):
         rows, columns = shard.local_shape
         module.weight = nn.Parameter(parts[""].view(rows, columns), requires_grad=False)
         module.weight_scale = parts["weight_scale"].view(rows, -1)
+
+    def dequantized(self, module: Any, shard: Shard, ops: Any) -> Tensor:
+        """What `dequantize=True` loads instead of the module."""
+        return module.dequantized(getattr(torch, shard.dtype))
 
     def tally(self, module: Any, shard: Shard, tally: Any) -> None:
         """Counts what this rank owns, at its place in the whole weight."""

@@ -1,0 +1,148 @@
+"""What methods share whose weights are kept as the format stores them and dequantized in forward.
+
+Such a method declares its layout and says how its components become a weight. Slices, sizes, the local module, the
+checks of stored shapes and the load of pre-quantized checkpoints follow. A method that also quantizes on the way fills
+`encode`, and `pack` where what flows from rank to rank is not yet what is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distquant.errors import Problem
+from distquant.schemes.base import Scheme
+from distquant.schemes.quantized_linear import QuantizedLinear
+from distquant.schemes.shard import Shard
+
+if TYPE_CHECKING:
+    from distquant.tally import Tally
+
+Stream = tuple[str, Tensor, int]
+"""What the fingerprint counts: its name, values `[local rows, ceil(local columns / span)]`, and the span."""
+
+
+class DequantizingScheme(Scheme):
+    """`QuantizedLinear` of local size. Components have the names of their checkpoints; "" is `weight`."""
+
+    # -- what a method says ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+        """The weight, `dtype` `shard.local_shape`, from its components in their stored local shapes."""
+
+    @abstractmethod
+    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+        """What the fingerprint counts: unpacked codes, and scales and zeros as the kernel uses them."""
+
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+        """The stored local components, from what flowed (flat); by default what flowed is what is stored."""
+        return self.shaped(shard, parts)
+
+    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+        """The local components, from those of a pre-quantized weight (flat); `whole` are those that were not cut."""
+        return self.shaped(shard, parts)
+
+    # -- what follows ----------------------------------------------------------------------------------------------
+
+    def stored_shape(self, component: str, shard: Shard, dtype: str | None = None) -> tuple[int, ...]:
+        """Shape of a component of the shard."""
+        found = self.layout(shard.name, shard.local_shape, dtype or shard.dtype).component(component)
+        return found.shape(shard.local_shape)
+
+    def shaped(self, shard: Shard, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Flat components in the local shapes of the layout; what the layout does not know is left out."""
+        known = {component.name: component for component in self.layout(*self._local(shard)).components}
+        return {
+            name: value.view(known[name].shape(shard.local_shape)) for name, value in parts.items() if name in known
+        }
+
+    def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
+        found = []
+        for component in self.layout(name, shape, "float32").components:
+            label = component.name or "weight"
+            if component.name not in stored:
+                what = f"the checkpoint lacks {label} of this quantized weight"
+                found.append(Problem(name, what, "Download the checkpoint again, or quantize the original"))
+                continue
+            expected = component.shape(shape)
+            if math.prod(stored[component.name]) != math.prod(expected):
+                what = (
+                    f"{label} is stored as {list(stored[component.name])}, its config and shape need {list(expected)}"
+                )
+                found.append(Problem(name, what, "The checkpoint is of another model or method; check config.json"))
+        return found
+
+    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
+        module = QuantizedLinear(self, shard, linear.bias)  # type: ignore[arg-type]
+        components = self.layout(*self._local(shard)).components
+        module.take(
+            {
+                c.name: torch.empty(c.shape(shard.local_shape), dtype=getattr(torch, c.dtype), device="meta")
+                for c in components
+            }
+        )
+        return module
+
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+        raise NotImplementedError(f"{self.name} is not quantized on the way")
+
+    def complete(self, shard: Shard, module: Any, parts: dict[str, Tensor], ops: Any) -> None:
+        module.take(self.pack(shard, parts, ops))
+
+    def restore(self, shard: Shard, module: Any, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
+        module.take(self.adopt(shard, parts, whole))
+
+    def dequantized(self, module: Any, shard: Shard, ops: Any) -> Tensor:
+        return module.weight
+
+    def finish_model(self, model: Any) -> None:
+        """What `from_pretrained` leaves on a quantized model, as far as transformers knows the method."""
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
+
+        written = self.config.to_dict()
+        if written.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            config = AutoQuantizationConfig.from_dict(written)
+            model.config.quantization_config = config
+            model.is_quantized, model.quantization_method = True, config.quant_method
+
+    def tally(self, module: Any, shard: Shard, tally: Tally) -> None:
+        for stream, values, span in self.streams(shard, module.components):
+            tally.shard(stream, values, shard.shape, shard.dim, shard.owned, span=span)
+
+    @staticmethod
+    def _local(shard: Shard) -> tuple[str, tuple[int, int], str]:
+        return shard.name, shard.local_shape, shard.dtype
+
+
+def unpacked(words: Tensor, bits: int, dim: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """Unsigned values (int32) packed along `dim` into integers, the lowest bits first.
+
+    Args:
+        words: integers of 8 or 32 bits.
+        bits: 2, 4 or 8 of each value.
+        dim: which dim grows by `word bits / bits`.
+        order: of the values in a word, where it is not ascending: `order[i]` is the slot that holds value `i`.
+    """
+    per_word = words.element_size() * 8 // bits
+    slots = torch.arange(per_word) if order is None else torch.tensor(order)
+    shifts = (slots * bits).to(words.device, torch.int32)
+    spread = words.movedim(dim, -1).to(torch.int32).unsqueeze(-1) >> shifts & ((1 << bits) - 1)
+    return spread.flatten(-2).movedim(-1, dim)
+
+
+def packed(values: Tensor, bits: int, dim: int, dtype: torch.dtype, order: tuple[int, ...] | None = None) -> Tensor:
+    """The inverse of `unpacked`: values in `[0, 2^bits)`, as many along `dim` as fill whole words of `dtype`."""
+    per_word = dtype.itemsize * 8 // bits
+    slots = torch.arange(per_word) if order is None else torch.tensor(order)
+    shifts = (slots * bits).to(values.device)
+    grouped = values.movedim(dim, -1).to(torch.int64).unflatten(-1, (-1, per_word)) << shifts
+    words = grouped.sum(-1)
+    if dtype == torch.int32:
+        words = torch.where(words >= 1 << 31, words - (1 << 32), words)
+    return words.to(dtype).movedim(-1, dim).contiguous()

@@ -1,0 +1,89 @@
+"""The local module of methods that have none that runs everywhere: stored components, dequantized in forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distquant.config import torch_dtype
+from distquant.kernels.choice import Kernel, choose
+
+if TYPE_CHECKING:
+    from distquant.schemes.dequantizing import DequantizingScheme
+    from distquant.schemes.shard import Shard
+
+
+@cache
+def ops_on(device: torch.device) -> Any:
+    """The kernels that run in forward on a device."""
+    return choose(Kernel.AUTO, device).ops
+
+
+class _Product(torch.autograd.Function):
+    """`x @ W.T` with a weight that is dequantized in forward and again in backward, never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: QuantizedLinear) -> Tensor:
+        ctx.module = module
+        return nn.functional.linear(x, module.weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.module.weight.to(grad.dtype), None
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer of a shard's size that keeps a weight as its format stores it.
+
+    Components are buffers under the names that the format's checkpoints use. Gradients flow to the inputs (adapters
+    train), never to the weight. `weight` is dequantized anew at every access: writing to it changes nothing.
+
+    Args:
+        scheme: what knows the format.
+        shard: this rank's part; `shard.local_shape` is `[out_features, in_features]`.
+        bias: the linear's own, or None.
+    """
+
+    _is_hf_initialized = True
+
+    def __init__(self, scheme: DequantizingScheme, shard: Shard, bias: nn.Parameter | None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = shard.local_shape
+        self.scheme, self.shard = scheme, shard
+        self.register_parameter("bias", bias)
+
+    def take(self, components: Mapping[str, Tensor]) -> None:
+        """Holds these components from now on, "" under the name `weight`."""
+        for name, value in components.items():
+            self._buffers[name or "weight"] = value
+
+    @property
+    def components(self) -> dict[str, Tensor]:
+        """What is stored, by component."""
+        stored = ((name, value) for name, value in self._buffers.items() if value is not None)
+        return {"" if name == "weight" else name: value for name, value in stored}
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """`[out, in]`, dequantized to the dtype that the weight was quantized from."""
+        found = self.components
+        ops, dtype = ops_on(next(iter(found.values())).device), torch_dtype(self.shard.dtype)
+        return self.scheme.dequantize(self.shard, found, dtype, ops)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = _Product.apply(x, self)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Moves components to another device; casts of the model leave them alone, their dtypes are the format's."""
+        kept, self._buffers = self._buffers, {}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            moved = fn(value) if value is not None else None
+            same = moved is None or value is None or moved.dtype == value.dtype
+            self._buffers[name] = moved if same else value.to(moved.device)  # type: ignore[union-attr]
+        return self
