@@ -73,10 +73,11 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
         staging=given.staging,
         nodes=facts.nodes if len(facts.nodes) == mesh.size else nodes_of(mesh.size, request.ranks_per_node),
         prequantized=merged.prequantized,
+        dequantize=merged.dequantize,
         skeleton=build_skeleton(model, shapes, scheme.suffixes if merged.prequantized else {}, problems),
         skipped=skipped,
     )
-    if skipped is not None:
+    if skipped is not None or (scheme.delegated and merged.prequantized):
         draft.skeleton, draft.kept = as_stored(draft.skeleton, checkpoint.tensors)
     return _Planner(request, facts, draft, problems, understood).plan(model)
 
@@ -116,6 +117,7 @@ class _Planner:
             quantization_config=draft.skipped if draft.kept.weights and draft.skipped else config.to_dict(),
             selection=_extras(config),
             prequantized=draft.prequantized or bool(draft.kept.weights),
+            dequantize=draft.dequantize,
             tensors=draft.tensors,
             tied=draft.skeleton.tied,
             cuts=draft.parallel.cuts,
@@ -159,7 +161,7 @@ class _Planner:
                 Shard(f"{name}.weight", (linear.out_features, linear.in_features), weight.dtype)
             )
 
-        sizes = {name: nbytes(name) for name in draft.converted}
+        sizes = {} if draft.dequantize else {name: nbytes(name) for name in draft.converted}
         asked = draft.scheme.update_device_map(asked) if isinstance(asked, dict) else asked
         return infer_device_map(
             model, asked, self._memory_by_device(), sizes, draft.scheme.adjust_max_memory, self.problems

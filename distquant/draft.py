@@ -30,6 +30,8 @@ class Draft:
     nodes: tuple[int, ...]
     """The node of each rank."""
     prequantized: bool
+    dequantize: bool
+    """Whether stored quantized weights become ordinary ones."""
     skeleton: Skeleton
     skipped: dict[str, Any] | None = None
     """The checkpoint's quantization config, where its method is left out."""
@@ -48,7 +50,8 @@ class Draft:
         cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
         if tensor.scheme != "none":
             shard = self.shard(tensor, tp)
-            return math.prod(shard.local_shape), self.scheme.shard_nbytes(shard)
+            count = math.prod(shard.local_shape)
+            return count, count * DTYPE_BYTES[tensor.dtype] if self.dequantize else self.scheme.shard_nbytes(shard)
         count = math.prod(tensor.shape)
         if cut is not None:
             count = count // cut.size * cut.length(tp)
@@ -94,7 +97,7 @@ class Draft:
         for tensor, times in alike:
             count, nbytes = self.local(tensor, tp)
             parameters += count * times
-            if tensor.scheme == "none":
+            if tensor.scheme == "none" or self.dequantize:
                 unquantized += nbytes * times
             else:
                 quantized += nbytes * times

@@ -17,7 +17,7 @@ from distquant.assemble import check_complete, finish, install_styles, localize,
 from distquant.assemble.adapters import watch_adapters
 from distquant.assemble.devices import Devices
 from distquant.assemble.finish import fill_computed_buffers
-from distquant.assemble.local import local_shape, shard_of
+from distquant.assemble.local import local_shape, shard_of, stored_turned
 from distquant.assemble.sinks import BandSink
 from distquant.assemble.tasks import Job, jobs_of, sink_of
 from distquant.checkpoint import Checkpoint, open_checkpoint
@@ -31,7 +31,7 @@ from distquant.options import Options, Progress, Seen
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.planning.reading import node_ranks
 from distquant.report import RankReport
-from distquant.schemes import Scheme, config_classes, scheme_for
+from distquant.schemes import Scheme, Shard, config_classes, scheme_for
 from distquant.skeleton import build
 from distquant.stream.arena import Board
 from distquant.stream.engine import Engine
@@ -86,6 +86,8 @@ def load_shard(
     refuse_unsupported(plan)
     options = options or Options()
     device = torch.device(device)
+    if scheme_of(plan).delegated:
+        return _delegate(plan, comm, device)
     choose(options.kernel, device)  # what cannot run here is told before anything is read
     _import_libraries(plan)
     comm.collect(None)  # ranks that import slowly are not counted as loading
@@ -102,6 +104,18 @@ def load_shard(
     model.distquant = Loaded(plan, loading.scheme, comm, loading.report)
     if options.trace is not None:
         write_trace(options.trace, comm, loading.stages, start)
+    return model
+
+
+def _delegate(plan: LoadPlan, comm: Comm, device: torch.device) -> Any:
+    """Lets transformers load the model; the report says so, and has no stages."""
+    scheme, start = scheme_of(plan), time.perf_counter()
+    report = RankReport(rank=comm.rank, kernel=f"transformers: its own quantizer for {plan.quantization_config['quant_method']}")
+    model = delegated.load(plan, scheme, device)
+    report.seconds = time.perf_counter() - start
+    report.quantized_bytes = sum(value.nbytes for _, value in _state(model))
+    report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    model.distquant = Loaded(plan, scheme, comm, report)
     return model
 
 
@@ -209,7 +223,8 @@ class _Loading:
             install_styles(model, plan, self.axis)
             watch_adapters(model, plan, self.axis)
         finish(model, plan.model, self.axis)
-        self.scheme.finish_model(model)
+        if not plan.dequantize:
+            self.scheme.finish_model(model)
         if plan.device_map is not None:
             self.devices.dispatch(model)
 
@@ -277,6 +292,9 @@ class _Loading:
                 return
         module = model.get_submodule(tensor.name.rpartition(".")[0])
         shard = shard_of(tensor, self.plan, self.axis.rank)
+        if self.plan.dequantize:
+            self._put(model, tensor, self._dequantized(module, tensor, shard, stored))
+            return
         if job.flow.stored is not None:
             self.scheme.restore(shard, module, dict(stored), frozenset(self.whole))
             stored.clear()
@@ -285,6 +303,16 @@ class _Loading:
             self.scheme.complete(shard, module, memory, self._ops(self.devices.of(tensor.name)))
         self.filled.append(tensor.name)
         self.report.quantized_bytes += sum(p.nbytes for n, p in _state(module) if n != "bias")
+
+    def _dequantized(self, module: Any, tensor: TensorPlan, shard: Shard, stored: dict[str, Tensor]) -> Tensor:
+        """What the stored components mean, in the form of the model's own module."""
+        quantized = self.scheme.module(module, shard)
+        self.scheme.restore(shard, quantized, dict(stored), frozenset(self.whole))
+        stored.clear()
+        self.whole.clear()
+        value = self.scheme.dequantized(quantized, shard, self._ops(self.devices.of(tensor.name)))
+        value = value.to(getattr(torch, tensor.dtype))
+        return value.t().contiguous() if stored_turned(module, tensor) else value
 
     def _put(self, model: Any, tensor: TensorPlan, value: Tensor) -> None:
         self.filled.append(tensor.name)

@@ -19,9 +19,14 @@ NAMED = 3
 def notes_on(draft: Draft) -> Iterator[str]:
     """All notes on a finished draft."""
     yield from _skipped(draft)
+    if draft.scheme.delegated:
+        sizes = "as they are stored" if draft.prequantized else "before quantization"
+        yield f"DELEGATED: transformers loads the model with its own quantizer; sizes are {sizes}, bits are its own"
     unexpected = draft.skeleton.unexpected
     if unexpected:
         yield f"dropped: {len(unexpected)} checkpoint tensors that the model lacks ({_some(unexpected)})"
+    if draft.dequantize:
+        yield f"dequantized: {len(draft.converted)} linear modules that are stored quantized are loaded as they mean"
     if draft.scheme.name != "none":
         yield from _left_unquantized(draft)
     if draft.skeleton.experts:
@@ -29,7 +34,7 @@ def notes_on(draft: Draft) -> Iterator[str]:
         size = format_bytes(_nbytes(draft, set(draft.skeleton.experts)))
         yield f"{kept}: {len(draft.skeleton.experts)} modules of fused experts, {size} each rank"
     yield from _replicated(draft)
-    if draft.scheme.name != "none":
+    if draft.scheme.name != "none" and not draft.dequantize:
         yield from _exactness(draft)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distquant.assemble.local import shard_of
+from distquant.errors import InputError
 from distquant.tally import LANES, Tally, combine
 
 
@@ -20,6 +21,9 @@ def fingerprint(model: Any) -> str:
     loaded = model.distquant
     plan, scheme, comm = loaded.plan, loaded.scheme, loaded.comm
     at = plan.mesh.coordinates(comm.rank)
+    if scheme.delegated:
+        what = f"transformers loaded the model with its own quantizer for {scheme.config.quant_method!r}"
+        raise InputError.one("fingerprint", what, "Only weights that distquant quantizes or cuts have a fingerprint")
     lanes = [0] * LANES
     if at["dp"] == at["ep"] == 0:
         for tensor in plan.tensors:
@@ -27,7 +31,7 @@ def fingerprint(model: Any) -> str:
             module = _original(model, tensor.name.rpartition(".")[0])
             if at["tp"] == 0:
                 tally.constant(f"{tensor.scheme} {list(tensor.shape)} {tensor.dtype}")
-            if tensor.scheme != "none":
+            if tensor.scheme != "none" and not plan.dequantize:
                 scheme.tally(module, shard_of(tensor, plan, at["tp"]), tally)
             else:
                 _tally_plain(module, tensor, plan, at["tp"], tally)

@@ -35,18 +35,25 @@ def localize(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int) -> 
     """Replaces and resizes modules on `meta` for this rank. Weights are placed later."""
     for tensor in plan.tensors:
         owner, _, leaf = tensor.name.rpartition(".")
-        if tensor.scheme != "none":
+        if tensor.scheme != "none" and not plan.dequantize:
             old = model.get_submodule(owner)
             new = scheme.module(old, shard_of(tensor, plan, tp_rank))
             new.__dict__["source_cls"] = type(old)  # what transformers' saving and dequantizing look at
             model.set_submodule(owner, new.requires_grad_(False).train(old.training))
         elif tensor.cut is not None:
-            _resize(model.get_submodule(owner), leaf, local_shape(tensor, plan, tp_rank))
+            shape = local_shape(tensor, plan, tp_rank)
+            module = model.get_submodule(owner)
+            _resize(module, leaf, shape[::-1] if stored_turned(module, tensor) else shape)
     for name, attention in plan.attentions.items():
         heads = plan.heads[attention.heads]
         _set_heads(
             model.get_submodule(name), heads.query.length(tp_rank), heads.kv.length(tp_rank), heads.groups[tp_rank]
         )
+
+
+def stored_turned(module: nn.Module, tensor: TensorPlan) -> bool:
+    """Whether a weight that is dequantized lies `[in, out]` in its module (GPT-2's Conv1D)."""
+    return tensor.scheme != "none" and type(module).__name__ == "Conv1D"
 
 
 def _resize(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> None:

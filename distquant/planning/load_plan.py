@@ -110,6 +110,8 @@ class LoadPlan:
     selection: dict[str, Any]
     """distquant's own options about which modules to convert."""
     prequantized: bool
+    dequantize: bool
+    """Whether weights that are stored quantized are loaded in `dtype`, as ordinary linears."""
     tensors: tuple[TensorPlan, ...]
     tied: dict[str, str]
     cuts: dict[str, Cut]

@@ -50,7 +50,7 @@ def perform(model: Any, job: Job, runtime: str) -> Outcome:
 
     loaded = model.distquant
     plan: LoadPlan = loaded.plan
-    digest = fingerprint(model) if job.fingerprint else None
+    digest = fingerprint(model) if job.fingerprint and not loaded.scheme.delegated else None
     ranks: list[RankReport] = loaded.comm.collect(loaded.report)
     outcome = Outcome(report=make_report(plan, runtime, ranks, digest))
     if job.prompt is not None:

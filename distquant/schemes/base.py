@@ -50,6 +50,8 @@ class Scheme(ABC):
     """Package -> minimum version."""
     min_capability: ClassVar[tuple[int, int] | None] = None
     """Least CUDA compute capability; None = any."""
+    delegated: ClassVar[bool] = False
+    """Whether transformers loads the model with its own quantizer."""
     suffixes: ClassVar[Mapping[str, str]] = {}
     """How checkpoints name the components beside `<module>.weight`: suffix after `<module>.` -> component."""
 
