@@ -73,7 +73,7 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
         staging=given.staging,
         nodes=facts.nodes if len(facts.nodes) == mesh.size else nodes_of(mesh.size, request.ranks_per_node),
         prequantized=merged.prequantized,
-        dequantize=merged.dequantize,
+        dequantize=merged.prequantized and merged.config.dequantize and not scheme.delegated,
         skeleton=build_skeleton(model, shapes, scheme.suffixes if merged.prequantized else {}, problems),
         skipped=skipped,
     )

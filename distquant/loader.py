@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distquant.assemble import check_complete, finish, install_styles, localize, set_tensor
+from distquant.assemble import check_complete, delegated, finish, install_styles, localize, set_tensor
 from distquant.assemble.adapters import watch_adapters
 from distquant.assemble.devices import Devices
 from distquant.assemble.finish import fill_computed_buffers
@@ -110,7 +110,7 @@ def load_shard(
 def _delegate(plan: LoadPlan, comm: Comm, device: torch.device) -> Any:
     """Lets transformers load the model; the report says so, and has no stages."""
     scheme, start = scheme_of(plan), time.perf_counter()
-    report = RankReport(rank=comm.rank, kernel=f"transformers: its own quantizer for {plan.quantization_config['quant_method']}")
+    report = RankReport(rank=comm.rank, kernel=f"transformers: its own quantizer for {scheme.config.quant_method!r}")
     model = delegated.load(plan, scheme, device)
     report.seconds = time.perf_counter() - start
     report.quantized_bytes = sum(value.nbytes for _, value in _state(model))

@@ -79,7 +79,9 @@ def run_inspect(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def run_doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
-    print(render.doctor_text(arguments.quant))
+    from distquant.cli.doctor import doctor_text
+
+    print(doctor_text(arguments.quant))
     return 0
 
 

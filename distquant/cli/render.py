@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -137,50 +134,3 @@ def inspect_text(checkpoint: Checkpoint) -> str:
         lines.append("quantized:")
         lines += [f"  {key} = {value!r}" for key, value in sorted(quantization.items())]
     return "\n".join(lines)
-
-
-def doctor_text(quant: str | None) -> str:
-    """What this machine has, and which methods it can run."""
-    import torch
-
-    from distquant.config import parse
-    from distquant.mesh import Mesh
-    from distquant.runtime import local
-    from distquant.runtime.measure import PACKAGES, host_memory, measure, packages
-    from distquant.schemes import Context, config_classes, scheme_for
-    from distquant.schemes.registry import discover
-    from distquant.skeleton import Skeleton
-
-    found = packages()
-    facts = measure(local.device(), None)
-    lines = [
-        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores, "
-        f"{format_bytes(host_memory())} free",
-        f"device: {facts.device_type}"
-        + (f" {torch.cuda.get_device_name()}, capability {facts.capability}" if facts.device_type == "cuda" else ""),
-        "",
-        table(("package", "version"), [(name, found.get(name, "missing")) for name in PACKAGES]),
-        "",
-    ]
-    shorts = [quant] if quant else [next(iter(s.config_class.short_names), None) for s in discover().values()]
-    configs = (parse(short, config_classes()) for short in shorts if short)
-    schemes = [scheme_for(config) for config in configs if config is not None]
-    empty = Skeleton(
-        model_type="", architecture="", params={}, tied={}, sources={}, unexpected=(), missing=(), linears={},
-        attentions={}, embeddings=(), input_embedding=None, output_embedding=None, experts=(), tp_plan={}, ep_plan={},
-        default_skip=(),
-    )  # fmt: skip
-    context = Context(facts=facts, mesh=Mesh(), skeleton=empty, device_map=None, prequantized=False)
-    rows = []
-    for scheme in schemes:
-        problems = scheme.validate(context)
-        names = ", ".join(scheme.config_class.short_names) or scheme.name
-        rows.append((scheme.name, names, "; ".join(f"{p.what}. {p.fix}" for p in problems) or "ready"))
-    lines.append(table(("method", "names", "state"), rows))
-    missing = [n for n in ("ray", "peft") if importlib.util.find_spec(n) is None]
-    lines += [f"note: without {name}, {_uses(name)} is not available: pip install {name}" for name in missing]
-    return "\n".join(lines)
-
-
-def _uses(package: str) -> str:
-    return {"ray": "--runtime ray", "peft": "LoRA on loaded models"}[package]

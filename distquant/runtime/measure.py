@@ -10,13 +10,21 @@ from collections.abc import Sequence
 import torch
 
 from distquant.facts import Facts, installed
+from distquant.schemes.registry import discover
 
-PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "peft", "ray", "deepspeed", "torchao", "safetensors")
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "peft", "ray", "deepspeed")
+"""What distquant works with whatever the method."""
+
+
+def watched() -> list[str]:
+    """Names of these, and of what the methods need."""
+    needed = (package for scheme in discover().values() for package in scheme.requires)
+    return list(dict.fromkeys((*PACKAGES, *needed)))
 
 
 def packages() -> dict[str, str]:
     """Installed versions of what distquant can work with; nothing is imported."""
-    found = ((name, installed(name)) for name in PACKAGES)
+    found = ((name, installed(name)) for name in watched())
     return {name: version for name, version in found if version is not None}
 
 

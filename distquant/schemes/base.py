@@ -47,7 +47,7 @@ class Scheme(ABC):
     """Registry name; also `TensorPlan.scheme`."""
     config_class: ClassVar[type[QuantizationConfig]]
     requires: ClassVar[Mapping[str, str]] = {}
-    """Package -> minimum version."""
+    """Package -> minimum version; "0" = any."""
     min_capability: ClassVar[tuple[int, int] | None] = None
     """Least CUDA compute capability; None = any."""
     delegated: ClassVar[bool] = False
@@ -66,9 +66,11 @@ class Scheme(ABC):
         for package, minimum in self.requires.items():
             have = context.facts.packages.get(package)
             if have is None or Version(have) < Version(minimum):
+                any_version = Version(minimum) == Version("0")
                 what = f"{package} {have}" if have else f"{package} is not installed"
-                what += f", {self.name} needs {minimum} or newer"
-                found.append(Problem("environment", what, f"Run: pip install '{package}>={minimum}'"))
+                what += f", {self.name} needs it" if any_version else f", {self.name} needs {minimum} or newer"
+                wanted = package if any_version else f"{package}>={minimum}"
+                found.append(Problem("environment", what, f"Run: pip install '{wanted}'"))
         capability = context.facts.capability
         if self.min_capability and capability and capability < self.min_capability:
             have, need = (".".join(map(str, c)) for c in (capability, self.min_capability))
@@ -127,6 +129,16 @@ class Scheme(ABC):
     def statistics(self, shard: Shard) -> frozenset[str]:
         """Of those, the ones that every rank needs for the whole weight; the same answer for every rank's shard."""
         return frozenset()
+
+    @classmethod
+    def quantizes(cls) -> bool:
+        """Whether it quantizes an unquantized checkpoint on the way."""
+        return True
+
+    @classmethod
+    def reads_stored(cls) -> bool:
+        """Whether it loads checkpoints that are stored quantized with it."""
+        return cls.restore is not Scheme.restore
 
     # -- executing (every rank) ------------------------------------------------------------------------------------
 

@@ -6,11 +6,13 @@ map, and only where its library is installed. Nothing of it streams through dist
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
 
 from distquant import config as configs
 from distquant.config import QuantizationConfig
+from distquant.config.requirements import REQUIREMENTS
 from distquant.errors import Problem
 from distquant.layout import Layout, plain
 from distquant.schemes.base import Context, Scheme
@@ -25,31 +27,38 @@ if TYPE_CHECKING:
 
 
 class DelegatedScheme(Scheme):
-    """Converts no module: `transformers.from_pretrained` does, see `assemble.delegated`."""
+    """Converts no module: transformers does, in `from_pretrained` (see `assemble.delegated`)."""
 
     delegated = True
-    needs: ClassVar[str] = ""
-    """What it needs besides packages, for people."""
-    stored_only: ClassVar[bool] = False
-    """Whether transformers only loads checkpoints of it, and never quantizes."""
-    on_the_fly_only: ClassVar[bool] = False
-    """Whether transformers only quantizes, and never loads a checkpoint of it."""
 
     def validate(self, context: Context) -> list[Problem]:
-        found = super().validate(context)
-        method = self.config.quant_method
+        """What transformers would refuse, with what is refused here: more than one rank."""
+        method, facts = self.config.quant_method, context.facts
+        needs = REQUIREMENTS[method]
+        found = [] if self.config.dequantize else super().validate(context)
+        for package, limit in needs.below.items():
+            have = facts.packages.get(package)
+            if have is not None and Version(have) >= Version(limit):
+                what = f"{package} {have}, {method!r} needs one below {limit}"
+                found.append(Problem("environment", what, f"Run: pip install '{package}<{limit}'"))
+        if facts.device_type == "cpu" and not needs.cpu and not self.config.dequantize:
+            note = f" ({needs.note})" if needs.note else ""
+            found.append(Problem("environment", f"{method!r} does not run on a CPU{note}", "Use a GPU"))
         if context.mesh.size > 1:
             what = f"{context.mesh}, and weights of {method!r} are loaded by transformers, which cannot cut them"
             found.append(Problem("mesh", what, "Use one rank, or device_map='auto' over the devices of one process"))
-        if self.stored_only and not context.prequantized:
+        if not needs.quantizes and not context.prequantized:
             what = f"{method!r} cannot quantize on the way, and this checkpoint is not quantized with it"
             found.append(Problem("quantization_config", what, "Take a checkpoint of that method, or another method"))
-        if self.on_the_fly_only and context.prequantized:
-            what = f"transformers reads no checkpoint that is stored as {method!r}"
-            found.append(Problem("quantization_config", what, "Load the unquantized checkpoint"))
-        if self.needs and context.facts.device_type == "cpu":
-            found.append(Problem("environment", f"{method!r} needs {self.needs}, this is a CPU", "Use such a device"))
         return found
+
+    @classmethod
+    def quantizes(cls) -> bool:
+        return REQUIREMENTS[cls.config_class.quant_method].quantizes
+
+    @classmethod
+    def reads_stored(cls) -> bool:
+        return cls.config_class is not configs.Nvfp4Config  # transformers refuses them
 
     def converts(self, skeleton: Skeleton) -> list[str]:
         return []
@@ -76,39 +85,32 @@ class DelegatedScheme(Scheme):
 _BY_TRANSFORMERS = "a delegated method converts no module of distquant's"
 
 
-def _delegate(
-    config: type[QuantizationConfig],
-    packages: Mapping[str, str] | None = None,
-    capability: tuple[int, int] | None = None,
-    needs: str = "",
-    **more: bool,
-) -> None:
-    """Registers a method; packages and devices are what `validate_environment` of its quantizer asks for (5.23)."""
+def _delegate(config: type[QuantizationConfig]) -> None:
+    needs = REQUIREMENTS[config.quant_method]
     members = {
         "name": config.quant_method,
         "config_class": config,
-        "requires": dict(packages or {}),
-        "min_capability": capability,
-        "needs": needs,
+        "requires": needs.packages,
+        "min_capability": needs.capability,
         "__doc__": config.__doc__,
-        **more,
     }
-    register(type(f"{config.__name__.removesuffix('Config')}Scheme", (DelegatedScheme,), members))
+    register(type(config.__name__.removesuffix("Config") + "Scheme", (DelegatedScheme,), members))
 
 
-GPU = "a CUDA or XPU device"
-
-_delegate(configs.Mxfp4Config)
-_delegate(configs.Nvfp4Config, {"kernels": "0.10"}, (10, 0), "a CUDA device", on_the_fly_only=True)
-_delegate(configs.EetqConfig, {"kernels": "0.10"}, None, "a CUDA device")
-_delegate(configs.BitnetConfig)
-_delegate(configs.AqlmConfig, {"aqlm": "1.0"}, stored_only=True)
-_delegate(configs.VptqConfig, {"vptq": "0.0.4"}, None, "a CUDA device", stored_only=True)
-_delegate(configs.SpqrConfig, {"spqr_quant": "0.1"}, None, "a CUDA device", stored_only=True)
-_delegate(configs.HiggsConfig, {"flute-kernel": "0.3", "fast_hadamard_transform": "1.0"}, None, "a CUDA device")
-_delegate(configs.FpQuantConfig, {"fp_quant": "0.3"}, None, GPU)
-_delegate(configs.FourOverSixConfig, {"fouroversix": "0.1"}, None, "a CUDA device")
-_delegate(configs.QuarkConfig, {"amd-quark": "0.8"}, stored_only=True)
-_delegate(configs.SinqConfig, {"sinq": "0.1"})
-_delegate(configs.MetalConfig, {"kernels": "0.10"}, None, "an Apple device")
-_delegate(configs.GemmaConfig)
+for _config in (
+    configs.Mxfp4Config,
+    configs.Nvfp4Config,
+    configs.EetqConfig,
+    configs.BitnetConfig,
+    configs.AqlmConfig,
+    configs.VptqConfig,
+    configs.SpqrConfig,
+    configs.HiggsConfig,
+    configs.FpQuantConfig,
+    configs.FouroversixConfig,
+    configs.QuarkConfig,
+    configs.SinqConfig,
+    configs.MetalConfig,
+    configs.GemmaConfig,
+):
+    _delegate(_config)

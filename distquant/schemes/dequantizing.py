@@ -62,6 +62,10 @@ class DequantizingScheme(Scheme):
             name: value.view(known[name].shape(shard.local_shape)) for name, value in parts.items() if name in known
         }
 
+    @classmethod
+    def quantizes(cls) -> bool:
+        return cls.encode is not DequantizingScheme.encode
+
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         found = []
         for component in self.layout(name, shape, "float32").components:

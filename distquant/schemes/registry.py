@@ -11,7 +11,15 @@ from distquant.errors import InputError
 from distquant.schemes.base import Scheme
 
 ENTRY_POINTS = "distquant.schemes"
-BUILT_IN = ("distquant.schemes.none", "distquant.schemes.bitsandbytes_4bit", "distquant.schemes.bitsandbytes_8bit")
+BUILT_IN = tuple(
+    f"distquant.schemes.{module}"
+    for module in (
+        "none",
+        "bitsandbytes_4bit",
+        "bitsandbytes_8bit",
+        "delegated",
+    )
+)
 
 SCHEMES: dict[str, type[Scheme]] = {}
 """Scheme by name."""

@@ -230,23 +230,58 @@ def test_inspect_of_a_strange_config(kjv_tiny: str, copy_of, command: Command) -
     assert done.out.startswith("? (?) in ")
 
 
+INT8_ROW = ["bitsandbytes_8bit", "int8", "yes", "yes", "yes", "no", "adapters", "ready"]
+
+
 def test_doctor_tells_what_this_machine_can_run(command: Command) -> None:
     import torch
 
     done = command("doctor")
     assert (done.code, done.err) == (0, "")
     assert row(done.out, "torch") == ["torch", torch.__version__]
-    assert row(done.out, "none") == ["none", "none", "ready"]
-    assert row(done.out, "bitsandbytes_4bit") == ["bitsandbytes_4bit", "nf4, nf4-dq, fp4, fp4-dq", "ready"]
-    assert row(done.out, "bitsandbytes_8bit") == ["bitsandbytes_8bit", "int8", "ready"]
+    assert row(done.out, "none") == ["none", "none", "no", "yes", "yes", "no", "adapters", "ready"]
+    assert row(done.out, "bitsandbytes_4bit") == [
+        "bitsandbytes_4bit", "nf4, nf4-dq, fp4, fp4-dq", "yes", "yes", "yes", "no", "adapters", "ready"
+    ]  # fmt: skip
+    assert row(done.out, "bitsandbytes_8bit") == [
+        "bitsandbytes_8bit",
+        "int8",
+        "yes",
+        "yes",
+        "yes",
+        "no",
+        "adapters",
+        "ready",
+    ]
     assert re.search(r"^device: (cpu|cuda .*capability)", done.out, re.MULTILINE)
 
 
 def test_doctor_of_one_method(command: Command) -> None:
     done = command("doctor", "--quant", "int8")
     assert done.code == 0
-    assert row(done.out, "bitsandbytes_8bit") == ["bitsandbytes_8bit", "int8", "ready"]
+    assert row(done.out, "bitsandbytes_8bit") == [
+        "bitsandbytes_8bit",
+        "int8",
+        "yes",
+        "yes",
+        "yes",
+        "no",
+        "adapters",
+        "ready",
+    ]
     assert "nf4" not in done.out
+
+
+def test_doctor_knows_every_method_and_says_what_is_missing(command: Command) -> None:
+    from distquant.config import CONFIG_CLASSES
+    from distquant.schemes.registry import discover
+
+    done = command("doctor")
+    for scheme in discover().values():
+        assert row(done.out, scheme.name)[0] == scheme.name
+    assert {scheme.config_class for scheme in discover().values()} >= set(CONFIG_CLASSES)
+    assert row(done.out, "aqlm") == ["aqlm", "-", "yes", "no", "no", "no", "as transformers", "see below"]
+    assert "aqlm: aqlm is not installed, aqlm needs it. Run: pip install 'aqlm'" in done.out
 
 
 def test_doctor_of_an_unknown_method(command: Command) -> None:

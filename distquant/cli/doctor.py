@@ -1,0 +1,84 @@
+"""What this machine can run: its devices and packages, and for each method what works here and what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+
+from distquant.cli.render import table
+from distquant.config import QuantizationConfig
+from distquant.facts import Facts, format_bytes
+from distquant.schemes import Context, Scheme
+
+LIMIT = {"ray": "--runtime ray", "peft": "LoRA on loaded models"}
+"""What is not available without a package."""
+
+
+def doctor_text(quant: str | None) -> str:
+    """The whole answer of `distquant doctor`; of one method only, where one is named."""
+    import torch
+
+    from distquant.config import parse
+    from distquant.runtime import local
+    from distquant.runtime.measure import host_memory, measure, packages, watched
+    from distquant.schemes import config_classes, scheme_for
+    from distquant.schemes.registry import discover
+
+    found, facts = packages(), measure(local.device(), None)
+    gpu = f" {torch.cuda.get_device_name()}, capability {facts.capability}" if facts.device_type == "cuda" else ""
+    lines = [
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores, "
+        f"{format_bytes(host_memory())} free",
+        f"device: {facts.device_type}{gpu}",
+        "",
+        table(("package", "version"), [(name, found.get(name, "missing")) for name in watched()]),
+        "",
+    ]
+    if quant:
+        config = parse(quant, config_classes())
+        assert config is not None
+        schemes = [scheme_for(config)]
+    else:
+        schemes = [scheme(_example(scheme.config_class)) for scheme in discover().values()]
+    rows, missing = [], []
+    for scheme in schemes:
+        problems = dict.fromkeys(_problems(scheme, facts))
+        rows.append((*_abilities(scheme), "see below" if problems else "ready"))
+        missing += [f"{scheme.name}: {problem}" for problem in problems]
+    lines.append(table(("method", "names", "pre-quantized", "on the fly", "tp", "ep", "train", "state"), rows))
+    lines += ["", *missing] if missing else []
+    absent = [name for name in LIMIT if importlib.util.find_spec(name) is None]
+    lines += [f"note: without {name}, {LIMIT[name]} is not available: pip install {name}" for name in absent]
+    return "\n".join(lines)
+
+
+def _abilities(scheme: Scheme) -> tuple[str, ...]:
+    """What a method can do at all."""
+    names = ", ".join(scheme.config_class.short_names) or "-"
+    cut, train = ("no", "as transformers") if scheme.delegated else ("yes", "adapters")
+    return (scheme.name, names, _yes(scheme.reads_stored()), _yes(scheme.quantizes()), cut, "no", train)
+
+
+def _example(kind: type[QuantizationConfig]) -> QuantizationConfig:
+    """A configuration of a method: that of its first short name, or its defaults."""
+    return kind(**next(iter(kind.short_names.values()), {}))
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _problems(scheme: Scheme, facts: Facts) -> Iterator[str]:
+    """What keeps the method from running on this machine, whatever the checkpoint."""
+    from distquant.mesh import Mesh
+    from distquant.skeleton import Skeleton
+
+    empty = Skeleton(
+        model_type="", architecture="", params={}, tied={}, sources={}, unexpected=(), missing=(), linears={},
+        attentions={}, embeddings=(), input_embedding=None, output_embedding=None, experts=(), tp_plan={}, ep_plan={},
+        default_skip=(),
+    )  # fmt: skip
+    context = Context(facts=facts, mesh=Mesh(), skeleton=empty, device_map=None, prequantized=not scheme.quantizes())
+    return (f"{problem.what}. {problem.fix}" for problem in scheme.validate(context))
