@@ -52,7 +52,7 @@ class QuantizationArgs:
     observer_kwargs: Mapping[str, Any] | None = None
 
     @property
-    def scope(self) -> str:
+    def scope(self) -> Strategy:
         """The strategy, or the one that follows from the group size."""
         if self.strategy is not None:
             return self.strategy
@@ -156,14 +156,19 @@ def _essence(group: QuantizationGroup, file_format: Format) -> QuantizationGroup
     """A group without what only tells how it was calibrated, and with what follows from the rest."""
 
     def settle(args: QuantizationArgs | None) -> QuantizationArgs | None:
-        unsaid = {"observer": None, "observer_kwargs": None, "zp_dtype": None, "actorder": None}
         if args is None:
             return None
         order = args.actorder if args.actorder in ("group", "dynamic") else None
         size = args.group_size if args.scope in ("group", "tensor_group") else None
-        block = args.block
         return replace(
-            args, **{**unsaid, "actorder": order, "group_size": size, "strategy": args.scope, "block_structure": block}
+            args,
+            observer=None,
+            observer_kwargs=None,
+            zp_dtype=None,
+            actorder=order,
+            group_size=size,
+            strategy=args.scope,
+            block_structure=args.block,
         )
 
     return QuantizationGroup(

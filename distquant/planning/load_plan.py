@@ -18,7 +18,7 @@ from distquant.planning.heads import HeadCut
 from distquant.planning.reading import OWN
 from distquant.skeleton.words import Source
 
-PLAN_FORMAT = 2
+PLAN_FORMAT = 3
 """Version of the JSON; a plan of another version is refused."""
 
 

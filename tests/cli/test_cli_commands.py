@@ -277,8 +277,8 @@ def test_doctor_knows_every_method_and_says_what_is_missing(command: Command) ->
 
     done = command("doctor")
     for scheme in discover().values():
-        assert row(done.out, scheme.name)[0] == scheme.name
-    assert row(done.out, "aqlm") == ["aqlm", "-", "yes", "no", "no", "no", "as transformers", "see below"]
+        assert re.search(rf"^{re.escape(scheme.name)}  ", done.out, re.MULTILINE)
+    assert re.search(r"^aqlm +- +yes +no +no +no +as transformers +see below$", done.out, re.MULTILINE)
     assert "aqlm: aqlm is not installed, aqlm needs it. Run: pip install 'aqlm'" in done.out
 
 

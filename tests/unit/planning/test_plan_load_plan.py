@@ -41,6 +41,7 @@ def small_plan() -> LoadPlan:
         },
         selection={"include_modules": None, "layers": "0-3"},
         prequantized=False,
+        dequantize=False,
         tensors=(
             TensorPlan(up, (704, 64), "bfloat16", "bitsandbytes_4bit", (Source(up), Source("x", "absmax")), 0, "cut0"),
             TensorPlan("experts", (2, 4, 4), "bfloat16", "none", experts),
@@ -75,6 +76,7 @@ CHANGES = {
     "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     "selection": {"include_modules": None, "layers": "0-2"},
     "prequantized": True,
+    "dequantize": True,
     "tensors": small_plan().tensors[::-1],
     "tied": {},
     "cuts": {"cut0": even_cut(704, 32, 3)},
@@ -198,9 +200,9 @@ def test_frozen():
         ("3", "no plan in JSON"),
         ("[]", ""),
         ('["format"]', ""),
-        ('{"format": 0}', r"format 0, this is 2\. Plan again"),
-        ('{"format": "1"}', "format 1, this is 2"),
-        ('{"format": 2}', ""),
+        ('{"format": 0}', r"format 0, this is 3\. Plan again"),
+        ('{"format": "1"}', "format 1, this is 3"),
+        ('{"format": 3}', ""),
     ],
 )
 def test_what_is_no_plan(text, message):
@@ -210,9 +212,9 @@ def test_what_is_no_plan(text, message):
 
 def test_another_version_of_the_format_is_refused():
     fields = json.loads(small_plan().to_json())
-    assert fields["format"] == 2
+    assert fields["format"] == 4
     fields["format"] = 3
-    with pytest.raises(InputError, match=r"^plan: format 3, this is 2\. Plan again with this version"):
+    with pytest.raises(InputError, match=r"^plan: format 4, this is 3\. Plan again with this version"):
         LoadPlan.from_json(json.dumps(fields))
 
 
