@@ -212,8 +212,8 @@ def test_what_is_no_plan(text, message):
 
 def test_another_version_of_the_format_is_refused():
     fields = json.loads(small_plan().to_json())
-    assert fields["format"] == 4
-    fields["format"] = 3
+    assert fields["format"] == 3
+    fields["format"] = 4
     with pytest.raises(InputError, match=r"^plan: format 4, this is 3\. Plan again with this version"):
         LoadPlan.from_json(json.dumps(fields))
 
