@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.schemes import Scheme, Shard
 from distquant.skeleton.build import reads_heads_from_config
+from distquant.skeleton.uninitialized import Uninitialized
 
 QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -37,7 +38,8 @@ def localize(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int) -> 
         owner, _, leaf = tensor.name.rpartition(".")
         if tensor.scheme != "none" and not plan.dequantize:
             old = model.get_submodule(owner)
-            new = scheme.module(old, shard_of(tensor, plan, tp_rank))
+            with Uninitialized():
+                new = scheme.module(old, shard_of(tensor, plan, tp_rank))
             new.__dict__["source_cls"] = type(old)  # what transformers' saving and dequantizing look at
             model.set_submodule(owner, new.requires_grad_(False).train(old.training))
         elif tensor.cut is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from distquant.collector import without_collector
 from distquant.comm import SoloComm
 from distquant.coordinator import Request, make_plan
 from distquant.loader import load_shard
@@ -21,6 +22,7 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+@without_collector()
 def load(
     request: Request | LoadPlan,
     max_memory: int | None,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distquant.collector import without_collector
 from distquant.coordinator import Request, make_plan
 from distquant.errors import InputError, RankError
 from distquant.loader import load_shard
@@ -34,6 +35,7 @@ def device() -> torch.device:
     return torch.device("cuda", index)
 
 
+@without_collector()
 def load(
     request: Request | LoadPlan,
     max_memory: int | None,

@@ -38,13 +38,15 @@ def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    from distquant.skeleton.uninitialized import Uninitialized
+
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         has_quantization = getattr(config, "quantization_config", None) is not None
         if has_quantization:
             del config.quantization_config
         wanted = dtype or _name(getattr(config, "dtype", None)) or "float32"
-        with torch.device("meta"), warnings.catch_warnings():
+        with torch.device("meta"), Uninitialized(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, wanted), trust_remote_code=trust_remote_code

@@ -11,6 +11,7 @@ the statistics that must be kept meanwhile allow.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,14 @@ from distquant.stream.stages import Stages
 from distquant.stream.tasks import TORCH_DTYPE, Chunk, Sink, Task, batches, chunks_of
 
 READERS = 2
-"""Reads in flight; one where all files lie in memory, because a second would only take the quantizer's core."""
+"""Reads in flight, where they may wait for a disk or a network."""
+
+
+def cores_of_a_rank(ranks: int) -> int:
+    """Cores that each of a node's ranks has: those that it is bound to, else its share of the machine's."""
+    there = os.cpu_count() or 1
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else there
+    return bound if bound < there else there // ranks
 
 
 @dataclass
@@ -97,8 +105,7 @@ class Engine:
         total = self.bytes_to_read()
         done = 0
         chunks = batches(self._chunks(), self.budget.largest)
-        readers = 1 if all(map(self.files.in_memory, self._files())) else READERS
-        self._reader = Reader(self.files, self.arena, self._reads, self.board, self.stages, chunks, readers)
+        self._reader = Reader(self.files, self.arena, self._reads, self.board, self.stages, chunks, self._readers())
         for batch in self._reader:
             for chunk in batch:
                 done += chunk.nbytes
@@ -113,6 +120,12 @@ class Engine:
             self._finish_arrived()
         self.copier.drain()
         self.peers.leave()
+
+    def _readers(self) -> int:
+        """Threads that read ahead. Reads from memory are work for a core: one has it, or none, as there are cores."""
+        if not all(map(self.files.in_memory, self._files())):
+            return READERS
+        return 1 if cores_of_a_rank(len(self.peers.peers) + 1) > 1 else 0
 
     def _files(self) -> set[str]:
         """Files that this rank reads of."""

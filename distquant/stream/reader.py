@@ -1,14 +1,15 @@
 """Reads ahead of the consumer, several reads in flight, into slots of the staging memory and never further.
 
 Threads take the next batch and its slot in order, read without holding Python's lock, and the consumer gets the batches
-in that order. No slot free: no read begins, so a slow consumer holds the reads back.
+in that order. No slot free: no read begins, so a slow consumer holds the reads back. Without threads the consumer reads
+for itself, one batch after the other: right where a thread would only take turns with it on the same core.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from distquant.stream.arena import Arena, Board, Slots
 from distquant.stream.files import Files, ReadError
@@ -20,7 +21,17 @@ AHEAD = 8
 
 
 class Reader:
-    """Iterates over filled batches. `stop` the board and `join` before the files are closed."""
+    """Iterates over filled batches. `stop` the board and `join` before the files are closed.
+
+    Args:
+        files: to read from.
+        arena: the staging memory.
+        slots: of it, those to read into.
+        board: of the load.
+        stages: where the time goes.
+        batches: what to read, in order.
+        threads: reads in flight; 0 = whoever iterates reads.
+    """
 
     def __init__(
         self,
@@ -46,6 +57,18 @@ class Reader:
             thread.start()
 
     def __iter__(self) -> Iterator[list[Chunk]]:
+        return self._read_ahead() if self._threads else self._read_here()
+
+    def _read_here(self) -> Iterator[list[Chunk]]:
+        while begun := self._begin():
+            number, batch = begun
+            start = time.perf_counter()
+            self._read(batch)
+            self._stages.waited += time.perf_counter() - start
+            self._taken = number + 1
+            yield batch
+
+    def _read_ahead(self) -> Iterator[list[Chunk]]:
         while True:
             start = time.perf_counter()
             with self._board.watch:
@@ -104,8 +127,7 @@ class Reader:
             def room() -> bool:
                 return self._begun - self._taken < AHEAD and (direct or self._slots.any_free)
 
-            board.watch.wait_for(lambda: room() or board.stopped or board.failure is not None)
-            if board.stopped or board.failure is not None:
+            if not self._wait(room):
                 return None
             if not direct:
                 slot = self._slots.take(len(batch))
@@ -113,6 +135,17 @@ class Reader:
                     chunk.slot = slot
             self._begun += 1
             return self._begun - 1, batch
+
+    def _wait(self, room: Callable[[], bool]) -> bool:
+        """Waits, with the condition held, until `room`; False if the load ends before.
+
+        A thread waits as long as the consumer works; the consumer itself only waits for other ranks to copy.
+        """
+        board = self._board
+        if not self._threads:
+            return board.wait(room, self._late)
+        board.watch.wait_for(lambda: room() or board.stopped or board.failure is not None)
+        return not board.stopped and board.failure is None
 
     def _read(self, batch: list[Chunk]) -> None:
         start = time.perf_counter()

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distquant.checkpoint import TensorInfo
+from distquant.errors import RankError
 from distquant.layout import ALL, Component
 from distquant.planning.reading import Part
 from distquant.schemes.bands import band_of, row_step
 from distquant.skeleton.words import Source
 from distquant.stream.arena import PAGE, Arena, Board, Slots
 from distquant.stream.budget import READ_SLOTS, SEND_SLOTS, SLOT, Budget
+from distquant.stream.engine import cores_of_a_rank
 from distquant.stream.files import SLACK, Files, ReadError
 from distquant.stream.reader import AHEAD, Reader
 from distquant.stream.rows import RowMap
@@ -209,7 +211,7 @@ class Running:
         self.arena.close()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("threads", [0, 1, 2, 4])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_reader_keeps_the_order(tmp_path, threads, slots):
     running, found, starts = Running(tmp_path, threads, slots, threads), b"", []
@@ -221,7 +223,7 @@ def test_reader_keeps_the_order(tmp_path, threads, slots):
             running.slots.release(chunk.slot)
     assert starts == list(range(40))
     assert found == running.data
-    assert running.files.most <= min(threads, slots)
+    assert running.files.most <= min(max(threads, 1), slots)
     running.close()
 
 
@@ -259,8 +261,9 @@ def test_reader_does_not_run_far_ahead_of_reads_into_place(tmp_path):
     running.close()
 
 
-def test_reader_passes_errors_on(tmp_path):
-    running = Running(tmp_path)
+@pytest.mark.parametrize("threads", [0, 2])
+def test_reader_passes_errors_on(tmp_path, threads):
+    running = Running(tmp_path, threads=threads)
     with open(tmp_path / "f.bin", "r+b") as file:
         file.truncate(0)
     with pytest.raises(ReadError, match=r"f\.bin .*t0"):
@@ -269,13 +272,35 @@ def test_reader_passes_errors_on(tmp_path):
     running.close()
 
 
-def test_reader_stops_when_told(tmp_path):
-    running = Running(tmp_path)
+@pytest.mark.parametrize("threads", [0, 2])
+def test_reader_stops_when_told(tmp_path, threads):
+    running = Running(tmp_path, threads=threads)
     taken = next(iter(running.reader))
     assert taken[0].start == 0
     running.board.stop()
     assert list(running.reader) == []
     running.reader.join()
+    running.close()
+
+
+def test_reader_without_threads_reads_nothing_ahead(tmp_path):
+    running = Running(tmp_path, threads=0)
+    for number, batch in enumerate(running.reader):
+        assert running.files.begun == number + 1
+        running.slots.release(batch[0].slot)
+    running.close()
+
+
+def test_reader_without_threads_hears_of_failures_and_of_ranks_that_hold_its_slots(tmp_path):
+    running = Running(tmp_path, slots=1, threads=0)
+    running.board.timeout = 0.1
+    batches_read = iter(running.reader)
+    next(batches_read)
+    with pytest.raises(ReadError, match=r"not come back for 0\.1 s"):
+        next(batches_read)
+    running.board.fail(RankError(1, "is gone"))
+    with pytest.raises(RankError, match="is gone"):
+        next(iter(running.reader))
     running.close()
 
 
@@ -288,3 +313,12 @@ def test_reader_that_hears_nothing_gives_up(tmp_path):
     finally:
         hang.set()
         running.close()
+
+
+@pytest.mark.parametrize(
+    ("machine", "bound", "ranks", "cores"), [(2, 2, 2, 1), (2, 2, 1, 2), (64, 64, 8, 8), (64, 8, 8, 8), (2, 2, 3, 0)]
+)
+def test_cores_of_a_rank_are_those_it_is_bound_to_or_its_share(monkeypatch, machine, bound, ranks, cores):
+    monkeypatch.setattr("os.cpu_count", lambda: machine)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(bound)))
+    assert cores_of_a_rank(ranks) == cores
