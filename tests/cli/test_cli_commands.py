@@ -220,6 +220,8 @@ def test_inspect_of_a_quantized_checkpoint(llama_nf4: str, command: Command) -> 
     assert "\nquantized:\n" in done.out
     assert "  bnb_4bit_quant_type = 'nf4'\n" in done.out
     assert "  quant_method = 'bitsandbytes'\n" in done.out
+    assert row(done.out, "weight")[:3] == ["weight", "bits", "group"]
+    assert row(done.out, "nf4")[:5] == ["nf4", "4", "64", "yes", "float32"]
 
 
 def test_inspect_of_a_strange_config(kjv_tiny: str, copy_of, command: Command) -> None:
