@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from distquant.config.base import EXTRAS, QuantizationConfig
 from distquant.config.checks import where
@@ -52,7 +52,7 @@ class QuantizationArgs:
     observer_kwargs: Mapping[str, Any] | None = None
 
     @property
-    def scope(self) -> Strategy:
+    def scope(self) -> str:
         """The strategy, or the one that follows from the group size."""
         if self.strategy is not None:
             return self.strategy
@@ -158,17 +158,15 @@ def _essence(group: QuantizationGroup, file_format: Format) -> QuantizationGroup
     def settle(args: QuantizationArgs | None) -> QuantizationArgs | None:
         if args is None:
             return None
-        order = args.actorder if args.actorder in ("group", "dynamic") else None
-        size = args.group_size if args.scope in ("group", "tensor_group") else None
         return replace(
             args,
+            strategy=cast("Strategy", args.scope),
+            group_size=args.group_size if args.scope in ("group", "tensor_group") else None,
+            block_structure=args.block,
+            actorder=args.actorder if args.actorder in ("group", "dynamic") else None,
             observer=None,
             observer_kwargs=None,
             zp_dtype=None,
-            actorder=order,
-            group_size=size,
-            strategy=args.scope,
-            block_structure=args.block,
         )
 
     return QuantizationGroup(
@@ -210,7 +208,9 @@ class CompressedTensorsConfig(QuantizationConfig):
     unwritten: ClassVar[frozenset[str]] = EXTRAS | {"use_optimized_inference"}
     sparse: ClassVar[frozenset[str]] = frozenset({"sparsity_config", "transform_config", "moe_sparsity_config"})
     record_keys: ClassVar[frozenset[str]] = frozenset({"version"})
-    history: ClassVar[frozenset[str]] = frozenset({"recorded", "global_compression_ratio", "quantization_status"})
+    history: ClassVar[frozenset[str]] = frozenset(
+        {"recorded", "global_compression_ratio", "quantization_status", "format"}  # groups say their format themselves
+    )
     skip_field: ClassVar[str | None] = "ignore"
     short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "int4": _group(

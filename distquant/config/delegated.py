@@ -412,7 +412,6 @@ class SinqConfig(SkippingConfig):
     """SINQ (arXiv:2509.22944): scales for rows and for columns."""
 
     quant_method: ClassVar[str] = "sinq"
-    sparse: ClassVar[frozenset[str]] = frozenset({"_extra_kwargs"})
 
     nbits: int = 4
     """Bits of a weight."""

@@ -113,6 +113,7 @@ REQUIREMENTS: Mapping[str, Requirements] = {
     "higgs": Requirements(
         packages={"flute-kernel": "0.4.1", "fast_hadamard_transform": "0"},
         cpu=False,
+        quantizes=False,
         reference="none",
         note="a device map with cpu or disk is refused",
     ),

@@ -99,7 +99,8 @@ def parse(given: Any, classes: Iterable[type[QuantizationConfig]]) -> Quantizati
     elif isinstance(given, str):
         return _from_short_name(given, classes)
     elif callable(getattr(given, "to_dict", None)) and not isinstance(given, type):
-        given = given.to_dict()
+        attributes: dict[str, Any] = getattr(given, "get_loading_attributes", dict)()
+        given = {**given.to_dict(), **attributes}  # some of transformers' classes leave them out of their dict
     if not isinstance(given, Mapping):
         fix = "Give a configuration object, a dict, the path of a JSON file, or a short name."
         raise InputError.one(_OPTION, f"{given!r} ({type(given).__name__}) is no quantization configuration", fix)
@@ -165,8 +166,8 @@ def merge(checkpoint: QuantizationConfig | None, user: QuantizationConfig | None
     """One configuration from the checkpoint's and the user's; `NoneConfig` where neither quantizes.
 
     On a pre-quantized checkpoint the user's loading attributes are taken, `dequantize` among them. A field that is None
-    on the user's side asks for nothing, and so does one of the method's `history` that has its default; any other must
-    equal the checkpoint's (lists of patterns in any order), defaults included.
+    on the user's side asks for nothing, and so does one of the method's `history` that has its default, or any that has
+    it beside `dequantize`; every other must equal the checkpoint's (lists of patterns in any order), defaults included.
 
     Raises:
         InputError: another method or kind than the checkpoint's, or fields that differ; names both values of each; or
@@ -194,7 +195,7 @@ def merge(checkpoint: QuantizationConfig | None, user: QuantizationConfig | None
     for field in fields(user):
         name = field.name
         ours, theirs = getattr(user, name), getattr(adopted, name)
-        silent = ours is None or (name in user.history and _is_silent(user, field))
+        silent = ours is None or ((user.dequantize or name in user.history) and _is_silent(user, field))
         if silent or user.meaning(name) == adopted.meaning(name):
             continue
         if name in user.loading_attributes or name == "dequantize":
