@@ -46,7 +46,8 @@ class Component:
         name: what follows the parameter's name in a checkpoint ("" for the codes, "absmax", "SCB", ...).
         dtype: torch's name of the stored dtype.
         spans: logical elements that one stored element covers, per dim; `ALL` reduces over the dim.
-        words: stored elements that a span takes, per dim; () = one each.
+        words: stored elements that a span takes, per dim; () = one each. Where the span is `ALL`, they are needed
+            whole for any part of the dim (scales that an index gathers).
         turned: whether the dims of the stored tensor are in reverse order, `[in, out]`.
         flat: if not 0, logical elements per stored element along the row-major weight (`spans` is then unused).
         cuts: steps at which a cut is preferred or still possible, best first. For a flat component they are the block
@@ -74,7 +75,7 @@ class Component:
     def stored(self, dim: int, size: int) -> int:
         """Stored elements of the first `size` logical ones of a dim; whole spans, but at the end of the dim."""
         span = self.spans[dim]
-        return 1 if span == ALL else -(-size // span) * self._words(dim)
+        return (1 if span == ALL else -(-size // span)) * self._words(dim)
 
     def _words(self, dim: int) -> int:
         return self.words[dim] if self.words else 1

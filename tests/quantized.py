@@ -48,7 +48,7 @@ def gptq_like(folder: Path) -> Path:
             module + "scales": torch.zeros(into // 64, out, dtype=torch.float16),
         }
 
-    return rewrite(folder, {"quant_method": "gptq", "bits": 4, "group_size": 64}, "mlp.", store)
+    return rewrite(folder, {"quant_method": "words", "bits": 4, "group_size": 64}, "mlp.", store)
 
 
 def packed(folder: Path) -> Path:

@@ -17,6 +17,9 @@ BUILT_IN = tuple(
         "none",
         "bitsandbytes_4bit",
         "bitsandbytes_8bit",
+        "gptq",
+        "awq",
+        "auto_round",
         "delegated",
     )
 )

@@ -1,0 +1,25 @@
+"""What ranks do with checkpoints that are stored in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import work
+from torch import Tensor
+
+import distquant as dq
+
+
+def logits(path: str, mesh: str | None = None) -> Tensor:
+    """Of a checkpoint as it is stored, in float32."""
+    with torch.no_grad():
+        return dq.load(path, mesh=mesh, dtype="float32")(torch.tensor(work.IDS)).logits
+
+
+def stored(path: str, quant: Any, mesh: str | None = None) -> tuple[dict[str, dict[str, Tensor]], int, int]:
+    """This rank's components by module, the bytes that it says it holds quantized, and the planned ones."""
+    model = dq.load(path, quantization_config=quant, mesh=mesh)
+    plan = model.distquant.plan
+    found = {name: model.get_submodule(name).components for name in plan.converted}
+    return found, model.distquant.report.quantized_bytes, plan.memory[work.rank()].quantized

@@ -1,0 +1,142 @@
+"""GPTQ, AWQ and AutoRound's packings: one fingerprint at every width, shards that are valid tensors of their formats."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import packed_ranks
+import pytest
+import torch
+import work
+from packed_words import Kind, dense_weight, rewrite_packed, store_dense
+
+import distquant as dq
+
+ROUNDING = 2e-5
+"""As in `test_logits`."""
+
+ACT_ORDER = Kind(act_order=True)
+KINDS: dict[str, tuple[str, Kind]] = {
+    "gptq v1": ("llama-352", Kind()),
+    "gptq v1 gqa": ("llama-gqa", Kind(group=64)),
+    "gptq v2 2 bits": ("llama-352", Kind(bits=2, v1=False)),
+    "gptq v1 3 bits": ("llama-352", Kind(bits=3)),
+    "gptq v2 8 bits packed": ("phi3-packed", Kind(bits=8, v1=False)),
+    "gptq one group": ("llama-352", Kind(group=-1)),
+    "gptq ragged group": ("llama-352", Kind(group=128)),
+    "gptq act order": ("llama-352", ACT_ORDER),
+    "gptq act order packed": ("phi3-packed", ACT_ORDER),
+    "gptq act order 3 bits ragged": ("llama-352", Kind(bits=3, group=64, act_order=True)),
+    "gptq dynamic": ("llama-gqa", Kind(own={"down_proj": {"bits": 8, "group_size": 64}, "q_proj": {"desc_act": True}})),
+    "gptq biases": ("qwen2-biases", Kind(index=False)),
+    "awq": ("llama-352", Kind(method="awq")),
+    "awq packed": ("phi3-packed", Kind(method="awq", group=128)),
+    "awq one group": ("qwen2-biases", Kind(method="awq", group=-1)),
+    "auto-round gptq": (
+        "llama-gqa",
+        Kind(method="auto-round", packing="auto_round:auto_gptq", index=False, own={"o_proj": {"bits": 8}}),
+    ),
+    "auto-round own": ("llama-352", Kind(method="auto-round", packing="auto_round:tritonv2", index=False, v1=False)),
+    "auto-round awq": ("llama-352", Kind(method="auto-round", packing="auto_round:auto_awq")),
+}
+
+
+@pytest.fixture(scope="module")
+def packed(model_of, tmp_path_factory):
+    """Paths of a stored checkpoint and of its dense float32 twin."""
+    root = tmp_path_factory.mktemp("packed")
+
+    def paths(name: str) -> tuple[str, str]:
+        family, kind = KINDS[name]
+        folder, twin = root / name.replace(" ", "-"), root / f"{name.replace(' ', '-')}-dense"
+        if not folder.exists():
+            shutil.copytree(model_of(family), folder)
+            shutil.copytree(model_of(family), twin)
+            store_dense(twin, rewrite_packed(folder, kind))
+        return str(folder), str(twin)
+
+    return paths
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_stored_checkpoints_have_one_fingerprint_at_every_width(ranks, packed, name):
+    path, _ = packed(name)
+    whole = work.fingerprint(path, None)
+    for width in (2, 3, 4):
+        assert ranks.run(width, work.fingerprint, path, None, f"tp={width}") == [whole] * width
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_equal_those_of_the_dense_weights(ranks, packed, name):
+    path, twin = packed(name)
+    truth = work.logits(twin, "none")
+    assert distance(packed_ranks.logits(path), truth) < ROUNDING
+    for found in ranks.run(2, packed_ranks.logits, path, "tp=2"):
+        assert distance(found, truth) < ROUNDING
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_shards_are_tensors_of_their_format(ranks, packed, name):
+    """Every shard, unpacked by itself with the index that it stores, is the slice of the whole weight."""
+    path, _ = packed(name)
+    kind = KINDS[name][1]
+    plan = dq.plan(path, mesh="tp=2")
+    tensors = {tensor.name.removesuffix(".weight"): tensor for tensor in plan.tensors}
+    whole, *_ = packed_ranks.stored(path, None)
+    for rank, (shards, nbytes, planned) in enumerate(ranks.run(2, packed_ranks.stored, path, None, "tp=2")):
+        assert nbytes == planned
+        assert shards.keys() == whole.keys()
+        for module, shard in shards.items():
+            tensor, own = tensors[module], kind.of(module)
+            assert shard.keys() == whole[module].keys()
+            assert ("g_idx" in shard) == (kind.method == "gptq")
+            dense = dense_weight(whole[module], own)
+            assert tensor.cut is not None and tensor.dim is not None, f"{module} is not cut"
+            pieces = [dense.narrow(tensor.dim, a, b - a) for a, b in plan.cuts[tensor.cut].segments(rank)]
+            assert torch.equal(dense_weight(shard, own), torch.cat(pieces, tensor.dim)), module
+
+
+ON_THE_WAY = {
+    "gptq-rtn": "gptq-rtn",
+    "g32": {"quant_method": "gptq", "bits": 4, "group_size": 32},
+    "asymmetric v2": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "checkpoint_format": "gptq_v2"},
+    "2 bits": {"quant_method": "gptq", "bits": 2, "group_size": 32, "sym": False},
+    "3 bits": {"quant_method": "gptq", "bits": 3, "group_size": 32, "sym": False},
+    "8 bits": {"quant_method": "gptq", "bits": 8, "group_size": 64},
+    "one group": {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": False},
+    "awq g32": {"quant_method": "awq", "bits": 4, "group_size": 32},
+    "awq symmetric": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": False},
+    "awq one group": {"quant_method": "awq", "bits": 4, "group_size": -1},
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_WAY)
+@pytest.mark.parametrize(("family", "widths"), [("llama-352", (2, 3, 4)), ("phi3-packed", (3,))])
+def test_rounding_on_the_way_has_one_fingerprint_at_every_width(ranks, model_of, family, widths, name):
+    path, quant = model_of(family), ON_THE_WAY[name]
+    whole = work.fingerprint(path, quant)
+    for width in widths:
+        assert ranks.run(width, work.fingerprint, path, quant, f"tp={width}") == [whole] * width
+    assert ranks.run(2, work.fingerprint_staged, path, quant, "tp=2", "1KiB") == [whole] * 2
+
+
+@pytest.mark.parametrize("name", ["3 bits", "awq g32"])
+def test_what_one_rank_saves_loads_again_at_every_width(ranks, model_of, tmp_path, name):
+    model = dq.load(model_of("llama-gqa"), quantization_config=ON_THE_WAY[name])
+    model.save_pretrained(tmp_path)
+    whole = dq.fingerprint(model)
+    assert dq.fingerprint(dq.load(tmp_path)) == whole
+    assert ranks.run(3, work.fingerprint, str(tmp_path), None, "tp=3") == [whole] * 3
+
+
+def test_stored_checkpoints_are_read_in_slices(ranks, packed):
+    path, _ = packed("gptq v1")
+    size = (Path(path) / "model.safetensors").stat().st_size
+    read = ranks.run(4, work.bytes_read, path, None, "tp=4")
+    assert sum(read) < 1.1 * size
+    assert max(read) < 0.5 * size
