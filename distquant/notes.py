@@ -24,6 +24,7 @@ def notes_on(draft: Draft) -> Iterator[str]:
         yield f"dropped: {len(unexpected)} checkpoint tensors that the model lacks ({_some(unexpected)})"
     if draft.scheme.name != "none":
         yield from _left_unquantized(draft)
+    yield from draft.scheme.notes(draft.converted)
     if draft.skeleton.experts:
         kept = "left unquantized and whole on every rank" if draft.scheme.name != "none" else "whole on every rank"
         size = format_bytes(_nbytes(draft, set(draft.skeleton.experts)))
