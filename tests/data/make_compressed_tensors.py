@@ -2,7 +2,7 @@
 
     python tests/data/make_compressed_tensors.py
 
-Each holds one small llama with random weights. Scales are the library's `calculate_qparams` of the range of each
+Each holds the small llama of `unquantized/`, with random weights. Scales are the library's `calculate_qparams` of the range of each
 group; `ModelCompressor` quantizes, packs and describes.
 """
 
@@ -104,5 +104,7 @@ def write(kind: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     os.umask(0o022)
+    model().save_pretrained(HERE / "unquantized")
+    (HERE / "unquantized" / "generation_config.json").unlink(missing_ok=True)
     for kind in KINDS:
         write(kind, HERE / kind)
