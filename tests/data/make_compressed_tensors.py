@@ -2,8 +2,8 @@
 
     python tests/data/make_compressed_tensors.py
 
-Each holds the small llama of `unquantized/`, with random weights. Scales are the library's `calculate_qparams` of the range of each
-group; `ModelCompressor` quantizes, packs and describes.
+Each holds the small llama of `unquantized/`, with random weights. Scales are the library's `calculate_qparams` of the
+range of each group; `ModelCompressor` quantizes, packs and describes.
 """
 
 from __future__ import annotations

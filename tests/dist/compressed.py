@@ -24,6 +24,7 @@ def group(weights: dict[str, Any], file_format: str, *targets: str) -> dict[str,
 INT4 = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32}
 INT8 = {"type": "int", "num_bits": 8}
 FP8 = {"type": "float", "num_bits": 8}
+BLOCKS = config("float-quantized", {**FP8, "strategy": "block", "block_structure": [128, 128]})
 WAYS: dict[str, Any] = {
     "int4": config("pack-quantized", INT4),
     "int4-zeros": config("pack-quantized", {**INT4, "group_size": 16, "symmetric": False}),

@@ -42,6 +42,19 @@ def test_every_projection_is_cut(model_of, family, way):
     assert [t.name for t in plan.tensors if t.scheme != "none" and t.cut is None] == []
 
 
+@pytest.mark.parametrize("quant", ["int4", compressed.BLOCKS])
+def test_groups_and_blocks_of_128_with_biases(ranks, model_of, quant):
+    path = model_of("qwen2-biases")
+    whole, *_ = compressed.loaded(path, quant)
+    assert [found for found, *_ in ranks.run(2, compressed.loaded, path, quant, "tp=2")] == [whole] * 2
+    plan = dq.plan(path, quantization_config=quant, mesh="tp=2")
+    cuts = {t.name: plan.cuts[t.cut].lengths for t in plan.tensors if t.scheme != "none" and t.cut}
+    assert cuts["model.layers.0.mlp.down_proj.weight"] == [128, 128]
+    truth = compressed.logits(path, quant)
+    for found in ranks.run(2, compressed.logits, path, quant, "tp=2"):
+        assert float((found - truth).abs().max() / truth.abs().max()) < ROUNDING
+
+
 def test_misaligned_cuts_are_moved(model_of):
     plan = dq.plan(model_of("llama-352"), quantization_config=compressed.WAYS["int4"], mesh="tp=2")
     tensor = next(t for t in plan.tensors if t.name == "model.layers.0.mlp.down_proj.weight")

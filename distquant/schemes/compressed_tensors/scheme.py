@@ -135,8 +135,10 @@ class CompressedTensorsScheme(DequantizingScheme):
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         found = [*self.check_weight(name, shape), *super().check_stored(name, shape, stored)]
         storage = self.storage(name)
-        known = {component.name for component in storage.components("float32")}
-        for extra in sorted(stored.keys() - known - set(BESIDE)):
+        known = {component.name for component in storage.components("float32")}.union(BESIDE)
+        if self.config.kv_cache_scheme is not None:  # older files keep the cache's scales at k_proj and v_proj
+            known.update(ACTIVATIONS[2:])
+        for extra in sorted(stored.keys() - known):
             what = f"the checkpoint stores {extra or 'weight'}, which {storage.format!r} and its group do not explain"
             found.append(Problem(name, what, OTHER))
         return found

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from absent import run_without
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -284,14 +285,30 @@ def test_trivial_leftovers_of_older_files_are_taken(tmp_path):
     assert "weight_g_idx" not in model.model.layers[0].mlp.up_proj.state_dict()
 
 
+def test_the_library_is_not_needed(tmp_path):
+    code = f"""
+import distquant as dq
+model = dq.load({str(DATA / "mixed")!r})
+model.save_pretrained({str(tmp_path / "saved")!r})
+print(dq.fingerprint(model))
+"""
+    done = run_without(("compressed_tensors",), tmp_path / "packages", code)
+    assert done.stdout.split() == [dq.fingerprint(dq.load(DATA / "mixed"))], done.stderr
+    assert dq.fingerprint(dq.load(tmp_path / "saved")) == dq.fingerprint(dq.load(DATA / "mixed"))
+
+
 def test_activations_and_cache_are_noted(tmp_path):
-    folder, _ = golden("fp8-static", tmp_path / "model")
+    folder, tensors = golden("fp8-static", tmp_path / "model")
+    tensors["model.layers.0.self_attn.k_proj.output_scale"] = torch.ones(1, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "stores output_scale" in refusal(folder)
     text = json.loads((folder / "config.json").read_text())
     text["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
     (folder / "config.json").write_text(json.dumps(text))
     notes = "\n".join(dq.plan(folder).notes)
     assert "not applied: kv_cache_scheme" in notes
     assert "not applied: quantization of activations, in 7 linear modules" in notes
+    assert dq.fingerprint(dq.load(folder)) == dq.fingerprint(dq.load(DATA / "fp8-static"))
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
