@@ -78,7 +78,10 @@ class Draft:
         first: dict[Any, TensorPlan] = {}
         counts: Counter[Any] = Counter()
         for tensor in self.tensors:
-            key = (tensor.shape, tensor.dtype, tensor.scheme, tensor.dim, tensor.cut)
+            layout = None  # a method may store weights of one shape in several ways
+            if tensor.scheme != "none":
+                layout = self.scheme.layout(tensor.name, tensor.shape, tensor.dtype)
+            key = (tensor.shape, tensor.dtype, tensor.scheme, tensor.dim, tensor.cut, layout)
             first.setdefault(key, tensor)
             counts[key] += 1
         return [(tensor, counts[key]) for key, tensor in first.items()]

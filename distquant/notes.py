@@ -29,6 +29,7 @@ def notes_on(draft: Draft) -> Iterator[str]:
         yield f"dequantized: {len(draft.converted)} linear modules that are stored quantized are loaded as they mean"
     if draft.scheme.name != "none":
         yield from _left_unquantized(draft)
+    yield from draft.scheme.notes(draft.converted)
     if draft.skeleton.experts:
         kept = "left unquantized and whole on every rank" if draft.scheme.name != "none" else "whole on every rank"
         size = format_bytes(_nbytes(draft, set(draft.skeleton.experts)))

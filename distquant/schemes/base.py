@@ -114,6 +114,10 @@ class Scheme(ABC):
         """What is wrong with the components (name -> stored shape) of a pre-quantized weight."""
         return []
 
+    def notes(self, converted: Iterable[str]) -> Iterable[str]:
+        """What to know of the conversion of these modules though nothing is wrong."""
+        return ()
+
     @abstractmethod
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         """How a weight of this shape is stored; `name` is the parameter's, for methods that tell modules apart."""

@@ -20,6 +20,7 @@ BUILT_IN = tuple(
         "gptq",
         "awq",
         "auto_round",
+        "compressed_tensors",
         "delegated",
     )
 )
