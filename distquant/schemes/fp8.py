@@ -89,7 +89,9 @@ class Fp8Scheme(DequantizingScheme):
         config, found = self.config, super().validate(context)
         if self.block is None and self.powers:
             what = "'ue8m0' is for tiles, and weight_block_size is null"
-            found.append(_problem("scale_fmt", what, "Give weight_block_size, such as [128, 128], or scale_fmt 'float'"))
+            found.append(
+                _problem("scale_fmt", what, "Give weight_block_size, such as [128, 128], or scale_fmt 'float'")
+            )
         if config.modules_to_convert:
             what = f"{list(config.modules_to_convert)} names further modules, only linear ones are converted here"
             found.append(_problem("modules_to_convert", what, "Leave it out"))
