@@ -104,6 +104,7 @@ def _wrong_sources(draft: Draft, name: str, quantized: bool, kept: bool) -> Iter
     if quantized and draft.prequantized:
         stored = {component: info.shape for component, info in infos.items()}
         yield from draft.scheme.check_stored(name, param.shape, stored)
+        yield from draft.scheme.check_dtypes(name, {component: info.dtype for component, info in infos.items()})
         return
     extra = sorted(component for component in infos if component)
     if extra:

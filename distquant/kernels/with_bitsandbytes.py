@@ -39,6 +39,8 @@ __all__ = [
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp8",
+    "quantize_fp8_rows",
+    "quantize_fp8_ue8m0",
     "quantize_groups",
     "quantize_int8_rows",
     "row_absmax",
@@ -135,6 +137,8 @@ encode_4bit = _absent("encode_4bit")
 encode_int8_rows = _absent("encode_int8_rows")
 encode_fp8 = _absent("encode_fp8")
 quantize_fp8 = _absent("quantize_fp8")
+quantize_fp8_rows = _absent("quantize_fp8_rows")
+quantize_fp8_ue8m0 = _absent("quantize_fp8_ue8m0")
 dequantize_fp8 = _absent("dequantize_fp8")
 quantize_groups = _absent("quantize_groups")
 dequantize_groups = _absent("dequantize_groups")

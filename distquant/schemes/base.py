@@ -118,6 +118,10 @@ class Scheme(ABC):
         """What to know of the conversion of these modules though nothing is wrong."""
         return ()
 
+    def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
+        """What is wrong with the dtypes of these components (name -> safetensors' spelling)."""
+        return []
+
     @abstractmethod
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         """How a weight of this shape is stored; `name` is the parameter's, for methods that tell modules apart."""

@@ -21,6 +21,9 @@ BUILT_IN = tuple(
         "awq",
         "auto_round",
         "compressed_tensors",
+        "fp8",
+        "mxfp8",
+        "fbgemm_fp8",
         "delegated",
     )
 )

@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distquant.kernels import reference
 from distquant.kernels.cpu.library import FLOATS, FOUND, GIVEN, call, matrix, on_cpu, positive
 from distquant.kernels.cpu.runs import CPU, output
 from distquant.kernels.outputs import prepared
 
 Block = tuple["int | None", "int | None"]
+
+POWERS = (27, 227)
+"""Bytes of the ue8m0 scales from 2^-100 to 2^100, under which neither an amax of 448 times it nor its reciprocal is
+rounded."""
 
 
 def quantize_int8_rows(
@@ -92,6 +97,34 @@ def encode_fp8(
     factors = on_cpu(amax, "amax", torch.float32, grid[0] * grid[1]).clone()
     call("encode_fp8", source, FLOATS[source.dtype], rows, columns, height, width, packed, found, factors)
     return packed, found
+
+
+def quantize_fp8_ue8m0(
+    weight: Tensor, block: Block, *, codes: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes (float8_e4m3fn `[rows, columns]`) and scales (float8_e8m0fnu `[ceil(rows / br), ceil(columns / bc)]`).
+
+    As `reference.quantize_fp8_ue8m0`. Under an amax of 448 * 2^k, the factor of `encode_fp8` is exactly 2^-k, so its
+    native code serves here; scales outside `POWERS` are left to the reference.
+
+    Args:
+        weight: bfloat16, float16 or float32 `[rows, columns]`.
+        block: rows and columns of a tile, None for the whole dim.
+        codes, scale: written into where given.
+
+    Raises:
+        ValueError: an argument is not as said here.
+    """
+    source, rows, columns = matrix(weight)
+    grid = _tile(rows, columns, block)[2]
+    packed = prepared(codes, (rows, columns), torch.float8_e4m3fn, CPU)
+    stored = prepared(scale, grid, torch.float8_e8m0fnu, CPU)
+    powers = reference.ue8m0_scales(reference.block_amax(source, block))
+    exponents = powers.view(torch.uint8)
+    if exponents.numel() and not POWERS[0] <= exponents.min() <= exponents.max() <= POWERS[1]:
+        return reference.quantize_fp8_ue8m0(source, block, codes=packed, scale=stored)
+    encode_fp8(source, powers.float() * reference.FP8_MAX, block, codes=packed)
+    return packed, stored.copy_(powers)
 
 
 def dequantize_fp8(codes: Tensor, scale: Tensor, block: Block, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,7 +5,7 @@ Bit-equal to `distquant.kernels.reference`, whose docstrings hold the definition
 over the bits of magnitudes (which order like the floats and keep a NaN), roundings to e4m3 and bfloat16 are integer
 arithmetic. The same source runs in Triton's interpreter on a CPU (`TRITON_INTERPRET=1`), where its tests compare it.
 
-Functions that only look up or reduce are the reference's own: plain torch runs them on the device. This is the only
+Functions that only look up or reduce, and the rarer forms of float8, are the reference's own: plain torch runs them on the device. This is the only
 package that imports Triton.
 """
 
@@ -22,6 +22,8 @@ from distquant.kernels.reference import (
     code_values,
     dequantize_blockwise,
     fp8_factors,
+    quantize_fp8_rows,
+    quantize_fp8_ue8m0,
     row_absmax,
     unpack_4bit,
 )
@@ -43,6 +45,8 @@ __all__ = [
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp8",
+    "quantize_fp8_rows",
+    "quantize_fp8_ue8m0",
     "quantize_groups",
     "quantize_int8_rows",
     "row_absmax",

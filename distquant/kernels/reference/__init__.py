@@ -26,7 +26,17 @@ from distquant.kernels.reference.four_bit import (
     quantize_4bit,
     unpack_4bit,
 )
-from distquant.kernels.reference.fp8 import FP8_MAX, block_amax, dequantize_fp8, encode_fp8, fp8_factors, quantize_fp8
+from distquant.kernels.reference.fp8 import (
+    FP8_MAX,
+    block_amax,
+    dequantize_fp8,
+    encode_fp8,
+    fp8_factors,
+    quantize_fp8,
+    quantize_fp8_rows,
+    quantize_fp8_ue8m0,
+    ue8m0_scales,
+)
 from distquant.kernels.reference.groups import dequantize_groups, quantize_groups
 from distquant.kernels.reference.int8 import encode_int8_rows, quantize_int8_rows, row_absmax
 
@@ -54,8 +64,11 @@ __all__ = [
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp8",
+    "quantize_fp8_rows",
+    "quantize_fp8_ue8m0",
     "quantize_groups",
     "quantize_int8_rows",
     "row_absmax",
+    "ue8m0_scales",
     "unpack_4bit",
 ]

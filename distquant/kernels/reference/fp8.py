@@ -10,9 +10,21 @@ float32 whatever the weight's dtype:
 The two differences: upstream leaves matrices that tiles do not divide unquantized, here a ragged tile has its own amax;
 and where amax is so small that the factor overflows (below 1.4e-36), upstream's zeros become NaN, here the tile's codes
 are zeros under scale 1.
+
+Two more forms share its codes:
+
+- scales that are powers of two (ue8m0, the same function of transformers under `scale_fmt`), of tiles or of runs of 32
+  columns (MXFP8): `factor` without the bound on infinity gives `reciprocal(factor)` as above, the scale is the
+  smallest power of two from 2^-126 on that is no less, and `code = e4m3(clamp(weight / scale, -448, 448))`. Upstream
+  takes the exponent with a logarithm in float32, which falls below for a scale within some units in the last place
+  above a power of two; weights of bfloat16 or float16 have none there.
+- rows as FBGEMM has them (`fbgemm_gpu/experimental/gen_ai/src/quantize/quantize.cu`, `quantize_fp8_per_row`): divisions
+  instead of reciprocals, `scale = max(amax / 448, 1 / (448 * 512))` and `code = e4m3(clamp(weight / scale, -448, 448))`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,6 +36,10 @@ FP8_MAX = 448.0
 """Largest finite e4m3 value."""
 NAN = 0x7F
 """The one e4m3 NaN that is ever stored."""
+MANTISSA = 23
+"""Bits of a float32's fraction."""
+SMALLEST_POWER = torch.finfo(torch.float32).tiny
+"""The least scale of ue8m0 that is ever stored, 2^-126."""
 
 Block = tuple["int | None", "int | None"]
 
@@ -72,17 +88,22 @@ def encode_fp8(
     stored = prepared(scale, _scales_shape(weight.shape, tile), torch.float32, weight.device)
     torch.reciprocal(factors, out=stored)
     packed = prepared(codes, tuple(weight.shape), torch.float8_e4m3fn, weight.device)
+    _cast(weight, factors, tile, torch.mul, packed)
+    return packed, stored
+
+
+def _cast(weight: Tensor, values: Tensor, tile: tuple[int, int], scaled: Callable[..., Tensor], packed: Tensor) -> None:
+    """Fills `packed` with the e4m3 of `scaled(weight, value of its tile)`."""
     row_of = torch.arange(weight.shape[0], device=weight.device) // tile[0]
     column_of = torch.arange(weight.shape[1], device=weight.device) // tile[1]
     step = max(TILE // max(weight.shape[1], 1), 1)
     for at in range(0, len(weight), step):
-        factor = factors[row_of[at : at + step]]
-        factor = factor if factor.shape[1] == 1 else factor[:, column_of]
-        scaled = weight[at : at + step].float() * factor
-        packed[at : at + step] = scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        value = values[row_of[at : at + step]]
+        value = value if value.shape[1] == 1 else value[:, column_of]
+        result = scaled(weight[at : at + step].float(), value)
+        packed[at : at + step] = result.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     found = packed.view(torch.uint8)
     found.masked_fill_(found == (NAN | 0x80), NAN)
-    return packed, stored
 
 
 def quantize_fp8(
@@ -101,6 +122,59 @@ def quantize_fp8(
     finite elements zeros (which an infinite scale dequantizes to NaN).
     """
     return encode_fp8(weight, block_amax(weight, block), block, codes=codes, scale=scale)
+
+
+def ue8m0_scales(amax: Tensor) -> Tensor:
+    """float8_e8m0fnu like `amax` (float32): the power of two that a tile of that amax is divided by.
+
+    1 where amax is 0 or NaN; NaN (0xFF) where it is infinite.
+    """
+    inverse = torch.where(amax > 0, amax.reciprocal() * FP8_MAX, 1.0).reciprocal_()
+    # The exponent's bits of a float32 are those of ue8m0; a fraction that is not 0 carries into them.
+    bits = inverse.clamp_(min=SMALLEST_POWER).view(torch.int32) + ((1 << MANTISSA) - 1)
+    return (bits >> MANTISSA).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def quantize_fp8_ue8m0(
+    weight: Tensor, block: Block, *, codes: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes (float8_e4m3fn `[rows, columns]`) and scales (float8_e8m0fnu `[ceil(rows / br), ceil(columns / bc)]`).
+
+    Args:
+        weight: float `[rows, columns]`.
+        block: rows and columns of a tile, None for the whole dim: `(1, 32)` is MXFP8.
+        codes, scale: written into where given.
+
+    A tile of zeros has scale 1. In a tile with a NaN this is cast to the NaN code 0x7F, the other elements under scale
+    1. A tile with an infinity has scale NaN, and so are all its codes.
+    """
+    tile = tile_shape(weight.shape, block)
+    stored = prepared(scale, _scales_shape(weight.shape, tile), torch.float8_e8m0fnu, weight.device)
+    stored.copy_(ue8m0_scales(block_amax(weight, block)))
+    packed = prepared(codes, tuple(weight.shape), torch.float8_e4m3fn, weight.device)
+    _cast(weight, stored.float(), tile, torch.div, packed)
+    return packed, stored
+
+
+def quantize_fp8_rows(
+    weight: Tensor, *, codes: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes (float8_e4m3fn `[rows, columns]`) and scales (float32 `[rows, 1]`) as FBGEMM has them.
+
+    Args:
+        weight: float `[rows, columns]`; FBGEMM itself takes bfloat16 only.
+        codes, scale: written into where given.
+
+    A row with a NaN has scale NaN, and so are all its codes. In a row with an infinity this becomes NaN, the finite
+    elements zeros, under an infinite scale.
+    """
+    stored = prepared(scale, (len(weight), 1), torch.float32, weight.device)
+    # Tensors, because torch on CUDA multiplies by the reciprocal of a plain number.
+    largest, least = (torch.tensor(v, device=weight.device) for v in (FP8_MAX, 1 / (FP8_MAX * 512)))
+    torch.maximum(block_amax(weight, (1, None)) / largest, least, out=stored)
+    packed = prepared(codes, tuple(weight.shape), torch.float8_e4m3fn, weight.device)
+    _cast(weight, stored, (1, max(weight.shape[1], 1)), torch.div, packed)
+    return packed, stored
 
 
 def dequantize_fp8(codes: Tensor, scale: Tensor, block: Block, dtype: torch.dtype = torch.float32) -> Tensor:
