@@ -41,7 +41,6 @@ from distquant.stream.stages import Stages
 from distquant.stream.tasks import Task
 from distquant.stream.trace import write_trace
 
-
 MODULES = {"optimum-quanto": "optimum.quanto"}
 """What to import of a package, where it is not called as the package is."""
 

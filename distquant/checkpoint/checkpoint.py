@@ -110,8 +110,8 @@ def _read_config(folder: Path, faults: Faults, name: str = CONFIG_NAME) -> dict[
 def _of_quanto_map(folder: Path, faults: Faults) -> dict[str, Any]:
     """optimum-quanto says beside config.json what is quantized: module -> {"weights": "qint8", "activations": "none"}.
 
-    Written by its `QuantizedModelForCausalLM` (0.2.7, `models/transformers_models.py`). Kinds that differ from module to
-    module are joined, and so refused as a value that no configuration allows.
+    Written by its `QuantizedModelForCausalLM` (0.2.7, `models/transformers_models.py`). Kinds that differ from module
+    to module are joined, and so refused as a value that no configuration allows.
     """
     found = _read_config(folder, faults, QUANTO_MAP_NAME)
     entries = [entry for entry in found.values() if isinstance(entry, dict)]

@@ -201,7 +201,7 @@ class QuantoScheme(DequantizingScheme):
         dtype = torch_dtype(shard.dtype)
         module = ShardLinear(in_features, out_features, bias=False, device="meta", dtype=dtype, weights=kind)
         module.weight_group_size = group_of(shard.shape[1]) if self.grouped else None
-        module.register_parameter("bias", linear.bias)  # type: ignore[arg-type]
+        module.register_parameter("bias", linear.bias)
         return module
 
     def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:

@@ -1,7 +1,7 @@
 """torchao: int8, float8 and unpacked low-bit integers in torchao's own tensors, per row, per group or per tensor.
 
-A local module is a plain `nn.Linear` whose weight is torchao's tensor subclass of local size, so that torchao's kernels,
-PEFT and transformers see what they know. By torchao 0.18:
+A local module is a plain `nn.Linear` whose weight is torchao's tensor subclass of local size, so that torchao's
+kernels, PEFT and transformers see what they know. By torchao 0.18:
 
 | configuration | tensor | codes | scale | zero point |
 |---|---|---|---|---|
@@ -9,20 +9,24 @@ PEFT and transformers see what they know. By torchao 0.18:
 | `Float8WeightOnlyConfig` | `Float8Tensor` | float8 | float32 | |
 | `IntxWeightOnlyConfig` | `IntxUnpackedToInt8Tensor` | int8 | the weight's dtype | int8 |
 
-Codes are `[out, in]`, scales and zero points `[out, 1]`, `[out, in / group]` or `[1, 1]`. Rows and groups are quantized by
-torchao itself (`quantization/quantize_/workflows`, `from_hp`), so its definition is the only one; divisions by constants
-round differently in torch's CUDA kernels, so bits are those of torchao on the same kind of device. A scale for the whole
-tensor needs all rows first: they flow in 16 bits beside each row's largest magnitude, and are quantized by the ranks
-that keep them.
+Codes are `[out, in]`, scales and zero points `[out, 1]`, `[out, in / group]` or `[1, 1]`. Rows and groups are quantized
+by torchao itself (`quantization/quantize_/workflows`, `from_hp`), so its definition is the only one; divisions by
+constants round differently in torch's CUDA kernels, so bits are those of torchao on the same kind of device. A scale
+for the whole tensor needs all rows first: they flow in 16 bits beside each row's largest magnitude, and are quantized
+by the ranks that keep them.
 
-One difference: rows of zeros have scale 0 in `Float8Tensor`, and upstream's codes are then 0/0, NaN; here they are zeros.
+One difference: rows of zeros have scale 0 in `Float8Tensor`, and upstream's codes are then 0/0, NaN; here they are
+zeros.
 
-Checkpoints are those of `torchao.prototype.safetensors` as transformers 5.23 writes them: `<module>._weight_qdata` and so
-on, with the tensors' attributes as JSON in the header's `__metadata__`. All of these follow from the configuration and the
-shape, so the metadata is not needed.
+Checkpoints are those of `torchao.prototype.safetensors` as transformers 5.23 writes them: `<module>._weight_qdata` and
+so on, with the tensors' attributes as JSON in the header's `__metadata__`. All of these follow from the configuration
+and the shape, so the metadata is not needed.
 
-Not supported, with an error that says what to take: packed int4 (its kernels are in mslk, for GPUs only), activations in
-float8, static activations, and different configurations by module name (`FqnToConfig`).
+With int8 activations (`Int8DynamicActivationInt8WeightConfig`) a row-parallel shard quantizes its own part of each
+activation, as LLM.int8 does, and torchao gives no gradient to the inputs: adapters below such a layer do not train.
+
+Not supported, with an error that says what to take: packed int4 (its kernels are in mslk, for GPUs only), activations
+in float8, static activations, and different configurations by module name (`FqnToConfig`).
 """
 
 from __future__ import annotations
