@@ -189,7 +189,7 @@ def test_mixed_kinds_and_activations_are_refused(tmp_path, model_of):
     with pytest.raises(dq.InputError, match="'int4, int8' is not allowed"):
         dq.plan(folder)
     quant = {"quant_method": "quanto", "weights": "int8", "activations": "int8"}
-    with pytest.raises(dq.InputError, match="activations.*calibration"):
+    with pytest.raises(dq.InputError, match=r"activations.*calibration"):
         dq.plan(model_of("llama-352"), quantization_config=quant)
 
 
