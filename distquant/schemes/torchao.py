@@ -134,7 +134,14 @@ class TorchaoScheme(DequantizingScheme):
             fix = INSTEAD.get(name, f"Give one of {', '.join(KINDS)}")
             what = "its packed kernels are in mslk, for GPUs only" if name.startswith("Int4") else "is not supported"
             found.append(Problem(f"{where} {name}", what, fix))
-        elif self.kind == INTX:
+        elif problem := self._refused_by_torchao():
+            found.append(Problem(f"{where} {name}", problem, "Give what torchao's config_to_dict writes"))
+        elif self.kind != INTX:
+            along = _dim(self.config.data.get("granularity"))
+            if along not in (-1, 1):
+                what = f"PerRow({along}) has a scale for each input, that is for each column of the weight"
+                found.append(Problem(f"{where} {name}.granularity", what, "Give PerRow(), one for each output"))
+        else:
             for field, allowed in (("intx_choose_qparams_algorithm", "AFFINE"), ("scale_dtype", None)):
                 if self._field(field, allowed) != allowed:
                     what = f"{self._field(field)!r} is not supported"
@@ -144,6 +151,16 @@ class TorchaoScheme(DequantizingScheme):
                 what = "embeddings are not quantized"
                 found.append(Problem(f"quantization_config.{field}", what, "Leave it out"))
         return found
+
+    def _refused_by_torchao(self) -> str | None:
+        """Why torchao does not read the configuration; None where it does, or is not there to ask."""
+        try:
+            _ = self.torchao_config
+        except ImportError:
+            return None
+        except (ValueError, TypeError, NotImplementedError) as error:
+            return str(error)
+        return None
 
     # -- layout ----------------------------------------------------------------------------------------------------
 
@@ -308,6 +325,13 @@ class TorchaoScheme(DequantizingScheme):
             linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
             config.modules_to_not_convert = [n for n, module in linears if not hasattr(module.weight, "qdata")]
         model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+
+
+def _dim(granularity: Any) -> int:
+    """The dim that a serialized granularity reduces over, of weights where there are two; the last by default."""
+    found = granularity[-1] if isinstance(granularity, tuple) else granularity
+    fields = found.get("_data") if isinstance(found, Mapping) else None
+    return int(fields.get("dim", -1)) if isinstance(fields, Mapping) else -1
 
 
 def _without_nan(codes: Tensor, scale: Tensor) -> Tensor:

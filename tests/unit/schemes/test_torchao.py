@@ -18,7 +18,7 @@ import distquant as dq
 from distquant.config import TorchaoConfig
 from distquant.planning.cuts import even_cut
 from distquant.schemes import Shard, scheme_for
-from distquant.schemes.torchao import AMAX, SCALE, ZERO, TorchaoScheme
+from distquant.schemes.torchao import SCALE, ZERO, TorchaoScheme
 
 torchao = pytest.importorskip("torchao.quantization")
 DATA = Path(__file__).parents[2] / "data" / "torchao"
@@ -195,7 +195,7 @@ def test_missing_and_unknown_components_are_told_before_loading(tmp_path, compon
 
 
 def test_what_cannot_work_is_refused_with_what_to_take(model_of):
-    from torchao.quantization import PerGroup
+    from torchao.quantization import PerGroup, PerRow
     from torchao.quantization import quant_api as api
 
     def refusal(kind: Any, **more: Any) -> str:
@@ -207,7 +207,11 @@ def test_what_cannot_work_is_refused_with_what_to_take(model_of):
     assert "IntxWeightOnlyConfig" in refusal(api.Int4WeightOnlyConfig())
     assert "Float8WeightOnlyConfig" in refusal(api.Float8DynamicActivationFloat8WeightConfig())
     assert "embeddings" in refusal(api.Int8WeightOnlyConfig(), include_input_output_embeddings=True)
+    assert "for each column" in refusal(api.Int8WeightOnlyConfig(granularity=PerRow(0)))
+    old = {"default": {"_type": "Int8WeightOnlyConfig", "_version": 1, "_data": {"version": 1}}}
+    assert "has been removed" in refusal(old)
+    hqq = api.IntxWeightOnlyConfig(weight_dtype=torch.int4, intx_choose_qparams_algorithm="hqq_scale_only")
+    assert "intx_choose_qparams_algorithm" in refusal(hqq)
     uneven = refusal(api.Int8WeightOnlyConfig(granularity=PerGroup(128)))
     assert "down_proj" in uneven
     assert "352" in uneven
-    assert AMAX not in uneven
