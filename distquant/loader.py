@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from distquant.assemble import check_complete, delegated, finish, install_styles, localize, set_tensor
 from distquant.assemble.adapters import watch_adapters
@@ -39,6 +40,9 @@ from distquant.stream.files import Files, ReadError
 from distquant.stream.stages import Stages
 from distquant.stream.tasks import Task
 from distquant.stream.trace import write_trace
+
+MODULES = {"optimum-quanto": "optimum.quanto"}
+"""What to import of a package, where it is not called as the package is."""
 
 
 @dataclass
@@ -128,7 +132,7 @@ def _cause(error: RuntimeError, board: Board) -> BaseException:
 def _import_libraries(plan: LoadPlan) -> None:
     """Imports what loading will need, so that the time of a load is its own."""
     for package in ("transformers", "accelerate", *scheme_of(plan).requires):
-        importlib.import_module(package)
+        importlib.import_module(MODULES.get(package, package))
 
 
 def _same_files(plan: LoadPlan, comm: Comm) -> Checkpoint:
@@ -326,5 +330,7 @@ class _Loading:
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What a quantized module stores, as `state_dict` would list it, without constants."""
     for name, value in module.state_dict().items():
-        if not name.endswith(("quant_map", "weight_format")) and "quant_state" not in name:
+        if is_traceable_wrapper_subclass(value):  # torchao's; its size would be that of what it stands for
+            yield from ((f"{name}.{inner}", getattr(value, inner)) for inner in value.__tensor_flatten__()[0])
+        elif not name.endswith(("quant_map", "weight_format")) and "quant_state" not in name:
             yield name, value

@@ -16,6 +16,7 @@ from distquant.checkpoint.locate import locate
 
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+QUANTO_MAP_NAME = "quanto_qmap.json"
 
 _OTHER_FORMATS = {
     "adapter_model.safetensors": "This is a PEFT adapter: give the base model",
@@ -72,6 +73,8 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
     folder, damaged = locate(model, revision)
     faults = Faults(damaged)
     config = _read_config(folder, faults)
+    if os.path.lexists(folder / QUANTO_MAP_NAME) and "quantization_config" not in config:
+        config["quantization_config"] = _of_quanto_map(folder, faults)
     if os.path.lexists(folder / SINGLE_NAME):
         shards, _ = _read_shards(folder, [SINGLE_NAME], faults)
         tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
@@ -86,22 +89,44 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
     return Checkpoint(folder, config, tensors, tuple(shards))
 
 
-def _read_config(folder: Path, faults: Faults) -> dict[str, Any]:
+def _read_config(folder: Path, faults: Faults, name: str = CONFIG_NAME) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG_NAME).read_bytes())
+        config = json.loads((folder / name).read_bytes())
     except FileNotFoundError:
         what = f"is missing in {folder}"
-        faults.add(HeaderFault.CONFIG_MISSING, CONFIG_NAME, what, fix="Put the model's config.json there")
+        faults.add(HeaderFault.CONFIG_MISSING, name, what, fix=f"Put the model's {name} there")
     except OSError as error:
         what = f"cannot be read ({error.strerror or error})"
-        faults.add(HeaderFault.UNREADABLE, CONFIG_NAME, what, fix="Check the file's permissions")
+        faults.add(HeaderFault.UNREADABLE, name, what, fix="Check the file's permissions")
     except (ValueError, RecursionError) as error:
-        faults.add(HeaderFault.CONFIG_NOT_JSON, CONFIG_NAME, f"is not JSON ({error})")
+        faults.add(HeaderFault.CONFIG_NOT_JSON, name, f"is not JSON ({error})")
     else:
         if isinstance(config, dict):
             return config
-        faults.add(HeaderFault.CONFIG_NOT_JSON, CONFIG_NAME, f"is {shown(config)}, and must be a JSON object")
+        faults.add(HeaderFault.CONFIG_NOT_JSON, name, f"is {shown(config)}, and must be a JSON object")
     return {}
+
+
+def _of_quanto_map(folder: Path, faults: Faults) -> dict[str, Any]:
+    """optimum-quanto says beside config.json what is quantized: module -> {"weights": "qint8", "activations": "none"}.
+
+    Written by its `QuantizedModelForCausalLM` (0.2.7, `models/transformers_models.py`). Kinds that differ from module
+    to module are joined, and so refused as a value that no configuration allows.
+    """
+    found = _read_config(folder, faults, QUANTO_MAP_NAME)
+    entries = [entry for entry in found.values() if isinstance(entry, dict)]
+    if len(entries) < len(found):
+        faults.add(HeaderFault.CONFIG_NOT_JSON, QUANTO_MAP_NAME, "has entries that are no JSON objects")
+    weights = sorted({str(entry.get("weights")).removeprefix("q") for entry in entries})
+    activations = sorted({str(entry.get("activations")).removeprefix("q") for entry in entries} - {"none", "None"})
+    names = {"float8_e4m3fn": "float8"}
+    return {
+        "quant_method": "quanto",
+        "weights": ", ".join(names.get(kind, kind) for kind in weights),
+        "activations": ", ".join(names.get(kind, kind) for kind in activations) or None,
+        "modules_to_not_convert": [],
+        "include_modules": sorted(found),
+    }
 
 
 def _read_shards(folder: Path, names: list[str], faults: Faults) -> tuple[list[ShardHeader], set[str]]:

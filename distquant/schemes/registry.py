@@ -24,6 +24,8 @@ BUILT_IN = tuple(
         "fp8",
         "mxfp8",
         "fbgemm_fp8",
+        "quanto",
+        "torchao",
         "delegated",
     )
 )

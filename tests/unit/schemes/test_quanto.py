@@ -1,0 +1,200 @@
+"""quanto: the bits of its own modules, its own files, its order of packed codes, slices, and refusals."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+import distquant as dq
+from distquant.config import QuantoConfig
+from distquant.planning.cuts import even_cut
+from distquant.schemes import Shard
+from distquant.schemes.quanto import SCALE, SHIFT, QuantoScheme, group_of, pack_parts, unpack_parts
+
+quanto = pytest.importorskip("optimum.quanto")
+DATA = Path(__file__).parents[2] / "data" / "quanto"
+KINDS = ("int8", "float8", "int4", "int2")
+IDS = torch.tensor([[5, 17, 99, 3, 42], [90, 2, 31, 77, 12]])
+
+
+def theirs(kind: str, weight: torch.Tensor) -> Any:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    types = {"int8": quanto.qint8, "float8": quanto.qfloat8, "int4": quanto.qint4, "int2": quanto.qint2}
+    module = quanto.QLinear.from_module(linear, weights=types[kind])
+    module.freeze()
+    return module
+
+
+def ours(scheme: QuantoScheme, shard: Shard, weight: torch.Tensor, step: int) -> Any:
+    """A shard's module, from rows that come `step` at a time."""
+    components = scheme.flowing(shard.name, shard.shape, shard.dtype)
+    whole = {c.name: torch.empty(c.shape(shard.shape), dtype=getattr(torch, c.dtype)) for c in components}
+    for at in range(0, len(weight), step):
+        out = {name: value[at : at + step].view(-1) for name, value in whole.items()}
+        scheme.encode(shard.name, weight[at : at + step], out, None)
+    parts = {}
+    for component in components:
+        value = whole[component.name]
+        for dim, segments in enumerate((shard.rows, shard.columns)):
+            if not (dim == 1 and value.shape[1] == 1):
+                span = max(component.spans[dim], 1)
+                value = torch.cat([value.narrow(dim, a // span, -(-b // span) - a // span) for a, b in segments], dim)
+        parts[component.name] = value.contiguous().view(-1)
+    module = scheme.module(nn.Linear(4, 4, bias=False), shard)
+    scheme.complete(shard, module, parts, None)
+    return module
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("columns", [64, 96, 256, 352, 144])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_and_forward_equal_those_of_quanto(kind, columns, dtype):
+    torch.manual_seed(0)
+    weight = (torch.randn(48, columns) * torch.rand(48, 1)).to(getattr(torch, dtype))
+    them = theirs(kind, weight)
+    module = ours(QuantoScheme(QuantoConfig(weights=kind)), Shard("m.weight", (48, columns), dtype), weight, step=7)
+    mine, its = module.state_dict(), them.state_dict()
+    assert mine.keys() == its.keys()
+    repacked = "TinyGemm" in type(them.weight).__name__
+    for name in mine:
+        if repacked and name == "weight._shift":  # kept as a rounded product with the scale
+            assert torch.allclose(mine[name], its[name], rtol=1e-2)
+        else:
+            assert same(mine[name], its[name]), name
+    assert module.weight_group_size == them.weight_group_size
+    x = torch.randn(2, 3, columns, dtype=weight.dtype)
+    if repacked:
+        distance = (module(x) - them(x)).norm() / them(x).norm()
+        assert distance < 2e-2  # its kernel multiplies in bfloat16
+    else:
+        assert torch.equal(module(x), them(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_one_value_come_out_as_they_are(kind):
+    weight = torch.randn(6, 64, dtype=torch.bfloat16)
+    weight[2] = 0
+    weight[4] = 0.5
+    shard = Shard("m.weight", (6, 64), "bfloat16")
+    found = ours(QuantoScheme(QuantoConfig(weights=kind)), shard, weight, 6).weight.dequantize()
+    assert bool((found[2] == 0).all())
+    assert torch.allclose(found[4], weight[4], rtol=2e-2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    rows=st.integers(2, 40),
+    columns=st.sampled_from([32, 96, 160, 192, 256, 144]),
+    dim=st.sampled_from([0, 1]),
+    ranks=st.integers(2, 4),
+    step=st.integers(1, 9),
+    seed=st.integers(0, 5),
+)
+def test_shards_dequantize_to_slices_of_the_whole(kind, rows, columns, dim, ranks, step, seed):
+    """On the fly, and cut from what quanto stores of the whole."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    scheme, shape = QuantoScheme(QuantoConfig(weights=kind)), (rows, columns)
+    cut = even_cut(shape[dim], scheme.layout("m.weight", shape, "float32").units(shape, dim)[-1], ranks)
+    if cut is None:
+        return
+    them = theirs(kind, weight)
+    whole, stored = them.weight.dequantize(), them.state_dict()
+    for rank in range(ranks):
+        shard = Shard("m.weight", shape, "float32", dim, cut, rank)
+        module = ours(scheme, shard, weight, step)
+        expected = torch.cat([whole.narrow(dim, a, b - a) for a, b in cut.segments(rank)], dim)
+        assert torch.equal(module.weight.dequantize(), expected)
+        if scheme.grouped:
+            mine = scheme.components(module)
+            parts = {
+                "": stored["weight._data._data"].view(-1),
+                SCALE: mine[SCALE].view(-1),
+                SHIFT: mine[SHIFT].view(-1),
+            }
+            parts |= {name: stored[name] for name in ("input_scale", "output_scale")}
+            adopted = scheme.adopt(shard, parts, frozenset(("",)))
+            assert torch.equal(adopted[""], mine[""])
+            assert scheme.shard_nbytes(shard) == sum(value.nbytes for value in adopted.values())
+
+
+@given(rows=st.integers(1, 30), columns=st.integers(1, 5), bits=st.sampled_from([2, 4]))
+def test_packing_is_quantos(rows, columns, bits):
+    from optimum.quanto.tensor.packed import pack_weights
+
+    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
+    assert torch.equal(pack_parts(codes, bits), pack_weights(codes, bits))
+    assert torch.equal(unpack_parts(pack_parts(codes, bits), bits, rows), codes)
+
+
+@given(columns=st.integers(1, 1000))
+def test_groups_are_those_of_quanto(columns):
+    module = quanto.QLinear(columns, 2, bias=False, weights=quanto.qint4, device="meta")
+    assert group_of(columns) == module.weight_group_size
+
+
+def test_a_copy_shares_no_memory():
+    shard = Shard("m.weight", (8, 96), "bfloat16")
+    module = ours(QuantoScheme(QuantoConfig(weights="int4")), shard, torch.randn(8, 96).bfloat16(), 8)
+    twin = copy.deepcopy(module)
+    before = module.weight.dequantize().clone()
+    twin.weight._scale.zero_()
+    assert torch.equal(module.weight.dequantize(), before)
+    assert not torch.equal(twin.weight.dequantize(), before)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_quanto_load_as_quanto_loads_them(kind):
+    them = quanto.QuantizedModelForCausalLM.from_pretrained(str(DATA / kind))
+    model = dq.load(DATA / kind)
+    assert len(model.distquant.plan.converted) == 7
+    for name in model.distquant.plan.converted:
+        mine, its = model.get_submodule(name).state_dict(), them._wrapped.get_submodule(name).state_dict()
+        assert mine.keys() == its.keys()
+        assert all(same(mine[key], its[key]) for key in mine)
+    with torch.no_grad():
+        mine, its = model(IDS).logits, them(IDS).logits
+    assert (mine - its.to(mine.dtype)).norm() / its.norm() < 2e-2  # quanto computes in float32 what was not quantized
+
+
+def test_names_of_the_state_are_those_of_the_file():
+    stored = load_file(DATA / "int4" / "model.safetensors")
+    assert set(stored) <= set(dq.load(DATA / "int4").state_dict())
+
+
+def test_mixed_kinds_and_activations_are_refused(tmp_path, model_of):
+    folder = shutil.copytree(DATA / "int8", tmp_path / "model")
+    found = json.loads((folder / "quanto_qmap.json").read_text())
+    found["model.layers.0.mlp.up_proj"]["weights"] = "qint4"
+    (folder / "quanto_qmap.json").write_text(json.dumps(found))
+    with pytest.raises(dq.InputError, match="'int4, int8' is not allowed"):
+        dq.plan(folder)
+    quant = {"quant_method": "quanto", "weights": "int8", "activations": "int8"}
+    with pytest.raises(dq.InputError, match=r"activations.*calibration"):
+        dq.plan(model_of("llama-352"), quantization_config=quant)
+
+
+def test_a_broken_map_is_refused(tmp_path):
+    folder = shutil.copytree(DATA / "int8", tmp_path / "model")
+    (folder / "quanto_qmap.json").write_text("[1]")
+    with pytest.raises(dq.InputError, match=r"quanto_qmap.json.*must be a JSON object"):
+        dq.plan(folder)
