@@ -2,18 +2,81 @@
 
 from distquant.config.base import QuantizationConfig
 from distquant.config.bitsandbytes import Bnb4bitConfig, Bnb8bitConfig
+from distquant.config.compressed_tensors import CompressedTensorsConfig, QuantizationArgs, QuantizationGroup
+from distquant.config.delegated import (
+    AqlmConfig,
+    BitnetConfig,
+    EetqConfig,
+    FouroversixConfig,
+    FpQuantConfig,
+    GemmaConfig,
+    HiggsConfig,
+    MetalConfig,
+    Mxfp4Config,
+    Nvfp4Config,
+    QuarkConfig,
+    SinqConfig,
+    SpqrConfig,
+    VptqConfig,
+)
+from distquant.config.fp8 import FbgemmFp8Config, Fp8Config, Mxfp8Config
+from distquant.config.frozen import FrozenDict
+from distquant.config.gguf import GgufConfig
+from distquant.config.gptq import AutoRoundConfig, AwqConfig, GptqConfig
+from distquant.config.hqq import HqqConfig
 from distquant.config.none import NoneConfig
+from distquant.config.quanto import QuantoConfig
 from distquant.config.resolve import Merged, detect, merge, parse
 from distquant.config.selection import ModuleSelection
+from distquant.config.torchao import TorchaoConfig
 from distquant.config.values import torch_dtype
+from distquant.config.vocabulary import Precision
+
+CONFIG_CLASSES: tuple[type[QuantizationConfig], ...] = (
+    NoneConfig, Bnb4bitConfig, Bnb8bitConfig, GptqConfig, AwqConfig, AutoRoundConfig, Fp8Config, Mxfp8Config,
+    FbgemmFp8Config, CompressedTensorsConfig, TorchaoConfig, HqqConfig, QuantoConfig, GgufConfig, Mxfp4Config,
+    Nvfp4Config, EetqConfig, BitnetConfig, AqlmConfig, VptqConfig, SpqrConfig, HiggsConfig, FpQuantConfig,
+    FouroversixConfig, QuarkConfig, SinqConfig, MetalConfig, GemmaConfig,
+)  # fmt: skip
+"""Every method that has a configuration here; those that can be loaded have a scheme (`schemes.registry`)."""
 
 __all__ = [
+    "CONFIG_CLASSES",
+    "AqlmConfig",
+    "AutoRoundConfig",
+    "AwqConfig",
+    "BitnetConfig",
     "Bnb4bitConfig",
     "Bnb8bitConfig",
+    "CompressedTensorsConfig",
+    "EetqConfig",
+    "FbgemmFp8Config",
+    "FouroversixConfig",
+    "Fp8Config",
+    "FpQuantConfig",
+    "FrozenDict",
+    "GemmaConfig",
+    "GgufConfig",
+    "GptqConfig",
+    "HiggsConfig",
+    "HqqConfig",
     "Merged",
+    "MetalConfig",
     "ModuleSelection",
+    "Mxfp4Config",
+    "Mxfp8Config",
     "NoneConfig",
+    "Nvfp4Config",
+    "Precision",
+    "QuantizationArgs",
     "QuantizationConfig",
+    "QuantizationGroup",
+    "QuantoConfig",
+    "QuarkConfig",
+    "SinqConfig",
+    "SpqrConfig",
+    "TorchaoConfig",
+    "VptqConfig",
     "detect",
     "merge",
     "parse",

@@ -12,22 +12,21 @@ from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
+from distquant.config.checks import where
+from distquant.config.frozen import FrozenDict, thaw
+from distquant.config.plain import plain
 from distquant.config.selection import ModuleSelection
-from distquant.config.values import coerce, describe, did_you_mean, jsonable, plain, read_json
+from distquant.config.values import coerce, describe, did_you_mean, read_json
+from distquant.config.vocabulary import Precision
 from distquant.errors import InputError, Problem, Problems
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-EXTRAS = ("include_modules", "layers")
-"""Fields of distquant alone; `to_dict` leaves them out of what transformers reads."""
+EXTRAS = frozenset({"include_modules", "layers", "dequantize"})
+"""Fields that every method has here; `to_dict` leaves them out of what transformers reads, unless it writes them."""
 
 _BOOKKEEPING = frozenset({"quant_method", "transformers_version"})
-
-
-def where(name: str) -> str:
-    """How messages name a configuration field."""
-    return f"quantization_config.{name}"
 
 
 def default_of(field: Field[Any]) -> Any:
@@ -45,6 +44,8 @@ class QuantizationConfig:
 
     quant_method: ClassVar[str]
     """Hugging Face's name of the method."""
+    method_spellings: ClassVar[frozenset[str]] = frozenset()
+    """Other names of the method in older files."""
     marker: ClassVar[str | None] = None
     """The key that, when true, chooses this class among those of one `quant_method`."""
     loading_attributes: ClassVar[frozenset[str]] = frozenset()
@@ -55,6 +56,16 @@ class QuantizationConfig:
     """Keys that Hugging Face writes and this method has no choice in: read only with these values, always written."""
     aliases: ClassVar[Mapping[str, str]] = {}
     """Other spellings of keys, historical ones among them."""
+    echoes: ClassVar[Mapping[str, str]] = {}
+    """Aliases that transformers writes beside the field itself."""
+    unwritten: ClassVar[frozenset[str]] = EXTRAS
+    """Fields that transformers does not write, though it may read some; `to_dict(extras=True)` writes them if set."""
+    sparse: ClassVar[frozenset[str]] = frozenset()
+    """Fields of other tools, written only where they are set."""
+    history: ClassVar[frozenset[str]] = frozenset({"recorded"})
+    """Fields that tell how a checkpoint was made; at their defaults they ask nothing of one that is already made."""
+    record_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys of other tools and older versions that say nothing about what is stored: kept in `recorded`."""
     none_is_default: ClassVar[frozenset[str]] = frozenset()
     """Fields for which None stands for the default."""
     skip_field: ClassVar[str | None] = None
@@ -66,6 +77,10 @@ class QuantizationConfig:
     """Patterns of the only modules to quantize (distquant's own option, see `ModuleSelection`)."""
     layers: str | None = None
     """Ranges of the only layers to quantize, such as `"2-5,7"` (distquant's own option)."""
+    dequantize: bool = False
+    """Load what the checkpoint stores quantized as bfloat16."""
+    recorded: Mapping[str, Any] = FrozenDict()
+    """What other tools noted, under their own keys; read and written, not used."""
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -83,6 +98,8 @@ class QuantizationConfig:
                 checkable = checkable and value is not MISSING
             object.__setattr__(self, field.name, value)
         if checkable:
+            for name, value in self._settled().items():
+                object.__setattr__(self, name, value)
             problems.extend(self.problems())
         problems.raise_if_any()
 
@@ -91,6 +108,10 @@ class QuantizationConfig:
         skip_name = where(self.skip_field) if self.skip_field else "skip"
         found = self.selection.problems(skip_name, where("include_modules"))
         return [*found, *self._value_problems()]
+
+    def _settled(self) -> Mapping[str, Any]:
+        """Fields whose values follow from those of others, all of the declared types."""
+        return {}
 
     def _value_problems(self) -> Iterable[Problem]:
         """A method's own checks; all fields have the declared types here."""
@@ -102,6 +123,10 @@ class QuantizationConfig:
         skip = getattr(self, self.skip_field) if self.skip_field else None
         return ModuleSelection(skip=skip, include=self.include_modules, layers=self.layers)
 
+    def vocabulary(self) -> tuple[Precision, ...]:
+        """The precisions of the weights in the words that all methods share; none where nothing is quantized."""
+        return ()
+
     @classmethod
     def matches(cls, given: Mapping[str, Any]) -> bool:
         """Whether a dict means this class; without a `quant_method` the marker alone decides."""
@@ -109,37 +134,50 @@ class QuantizationConfig:
         marked = cls.marker is not None and any(
             given.get(key) for key in (cls.marker, *(old for old, new in cls.aliases.items() if new == cls.marker))
         )
-        return marked if method is None else method == cls.quant_method and (marked or cls.marker is None)
+        return marked if method is None else cls.is_for(method) and (marked or cls.marker is None)
+
+    @classmethod
+    def is_for(cls, method: Any) -> bool:
+        """Whether a `quant_method` names this class's method."""
+        return plain(method) == cls.quant_method or plain(method) in cls.method_spellings
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
         """Reads Hugging Face's spelling, strictly: unknown keys and wrong values are errors, all told at once."""
         problems = Problems()
-        given = cls._rename(given, problems)
+        given = cls._rename(cls._spelled(given), problems)
         clashing = cls._check_exclusive(given, problems)
         declared = {field.name: field for field in fields(cls)}
         method = plain(given.get("quant_method"))
-        if method not in (None, cls.quant_method):
+        if method is not None and not cls.is_for(method):
             problems.add(where("quant_method"), f"{method!r} is not {cls.quant_method!r}", f"{cls.__name__} is for it.")
         for key, value in given.items():
             if key in cls.constants:
                 if key not in clashing and plain(value) not in (None, cls.constants[key]):
                     what = f"{plain(value)!r} has no meaning here, {cls.__name__} takes only {cls.constants[key]!r}"
                     problems.add(where(key), what, "Remove it.")
-            elif key not in declared and key not in _BOOKKEEPING:
-                known = [*declared, *cls.constants, *cls.aliases]
-                fix = did_you_mean(key, known) or f"{cls.__name__} knows {', '.join(declared)}."
+            elif key not in declared and key not in _BOOKKEEPING and key not in cls.record_keys:
+                known = [*declared, *cls.constants, *cls.aliases, *cls.record_keys]
+                names = ", ".join(name for name in declared if name != "recorded")
+                fix = did_you_mean(key, known) or f"{cls.__name__} knows {names}."
                 problems.add(where(str(key)), f"is unknown (given {value!r})", fix)
         missing = [name for name, field in declared.items() if default_of(field) is MISSING and name not in given]
         for name in missing:
             problems.add(where(name), "is missing", f"Give {describe(get_type_hints(cls)[name])}.")
         if not missing:
             try:
-                config = cls(**{key: value for key, value in given.items() if key in declared})
+                values = {key: value for key, value in given.items() if key in declared}
+                recorded = {key: value for key, value in given.items() if key in cls.record_keys}
+                config = cls(**{**values, "recorded": {**values.get("recorded", {}), **recorded}})
             except InputError as error:
                 problems.extend(error.problems)
         problems.raise_if_any()
         return config
+
+    @classmethod
+    def _spelled(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Historical spellings, beyond aliases of keys, in the form of today."""
+        return given
 
     @classmethod
     def _rename(cls, given: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
@@ -161,13 +199,14 @@ class QuantizationConfig:
         return clashing
 
     def to_dict(self, *, extras: bool = False) -> dict[str, Any]:
-        """Hugging Face's spelling, ready for JSON; `extras` adds distquant's own options where they are set."""
-        written: dict[str, Any] = {"quant_method": self.quant_method, **self.constants}
+        """Hugging Face's spelling, ready for JSON; `extras` adds what is set that transformers would not write."""
+        written: dict[str, Any] = {"quant_method": self.quant_method, **self.constants, **thaw(self.recorded)}
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in EXTRAS or (extras and value is not None):
-                written[field.name] = jsonable(value)
-        return written
+            value, rare = getattr(self, field.name), field.name in self.unwritten
+            always = not rare and field.name not in self.sparse
+            if field.name != "recorded" and (always or ((extras or not rare) and value != default_of(field))):
+                written[field.name] = thaw(value)
+        return {**written, **{old: written[new] for old, new in self.echoes.items()}}
 
     def to_diff_dict(self, *, extras: bool = False) -> dict[str, Any]:
         """`to_dict` with only what differs from the defaults, and what says which class this is."""

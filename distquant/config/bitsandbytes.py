@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from distquant.config.base import QuantizationConfig, where
+from distquant.config.base import QuantizationConfig
+from distquant.config.checks import where
 from distquant.errors import Problem
 
 _FLAGS = ("load_in_4bit", "load_in_8bit")

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from distquant.config.base import QuantizationConfig, where
+from distquant.config.base import QuantizationConfig
+from distquant.config.checks import where
 from distquant.config.none import NoneConfig
-from distquant.config.values import did_you_mean, is_json_source, plain, read_json
+from distquant.config.plain import plain
+from distquant.config.values import did_you_mean, is_json_source, read_json
 from distquant.errors import InputError, Problems
 
 _OPTION = "quantization_config"
@@ -67,7 +69,7 @@ def resolve(
 def is_known(given: Mapping[str, Any], classes: Iterable[type[QuantizationConfig]]) -> bool:
     """Whether some class is for the method of a dict; a dict that names no method is for `parse` to judge."""
     method = plain(given.get("quant_method"))
-    return method is None or any(cls.quant_method == method for cls in classes)
+    return method is None or any(cls.is_for(method) for cls in classes)
 
 
 def parse(given: Any, classes: Iterable[type[QuantizationConfig]]) -> QuantizationConfig | None:
@@ -110,7 +112,7 @@ def _class_for(given: Mapping[str, Any], classes: tuple[type[QuantizationConfig]
         if cls.matches(given):
             return cls
     method = plain(given.get("quant_method"))
-    markers = [f"{cls.marker}=True" for cls in classes if cls.quant_method == method and cls.marker]
+    markers = [f"{cls.marker}=True" for cls in classes if cls.is_for(method) and cls.marker]
     if markers:
         raise InputError.one(_OPTION, f"{method!r} does not say which kind is meant", f"Add {' or '.join(markers)}.")
     what = "is missing" if method is None else f"{method!r} is not supported"

@@ -10,43 +10,32 @@ import difflib
 import json
 import types
 from collections.abc import Iterable, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
+from distquant.config.frozen import FrozenDict, freeze
+from distquant.config.plain import plain
 from distquant.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
 _SIMPLE = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
-
-
-def plain(value: Any) -> Any:
-    """Enum members become their values and torch dtypes their names; anything else is returned as it is."""
-    if isinstance(value, Enum):
-        return value.value
-    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
-        return str(value).removeprefix("torch.")
-    return value
-
-
-def jsonable(value: Any) -> Any:
-    """The value as JSON would give it back: tuples become lists."""
-    return [jsonable(item) for item in value] if isinstance(value, tuple) else value
+_MAPPINGS = (dict, Mapping)
 
 
 def coerce(value: Any, hint: Any) -> Any:
-    """`value` as the type hint wants it, with lists as tuples and integers as floats where the hint says so.
+    """`value` as the type hint wants it: lists as tuples, dicts as `FrozenDict`, integers as floats where it says so.
 
-    Understood hints: bool, int, float, str, None, Any, Literal, tuple, and unions of these.
+    Understood hints: bool, int, float, str, None, Any (plain data), Literal, tuple, Mapping and dict with string keys,
+    and unions of these.
 
     Raises:
         ValueError: the hint does not allow the value.
     """
     value, origin, arguments = plain(value), get_origin(hint), get_args(hint)
     if hint is Any:
-        return value
+        return freeze(value) if isinstance(value, (list, tuple, Mapping)) else value
     if origin in (Union, types.UnionType):
         return _first_of(value, arguments)
     if origin is Literal:
@@ -57,6 +46,8 @@ def coerce(value: Any, hint: Any) -> Any:
         hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(hints) == len(value):
             return tuple(coerce(item, of) for item, of in zip(value, hints, strict=True))
+    elif origin in _MAPPINGS and isinstance(value, Mapping):
+        return FrozenDict({plain(key): coerce(item, arguments[1]) for key, item in value.items()})
     elif hint is float and type(value) is int:
         return float(value)
     elif origin is None:
@@ -86,7 +77,9 @@ def describe(hint: Any) -> str:
         if arguments[-1] is Ellipsis:
             return f"a list (each {describe(arguments[0])})"
         return "a list of " + ", ".join(describe(one) for one in arguments)
-    return _SIMPLE.get(hint, str(hint))
+    if origin in _MAPPINGS:
+        return "an object" if arguments[1] is Any else f"an object (each {describe(arguments[1])})"
+    return "plain data" if hint is Any else _SIMPLE.get(hint, str(hint))
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:

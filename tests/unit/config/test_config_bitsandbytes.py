@@ -152,7 +152,10 @@ def test_frozen_and_keyword_only():
         ({"llm_int8_threshold": 5.0}, r"llm_int8_threshold: 5\.0 has no meaning here, Bnb4bitConfig takes only 6\.0"),
         ({"llm_int8_has_fp16_weight": True}, r"llm_int8_has_fp16_weight: True has no meaning here"),
         ({"bnb_4bit_quant_typ": "nf4"}, r"bnb_4bit_quant_typ: is unknown .*Did you mean 'bnb_4bit_quant_type'"),
-        ({"quux": 3}, r"quux: is unknown \(given 3\)\. Bnb4bitConfig knows include_modules, layers, bnb_4bit_quant"),
+        (
+            {"quux": 3},
+            r"quux: is unknown \(given 3\)\. Bnb4bitConfig knows include_modules, layers, dequantize, bnb_4bit_quant",
+        ),
         ({"_load_in_4bit": False}, r"_load_in_4bit: False contradicts load_in_4bit=True"),
         ({"load_in_8bit": True}, r"load_in_4bit and load_in_8bit exclude each other\. Set only one"),
     ],

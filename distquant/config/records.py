@@ -1,0 +1,34 @@
+"""Dataclasses inside a configuration: read from nested objects as strictly as the configuration itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar, get_type_hints
+
+from distquant.config.values import coerce, describe, did_you_mean
+from distquant.errors import Problems
+
+Record = TypeVar("Record")
+
+
+def read_record(cls: type[Record], given: Any, at: str, problems: Problems) -> Record | None:
+    """A dataclass from an object; None where something is wrong, which `problems` gets, told as lying `at`."""
+    if not isinstance(given, Mapping):
+        problems.add(at, f"{given!r} is not allowed", "Give an object.")
+        return None
+    declared = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    hints, before, values = get_type_hints(cls), len(list(problems)), {}
+    for key, value in given.items():
+        if key not in declared:
+            fix = did_you_mean(key, declared) or f"It knows {', '.join(declared)}."
+            problems.add(f"{at}.{key}", f"is unknown (given {value!r})", fix)
+            continue
+        try:
+            values[key] = coerce(value, hints[key])
+        except ValueError:
+            problems.add(f"{at}.{key}", f"{value!r} is not allowed", f"Give {describe(hints[key])}.")
+    for name, field in declared.items():
+        if name not in given and field.default is MISSING and field.default_factory is MISSING:
+            problems.add(f"{at}.{name}", "is missing", f"Give {describe(hints[name])}.")
+    return cls(**values) if len(list(problems)) == before else None
