@@ -124,7 +124,7 @@ class Draft:
             rows, width = rows_and_width(flow.shape)
             a, b = node_columns(flow.shape, flow.dim, flow.cut, dealer.positions.values(), flow.apart)
             row_bytes = nbytes * (b - a) // max(rows * width, 1)
-            dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned)
+            dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned or flow.entire)
         return dealer.loads
 
     def _stored_bytes(self, flow: Flow) -> int:

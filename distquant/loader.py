@@ -284,7 +284,9 @@ class _Loading:
         else:
             self.scheme.complete(shard, module, memory, self._ops(self.devices.of(tensor.name)))
         self.filled.append(tensor.name)
-        self.report.quantized_bytes += sum(p.nbytes for n, p in _state(module) if n != "bias")
+        self.report.quantized_bytes += sum(
+            p.nbytes for n, p in _state(module) if n not in self.scheme.constants and n != "bias"
+        )
 
     def _put(self, model: Any, tensor: TensorPlan, value: Tensor) -> None:
         self.filled.append(tensor.name)

@@ -72,7 +72,7 @@ def _task(
     columns = node_columns(flow.shape, flow.dim, flow.cut, dealer.positions.values(), flow.apart)
     row_map = RowMap(flow.shape[::-1] if flow.turned else flow.shape, flow.sources, infos)
     row_bytes = row_map.row_bytes() * (columns[1] - columns[0]) // max(row_map.width, 1)
-    parts = dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned)
+    parts = dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned or flow.entire)
     dtype = getattr(torch, flow.dtype) if flow.dtype else TORCH_DTYPE[infos[flow.sources[0].tensor].dtype]
     # What a rank gets whole is told apart only where that differs from what it keeps.
     whole = flow.whole if flow.stored is None else frozenset()

@@ -11,7 +11,18 @@ import torch
 
 from distquant.facts import Facts, installed
 
-PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "peft", "ray", "deepspeed", "torchao", "safetensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "peft",
+    "ray",
+    "deepspeed",
+    "torchao",
+    "safetensors",
+    "hqq",
+)
 
 
 def packages() -> dict[str, str]:

@@ -52,6 +52,8 @@ class Scheme(ABC):
     """Least CUDA compute capability; None = any."""
     suffixes: ClassVar[Mapping[str, str]] = {}
     """How checkpoints name the components beside `<module>.weight`: suffix after `<module>.` -> component."""
+    constants: ClassVar[frozenset[str]] = frozenset()
+    """Entries of a module's `state_dict` that say how it is stored; reports do not count them as weights."""
 
     def __init__(self, config: QuantizationConfig):
         self.config = config
@@ -125,6 +127,10 @@ class Scheme(ABC):
     def statistics(self, shard: Shard) -> frozenset[str]:
         """Of those, the ones that every rank needs for the whole weight; the same answer for every rank's shard."""
         return frozenset()
+
+    def entire(self, name: str, shape: tuple[int, int]) -> bool:
+        """Whether `encode` must get all rows at once: one rank of each node then quantizes the whole weight."""
+        return False
 
     # -- executing (every rank) ------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ class Flow:
         step: rows that belong together.
         apart: columns at which rows may be taken apart; None = only whole rows.
         turned: whether rows are stored as columns.
+        entire: whether one rank of a node reads and quantizes all rows at once.
     """
 
     stored: str | None
@@ -51,6 +52,7 @@ class Flow:
     step: int = 1
     apart: int | None = 1
     turned: bool = False
+    entire: bool = False
 
 
 def flows_of(
@@ -75,6 +77,7 @@ def flows_of(
             yield _stored(source, infos[source.tensor], scheme, shard)
         return
     components = scheme.flowing(tensor.name, shard.shape, tensor.dtype)
+    entire = scheme.entire(tensor.name, shard.shape)
     yield Flow(
         stored=None,
         shape=shard.shape,
@@ -84,9 +87,10 @@ def flows_of(
         cut=cut,
         components=components,
         whole=scheme.statistics(shard),
-        step=row_step(components, shard.shape),
-        apart=None if tensor.transposed else column_step(components, shard.shape),
+        step=shard.shape[0] if entire else row_step(components, shard.shape),
+        apart=None if tensor.transposed or entire else column_step(components, shard.shape),
         turned=tensor.transposed,
+        entire=entire,
     )
 
 

@@ -11,7 +11,12 @@ from distquant.errors import InputError
 from distquant.schemes.base import Scheme
 
 ENTRY_POINTS = "distquant.schemes"
-BUILT_IN = ("distquant.schemes.none", "distquant.schemes.bitsandbytes_4bit", "distquant.schemes.bitsandbytes_8bit")
+BUILT_IN = (
+    "distquant.schemes.none",
+    "distquant.schemes.bitsandbytes_4bit",
+    "distquant.schemes.bitsandbytes_8bit",
+    "distquant.schemes.hqq",
+)
 
 SCHEMES: dict[str, type[Scheme]] = {}
 """Scheme by name."""
