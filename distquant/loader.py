@@ -174,7 +174,7 @@ class _Loading:
         plan = self.plan
         model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
         localize(model, plan, self.scheme, self.axis.rank)
-        files = Files(self.checkpoint.path, self.options.io)
+        files = Files(self.checkpoint.folder, self.options.io)
         try:
             self._stream(model, files)
         finally:

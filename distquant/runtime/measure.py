@@ -22,6 +22,7 @@ PACKAGES = (
     "torchao",
     "safetensors",
     "hqq",
+    "gguf",
 )
 
 

@@ -38,7 +38,8 @@ class Flow:
         step: rows that belong together.
         apart: columns at which rows may be taken apart; None = only whole rows.
         turned: whether rows are stored as columns.
-        entire: whether one rank of a node reads and quantizes all rows at once.
+        entire: bytes that the rank takes that reads and quantizes all rows at once; 0 = rows may come in pieces.
+        decoded: whether rows are stored in another form than they are kept in, and all columns of them are needed.
     """
 
     stored: str | None
@@ -52,7 +53,8 @@ class Flow:
     step: int = 1
     apart: int | None = 1
     turned: bool = False
-    entire: bool = False
+    entire: int = 0
+    decoded: bool = False
 
 
 def flows_of(
@@ -69,7 +71,9 @@ def flows_of(
     """
     if tensor.scheme == "none":
         component = Component(name="", dtype=tensor.dtype)
-        yield Flow(None, tensor.shape, tensor.dtype, tensor.sources, tensor.dim, cut, (component,))
+        flow = Flow(None, tensor.shape, tensor.dtype, tensor.sources, tensor.dim, cut, (component,))
+        step = scheme.decodes(tensor.name)
+        yield replace(flow, dtype=None, step=step, apart=None, decoded=True) if step else flow
         return
     shard = Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype, tensor.dim, cut)
     if prequantized:

@@ -16,6 +16,7 @@ BUILT_IN = (
     "distquant.schemes.bitsandbytes_4bit",
     "distquant.schemes.bitsandbytes_8bit",
     "distquant.schemes.hqq",
+    "distquant.schemes.gguf",
 )
 
 SCHEMES: dict[str, type[Scheme]] = {}
