@@ -101,7 +101,7 @@ def _wrong_sources(draft: Draft, name: str, quantized: bool, kept: bool) -> Iter
     """Why the checkpoint's tensors cannot fill a parameter."""
     param, sources, tensors = draft.skeleton.params[name], draft.skeleton.sources[name], draft.checkpoint.tensors
     infos = {source.component: tensors[source.tensor] for source in sources}
-    if quantized and draft.prequantized:
+    if (quantized and draft.prequantized) or draft.scheme.decodes(name):
         stored = {component: info.shape for component, info in infos.items()}
         yield from draft.scheme.check_stored(name, param.shape, stored)
         yield from draft.scheme.check_dtypes(name, {component: info.dtype for component, info in infos.items()})

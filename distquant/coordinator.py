@@ -7,13 +7,13 @@ them is raised together, before a weight byte moves.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distquant.checkpoint import open_checkpoint
 from distquant.checks import check_draft, check_rank_memory
 from distquant.collector import without_collector
-from distquant.config import QuantizationConfig
+from distquant.config import GgufConfig, QuantizationConfig
 from distquant.config.resolve import resolve
 from distquant.draft import Draft
 from distquant.errors import InputError, Problems
@@ -35,7 +35,7 @@ from distquant.planning.parallel import (
 from distquant.planning.reading import nodes_of, way_of_reading
 from distquant.request import Request, collected, read_request
 from distquant.schemes import Shard, config_classes, scheme_for
-from distquant.skeleton import as_stored, build, build_skeleton
+from distquant.skeleton import as_stored, build, build_skeleton, gguf_names, with_gguf_sources
 
 CUT_DIM = {COLWISE: 0, COLWISE_GATHER: 0, VOCAB_EMBEDDING: 0, ROWWISE: 1, ROWWISE_SPLIT: 1}
 """The weight's dim that each style cuts."""
@@ -63,8 +63,14 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
         model = build(checkpoint.path, given.dtype, trust_remote_code=request.trust_remote_code)
     except InputError as error:
         raise InputError([*problems, *error.problems]) from error
-    scheme = scheme_for(merged.config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    names, config = None, merged.config
+    if isinstance(config, GgufConfig) and checkpoint.types:
+        names = gguf_names(model, checkpoint.tensors, checkpoint.architecture)
+        types = {param: checkpoint.types[name] for name, param in names.params.items()}
+        config = replace(config, types=types, interleaved=names.interleaved)
+        shapes = {names.params.get(name, name): shape for name, shape in shapes.items()}
+    scheme = scheme_for(config)
     understood = not problems
     draft = Draft(
         checkpoint=checkpoint,
@@ -77,6 +83,8 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
         skeleton=build_skeleton(model, shapes, scheme.suffixes if merged.prequantized else {}, problems),
         skipped=skipped,
     )
+    if names is not None:
+        draft.skeleton = with_gguf_sources(draft.skeleton, names)
     if skipped is not None or (scheme.delegated and merged.prequantized):
         draft.skeleton, draft.kept = as_stored(draft.skeleton, checkpoint.tensors)
     return _Planner(request, facts, draft, problems, understood).plan(model)

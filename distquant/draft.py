@@ -18,6 +18,9 @@ from distquant.schemes import Scheme, Shard
 from distquant.schemes.flow import Flow, flows_of
 from distquant.skeleton import Kept, Skeleton, Source
 
+SLOTS, SLACK = 8, 4 * 4096
+"""Pieces that the engine stages at once, each as large as the largest that cannot be divided, and what is added."""
+
 
 @dataclass(kw_only=True)
 class Draft:
@@ -70,6 +73,24 @@ class Draft:
         dim, start, stop = source.take
         return math.prod(shape) // shape[dim] * (stop - start)
 
+    def entire(self) -> list[tuple[TensorPlan, int]]:
+        """Tensors that one rank quantizes as one, with the bytes that this takes beside the staging asked for."""
+        found = []
+        for tensor in self.tensors:
+            if tensor.scheme == "none" or self.prequantized:
+                continue
+            working = self.scheme.entire(tensor.name, (tensor.shape[0], tensor.shape[1]))
+            if working:
+                read = sum(self.taken(s) * self._item(s) for s in tensor.sources)
+                flowing = self.scheme.flowing(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype)
+                slot = max(read, sum(c.nbytes(tensor.shape) for c in flowing)) + SLACK
+                found.append((tensor, max(SLOTS * slot - self.staging, 0) + working))
+        return found
+
+    def _item(self, source: Source) -> int:
+        info = self.checkpoint.tensors[source.tensor]
+        return info.nbytes // max(math.prod(info.shape), 1)
+
     def alike(self) -> list[tuple[TensorPlan, int]]:
         """Tensors of equal sizes on every rank, as (one of them, how many).
 
@@ -89,7 +110,8 @@ class Draft:
     def memory(self) -> Iterator[RankMemory]:
         """The memory table, a row a rank. Ranks with the same tp position share their sizes."""
         alike, read = self.alike(), self._reads()
-        rows = [self._row(tp, alike) for tp in range(self.mesh.tp)]
+        staging = self.staging + max((nbytes for _, nbytes in self.entire()), default=0)
+        rows = [replace(self._row(tp, alike), staging=staging) for tp in range(self.mesh.tp)]
         for rank in range(self.mesh.size):
             row = rows[self.mesh.coordinates(rank)["tp"]]
             yield replace(row, rank=rank, read=read[rank])
@@ -130,7 +152,7 @@ class Draft:
             rows, width = rows_and_width(flow.shape)
             a, b = node_columns(flow.shape, flow.dim, flow.cut, dealer.positions.values(), flow.apart)
             row_bytes = nbytes * (b - a) // max(rows * width, 1)
-            dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned)
+            dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned or flow.entire > 0)
         return dealer.loads
 
     def _stored_bytes(self, flow: Flow) -> int:

@@ -192,7 +192,7 @@ class _Loading:
         plan = self.plan
         model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
         localize(model, plan, self.scheme, self.axis.rank)
-        files = Files(self.checkpoint.path, self.options.io)
+        files = Files(self.checkpoint.folder, self.options.io)
         try:
             self._stream(model, files)
         finally:
@@ -306,7 +306,9 @@ class _Loading:
         else:
             self.scheme.complete(shard, module, memory, self._ops(self.devices.of(tensor.name)))
         self.filled.append(tensor.name)
-        self.report.quantized_bytes += sum(p.nbytes for n, p in _state(module) if n != "bias")
+        self.report.quantized_bytes += sum(
+            p.nbytes for n, p in _state(module) if n not in self.scheme.constants and n != "bias"
+        )
 
     def _dequantized(self, module: Any, tensor: TensorPlan, shard: Shard, stored: dict[str, Tensor]) -> Tensor:
         """What the stored components mean, in the form of the model's own module."""

@@ -37,6 +37,7 @@ def notes_on(draft: Draft) -> Iterator[str]:
     yield from _replicated(draft)
     if draft.scheme.name != "none" and not draft.dequantize:
         yield from _exactness(draft)
+        yield from _entire(draft)
 
 
 def _skipped(draft: Draft) -> Iterator[str]:
@@ -94,6 +95,21 @@ def _exactness(draft: Draft) -> Iterator[str]:
             extra += (sum(parts) - draft.scheme.shard_nbytes(whole)) * times
     if extra > 0:
         yield f"exact statistics and repeated rows cost {format_bytes(extra)} over all ranks of tp"
+
+
+def _entire(draft: Draft) -> Iterator[str]:
+    """What it costs that weights are quantized whole, and that packed ones have no slices."""
+    found = draft.entire()
+    if found:
+        tensor, nbytes = max(found, key=lambda pair: pair[1])
+        what = f"quantized whole by one rank of a node: {len(found)} weights; the largest ({tensor.name}) takes"
+        yield f"{what} {format_bytes(nbytes)} while it is, counted as staging"
+    uncut = [t for t in draft.tensors if t.scheme != "none" and t.cut and draft.prequantized]
+    whole = [t for t in uncut if any(s.component in draft.scheme.unsliced for s in t.sources)]
+    if whole:
+        yield (
+            f"taken whole by every rank, which keeps its part: {len(whole)} weights (their packed form has no slices)"
+        )
 
 
 def _nbytes(draft: Draft, modules: set[str]) -> int:

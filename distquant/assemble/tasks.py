@@ -56,6 +56,8 @@ def jobs_of(
             task = _task(index, tensor, flow, dealer, infos, device_of(tensor.name))
             if tensor.scheme != "none" and flow.stored is None:
                 task.encode = bind(scheme.encode, tensor.name, ops=ops_of(task.device))
+            elif flow.decoded:
+                task.encode = bind(scheme.decode, tensor.name, ops=ops_of(task.device))
             yield Job(task, tensor, flow, number == len(flows))
             index += 1
 
@@ -70,9 +72,12 @@ def _task(
 ) -> Task:
     rows = rows_and_width(flow.shape)[0]
     columns = node_columns(flow.shape, flow.dim, flow.cut, dealer.positions.values(), flow.apart)
-    row_map = RowMap(flow.shape[::-1] if flow.turned else flow.shape, flow.sources, infos)
-    row_bytes = row_map.row_bytes() * (columns[1] - columns[0]) // max(row_map.width, 1)
-    parts = dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned)
+    stored = infos[flow.sources[0].tensor].shape if flow.decoded else flow.shape
+    row_map = RowMap(stored[::-1] if flow.turned else stored, flow.sources, infos)
+    row_bytes = row_map.row_bytes()
+    if not flow.decoded:
+        row_bytes = row_bytes * (columns[1] - columns[0]) // max(row_map.width, 1)
+    parts = dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned or flow.entire > 0)
     dtype = getattr(torch, flow.dtype) if flow.dtype else TORCH_DTYPE[infos[flow.sources[0].tensor].dtype]
     # What a rank gets whole is told apart only where that differs from what it keeps.
     whole = flow.whole if flow.stored is None else frozenset()
@@ -84,7 +89,7 @@ def _task(
         index=index,
         name=tensor.name,
         rows=row_map,
-        columns=(0, row_map.width) if flow.turned else columns,
+        columns=(0, row_map.width) if flow.turned or flow.decoded else columns,
         step=flow.step,
         bands=tuple(bands),
         parts=parts,
@@ -107,5 +112,5 @@ def sink_of(job: Job, tp: int, partial: bool) -> BandSink:
     rows = row_segments(flow.shape, flow.dim, flow.cut, tp)
     kept = column_segments(flow.shape, flow.dim, flow.cut, tp)
     width = rows_and_width(flow.shape)[1]
-    columns = (0, width) if task.turned else task.columns
+    columns = (0, width) if task.turned or flow.decoded else task.columns
     return BandSink(task.bands, columns, width, rows, kept, task.device, partial)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from distquant.checkpoint.faults import Faults, HeaderFault, shown
+from distquant.checkpoint.gguf import SUFFIX, parse_gguf
 from distquant.checkpoint.header import ShardHeader, TensorInfo, parse_file
 from distquant.checkpoint.index import INDEX_NAME, merge, read_index
 from distquant.checkpoint.locate import locate
@@ -20,7 +21,7 @@ QUANTO_MAP_NAME = "quanto_qmap.json"
 
 _OTHER_FORMATS = {
     "adapter_model.safetensors": "This is a PEFT adapter: give the base model",
-    ".gguf": "GGUF is not read: get the safetensors version of this model",
+    ".gguf": "Give the path of the .gguf file itself",
     ".bin": "Pickled weights are not read: load with transformers and save_pretrained() once",
     ".pt": "Pickled weights are not read: load with transformers and save_pretrained() once",
     ".pth": "Pickled weights are not read: load with transformers and save_pretrained() once",
@@ -32,16 +33,25 @@ class Checkpoint:
     """A checkpoint that passed every check its headers allow.
 
     Attributes:
-        path: its folder.
-        config: parsed config.json.
+        path: its folder, or its one file (GGUF).
+        config: parsed config.json; of a GGUF file that it is one.
         tensors: by name, in the order of files and offsets.
         shards: in the order of their names.
+        types: GGML type of each tensor of a GGUF file.
+        architecture: of a GGUF file.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     shards: tuple[ShardHeader, ...]
+    types: dict[str, str] = field(default_factory=dict)
+    architecture: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return self.path.parent if self.types else self.path
 
     @cached_property
     def total_bytes(self) -> int:
@@ -50,7 +60,7 @@ class Checkpoint:
 
     def file_path(self, name: str) -> Path:
         """Where the file `name` (a `TensorInfo.file` or `ShardHeader.name`) lies."""
-        return self.path / name
+        return self.folder / name
 
     def digests(self) -> dict[str, tuple[str, int]]:
         """File name to (SHA-256 of its header, file size in bytes); equal on two machines iff the headers are."""
@@ -61,7 +71,7 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
     """Reads a checkpoint's config.json and the headers of all its safetensors files.
 
     Args:
-        model: a folder, or a Hugging Face id ("org/name"), which is looked up in the local cache only.
+        model: a folder, a `.gguf` file, or a Hugging Face id ("org/name"), which is looked up in the local cache only.
         revision: branch, tag or commit of an id.
 
     As in transformers, `model.safetensors` wins over an index beside it.
@@ -72,6 +82,8 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
     """
     folder, damaged = locate(model, revision)
     faults = Faults(damaged)
+    if folder.suffix == SUFFIX and not folder.is_dir():
+        return _open_gguf(folder, faults)
     config = _read_config(folder, faults)
     if os.path.lexists(folder / QUANTO_MAP_NAME) and "quantization_config" not in config:
         config["quantization_config"] = _of_quanto_map(folder, faults)
@@ -87,6 +99,16 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
         _tell_what_is_there(folder, faults)
     faults.raise_if_any()
     return Checkpoint(folder, config, tensors, tuple(shards))
+
+
+def _open_gguf(path: Path, faults: Faults) -> Checkpoint:
+    """A checkpoint that is one GGUF file; its configuration is read from it when the model is built."""
+    header = parse_gguf(path, path.name, faults)
+    faults.raise_if_any()
+    assert header is not None
+    config = {"quantization_config": {"quant_method": "gguf", "gguf_file": path.name}}
+    tensors = {tensor.name: tensor for tensor in header.shard.tensors}
+    return Checkpoint(path, config, tensors, (header.shard,), header.types, header.architecture)
 
 
 def _read_config(folder: Path, faults: Faults, name: str = CONFIG_NAME) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from distquant.checkpoint.faults import CheckpointError, HeaderFault
+from distquant.checkpoint.gguf import SUFFIX
 from distquant.checkpoint.index import is_inside
 from distquant.errors import InputError
 
@@ -20,7 +21,7 @@ _REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def locate(model: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
-    """The checkpoint's folder, and what to do about a damaged file in it.
+    """The checkpoint's folder (or `.gguf` file), and what to do about a damaged file in it.
 
     Raises:
         CheckpointError: NO_CHECKPOINT where there is nothing of that name, NOT_IN_CACHE for an id not downloaded yet.
@@ -32,6 +33,10 @@ def locate(model: str | os.PathLike[str], revision: str | None) -> tuple[Path, s
         if revision is not None:
             fix = "Leave the revision out, or give a Hugging Face id"
             raise InputError.one("revision", f"{revision!r} was given for the folder {path}, which has none", fix)
+        return Path(path), "The file is damaged or was not fully written: download or copy it again"
+    if path.endswith(SUFFIX) and os.path.isfile(path):
+        if revision is not None:
+            raise InputError.one("revision", f"{revision!r} was given for the file {path}", "Leave the revision out")
         return Path(path), "The file is damaged or was not fully written: download or copy it again"
     if os.path.exists(path):
         fix = "Give the folder that holds the safetensors files and config.json"

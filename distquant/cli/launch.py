@@ -17,6 +17,7 @@ from distquant.cli.progress import ProgressLine
 from distquant.errors import DistquantError, InputError, Problem, Problems, RankError
 from distquant.mesh import Mesh
 from distquant.runtime.job import Job, Outcome
+from distquant.skeleton import source_of
 
 OUTCOME = "DISTQUANT_OUTCOME"
 """Environment variable: file that rank 0 of ranks that we started writes the outcome to."""
@@ -89,7 +90,8 @@ def token_problems(arguments: argparse.Namespace, job: Job) -> Iterator[Problem]
         return  # the plan tells it
     for option, text, least in given:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=arguments.trust_remote_code)
+            where, gguf = source_of(folder)
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=arguments.trust_remote_code, **gguf)
         except (ValueError, OSError, KeyError, ImportError) as error:
             what = f"transformers can load no tokenizer from {folder} ({str(error).strip().splitlines()[0]})"
             yield Problem(option, what, "Put the model's tokenizer.json there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,12 +15,18 @@ class GgufConfig(QuantizationConfig):
     """Each tensor of the file has its own type, which its header names; the configuration knows only the file."""
 
     quant_method: ClassVar[str] = "gguf"
-    unwritten: ClassVar[frozenset[str]] = EXTRAS - {"dequantize"}
+    unwritten: ClassVar[frozenset[str]] = (EXTRAS | {"types", "interleaved"}) - {"dequantize"}
+    loading_attributes: ClassVar[frozenset[str]] = frozenset({"dequantize"})
 
     gguf_file: str | None = None
     """The file."""
     dequantize: bool = False
     """Load what the file stores quantized as bfloat16."""
+
+    types: Mapping[str, str] | None = None
+    """GGML type of each parameter's tensor, by the parameter's name: what the planner found in the file's header."""
+    interleaved: Mapping[str, int] | None = None
+    """Parameters whose rows are stored with the two halves of each head interleaved, and the rows of a head."""
 
     def vocabulary(self) -> tuple[Precision, ...]:
         return (Precision(weight="gguf", bits=None),)

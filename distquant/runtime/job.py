@@ -8,6 +8,7 @@ from typing import Any
 
 from distquant.planning import LoadPlan
 from distquant.report import RankReport, make_report
+from distquant.skeleton import source_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,4 +65,5 @@ def _tokenizer(model: Any) -> Any:
     from transformers import AutoTokenizer
 
     plan = model.distquant.plan
-    return AutoTokenizer.from_pretrained(plan.model, trust_remote_code=plan.trust_remote_code)
+    folder, gguf = source_of(plan.model)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=plan.trust_remote_code, **gguf)

@@ -54,6 +54,10 @@ class Scheme(ABC):
     """Whether transformers loads the model with its own quantizer."""
     suffixes: ClassVar[Mapping[str, str]] = {}
     """How checkpoints name the components beside `<module>.weight`: suffix after `<module>.` -> component."""
+    unsliced: ClassVar[frozenset[str]] = frozenset()
+    """Components of stored weights that have no slice for a slice of the weight, and so go whole to every rank."""
+    constants: ClassVar[frozenset[str]] = frozenset()
+    """Entries of a module's `state_dict` that say how it is stored; reports do not count them as weights."""
 
     def __init__(self, config: QuantizationConfig):
         self.config = config
@@ -148,6 +152,17 @@ class Scheme(ABC):
         """Whether it loads checkpoints that are stored quantized with it."""
         return cls.restore is not Scheme.restore
 
+    def entire(self, name: str, shape: tuple[int, int]) -> int:
+        """Bytes that `encode` takes beside rows and components where it must get all rows at once; 0: it need not.
+
+        One rank of each node then reads and quantizes the whole weight.
+        """
+        return 0
+
+    def decodes(self, name: str) -> int:
+        """Rows that `decode` needs together, of a parameter that is kept plain and stored otherwise; 0: as it is."""
+        return 0
+
     # -- executing (every rank) ------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -169,6 +184,10 @@ class Scheme(ABC):
             out: component -> memory to fill, flat, in row order.
             ops: kernels, a module like `distquant.kernels.reference`.
         """
+
+    def decode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+        """Makes plain values (`out[""]`, flat) of whole rows as they are stored, where `decodes` says so."""
+        raise NotImplementedError(f"{self.name} stores no unquantized parameter in another form")
 
     @abstractmethod
     def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:

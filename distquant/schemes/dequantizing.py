@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from distquant.config import QuantizationConfig
 from distquant.errors import Problem
 from distquant.schemes.base import Scheme
 from distquant.schemes.quantized_linear import QuantizedLinear
@@ -106,14 +107,7 @@ class DequantizingScheme(Scheme):
         return module.weight
 
     def finish_model(self, model: Any) -> None:
-        """What `from_pretrained` leaves on a quantized model, as far as transformers knows the method."""
-        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
-
-        written = self.config.to_dict()
-        if written.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING:
-            config = AutoQuantizationConfig.from_dict(written)
-            model.config.quantization_config = config
-            model.is_quantized, model.quantization_method = True, config.quant_method
+        mark_quantized(model, self.config)
 
     def tally(self, module: Any, shard: Shard, tally: Tally) -> None:
         for stream, values, span in self.streams(shard, module.components):
@@ -122,6 +116,17 @@ class DequantizingScheme(Scheme):
     @staticmethod
     def _local(shard: Shard) -> tuple[str, tuple[int, int], str]:
         return shard.name, shard.local_shape, shard.dtype
+
+
+def mark_quantized(model: Any, config: QuantizationConfig) -> None:
+    """What `from_pretrained` leaves on a quantized model, as far as transformers knows the method."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
+
+    written = config.to_dict()
+    if written.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        found = AutoQuantizationConfig.from_dict(written)
+        model.config.quantization_config = found
+        model.is_quantized, model.quantization_method = True, found.quant_method
 
 
 def unpacked(words: Tensor, bits: int, dim: int, order: tuple[int, ...] | None = None) -> Tensor:

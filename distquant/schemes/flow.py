@@ -38,6 +38,8 @@ class Flow:
         step: rows that belong together.
         apart: columns at which rows may be taken apart; None = only whole rows.
         turned: whether rows are stored as columns.
+        entire: bytes that the rank takes that reads and quantizes all rows at once; 0 = rows may come in pieces.
+        decoded: whether rows are stored in another form than they are kept in, and all columns of them are needed.
     """
 
     stored: str | None
@@ -51,6 +53,8 @@ class Flow:
     step: int = 1
     apart: int | None = 1
     turned: bool = False
+    entire: int = 0
+    decoded: bool = False
 
 
 def flows_of(
@@ -67,7 +71,9 @@ def flows_of(
     """
     if tensor.scheme == "none":
         component = Component(name="", dtype=tensor.dtype)
-        yield Flow(None, tensor.shape, tensor.dtype, tensor.sources, tensor.dim, cut, (component,))
+        flow = Flow(None, tensor.shape, tensor.dtype, tensor.sources, tensor.dim, cut, (component,))
+        step = scheme.decodes(tensor.name)
+        yield replace(flow, dtype=None, step=step, apart=None, decoded=True) if step else flow
         return
     shard = Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype, tensor.dim, cut)
     if prequantized:
@@ -75,6 +81,7 @@ def flows_of(
             yield _stored(source, infos[source.tensor], scheme, shard)
         return
     components = scheme.flowing(tensor.name, shard.shape, tensor.dtype)
+    entire = scheme.entire(tensor.name, shard.shape)
     yield Flow(
         stored=None,
         shape=shard.shape,
@@ -84,9 +91,10 @@ def flows_of(
         cut=cut,
         components=components,
         whole=scheme.statistics(shard),
-        step=row_step(components, shard.shape),
-        apart=None if tensor.transposed else column_step(components, shard.shape),
+        step=shard.shape[0] if entire else row_step(components, shard.shape),
+        apart=None if tensor.transposed or entire else column_step(components, shard.shape),
         turned=tensor.transposed,
+        entire=entire,
     )
 
 

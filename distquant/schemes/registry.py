@@ -26,6 +26,8 @@ BUILT_IN = tuple(
         "fbgemm_fp8",
         "quanto",
         "torchao",
+        "hqq",
+        "gguf",
         "delegated",
     )
 )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distquant.errors import InputError, Problems
+from distquant.skeleton.gguf import source_of
 from distquant.skeleton.names import ignorable, map_names
 from distquant.skeleton.words import Attention, Linear, Param, Skeleton, Source
 
@@ -30,7 +31,7 @@ def _strict_error() -> type[Exception]:
 
 
 def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a checkpoint folder, on `meta`, in `dtype` (None: the config's own, else float32).
+    """The model of a checkpoint folder or GGUF file, on `meta`, in `dtype` (None: the config's own, else float32).
 
     Raises:
         InputError: transformers does not know the model, or it needs code from the checkpoint.
@@ -41,7 +42,8 @@ def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> 
     from distquant.skeleton.uninitialized import Uninitialized
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        folder, gguf = source_of(path)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
         has_quantization = getattr(config, "quantization_config", None) is not None
         if has_quantization:
             del config.quantization_config

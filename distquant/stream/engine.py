@@ -223,7 +223,7 @@ class Engine:
     def _emit(self, chunk: Chunk, rows: Tensor, start: int, stop: int) -> None:
         """Quantizes rows into their final place or a slot, and tells the ranks that keep something of them."""
         task, receivers = chunk.task, self._receivers(chunk)
-        if start % task.step:
+        if start % task.step or (stop % task.step and stop < task.bands[0].rows):
             what = f"its parts start at row {start}, quantization blocks need multiples of {task.step}"
             raise InputError.one(task.name, what, "Skip the module, or convert the checkpoint first")
         mask = self._wanted(chunk)

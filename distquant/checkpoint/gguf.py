@@ -1,0 +1,252 @@
+"""The header of a GGUF file: counts, key-value pairs, and where each tensor lies.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian). The package `gguf`
+(0.19, `gguf_reader.py`) trusts counts and lengths; here each is held against the bytes that are left, so that a hostile
+or truncated file ends in one error, and the weights behind the header are never touched.
+
+A quantized tensor is described as the rows of bytes that it is stored in (`U8 [rows, bytes of a row]`), with its type
+beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from distquant.checkpoint.faults import Faults, HeaderFault, shown
+from distquant.checkpoint.header import MAX_U64, ShardHeader, TensorInfo
+
+SUFFIX = ".gguf"
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+FIRST_READ, MAX_HEADER_BYTES = 1 << 20, 1 << 30
+MAX_DIMS = 4
+
+TYPES: dict[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2),
+    2: ("Q4_0", 32, 18), 6: ("Q5_0", 32, 22), 8: ("Q8_0", 32, 34),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
+}  # fmt: skip
+"""Type number -> (name, elements of a block, bytes of a block); `GGML_QUANT_SIZES` of gguf 0.19."""
+
+OTHER_TYPES = {
+    3: "Q4_1", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
+    19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
+    28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+}  # fmt: skip
+"""Types that exist and are not read here."""
+
+BLOCKS: dict[str, tuple[int, int]] = {name: (elements, nbytes) for name, elements, nbytes in TYPES.values()}
+"""Type name -> (elements of a block, bytes of a block)."""
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_KEPT = {"general.architecture": str, "general.alignment": int, "split.count": int}
+"""The only values that are looked at here, with their types."""
+
+
+class _Short(Exception):
+    """The header does not end within the bytes that were read."""
+
+
+class _Bad(Exception):
+    """The header makes no sense."""
+
+    def __init__(self, fault: HeaderFault, what: str, tensor: str | None = None):
+        self.fault, self.what, self.tensor = fault, what, tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """What a GGUF file says about itself.
+
+    Attributes:
+        shard: as of any other checkpoint file; the digest is that of all bytes before the tensors.
+        types: name of the GGML type of each tensor.
+        architecture: `general.architecture`.
+    """
+
+    shard: ShardHeader
+    types: dict[str, str]
+    architecture: str
+
+
+class _Cursor:
+    """Reads the header's fields one after the other."""
+
+    def __init__(self, data: bytes, size: int):
+        self.data, self.size, self.at = data, size, 0
+
+    def take(self, count: int) -> bytes:
+        end = self.at + count
+        if end > self.size:
+            what = f"at byte {self.at} its header asks for {count} bytes, and the file ends at {self.size}"
+            raise _Bad(HeaderFault.HEADER_TOO_LONG_FOR_FILE, what)
+        if end > len(self.data):
+            raise _Short
+        found = self.data[self.at : end]
+        self.at = end
+        return found
+
+    def number(self, kind: str) -> Any:
+        return struct.unpack("<" + kind, self.take(struct.calcsize("<" + kind)))[0]
+
+    def text(self, what: str) -> str:
+        raw = self.take(self.number("Q"))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise _Bad(HeaderFault.NOT_UTF8, f"{what} at byte {self.at - len(raw)} is not UTF-8") from error
+
+    def count(self, what: str, least: int) -> int:
+        """A count of things that take at least so many bytes each."""
+        found = int(self.number("Q"))
+        if found * least > self.size - self.at:
+            where = f"at byte {self.at - 8} it counts {found} {what}"
+            raise _Bad(HeaderFault.HEADER_TOO_LONG_FOR_FILE, f"{where}, more than the file has room for")
+        return found
+
+    def value(self, kind: int, nested: bool = False) -> Any:
+        """A value; of an array only how long it is."""
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text("a value")
+        if kind != _ARRAY or nested:
+            raise _Bad(HeaderFault.BAD_ENTRY, f"at byte {self.at} a value is of the unknown type {kind}")
+        inner = self.number("I")
+        if inner in _SCALARS:
+            each = struct.calcsize("<" + _SCALARS[inner])
+            self.take(self.count("values", each) * each)
+        else:
+            for _ in range(self.count("values", 8)):
+                self.value(inner, nested=True)
+        return None
+
+
+def parse_gguf(path: str | os.PathLike[str], name: str, faults: Faults) -> GgufHeader | None:
+    """Reads and checks a file's header; adds what is wrong to `faults` and then returns None."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            wanted = FIRST_READ
+            while True:
+                file.seek(0)
+                data = _read(file, min(wanted, size))
+                try:
+                    return _header(data, size, name)
+                except _Short:
+                    if wanted >= MAX_HEADER_BYTES:
+                        what = f"its header is longer than {MAX_HEADER_BYTES} bytes"
+                        faults.add(HeaderFault.HEADER_OVER_CAP, name, what)
+                        return None
+                    wanted *= 4
+    except OSError as error:
+        faults.add(HeaderFault.UNREADABLE, name, f"cannot be read ({error.strerror or error})", fix="Check the path")
+    except _Bad as bad:
+        fix = "Use a file of the types that are read" if bad.fault is HeaderFault.UNKNOWN_DTYPE else ""
+        faults.add(bad.fault, name, bad.what, tensor=bad.tensor, fix=fix)
+    return None
+
+
+def _read(file: Any, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count and (chunk := file.read(count - len(data))):
+        data += chunk
+    return bytes(data)
+
+
+def _header(data: bytes, size: int, name: str) -> GgufHeader:
+    cursor = _Cursor(data, size)
+    if size < 4 or cursor.take(4) != MAGIC:
+        raise _Bad(HeaderFault.BAD_ENTRY, f"starts with {shown(data[:4])} where {MAGIC!r} must stand")
+    version = cursor.number("I")
+    if version not in VERSIONS:
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
+        what = "is big-endian" if swapped else f"is GGUF of version {version}"
+        raise _Bad(HeaderFault.BAD_ENTRY, f"{what}; little-endian files of versions 2 and 3 are read")
+    tensors, pairs = cursor.count("tensors", 24), cursor.count("key-value pairs", 13)
+    values = _values(cursor, pairs)
+    entries = [_entry(cursor) for _ in range(tensors)]
+    alignment = values.get("general.alignment", 32)
+    if alignment <= 0 or alignment & (alignment - 1):
+        raise _Bad(HeaderFault.BAD_ENTRY, f"general.alignment is {alignment}, and must be a power of two")
+    start = -(-cursor.at // alignment) * alignment
+    infos, types = _placed(entries, start, alignment, size, name)
+    digest = hashlib.sha256(data[: cursor.at]).hexdigest()
+    shard = ShardHeader(name=name, size=size, digest=digest, tensors=infos, metadata={})
+    return GgufHeader(shard, types, values["general.architecture"])
+
+
+def _values(cursor: _Cursor, count: int) -> dict[str, Any]:
+    """The values that matter here; all others are only walked over."""
+    seen: set[str] = set()
+    found: dict[str, Any] = {}
+    for _ in range(count):
+        key = cursor.text("a key")
+        if key in seen:
+            raise _Bad(HeaderFault.DUPLICATE_KEY, f"key {shown(key)} stands twice")
+        seen.add(key)
+        value = cursor.value(cursor.number("I"))
+        if key in _KEPT:
+            if type(value) is not _KEPT[key]:
+                raise _Bad(HeaderFault.BAD_ENTRY, f"{key} is {shown(value)}, and must be {_KEPT[key].__name__}")
+            found[key] = value
+    if "general.architecture" not in found:
+        raise _Bad(HeaderFault.BAD_ENTRY, "general.architecture is missing")
+    if found.get("split.count", 1) > 1:
+        what = f"is one of {found['split.count']} files of a split model"
+        raise _Bad(HeaderFault.BAD_ENTRY, f"{what}; join them with llama.cpp's gguf-split --merge")
+    return found
+
+
+def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    """Name, dims (outermost first), number of the type, and offset of one tensor."""
+    name = cursor.text("a tensor's name")
+    dims = cursor.number("I")
+    if not 1 <= dims <= MAX_DIMS:
+        raise _Bad(HeaderFault.BAD_ENTRY, f"has {dims} dims, and may have 1 to {MAX_DIMS}", name)
+    shape = tuple(cursor.number("Q") for _ in range(dims))[::-1]
+    return name, shape, cursor.number("I"), cursor.number("Q")
+
+
+def _placed(
+    entries: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int, size: int, file: str
+) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
+    """Every tensor's place in the file, by rising offset, and its type."""
+    infos: dict[str, TensorInfo] = {}
+    types: dict[str, str] = {}
+    for name, shape, number, offset in entries:
+        if name in infos:
+            raise _Bad(HeaderFault.DUPLICATE_KEY, "is described twice", name)
+        if number not in TYPES:
+            what = f"is of type {OTHER_TYPES.get(number, number)}, and only {', '.join(BLOCKS)} are read"
+            raise _Bad(HeaderFault.UNKNOWN_DTYPE, what, name)
+        kind, block, nbytes = TYPES[number]
+        count = 1
+        for dim in shape:
+            count *= dim
+            if not 0 < count <= MAX_U64:
+                raise _Bad(HeaderFault.OVERFLOW, f"shape {list(shape)} has no elements, or more than {MAX_U64}", name)
+        if shape[-1] % block:
+            what = f"rows of {shape[-1]} elements are no multiple of {kind}'s blocks of {block}"
+            raise _Bad(HeaderFault.SIZE_MISMATCH, what, name)
+        total = count // block * nbytes
+        if offset % alignment:
+            raise _Bad(HeaderFault.OUT_OF_RANGE, f"offset {offset} is no multiple of the alignment {alignment}", name)
+        if start + offset + total > size:
+            what = f"ends at byte {start + offset + total}, and the file is only {size} bytes long"
+            raise _Bad(HeaderFault.TRUNCATED, what, name)
+        types[name] = kind
+        stored = shape if block == 1 else (*shape[:-1], shape[-1] // block * nbytes)
+        dtype = kind if block == 1 else "U8"
+        infos[name] = TensorInfo(name=name, dtype=dtype, shape=stored, file=file, offset=start + offset, nbytes=total)
+    placed = sorted(infos.values(), key=lambda info: info.offset)
+    for before, after in pairwise(placed):
+        if before.offset + before.nbytes > after.offset:
+            what = f"starts at byte {after.offset}, before {shown(before.name)} ends"
+            raise _Bad(HeaderFault.OVERLAP, what, after.name)
+    return tuple(placed), types
