@@ -37,7 +37,7 @@ def same(found: Any, expected: Any, what: str = "") -> None:
         return
     found, expected = found.cpu(), expected.cpu()
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape), f"{what}: {found.dtype} {found.shape}"
-    if found.dtype is torch.float8_e4m3fn:
+    if found.is_floating_point() and found.element_size() == 1:
         found, expected = found.view(torch.uint8), expected.view(torch.uint8)
     elif found.is_floating_point():
         integer = torch.int32 if found.dtype is torch.float32 else torch.int16

@@ -2,7 +2,7 @@
 
 Stored as transformers 5.23 does (`integrations/fbgemm_fp8.py`, `FbgemmFp8Linear`): `weight` float8_e4m3fn `[N, K]`,
 `weight_scale` float32 `[N, 1]`. Quantized on the way by the definition of `torch.ops.fbgemm.quantize_fp8_per_row`
-(`kernels/reference/fp8.py`), which takes bfloat16 only and exists for GPUs only (`fbgemm-gpu-cpu` has no such function).
+(see `kernels/reference/fp8.py`), which takes bfloat16 only and exists for GPUs only: `fbgemm-gpu-cpu` lacks it.
 
 A row's scale reaches over `in`, so rows are quantized whole, by whichever rank reads them, and a shard that is cut
 along `in` keeps the scale of every row. In forward the weight is dequantized and multiplied with the activations as

@@ -53,7 +53,7 @@ class Fp8Scheme(DequantizingScheme):
     """float8 e4m3 and its scales in a `QuantizedLinear`."""
 
     name = "fp8"
-    config_class = Fp8Config
+    config_class: ClassVar[type[Float8Config]] = Fp8Config
     suffixes: ClassVar[Mapping[str, str]] = {SCALE: SCALE, ACTIVATION: ACTIVATION}
     config: Float8Config
 

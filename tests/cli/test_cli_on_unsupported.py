@@ -17,21 +17,25 @@ def fp8(copy_of: Callable[[str], Path]) -> Path:
 
 @pytest.mark.parametrize("name", ["plan", "load"])
 def test_without_the_option_the_method_is_an_error_that_names_it(name: str, fp8: Path, refused: Command) -> None:
-    tells(refused(name, fp8), r"^quantization_config\.quant_method: 'fp8' is not supported\. .*--on-unsupported skip")
+    tells(
+        refused(name, fp8), r"^quantization_config\.quant_method: 'eights' is not supported\. .*--on-unsupported skip"
+    )
 
 
 def test_skip_plans_and_says_so(fp8: Path, command: Command, workdir: Path) -> None:
     done = command("plan", fp8, "--mesh", "tp=2", "--on-unsupported", "skip", "--json", "plan.json")
     assert (done.code, done.err) == (0, "")
-    assert "quantization fp8 as the checkpoint stores it" in done.out
-    assert "note: SKIPPED: no scheme for the checkpoint's method 'fp8'" in done.out
+    assert "quantization eights as the checkpoint stores it" in done.out
+    assert "note: SKIPPED: no scheme for the checkpoint's method 'eights'" in done.out
     assert "note: left out beside those weights: 14 weight_scale_inv" in done.out
     assert (workdir / "plan.json").is_file()
 
 
 @pytest.mark.parametrize("mesh", ["tp=1", "tp=2"])
 def test_what_is_skipped_is_not_loaded(mesh: str, fp8: Path, refused: Command) -> None:
-    tells(refused("load", fp8, "--mesh", mesh, "--on-unsupported", "skip"), r"^on_unsupported: weights .* with 'fp8'")
+    tells(
+        refused("load", fp8, "--mesh", mesh, "--on-unsupported", "skip"), r"^on_unsupported: weights .* with 'eights'"
+    )
 
 
 def test_a_value_that_is_no_choice(kjv_tiny: str, refused: Command) -> None:

@@ -30,7 +30,7 @@ def stored_bytes(folder: Path) -> int:
 
 def test_an_unknown_method_is_an_error_that_names_the_option(fp8: Path) -> None:
     message = (
-        r"^quantization_config\.quant_method: 'fp8' is not supported\. "
+        r"^quantization_config\.quant_method: 'eights' is not supported\. "
         r".*Known methods: none, .*on_unsupported='skip' \(--on-unsupported skip\)"
     )
     for call in (dq.plan, dq.load):
@@ -62,7 +62,7 @@ def test_skipped_weights_keep_their_places_in_the_dtype_of_the_files(fp8: Path) 
     assert {dtype for name, dtype in dtypes.items() if "_proj" in name} == {"float8_e4m3fn"}
     assert {dtype for name, dtype in dtypes.items() if "_proj" not in name} == {"bfloat16"}
     assert all(tensor.scheme == "none" for tensor in plan.tensors)
-    assert (plan.prequantized, plan.converted, plan.quantization_config["quant_method"]) == (True, (), "fp8")
+    assert (plan.prequantized, plan.converted, plan.quantization_config["quant_method"]) == (True, (), "eights")
     scales = sum(t.nbytes for n, t in load_file(fp8 / "model.safetensors").items() if n.endswith("_scale_inv"))
     (rank,) = plan.memory
     assert rank.read == rank.unquantized == stored_bytes(fp8) - scales
@@ -78,7 +78,7 @@ def test_skipped_weights_are_cut_as_the_model_asks(fp8: Path, model_of: Callable
 
 def test_notes_say_what_is_skipped_and_what_is_left_out(fp8: Path) -> None:
     first, second, *rest = dq.plan(fp8, on_unsupported="skip").notes
-    assert first.startswith("SKIPPED: no scheme for the checkpoint's method 'fp8'")
+    assert first.startswith("SKIPPED: no scheme for the checkpoint's method 'eights'")
     assert "14 as float8_e4m3fn" in first and "not loaded" in first
     assert second == "left out beside those weights: 14 weight_scale_inv; 80 B, not in the memory table"
     assert not any(note.startswith("dropped") for note in rest)
@@ -130,7 +130,7 @@ def test_a_method_that_left_every_weight_alone_is_noted_and_loads(copy_of: Copy,
 
 
 def test_skipped_weights_cannot_be_quantized_again(fp8: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot quantize weights that 'fp8' has quantized.*Leave quant"):
+    with pytest.raises(InputError, match=r"cannot quantize weights that 'eights' has quantized.*Leave quant"):
         dq.plan(fp8, quantization_config="nf4", on_unsupported="skip")
     assert dq.plan(fp8, quantization_config="none", on_unsupported="skip") == dq.plan(fp8, on_unsupported="skip")
 

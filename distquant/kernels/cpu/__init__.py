@@ -7,7 +7,8 @@ environment variable `DISTQUANT_CPU_ISA` (`portable`, `avx2`, `avx512`) forces o
 All tensors lie on the CPU. Weights may be bfloat16, float16 or float32 and are made contiguous where they are not;
 outputs (`codes=`, `absmax=`, `scale=`, `zero=`) must be contiguous and are written in place. Work is shared among
 `torch.get_num_threads()` threads at block or row boundaries, which changes no result; the interpreter's lock is
-released meanwhile. Functions that only reduce or look up, and FBGEMM's rows, are the reference's own. What does not fit raises ValueError.
+released meanwhile. Functions that only reduce or look up, and FBGEMM's rows, are the reference's own. What does not fit
+raises ValueError.
 
 Raises:
     ImportError: the library was not built.

@@ -5,8 +5,8 @@ Bit-equal to `distquant.kernels.reference`, whose docstrings hold the definition
 over the bits of magnitudes (which order like the floats and keep a NaN), roundings to e4m3 and bfloat16 are integer
 arithmetic. The same source runs in Triton's interpreter on a CPU (`TRITON_INTERPRET=1`), where its tests compare it.
 
-Functions that only look up or reduce, and the rarer forms of float8, are the reference's own: plain torch runs them on the device. This is the only
-package that imports Triton.
+Functions that only look up or reduce, and the rarer forms of float8, are the reference's own: plain torch runs them on
+the device. This is the only package that imports Triton.
 """
 
 from distquant.kernels.gpu.blockwise import quantize_blockwise

@@ -17,9 +17,9 @@ Two more forms share its codes:
   columns (MXFP8): `factor` without the bound on infinity gives `reciprocal(factor)` as above, the scale is the
   smallest power of two from 2^-126 on that is no less, and `code = e4m3(clamp(weight / scale, -448, 448))`. Upstream
   takes the exponent with a logarithm in float32, which falls below for a scale within some units in the last place
-  above a power of two; weights of bfloat16 or float16 have none there.
-- rows as FBGEMM has them (`fbgemm_gpu/experimental/gen_ai/src/quantize/quantize.cu`, `quantize_fp8_per_row`): divisions
-  instead of reciprocals, `scale = max(amax / 448, 1 / (448 * 512))` and `code = e4m3(clamp(weight / scale, -448, 448))`.
+  above a power of two; weights of bfloat16 or float16 have none there, but for two amax above 2^126.
+- rows as FBGEMM has them (`fbgemm_gpu/experimental/gen_ai/src/quantize/quantize.cu`, `quantize_fp8_per_row`), with
+  divisions: `scale = max(amax / 448, 1 / (448 * 512))` and `code = e4m3(clamp(weight / scale, -448, 448))`.
 """
 
 from __future__ import annotations

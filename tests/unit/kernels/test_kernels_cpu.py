@@ -171,6 +171,7 @@ def test_fp8(kind, shape, block):
     source = weight(shape, *kind)
     codes, scale = on_every_isa("quantize_fp8", source, block)
     on_every_isa("encode_fp8", source, reference.block_amax(source, block) * 1.5, block)
+    on_every_isa("quantize_fp8_ue8m0", source, block)
     for dtype in DTYPES.values():
         on_every_isa("dequantize_fp8", codes, scale, block, dtype)
 
@@ -227,6 +228,7 @@ def test_outputs_are_written_in_place_and_nothing_beside_them():
         ("quantize_4bit", (64, "fp4"), {"codes": (torch.uint8, 210), "absmax": (torch.float32, 7)}),
         ("quantize_int8_rows", (), {"codes": (torch.int8, 420), "absmax": (torch.float32, 6)}),
         ("quantize_fp8", ((4, 32),), {"codes": (torch.float8_e4m3fn, 420), "scale": (torch.float32, 6)}),
+        ("quantize_fp8_ue8m0", ((4, 32),), {"codes": (torch.float8_e4m3fn, 420), "scale": (torch.float8_e8m0fnu, 6)}),
         (
             "quantize_groups",
             (32, 8, False),

@@ -15,8 +15,10 @@ from distquant.kernels import reference
 BLOCKS = [(None, None), (1, None), (128, 128), (4, 16), (None, 8), (3, None)]
 
 
-def upstream(weight: torch.Tensor, tile: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    config = SimpleNamespace(weight_block_size=tile, scale_fmt=None)
+def upstream(
+    weight: torch.Tensor, tile: tuple[int, int], scale_fmt: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    config = SimpleNamespace(weight_block_size=tile, scale_fmt=scale_fmt)
     found = Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"m.weight": weight})
     return found["m.weight"], found["m.weight_scale_inv"]
 
@@ -136,3 +138,80 @@ def test_into_given_outputs():
     assert torch.equal(scale, expected[1])
     with pytest.raises(ValueError, match=r"torch.float32 \[3, 4\]"):
         reference.quantize_fp8(weight, (8, 8), scale=torch.empty(3, 4))
+
+
+# -- powers of two, and FBGEMM's rows ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-5, 0.02, 1.0, 3e4, 1e37])
+@pytest.mark.parametrize("block", [(1, 32), *BLOCKS])
+def test_powers_of_two_are_those_of_transformers(block, scale, dtype):
+    largest = torch.finfo(DTYPES[dtype]).max
+    weight = random(384 * 256, torch.float32, 1, scale).clamp(-largest, largest).to(DTYPES[dtype]).view(384, 256)
+    codes, scales = reference.quantize_fp8_ue8m0(weight, block)
+    theirs, inverse = upstream(weight, (block[0] or 384, block[1] or 256), "ue8m0")
+    assert (codes.dtype, scales.dtype, scales.shape) == (torch.float8_e4m3fn, torch.float8_e8m0fnu, inverse.shape)
+    assert torch.equal(scales.view(torch.uint8), inverse.view(torch.uint8))
+    assert torch.equal(e4m3(codes), e4m3(theirs))
+
+
+def test_powers_of_two_of_every_bfloat16_amax():
+    """Up to 2^126: reciprocals of larger ones are subnormal, so inexact that upstream's logarithm falls below."""
+    amax = torch.arange(0x7E80, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)[:, None]
+    scales = reference.quantize_fp8_ue8m0(amax, (1, 32))[1]
+    assert torch.equal(scales.view(torch.uint8), upstream(amax, (1, 1), "ue8m0")[1].view(torch.uint8))
+    normal = amax[:, 0] > 2.0**-100
+    held = amax.double() / scales.to(torch.float64)
+    assert held.max() <= 448
+    assert (held[normal] > 224).all(), "half the scale would have clamped it"
+
+
+def test_powers_of_two_of_float32_are_the_smallest_that_do_not_clamp():
+    """Just above 448 * 2^k, where a logarithm in float32 may fall on k."""
+    amax = torch.nextafter(torch.tensor([448.0 * 2.0**k for k in range(-20, 20)]), torch.tensor(math.inf))[:, None]
+    for values in (amax, amax * (1 + 2.0**-20)):
+        codes, scales = reference.quantize_fp8_ue8m0(values, (1, 32))
+        assert scales.float().log2().flatten().tolist() == list(range(-19, 21))
+        assert codes.float().unique().tolist() == [224.0]
+
+
+def test_powers_of_two_of_special_values():
+    weight = torch.tensor([[0.0, -0.0], [math.nan, 1.5], [math.inf, 1.0], [math.nan, 1000.0], [1e-45, -1e-45]])
+    codes, scales = reference.quantize_fp8_ue8m0(weight, (1, None))
+    assert scales.view(torch.uint8).flatten().tolist() == [127, 127, 255, 127, 1]
+    assert e4m3(codes).tolist()[:4] == [[0, 0x80], [0x7F, 0x3C], [0x7F, 0x7F], [0x7F, 0x7E]]
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("scale", [1e-8, 0.02, 1.0, 3e4])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (130, 300), (513, 1)])
+def test_rows_follow_the_definition_of_fbgemm(shape, scale, dtype):
+    """Divisions of float32 in double precision, rounded once: a quotient of floats is never rounded twice by that."""
+    largest = torch.finfo(DTYPES[dtype]).max
+    weight = random(math.prod(shape), torch.float32, 3, scale).clamp(-largest, largest).to(DTYPES[dtype]).view(shape)
+    codes, scales = reference.quantize_fp8_rows(weight)
+    amax = weight.double().abs().amax(1, keepdim=True)
+    expected = (amax / 448).float().clamp(min=1 / (448 * 512))
+    assert (scales.dtype, scales.shape) == (torch.float32, (shape[0], 1))
+    assert torch.equal(scales, expected)
+    values = (weight.double() / expected.double()).float().clamp(-448, 448)
+    assert torch.equal(e4m3(codes), e4m3(values.to(torch.float8_e4m3fn)))
+
+
+def test_rows_of_special_values():
+    weight = torch.tensor([[0.0, -0.0], [math.nan, 1.5], [-math.inf, 1.0]])
+    codes, scales = reference.quantize_fp8_rows(weight)
+    assert torch.equal(bits(scales), bits(torch.tensor([[1 / (448 * 512)], [math.nan], [math.inf]])))
+    assert e4m3(codes).tolist() == [[0, 0x80], [0x7F, 0x7F], [0x7F, 0]]
+
+
+def test_new_forms_write_into_given_outputs():
+    weight = random(16 * 64, torch.bfloat16, 5).view(16, 64)
+    codes, scale, powers = torch.empty(16, 64, dtype=torch.float8_e4m3fn), torch.empty(16, 1), torch.empty(16, 2)
+    powers = powers.to(torch.float8_e8m0fnu)
+    found = reference.quantize_fp8_rows(weight, codes=codes, scale=scale)
+    assert (found[0].data_ptr(), found[1].data_ptr()) == (codes.data_ptr(), scale.data_ptr())
+    found = reference.quantize_fp8_ue8m0(weight, (1, 32), codes=codes, scale=powers)
+    assert (found[0].data_ptr(), found[1].data_ptr()) == (codes.data_ptr(), powers.data_ptr())
+    assert torch.equal(e4m3(codes), e4m3(reference.quantize_fp8_ue8m0(weight, (1, 32))[0]))
