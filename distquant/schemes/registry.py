@@ -58,6 +58,9 @@ def discover() -> dict[str, type[Scheme]]:
         _discovered = True
         for module in BUILT_IN:
             importlib.import_module(module)
+        place = {module: number for number, module in enumerate(BUILT_IN)}
+        for name in sorted(SCHEMES, key=lambda name: place.get(SCHEMES[name].__module__, len(place))):
+            SCHEMES[name] = SCHEMES.pop(name)  # one order in messages, whoever was imported first
         for entry in entry_points(group=ENTRY_POINTS):
             try:
                 register(entry.load())

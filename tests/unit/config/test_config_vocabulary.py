@@ -45,7 +45,7 @@ def test_the_short_names_that_the_design_lists():
         ("fbgemm_fp8", "float8_e4m3fn", 8, "row", True, "float32", False, "dynamic"),
         ("int4", "int4", 4, 128, True, None, False, None),
         ("torchao-int8", "int8", 8, "row", True, None, False, None),
-        ("torchao-int4", "uint4", 4, 128, False, None, False, None),
+        ("torchao-int4", "int4", 4, 128, False, None, False, None),
         ("torchao-fp8", "float8_e4m3fn", 8, "row", True, None, False, None),
         ("hqq", "uint4", 4, 64, False, None, False, None),
         ("quanto-int8", "int8", 8, "row", True, None, False, None),
@@ -145,7 +145,8 @@ def test_modules_and_bits_of_others():
         ("Int8WeightOnlyConfig", {}, ("int8", "row", True, None)),
         ("Int8DynamicActivationInt8WeightConfig", {}, ("int8", "row", True, "dynamic")),
         ("Float8DynamicActivationFloat8WeightConfig", {}, ("float8_e4m3fn", "tensor", True, "dynamic")),
-        ("Int4WeightOnlyConfig", {"group_size": 64}, ("uint4", 64, False, None)),
+        ("Int4WeightOnlyConfig", {"group_size": 64}, ("int4", 64, False, None)),
+        ("Float8DynamicActivationInt4WeightConfig", {}, ("int4", None, True, "dynamic")),
         ("IntxWeightOnlyConfig", {}, ("int8", "row", True, None)),
         ("Int8DynamicActivationIntxWeightConfig", {}, ("int8", 32, True, "dynamic")),
     ],
@@ -155,6 +156,14 @@ def test_torchao_configurations(name, values, expected):
     given = {"quant_method": "torchao", "quant_type": getattr(quantization, name)(**values)}
     (found,) = TorchaoConfig.from_dict(given).vocabulary()
     assert (found.weight, found.group, found.symmetric, found.activations) == expected
+
+
+def test_torchao_by_module():
+    quantization = pytest.importorskip("torchao.quantization")
+    configs = {"_default": quantization.Int8WeightOnlyConfig(), "re:.*mlp.*": quantization.Int4WeightOnlyConfig()}
+    given = quantization.FqnToConfig({**configs, "lm_head": None})
+    found = TorchaoConfig.from_dict({"quant_type": given}).vocabulary()
+    assert [(p.modules, p.weight) for p in found] == [(("_default",), "int8"), (("re:.*mlp.*",), "int4")]
 
 
 def test_columns_that_say_nothing_are_left_out():

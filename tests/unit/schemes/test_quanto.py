@@ -143,6 +143,15 @@ def test_packing_is_quantos(rows, columns, bits):
     assert torch.equal(unpack_parts(pack_parts(codes, bits), bits, rows), codes)
 
 
+@pytest.mark.parametrize("rows", [3, 4])
+def test_stored_shapes_are_those_of_whole_packed_rows(rows):
+    scheme = QuantoScheme(QuantoConfig(weights="int4"))
+    stored = {SCALE: (rows, 1), SHIFT: (rows, 1), "input_scale": (), "output_scale": ()}
+    assert scheme.check_stored("m.weight", (rows, 64), {**stored, "": (2, 64)}) == []
+    [problem] = scheme.check_stored("m.weight", (rows, 64), {**stored, "": (3, 64)})
+    assert "[3, 64]" in problem.what
+
+
 @given(columns=st.integers(1, 1000))
 def test_groups_are_those_of_quanto(columns):
     module = quanto.QLinear(columns, 2, bias=False, weights=quanto.qint4, device="meta")
