@@ -155,7 +155,8 @@ def test_method_of_the_checkpoint_is_not_supported(name: str, kjv_tiny: str, tmp
     folder = Path(shutil.copytree(kjv_tiny, tmp_path / "bitnet"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitnet"}}))
-    tells(refused(name, folder), r"^quantization_config\.quant_method: 'bitnet' is not supported\. .*Known methods: none")
+    message = r"^quantization_config\.quant_method: 'bitnet' is not supported\. .*Known methods: none"
+    tells(refused(name, folder), message)
 
 
 # -- mesh, memory, devices ---------------------------------------------------------------------------------------------
