@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from distquant.config.resolve import is_known
+from distquant.config.resolve import Merged, is_known
 from distquant.device_map import place_of
 from distquant.draft import Draft
 from distquant.errors import InputError, Problem, Problems
@@ -22,6 +22,13 @@ PLAIN = {"float64", "float32", "float16", "bfloat16", "int64", "bool"}
 """Dtypes of parameters and buffers that are what they say."""
 
 OTHER_CHECKPOINT = "The checkpoint is of another model or method; check config.json"
+
+
+def dequantizing_is_not_supported(merged: Merged) -> Iterator[Problem]:
+    """That `dequantize` cannot be done: to be removed when the loader can."""
+    if merged.dequantize:
+        what = f"loading a {merged.config.quant_method!r} checkpoint as bfloat16 is not supported yet"
+        yield Problem("quantization_config.dequantize", what, "Leave it out, or take an unquantized checkpoint")
 
 
 def check_draft(draft: Draft, facts: Facts, mapped: bool, problems: Problems) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distquant.checkpoint import open_checkpoint
-from distquant.checks import check_draft, check_rank_memory
+from distquant.checks import check_draft, check_rank_memory, dequantizing_is_not_supported
 from distquant.collector import without_collector
 from distquant.config import QuantizationConfig
 from distquant.config.resolve import resolve
@@ -59,6 +59,7 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
     if merged is None:
         problems.raise_if_any()
         raise AssertionError("resolve neither returned nor raised")
+    problems.extend(dequantizing_is_not_supported(merged))
     try:
         model = build(checkpoint.path, given.dtype, trust_remote_code=request.trust_remote_code)
     except InputError as error:

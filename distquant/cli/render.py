@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from distquant.checkpoint import Checkpoint
+from distquant.config.vocabulary import columns
+from distquant.errors import InputError
 from distquant.facts import format_bytes
 from distquant.planning import LoadPlan
 from distquant.planning.reading import REASONS
@@ -136,7 +138,21 @@ def inspect_text(checkpoint: Checkpoint) -> str:
     else:
         lines.append("quantized:")
         lines += [f"  {key} = {value!r}" for key, value in sorted(quantization.items())]
+        lines += ["", _precision_text(quantization)]
     return "\n".join(lines)
+
+
+def _precision_text(quantization: dict[str, Any]) -> str:
+    """A checkpoint's quantization in the words of all methods: a row for each of its precisions."""
+    from distquant.config import CONFIG_CLASSES, parse
+
+    try:
+        config = parse(quantization, CONFIG_CLASSES)
+    except InputError as error:
+        return f"not understood: {error}"
+    found = config.vocabulary() if config else ()
+    header, rows = columns(found)
+    return table(header, rows) if rows else "its precisions are not known here"
 
 
 def doctor_text(quant: str | None) -> str:

@@ -98,7 +98,7 @@ class QuantizationConfig:
                 checkable = checkable and value is not MISSING
             object.__setattr__(self, field.name, value)
         if checkable:
-            for name, value in self._settled().items():
+            for name, value in self.settled().items():
                 object.__setattr__(self, name, value)
             problems.extend(self.problems())
         problems.raise_if_any()
@@ -109,7 +109,7 @@ class QuantizationConfig:
         found = self.selection.problems(skip_name, where("include_modules"))
         return [*found, *self._value_problems()]
 
-    def _settled(self) -> Mapping[str, Any]:
+    def settled(self) -> Mapping[str, Any]:
         """Fields whose values follow from those of others, all of the declared types."""
         return {}
 
@@ -122,6 +122,17 @@ class QuantizationConfig:
         """Which modules this configuration converts, as far as it says."""
         skip = getattr(self, self.skip_field) if self.skip_field else None
         return ModuleSelection(skip=skip, include=self.include_modules, layers=self.layers)
+
+    def meaning(self, name: str) -> Any:
+        """What a field is compared by, where two configurations must agree: lists of patterns have no order."""
+        value = getattr(self, name)
+        unordered = name in (self.skip_field, "include_modules") and value is not None
+        return frozenset(value) if unordered else value
+
+    @classmethod
+    def adopt(cls, checkpoint: QuantizationConfig) -> Self | None:
+        """A checkpoint's configuration as one of this class, or None where this class cannot load it."""
+        return checkpoint if type(checkpoint) is cls else None
 
     def vocabulary(self) -> tuple[Precision, ...]:
         """The precisions of the weights in the words that all methods share; none where nothing is quantized."""

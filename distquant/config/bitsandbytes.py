@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from distquant.config.base import QuantizationConfig
 from distquant.config.checks import where
+from distquant.config.vocabulary import Precision
 from distquant.errors import Problem
 
 _FLAGS = ("load_in_4bit", "load_in_8bit")
@@ -67,6 +68,21 @@ class Bnb4bitConfig(QuantizationConfig):
     llm_int8_enable_fp32_cpu_offload: bool = False
     """Allow a device map to place modules on CPU or disk, unquantized. Decides where, not what is stored."""
 
+    def vocabulary(self) -> tuple[Precision, ...]:
+        return (
+            Precision(
+                weight=self.bnb_4bit_quant_type,
+                bits=4,
+                group=64,
+                symmetric=True,
+                scale_dtype="uint8" if self.bnb_4bit_use_double_quant else "float32",
+                double_quant=self.bnb_4bit_use_double_quant,
+                compute_dtype=self.bnb_4bit_compute_dtype,
+                storage_dtype=self.bnb_4bit_quant_storage,
+                excluded=self.llm_int8_skip_modules,
+            ),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bnb8bitConfig(QuantizationConfig):
@@ -96,6 +112,22 @@ class Bnb8bitConfig(QuantizationConfig):
     """Allow a device map to place modules on CPU or disk, unquantized. Decides where, not what is stored."""
     llm_int8_has_fp16_weight: bool = False
     """Keep 16-bit main weights. Always false here: nothing would be quantized in memory."""
+
+    def vocabulary(self) -> tuple[Precision, ...]:
+        return (
+            Precision(
+                weight="int8",
+                bits=8,
+                group="row",
+                symmetric=True,
+                scale_dtype="float32",
+                compute_dtype="float16",
+                storage_dtype="int8",
+                outlier_threshold=self.llm_int8_threshold or None,
+                activations="dynamic",
+                excluded=self.llm_int8_skip_modules,
+            ),
+        )
 
     def _value_problems(self) -> Iterable[Problem]:
         if not (math.isfinite(self.llm_int8_threshold) and self.llm_int8_threshold >= 0):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, cast
 
 from distquant.config.base import EXTRAS, QuantizationConfig
 from distquant.config.checks import where
@@ -152,6 +152,32 @@ def read_group(given: Any, at: str, problems: Problems) -> QuantizationGroup | N
     return QuantizationGroup(targets=raw.targets, format=raw.format, **tensors)
 
 
+def _essence(group: QuantizationGroup, file_format: Format) -> QuantizationGroup:
+    """A group without what only tells how it was calibrated, and with what follows from the rest."""
+
+    def settle(args: QuantizationArgs | None) -> QuantizationArgs | None:
+        if args is None:
+            return None
+        return replace(
+            args,
+            strategy=cast("Strategy", args.scope),
+            group_size=args.group_size if args.scope in ("group", "tensor_group") else None,
+            block_structure=args.block,
+            actorder=args.actorder if args.actorder in ("group", "dynamic") else None,
+            observer=None,
+            observer_kwargs=None,
+            zp_dtype=None,
+        )
+
+    return QuantizationGroup(
+        targets=tuple(sorted(group.targets)),
+        weights=settle(group.weights),
+        input_activations=settle(group.input_activations),
+        output_activations=settle(group.output_activations),
+        format=group.format or file_format,
+    )
+
+
 def matches(target: str, name: str, class_name: str = "Linear") -> bool:
     """Whether a target or an entry of `ignore` names this module (`compressed_tensors/utils/match.py`)."""
     if target.startswith("re:"):
@@ -182,7 +208,10 @@ class CompressedTensorsConfig(QuantizationConfig):
     unwritten: ClassVar[frozenset[str]] = EXTRAS | {"use_optimized_inference"}
     sparse: ClassVar[frozenset[str]] = frozenset({"sparsity_config", "transform_config", "moe_sparsity_config"})
     record_keys: ClassVar[frozenset[str]] = frozenset({"version"})
-    history: ClassVar[frozenset[str]] = frozenset({"recorded", "global_compression_ratio", "quantization_status"})
+    history: ClassVar[frozenset[str]] = frozenset(
+        {"recorded", "global_compression_ratio", "quantization_status", "format"}  # groups say their format themselves
+    )
+    skip_field: ClassVar[str | None] = "ignore"
     short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "int4": _group(
             {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}, "pack-quantized"
@@ -231,18 +260,26 @@ class CompressedTensorsConfig(QuantizationConfig):
                 del spelled[key]
         return spelled
 
-    def _value_problems(self) -> Iterable[Problem]:
+    def problems(self) -> list[Problem]:
+        """Everything wrong with the values; entries of `ignore` are told as they were given."""
         problems = Problems()
         for name, group in (self.config_groups or {}).items():
             read_group(group, where(f"config_groups.{name}"), problems)
         read_args(self.kv_cache_scheme, where("kv_cache_scheme"), problems)
+        problems.extend(ModuleSelection(include=self.include_modules, layers=self.layers).problems())
         for pattern in self.ignore or ():
             try:
                 re.compile(pattern.removeprefix("re:"))
             except re.error as error:
                 what = f"{pattern!r} is no regular expression ({error})"
                 problems.add(where("ignore"), what, "Give a module's name, or escape what is meant literally.")
-        return problems
+        return list(problems)
+
+    def meaning(self, name: str) -> Any:
+        """Groups are compared by what they do to modules: not by their names, nor by how ranges were observed."""
+        if name != "config_groups":
+            return QuantizationConfig.meaning(self, name)
+        return frozenset(_essence(group, self.format) for group in self.groups.values())
 
     @property
     def groups(self) -> Mapping[str, QuantizationGroup]:

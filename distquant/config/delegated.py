@@ -281,7 +281,7 @@ class FpQuantConfig(SkippingConfig):
     modules_to_not_convert: tuple[str, ...] | None = ("lm_head",)
     """Patterns of modules not to convert."""
 
-    def _settled(self) -> Mapping[str, Any]:
+    def settled(self) -> Mapping[str, Any]:
         size = 16 if self.forward_dtype == "nvfp4" else 32
         return {"hadamard_group_size": size} if self.hadamard_group_size is None else {}
 
@@ -412,7 +412,6 @@ class SinqConfig(SkippingConfig):
     """SINQ (arXiv:2509.22944): scales for rows and for columns."""
 
     quant_method: ClassVar[str] = "sinq"
-    sparse: ClassVar[frozenset[str]] = frozenset({"_extra_kwargs"})
 
     nbits: int = 4
     """Bits of a weight."""

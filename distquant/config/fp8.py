@@ -25,7 +25,9 @@ class Float8Config(QuantizationConfig):
     aliases: ClassVar[Mapping[str, str]] = {"ignored_layers": "modules_to_not_convert"}
     unwritten: ClassVar[frozenset[str]] = EXTRAS - {"dequantize"}
     sparse: ClassVar[frozenset[str]] = frozenset({"fmt", "kv_cache_scheme"})
-    record_keys: ClassVar[frozenset[str]] = frozenset({"is_checkpoint_fp8_serialized"})
+    record_keys: ClassVar[frozenset[str]] = frozenset(
+        {"is_checkpoint_fp8_serialized", "is_checkpoint_mxfp8_serialized", "kv_cache_quant_algo"}
+    )
     skip_field: ClassVar[str | None] = "modules_to_not_convert"
 
     activation_scheme: Literal["dynamic", "static"] = "dynamic"
@@ -92,13 +94,17 @@ class Fp8Config(Float8Config):
 class Mxfp8Config(Float8Config):
     """MXFP8 (OCP Microscaling): a power of two for each 32 inputs.
 
-    The defaults are those of the class that transformers reads it with, so files state their tile and `scale_fmt`.
+    transformers reads it with the class of `fp8`, whose defaults are another layout; files that leave tile and
+    `scale_fmt` out (MiniMax's) mean those of the standard, which are the defaults here.
     """
 
     quant_method: ClassVar[str] = "mxfp8"
-    short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "mxfp8": {"weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
-    }
+    short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mxfp8": {}}
+
+    weight_block_size: tuple[int, int] | None = (1, 32)
+    """The run of inputs that shares a scale."""
+    scale_fmt: Literal["float", "ue8m0"] = "ue8m0"
+    """The stored scales: powers of two in a byte."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -89,7 +89,7 @@ class CalibratedConfig(QuantizationConfig):
         """Whether an unquantized checkpoint is quantized without calibration."""
         return self.dataset is None and self.tokenizer is None
 
-    def _settled(self) -> Mapping[str, Any]:
+    def settled(self) -> Mapping[str, Any]:
         return {"act_group_aware": False} if self.desc_act else {}
 
     def _value_problems(self) -> Iterable[Problem]:
@@ -257,6 +257,31 @@ class AutoRoundConfig(QuantizationConfig):
     """The blocks that are quantized."""
     to_quant_block_names: str | tuple[Any, ...] | None = None
     """The same, as newer versions of the tool call it."""
+
+    @classmethod
+    def adopt(cls, checkpoint: QuantizationConfig) -> AutoRoundConfig | None:
+        """transformers loads plain GPTQ (v1) and AWQ (gemm) checkpoints with AutoRound's kernels when asked to."""
+        same: dict[str, Any] = {"include_modules": checkpoint.include_modules, "layers": checkpoint.layers}
+        if isinstance(checkpoint, GptqConfig):
+            plain_gptq = checkpoint.format == "gptq" and checkpoint.meta is None and not checkpoint.desc_act
+            if not plain_gptq or checkpoint.dynamic is not None:
+                return None
+            same |= {"sym": checkpoint.sym, "packing_format": "auto_round:gptq"}
+        elif isinstance(checkpoint, AwqConfig) and checkpoint.format == "gemm":
+            skipped = checkpoint.modules_to_not_convert or ()
+            same |= {"sym": not checkpoint.zero_point, "packing_format": "auto_round:awq"}
+            same |= {"extra_config": {name: {"bits": 16} for name in skipped} or None}
+        else:
+            return checkpoint if isinstance(checkpoint, AutoRoundConfig) else None
+        return AutoRoundConfig(bits=checkpoint.bits, group_size=checkpoint.group_size, **same)
+
+    def meaning(self, name: str) -> Any:
+        value = getattr(self, name)
+        if name == "packing_format":  # its default says the same as the names that the tool writes today
+            return {"auto_round:gptq": "auto_round:auto_gptq", "auto_round:awq": "auto_round:auto_awq"}.get(
+                value, value
+            )
+        return value
 
     def _value_problems(self) -> Iterable[Problem]:
         yield from one_of("bits", self.bits, range(2, 9))

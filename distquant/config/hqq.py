@@ -120,7 +120,7 @@ class HqqConfig(QuantizationConfig):
         read = {tag: read_record(HqqWeight, own, tag, problems) for tag, own in (self.dynamic_config or {}).items()}
         return {tag: weight for tag, weight in read.items() if weight is not None}
 
-    def _settled(self) -> Mapping[str, Any]:
+    def settled(self) -> Mapping[str, Any]:
         return {"round_zero": self.weight.rounds_zero}
 
     def _value_problems(self) -> Iterable[Problem]:

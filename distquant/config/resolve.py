@@ -7,10 +7,10 @@ error that names both values.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import Field, fields, replace
 from typing import Any, NamedTuple
 
-from distquant.config.base import QuantizationConfig
+from distquant.config.base import QuantizationConfig, default_of
 from distquant.config.checks import where
 from distquant.config.none import NoneConfig
 from distquant.config.plain import plain
@@ -29,6 +29,11 @@ class Merged(NamedTuple):
 
     config: QuantizationConfig
     prequantized: bool
+
+    @property
+    def dequantize(self) -> bool:
+        """Whether what the checkpoint holds quantized is to be loaded as bfloat16."""
+        return self.prequantized and self.config.dequantize
 
 
 def resolve(
@@ -60,6 +65,9 @@ def resolve(
         skip = "To plan the checkpoint's tensors as they are stored: on_unsupported='skip' (--on-unsupported skip)."
         fix = f"{_known_methods(method, classes)} {skip}"
         raise InputError.one(where("quant_method"), f"{method!r} is not supported", fix)
+    if user is not None and user.dequantize:
+        what = f"nothing here can dequantize what {method!r} has quantized"
+        raise InputError.one(where("dequantize"), what, "Remove it, or take another checkpoint.")
     if user is not None and not isinstance(user, NoneConfig):
         what = f"{user.to_diff_dict()} cannot quantize weights that {method!r} has quantized, and {method!r} is skipped"
         raise InputError.one(_OPTION, what, "Leave quantization_config out, or take an unquantized checkpoint.")
@@ -91,7 +99,8 @@ def parse(given: Any, classes: Iterable[type[QuantizationConfig]]) -> Quantizati
     elif isinstance(given, str):
         return _from_short_name(given, classes)
     elif callable(getattr(given, "to_dict", None)) and not isinstance(given, type):
-        given = given.to_dict()
+        attributes: dict[str, Any] = getattr(given, "get_loading_attributes", dict)()
+        given = {**given.to_dict(), **attributes}  # some of transformers' classes leave them out of their dict
     if not isinstance(given, Mapping):
         fix = "Give a configuration object, a dict, the path of a JSON file, or a short name."
         raise InputError.one(_OPTION, f"{given!r} ({type(given).__name__}) is no quantization configuration", fix)
@@ -156,21 +165,26 @@ def detect(model_config: Mapping[str, Any]) -> dict[str, Any] | None:
 def merge(checkpoint: QuantizationConfig | None, user: QuantizationConfig | None) -> Merged:
     """One configuration from the checkpoint's and the user's; `NoneConfig` where neither quantizes.
 
-    On a pre-quantized checkpoint the user's loading attributes are taken. A field that is None on the user's side asks
-    for nothing; any other must equal the checkpoint's (lists of patterns in any order), defaults included.
+    On a pre-quantized checkpoint the user's loading attributes are taken, `dequantize` among them. A field that is None
+    on the user's side asks for nothing, and so does one of the method's `history` that has its default, or any that has
+    it beside `dequantize`; every other must equal the checkpoint's (lists of patterns in any order), defaults included.
 
     Raises:
-        InputError: another method or kind than the checkpoint's, or fields that differ; names both values of each.
+        InputError: another method or kind than the checkpoint's, or fields that differ; names both values of each; or
+            nothing that could be dequantized.
     """
     if checkpoint is None or isinstance(checkpoint, NoneConfig):
-        return Merged(user or NoneConfig(), prequantized=False)
+        return Merged(_for_unquantized(user), prequantized=False)
     if user is None:
         return Merged(checkpoint, prequantized=True)
     if isinstance(user, NoneConfig):
+        if user.dequantize:
+            return Merged(replace(checkpoint, dequantize=True), prequantized=True)
         what = f"'none' asks for unquantized weights, but the checkpoint is quantized: {checkpoint.to_diff_dict()}"
-        fix = "Dequantizing on load is not supported yet: leave quantization_config out, or load another checkpoint."
+        fix = "Leave quantization_config out, or ask for bfloat16 with {'dequantize': True}."
         raise InputError.one(_OPTION, what, fix)
-    if type(user) is not type(checkpoint):
+    adopted = user.adopt(checkpoint)
+    if adopted is None:
         what = (
             f"the checkpoint is quantized with {type(checkpoint).__name__} {checkpoint.to_diff_dict()}, "
             f"you gave {type(user).__name__} {user.to_diff_dict()}"
@@ -178,16 +192,32 @@ def merge(checkpoint: QuantizationConfig | None, user: QuantizationConfig | None
         raise InputError.one(_OPTION, what, "Leave quantization_config out to load the checkpoint as it is.")
     problems = Problems()
     overrides = {}
-    for name in (field.name for field in fields(user)):
-        ours, theirs = getattr(user, name), getattr(checkpoint, name)
-        unordered = name in (user.skip_field, "include_modules") and ours and theirs
-        if ours is None or ours == theirs or (unordered and set(ours) == set(theirs)):
+    for field in fields(user):
+        name = field.name
+        ours, theirs = getattr(user, name), getattr(adopted, name)
+        silent = ours is None or ((user.dequantize or name in user.history) and _is_silent(user, field))
+        if silent or user.meaning(name) == adopted.meaning(name):
             continue
-        if name in user.loading_attributes:
+        if name in user.loading_attributes or name == "dequantize":
             overrides[name] = ours
         else:
             free = ", ".join(sorted(user.loading_attributes)) or "nothing"
             fix = f"Set it to {theirs!r}, or leave quantization_config out; only {free} may differ."
             problems.add(where(name), f"the checkpoint has {theirs!r}, you gave {ours!r}", fix)
     problems.raise_if_any()
-    return Merged(replace(checkpoint, **overrides), prequantized=True)
+    return Merged(replace(adopted, **overrides), prequantized=True)
+
+
+def _is_silent(user: QuantizationConfig, field: Field[Any]) -> bool:
+    """Whether a field asks for nothing: it has its default, or follows from others."""
+    return getattr(user, field.name) == default_of(field) or field.name in user.settled()
+
+
+def _for_unquantized(user: QuantizationConfig | None) -> QuantizationConfig:
+    """The user's configuration for a checkpoint that is not quantized, and so has nothing to dequantize."""
+    if user is None or isinstance(user, NoneConfig):
+        return replace(user, dequantize=False) if user else NoneConfig()
+    if user.dequantize:
+        what = f"the checkpoint is not quantized, and {user.quant_method!r} with dequantize=True would quantize nothing"
+        raise InputError.one(where("dequantize"), what, "Remove it to quantize, or give 'none'.")
+    return user

@@ -16,6 +16,8 @@ from distquant.config.frozen import FrozenDict
 from distquant.config.vocabulary import Group, Precision
 from distquant.errors import Problem
 
+_ELEMENTS = {"Int4": "int4", "Int8": "int8", "Float8": "float8_e4m3fn"}
+"""Element types by what class names call them, for classes that have no field for it."""
 _PER_ROW = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
 
 
@@ -99,17 +101,14 @@ class TorchaoConfig(QuantizationConfig):
         return (self._precision(self.type_name, self.data, None),)
 
     def _precision(self, name: str, data: Mapping[str, Any], modules: tuple[str, ...] | None) -> Precision:
-        weight, _, activations = name.partition("Weight")[0].rpartition("Activation")[::-1]
-        dtype = _value(data.get("weight_dtype")) or {"Int4": "int4", "Int8": "int8", "Float8": "float8_e4m3fn"}.get(
-            weight
-        )
-        if name.startswith("Int4"):
-            dtype = "uint4"
+        activations, _, weight = name.partition("Weight")[0].rpartition("Activation")  # "Int8Dynamic", "Int8"
+        dtype = _value(data.get("weight_dtype")) or _ELEMENTS.get(weight)
+        mapping = _value(data.get("weight_mapping_type", data.get("mapping_type", "SYMMETRIC")))
         return Precision(
             weight=dtype or name,
             bits=_bits(dtype),
             group=_granularity(data),
-            symmetric=dtype != "uint4" and _value(data.get("mapping_type", "SYMMETRIC")) == "SYMMETRIC",
+            symmetric=mapping == "SYMMETRIC" and name != "Int4WeightOnlyConfig",
             scale_dtype=_value(data.get("scale_dtype")),
             activations="dynamic" if "Dynamic" in activations else "static" if "Static" in activations else None,
             modules=modules,
@@ -128,14 +127,14 @@ def _bits(dtype: str | None) -> float | None:
 
 
 def _granularity(data: Mapping[str, Any]) -> Group:
-    """The weights that share a scale; the class's default where `_data` does not say."""
+    """The weights that share a scale; None where `_data` does not say."""
     size = data.get("group_size")
     if isinstance(size, int):
         return size
     given = data.get("weight_granularity", data.get("granularity"))
     given = given[-1] if isinstance(given, tuple) else given
     if not isinstance(given, Mapping):
-        return "row"
+        return "row" if "group_size" in data else None
     kind, own = given.get("_type"), given.get("_data", {})
     if kind == "PerGroup":
         return int(own["group_size"])

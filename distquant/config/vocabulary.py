@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 Group = int | tuple[int, int] | Literal["row", "tensor"] | None
@@ -43,14 +43,17 @@ class Precision:
     excluded: tuple[str, ...] | None = None
     """Patterns, likewise, of modules that are left out; None leaves the choice to the model."""
 
-    def row(self) -> tuple[str, ...]:
-        """The cells of `HEADER` as text."""
-        cells = (getattr(self, name) for name in HEADER)
-        return tuple(_text(cell) for cell in cells)
+
+NAMED = 3
+"""Patterns that a cell lists; of more, the number is told."""
 
 
-HEADER: Sequence[str] = tuple(Precision.__dataclass_fields__)
-"""The names of the fields, in order."""
+def columns(precisions: Sequence[Precision]) -> tuple[list[str], list[list[str]]]:
+    """A table's header and rows, without the columns that say nothing of any."""
+    told = [
+        field.name for field in fields(Precision) if any(getattr(p, field.name) != field.default for p in precisions)
+    ]
+    return [name.replace("_", " ") for name in told], [[_text(getattr(p, name)) for name in told] for p in precisions]
 
 
 def _text(value: Any) -> str:
@@ -59,6 +62,8 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple):
-        numbers = value and all(isinstance(item, int) for item in value)
-        return "x".join(map(str, value)) if numbers else ", ".join(map(str, value)) or "none"
+        if value and all(isinstance(item, int) for item in value):
+            return "x".join(map(str, value))
+        more = f", ... ({len(value)})" if len(value) > NAMED else ""
+        return ", ".join(map(str, value[:NAMED])) + more or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -220,6 +220,37 @@ def test_inspect_of_a_quantized_checkpoint(llama_nf4: str, command: Command) -> 
     assert "\nquantized:\n" in done.out
     assert "  bnb_4bit_quant_type = 'nf4'\n" in done.out
     assert "  quant_method = 'bitsandbytes'\n" in done.out
+    assert row(done.out, "weight")[:3] == ["weight", "bits", "group"]
+    assert row(done.out, "nf4")[:5] == ["nf4", "4", "64", "yes", "float32"]
+
+
+def test_inspect_tells_every_precision(copy_of, command: Command) -> None:
+    folder = copy_of("llama-gqa")
+    config = json.loads((folder / "config.json").read_text())
+    group = {"targets": ["re:.*mlp.*"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
+    other = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"a": group, "b": other},
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    done = command("inspect", folder)
+    assert done.code == 0
+    assert row(done.out, "weight") == ["weight", "bits", "group", "symmetric", "storage dtype", "modules", "excluded"]
+    assert row(done.out, "int4") == ["int4", "4", "32", "yes", "int32", "re:.*mlp.*", "lm_head"]
+    assert row(done.out, "float8_e4m3fn") == ["float8_e4m3fn", "8", "row", "yes", "-", "Linear", "lm_head"]
+
+
+def test_inspect_of_a_quantization_that_is_not_understood(copy_of, command: Command) -> None:
+    folder = copy_of("llama-gqa")
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bit": 4}}')
+    done = command("inspect", folder)
+    assert done.code == 0
+    assert "  bit = 4\n" in done.out
+    assert "not understood: 2 problems:" in done.out
+    assert "quantization_config.bits: is missing" in done.out
 
 
 def test_inspect_of_a_strange_config(kjv_tiny: str, copy_of, command: Command) -> None:

@@ -143,6 +143,14 @@ def test_checkpoint_is_quantized_otherwise(
     tells(refused(name, llama_nf4, "--quant", quant), pattern + r".*[Ll]eave quantization_config out")
 
 
+@COMMANDS
+def test_dequantizing_is_not_supported_yet(name: str, llama_nf4: str, refused: Command) -> None:
+    pattern = (
+        r"^quantization_config\.dequantize: loading a 'bitsandbytes' checkpoint as bfloat16 is not supported yet\."
+    )
+    tells(refused(name, llama_nf4, "--quant", '{"dequantize": true}'), pattern)
+
+
 @pytest.mark.parametrize("quant", [None, "nf4", '{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}'])
 def test_checkpoint_quantized_as_asked_for_is_loaded(quant: str | None, llama_nf4: str, command: Command) -> None:
     done = command("plan", llama_nf4, *(["--quant", quant] if quant else []))

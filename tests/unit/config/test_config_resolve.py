@@ -115,7 +115,7 @@ def test_merge(checkpoint, user, expected):
 @pytest.mark.parametrize(
     ("user", "message"),
     [
-        (NoneConfig(), r"the checkpoint is quantized: .*'nf4'.*Dequantizing on load is not supported yet"),
+        (NoneConfig(), r"the checkpoint is quantized: .*'nf4'.*ask for bfloat16 with \{\'dequantize\': True\}"),
         (Bnb8bitConfig(), r"checkpoint is quantized with Bnb4bitConfig .*you gave Bnb8bitConfig .*load_in_8bit"),
         (
             changed(bnb_4bit_quant_type="fp4"),
