@@ -31,7 +31,7 @@ def stored_bytes(folder: Path) -> int:
 def test_an_unknown_method_is_an_error_that_names_the_option(fp8: Path) -> None:
     message = (
         r"^quantization_config\.quant_method: 'fp8' is not supported\. "
-        r".*Known methods: none, .*on_unsupported='skip' \(--on-unsupported skip\)"
+        r".*Known methods: .*none, .*on_unsupported='skip' \(--on-unsupported skip\)"
     )
     for call in (dq.plan, dq.load):
         with pytest.raises(InputError, match=message):
