@@ -101,9 +101,11 @@ def _wrong_sources(draft: Draft, name: str, quantized: bool, kept: bool) -> Iter
     """Why the checkpoint's tensors cannot fill a parameter."""
     param, sources, tensors = draft.skeleton.params[name], draft.skeleton.sources[name], draft.checkpoint.tensors
     infos = {source.component: tensors[source.tensor] for source in sources}
+    linear = draft.skeleton.linears.get(name.rpartition(".")[0])
+    logical = param.shape[::-1] if quantized and linear is not None and linear.transposed else param.shape
     if (quantized and draft.prequantized) or draft.scheme.decodes(name):
         stored = {component: info.shape for component, info in infos.items()}
-        yield from draft.scheme.check_stored(name, param.shape, stored)
+        yield from draft.scheme.check_stored(name, logical, stored)
         yield from draft.scheme.check_dtypes(name, {component: info.dtype for component, info in infos.items()})
         return
     extra = sorted(component for component in infos if component)
@@ -128,7 +130,7 @@ def _wrong_sources(draft: Draft, name: str, quantized: bool, kept: bool) -> Iter
         what = f"the checkpoint has shape {list(shape)}, the model {list(param.shape)}"
         yield Problem(name, what, OTHER_CHECKPOINT)
     elif quantized:
-        yield from draft.scheme.check_weight(name, param.shape)
+        yield from draft.scheme.check_weight(name, logical)
 
 
 def check_rank_memory(draft: Draft, memory: tuple[RankMemory, ...], facts: Facts, problems: Problems) -> None:

@@ -77,8 +77,7 @@ def quantize_min_max(rows: Tensor, group_size: int, grid: Grid) -> tuple[Tensor,
 
 def _parameters(grouped: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero point, both float32 `[n, groups]`, of `[n, groups, size]`."""
-    low, high = (bound.float() for bound in torch.aminmax(grouped, dim=-1))
-    low, high = low.clamp_(max=0), high.clamp_(min=0)
+    low, high = grouped.amin(-1).float().clamp_(max=0), grouped.amax(-1).float().clamp_(min=0)
     if grid.symmetric:
         high = torch.maximum(-low, high)
         low = -high

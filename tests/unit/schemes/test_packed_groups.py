@@ -116,7 +116,7 @@ def test_rounding_to_nearest_stores_what_the_grid_says(bits: int, awq: bool) -> 
     assert torch.equal(dense_weight(stored, kind), expected)
     assert torch.equal(scheme.dequantize(shard, stored, torch.float16, reference), expected)
     reach = (weight.view(64, 3, 32).amax(2) - weight.view(64, 3, 32).amin(2)).repeat_interleave(32, 1)
-    # Half a step; the end of the grid, which its rounded zero point moves, and a scale in float16 cost up to another half.
+    # Half a step; the rounded zero point at the ends of the grid, and the scale in float16, cost up to another half.
     assert bool(((weight - expected.float()).abs() <= reach / (2**bits - 1) * 1.1).all())
 
 
