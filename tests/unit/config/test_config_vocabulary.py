@@ -160,10 +160,10 @@ def test_torchao_configurations(name, values, expected):
 
 def test_torchao_by_module():
     quantization = pytest.importorskip("torchao.quantization")
-    configs = {"_default": quantization.Int8WeightOnlyConfig(), "re:.*mlp.*": quantization.Int4WeightOnlyConfig()}
+    configs = {"re:.*attn.*": quantization.Int8WeightOnlyConfig(), "re:.*mlp.*": quantization.Int4WeightOnlyConfig()}
     given = quantization.FqnToConfig({**configs, "lm_head": None})
     found = TorchaoConfig.from_dict({"quant_type": given}).vocabulary()
-    assert [(p.modules, p.weight) for p in found] == [(("_default",), "int8"), (("re:.*mlp.*",), "int4")]
+    assert [(p.modules, p.weight) for p in found] == [(("re:.*attn.*",), "int8"), (("re:.*mlp.*",), "int4")]
 
 
 def test_columns_that_say_nothing_are_left_out():
