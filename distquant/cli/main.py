@@ -12,6 +12,7 @@ from typing import Any
 from distquant.errors import CheckFailed, DistquantError, InputError
 from distquant.kernels.choice import Kernel
 from distquant.options import IO_MODES
+from distquant.quiet import quiet_imports
 from distquant.version import __version__
 
 RUNTIMES = ("local", "torchrun", "ray")
@@ -164,3 +165,4 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("bitsandbytes", "torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    quiet_imports()

@@ -27,6 +27,7 @@ from distquant.facts import Facts
 from distquant.mesh import Mesh
 from distquant.options import Options, Seen
 from distquant.planning import LoadPlan
+from distquant.quiet import quiet_imports
 from distquant.request import DEFAULT_STAGING, Request
 from distquant.runtime.job import Job, Outcome
 from distquant.runtime.measure import numbered, packages
@@ -66,6 +67,7 @@ class Worker:
     def __init__(self, rank: int, world: int, threads: int):
         import torch
 
+        quiet_imports()
         torch.set_num_threads(threads)
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         self.rank, self.world, self.seen, self.model = rank, world, Seen(), None
