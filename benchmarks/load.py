@@ -152,10 +152,9 @@ def page(path: str, command: str, runs: Runs, load: float, count: int) -> str:
         "Seconds are medians of those of the slowest rank, from the call of the load to the assembled model (bf16:\n"
         "with every byte of its parameters read once); processes started, imports done, process group up, files in\n"
         "the page cache (cold: dropped from it). GB/s: bytes of the files by those seconds. Peak memory: resident\n"
-        "memory over that before the load, summed over the processes (pages of mapped files count). Own memory:\n"
-        "at the end, "
-        "without mapped files; a peer that has less of it than its model is large still lives in the page cache.\n"
-        "Read: what distquant reports or the floor counts; direct: of it, past the page cache. A floor is two\n"
+        "memory over that before the load, summed over the processes (pages of mapped files count). Own memory: at\n"
+        "the end, without mapped files; a peer that has less of it than its model is large still lives in the page\n"
+        "cache. Read: what distquant reports or the floor counts; direct: of it, past the page cache. A floor is two\n"
         "processes with a thread each that, one after the other, read half of the files' bytes into a small buffer,\n"
         "quantize half of the quantized parameters from a warm 4 MiB buffer into warm outputs, and write their\n"
         "finished shard's bytes once to fresh memory.",

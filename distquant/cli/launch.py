@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from distquant.checks import refuse_unsupported
@@ -211,7 +213,8 @@ def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> O
     with tempfile.TemporaryDirectory(prefix="distquant-") as folder:
         os.environ[OUTCOME] = path = os.path.join(folder, "outcome.json")
         try:
-            elastic_launch(config, sys.executable)("-m", "distquant", *argv)
+            with _own_handlers_afterwards():
+                elastic_launch(config, sys.executable)("-m", "distquant", *argv)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode in (1, 2):
@@ -224,6 +227,18 @@ def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> O
             del os.environ[OUTCOME]
         with open(path) as file:
             return Outcome(**json.load(file))
+
+
+@contextmanager
+def _own_handlers_afterwards() -> Iterator[None]:
+    """Puts back the signal handlers that torch's launcher replaces, and leaves replaced (`PContext.start`)."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and signal.getsignal(number) != handler:  # None: not set from Python
+                signal.signal(number, handler)
 
 
 def lost_peer(error: Exception) -> bool:

@@ -1,12 +1,21 @@
-"""`Comm` over torch.distributed. Process groups are created here, and nowhere else in distquant."""
+"""`Comm` over torch.distributed. Process groups are created here, and nowhere else in distquant.
+
+Nothing here keeps a group alive past `destroy_process_group`, which ends gloo's worker threads with their group. One
+that is carried into the end of the interpreter, and has a tensor of the last collective to let go, asks for the
+interpreter's lock there: Python up to 3.12 answers by ending the thread inside a C++ destructor, and that ends the
+process (SIGABRT, "terminate called without an active exception"). `torch.distributed.nn.functional`, which transformers
+imports, is imported before there is a group: its functions hold as their default what is the default group then.
+"""
 
 from __future__ import annotations
 
 import datetime
+import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from distquant.comm import DEFAULT_TIMEOUT
@@ -16,11 +25,23 @@ OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class GroupAxis:
-    """One mesh axis as a process group."""
+    """One mesh axis as a process group, which is torch's: it ends with `destroy_process_group`, the model may stay."""
 
     def __init__(self, group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int):
-        self.group, self.ranks = group, ranks
+        self._group, self.ranks = weakref.ref(group), ranks
         self.rank, self.size = ranks.index(rank), len(ranks)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group.
+
+        Raises:
+            RuntimeError: it was destroyed.
+        """
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the model's process groups were destroyed (destroy_process_group); load it again")
+        return group
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         dist.all_reduce(tensor, OPS[op], group=self.group)

@@ -6,6 +6,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
+
+COMMANDS = pytest.mark.parametrize("name", ["plan", "load"])
+
 
 @dataclass(frozen=True)
 class Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,8 +50,10 @@ def last_words(run: Run) -> Run:
 
 def test_load_starts_the_ranks_itself(kjv_tiny: str, command: Command, workdir: Path) -> None:
     arguments = ["--prompt", "In the beginning", "--max-new-tokens", "4", "--report", "report.json"]
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     done = command("load", kjv_tiny, "--quant", "nf4-dq", "--mesh", "tp=2", "--runtime", "torchrun", *arguments)
     assert done.code == 0
+    assert {number: signal.getsignal(number) for number in signal.valid_signals()} == handlers
     report = json.loads((workdir / "report.json").read_text())
     assert (report["runtime"], report["mesh"], report["world_size"]) == ("torchrun", "tp=2", 2)
     assert [rank["rank"] for rank in report["ranks"]] == [0, 1]

@@ -33,8 +33,13 @@ model = dq.load(path, quantization_config=quant, mesh=mesh, progress=progress)
 ids = torch.tensor([[5, 17, 99, 3]])
 answer = model.generate(ids, max_new_tokens=6, do_sample=False).tolist()
 found = {"fingerprint": dq.fingerprint(model), "answer": answer, "rank": model.distquant.comm.rank}
-(Path(out) / f"rank{rank}.json").write_text(json.dumps(found))
 torch.distributed.destroy_process_group()
+found["threads"] = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+try:
+    model(ids)
+except RuntimeError as error:
+    found["afterwards"] = str(error)
+(Path(out) / f"rank{rank}.json").write_text(json.dumps(found))
 """
 
 
@@ -59,6 +64,9 @@ def test_two_ranks_have_the_bits_of_one(model_of, tmp_path):
     assert [one["rank"] for one in found] == [0, 1]
     assert {one["fingerprint"] for one in found} == {work.fingerprint(path, "nf4-dq")}
     assert found[0]["answer"] == found[1]["answer"]
+    for one in found:
+        assert not [name for name in one["threads"] if "gloo" in name], "they may abort the process at its end"
+        assert "process groups were destroyed (destroy_process_group); load it again" in one["afterwards"]
 
 
 def test_failure_of_one_rank_stops_all(model_of, tmp_path):

@@ -1,0 +1,98 @@
+"""What the command line itself takes: options, texts and output files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from cli_runs import Command, tells
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        ([], "arguments are required: COMMAND"),
+        (["laod", "x"], "invalid choice: 'laod'"),
+        (["load"], "arguments are required: model"),
+        (["load", "x", "--quantt", "nf4"], "unrecognized arguments: --quantt nf4"),
+        (["load", "x", "--qua", "nf4"], "unrecognized arguments: --qua nf4"),
+        (["load", "x", "--runtime", "mpi"], "argument --runtime: invalid choice: 'mpi'"),
+        (["load", "x", "--max-new-tokens", "0"], "argument --max-new-tokens: '0' is no int of at least 1"),
+        (["load", "x", "--threads", "-2"], "argument --threads: '-2' is no int of at least 1"),
+        (["load", "x", "--timeout", "nan"], "argument --timeout: 'nan' is no float of at least 0.1"),
+        (["perplexity", "x"], "arguments are required: --text"),
+        (["perplexity", "x", "--text", "y", "--window", "1"], "argument --window: '1' is no int of at least 2"),
+        (["verify", "x"], "arguments are required: --mesh"),
+    ],
+    ids=lambda value: "_".join(value) or "nothing" if isinstance(value, list) else "",
+)
+def test_arguments_that_cannot_be(arguments: list[str], pattern: str, command: Command, workdir: Path) -> None:
+    done = command(*arguments)
+    assert done.code == 2
+    assert re.search(re.escape(pattern) + r".*\. See 'distquant.* --help'\.$", done.message)
+    assert list(workdir.iterdir()) == []
+
+
+def test_verify_with_one_mesh(kjv_tiny: str, refused: Command) -> None:
+    tells(
+        refused("verify", kjv_tiny, "--mesh", "tp=1"),
+        r"^--mesh: one mesh has nothing to be compared with\. Give --mesh",
+    )
+
+
+def test_verify_under_a_launcher(kjv_tiny: str, refused: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = refused("verify", kjv_tiny, "--mesh", "tp=2", "--mesh", "tp=2")
+    tells(
+        done, r"^verify: verify starts the ranks of each mesh itself, and this is rank 0 .*\. Run it without a launcher"
+    )
+
+
+def test_text_file_is_missing(kjv_tiny: str, refused: Command) -> None:
+    done = refused("perplexity", kjv_tiny, "--text", "nowhere.txt")
+    tells(done, r"^--text: nowhere\.txt cannot be read \(.*No such file.*\)\. Give a UTF-8 text file")
+
+
+def test_text_is_no_utf8(kjv_tiny: str, refused: Command, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    done = refused("perplexity", kjv_tiny, "--text", tmp_path / "latin.txt")
+    tells(done, r"^--text: .*latin\.txt cannot be read \('utf-8' codec .*\)\. Give a UTF-8 text file")
+
+
+def test_text_is_empty(kjv_tiny: str, refused: Command, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    done = refused("perplexity", kjv_tiny, "--text", tmp_path / "empty.txt")
+    tells(done, r"^--text: has 0 tokens, 2 are needed\. Give a longer text")
+
+
+def test_prompt_is_empty(kjv_tiny: str, refused: Command) -> None:
+    tells(refused("load", kjv_tiny, "--prompt", ""), r"^--prompt: has 0 tokens, 1 are needed\. Give a longer text")
+
+
+def test_prompt_for_a_checkpoint_without_tokenizer(model_of, refused: Command) -> None:
+    done = refused("load", model_of("llama-gqa"), "--prompt", "In the beginning")
+    tells(done, r"^--prompt: transformers can load no tokenizer from /.*\. Put the model's tokenizer\.json there")
+
+
+@pytest.mark.parametrize(("name", "option"), [("plan", "--json"), ("load", "--report")])
+def test_output_that_cannot_be_written_is_told_before_the_work(
+    name: str, option: str, kjv_tiny: str, command: Command, workdir: Path
+) -> None:
+    tells(command(name, kjv_tiny, option, "nowhere/out.json"), rf"^{option}: there is no folder .*nowhere\. Create it")
+    tells(command(name, kjv_tiny, option, workdir), rf"^{option}: .* is a folder\. Give the name of a file")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "pattern"),
+    [
+        ("--capability", "9", r"^--capability: '9' is no compute capability\. Write it as 9\.0"),
+        ("--dtype", "int8", r"^dtype: 'int8' is no dtype to load in\. Use bfloat16, float16, float32 or auto"),
+        ("--staging", "much", r"^staging: 'much' is no size\. Write it as 24GiB, 512MiB"),
+        ("--max-memory", "24 gigs", r"^max_memory: '24 gigs' is no size\. Write it as 24GiB"),
+        ("--revision", "v1", r"^revision: 'v1' was given for the folder .*, which has none\. Leave the revision out"),
+    ],
+)
+def test_option_that_cannot_be(option: str, value: str, pattern: str, kjv_tiny: str, refused: Command) -> None:
+    tells(refused("plan", kjv_tiny, option, value), pattern)

@@ -1,0 +1,62 @@
+"""Small models, layouts and a short way to ask for a rewritten tensor-parallel plan of them."""
+
+from __future__ import annotations
+
+from distquant.layout import ALL, PLAIN_STEPS, Component, Layout, plain
+from distquant.planning.parallel import ParallelPlan, rewrite_tp_plan
+from distquant.skeleton import Skeleton
+
+HEADS, KV, DIM = 8, 2, 32
+SMALL = {
+    "hidden_size": HEADS * DIM,
+    "intermediate_size": 704,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV,
+    "vocab_size": 320,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NF4 = Layout(
+    (
+        Component(name="", dtype="uint8", flat=2),
+        Component(name="absmax", dtype="float32", flat=64, cuts=(64, 32)),
+        Component(name="nested_absmax", dtype="float32", flat=64 * 256, gathered=True),
+    )
+)
+SCB = Component(name="SCB", dtype="float32", spans=(1, ALL), cuts=PLAIN_STEPS)
+INT8 = Layout((Component(name="", dtype="int8", cuts=PLAIN_STEPS), SCB))
+BLOCKS = Layout((Component(name="", dtype="float8_e4m3fn"), Component(name="scale", dtype="float32", spans=(128, 128))))
+LAYOUTS = {"nf4": NF4, "int8": INT8, "blocks": BLOCKS, "plain": plain("bfloat16")}
+MODELS = {
+    "llama": ("Llama", {}),
+    "llama_tied": ("Llama", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": DIM}),
+    "phi3": ("Phi3", {}),
+    "phi3_mha": ("Phi3", {"num_key_value_heads": HEADS}),
+    "gpt_neox": ("GPTNeoX", {"num_key_value_heads": HEADS}),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 4}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+}
+
+
+def layout_of(skeleton: Skeleton, layout: str):
+    return lambda name: plain("bfloat16") if name == skeleton.output_embedding else LAYOUTS[layout]
+
+
+def rewrite(skeleton: Skeleton, ranks: int, layout: str = "nf4", tp_plan: dict[str, str] | None = None) -> ParallelPlan:
+    return rewrite_tp_plan(skeleton, tp_plan or skeleton.tp_plan, ranks, layout_of(skeleton, layout))
+
+
+def told(plan: ParallelPlan, pattern: str) -> list[tuple[str, str, str, int]]:
+    return [(r.asked, r.became, r.reason, r.modules) for r in plan.rules if r.pattern.endswith(pattern)]
+
+
+def cut_of(plan: ParallelPlan, module: str):
+    return plan.cuts[plan.modules[module].cut]
+
+
+def lengths(plan: ParallelPlan, module: str) -> list[int]:
+    return cut_of(plan, module).lengths
