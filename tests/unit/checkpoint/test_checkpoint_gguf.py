@@ -1,4 +1,4 @@
-"""GGUF headers: what a good file says, and one clear error for every way in which a file can be hostile or cut short."""
+"""GGUF headers: what a good file says, and one clear error for every way in which a file is hostile or cut short."""
 
 from __future__ import annotations
 
