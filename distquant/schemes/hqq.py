@@ -1,9 +1,9 @@
 """HQQ: groups of 8 to 1 bits with a float scale and zero point, found by an iteration over the whole weight.
 
 Every round moves the zero points, and the rounds end when the mean error of the *whole* weight no longer falls. So one
-rank quantizes a weight as one, on one thread (the mean depends on the number of threads), in float32 on the CPU
-whatever device it is kept on: codes, scales and zeros are then those of `Quantizer.quantize` (hqq 0.2.8,
-`hqq/core/quantize.py`) of the whole weight at every width.
+rank quantizes a weight as one, on one thread (on two or three, hqq gives a few other codes for 2048 x 2000 weights),
+in float32 on the CPU whatever device it is kept on: codes, scales and zeros are then those of `Quantizer.quantize`
+(hqq 0.2.8, `hqq/core/quantize.py`) of the whole weight at every width.
 
 Packed codes have no contiguous slice: `BitPack` (`hqq/core/bitpack.py`) puts the first part of the grouped rows into
 the high bits and the last into the low ones. Codes are therefore handed on unpacked, a byte each, and packed again as
