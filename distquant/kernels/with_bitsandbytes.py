@@ -96,8 +96,10 @@ def dequantize_4bit(
         dtype=dtype,
     )
     with torch.compiler.set_stance("force_eager"):  # it would compile its fallback for large blocks
-        values = functional.dequantize_4bit(packed.view(-1, 1), state)
-    return values.view(-1)[:count].view(shape)
+        values = functional.dequantize_4bit(packed.view(-1, 1), state).view(-1)
+    if quant_type == "fp4":  # without AVX-512 its code 8, the second zero, comes out as -0.0
+        values = torch.where(unpack_4bit(packed) == 8, values.abs(), values)
+    return values[:count].view(shape)
 
 
 def quantize_blockwise(

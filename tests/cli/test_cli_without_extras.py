@@ -65,6 +65,6 @@ def test_without_extras_doctor_tells_what_is_missing(without_extras: dict[str, R
     done = without_extras["doctor"]
     assert done.code == 0
     assert re.search(r"^bitsandbytes +missing$", done.out, re.MULTILINE)
-    assert re.search(r"^bitsandbytes_4bit .*bitsandbytes is not installed, .*pip install", done.out, re.MULTILINE)
-    assert re.search(r"^none +none +ready$", done.out, re.MULTILINE)
+    assert re.search(r"^bitsandbytes_4bit: bitsandbytes is not installed, .*pip install", done.out, re.MULTILINE)
+    assert re.search(r"^none +none +no +yes +yes +no +adapters +ready$", done.out, re.MULTILINE)
     assert "without ray, --runtime ray is not available" in done.out
