@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from distquant.config import torch_dtype
+from distquant.errors import DistquantError
 from distquant.kernels.choice import Kernel, choose
 
 if TYPE_CHECKING:
     from distquant.schemes.dequantizing import DequantizingScheme
     from distquant.schemes.shard import Shard
+
+
+class WriteError(DistquantError, RuntimeError):
+    """Something writes to a weight that is not stored."""
 
 
 @cache
@@ -23,24 +28,47 @@ def ops_on(device: torch.device) -> Any:
     return choose(Kernel.AUTO, device).ops
 
 
+class Computed(Tensor):
+    """A tensor that was computed from what is stored: it can be read, and writing to it raises instead of being lost.
+
+    PEFT's `merge` adds an adapter to `weight.data`.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.__name__
+        writes = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
+        if args and isinstance(args[0], Computed) and (writes or (name.startswith("__i") and name != "__invert__")):
+            raise WriteError(
+                "this weight is computed from its quantized form at every access, and what is written to it would be "
+                "lost. To merge adapters, load the model with dequantize=True"
+            )
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        # A view through `data` or `detach` is refused likewise; results of arithmetic are ordinary tensors.
+        views = name in ("__get__", "detach")
+        return found if views or not isinstance(found, Computed) else found.as_subclass(Tensor)
+
+
 class _Product(torch.autograd.Function):
     """`x @ W.T` with a weight that is dequantized in forward and again in backward, never kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: QuantizedLinear) -> Tensor:
         ctx.module = module
-        return nn.functional.linear(x, module.weight.to(x.dtype))
+        return nn.functional.linear(x, module.dequantized().to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.module.weight.to(grad.dtype), None
+        return grad @ ctx.module.dequantized().to(grad.dtype), None
 
 
 class QuantizedLinear(nn.Linear):
     """A linear layer of a shard's size that keeps a weight as its format stores it.
 
     Components are buffers under the names that the format's checkpoints use. Gradients flow to the inputs (adapters
-    train), never to the weight. `weight` is dequantized anew at every access: writing to it changes nothing.
+    train), never to the weight. `weight` is dequantized anew at every access, and cannot be written to.
 
     Args:
         scheme: what knows the format.
@@ -69,7 +97,11 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """`[out, in]`, dequantized to the dtype that the weight was quantized from."""
+        """`[out, in]`, dequantized to the dtype that it was quantized from; what is written to it is refused."""
+        return self.dequantized().as_subclass(Computed)
+
+    def dequantized(self) -> Tensor:
+        """`[out, in]`, as `weight`, and an ordinary tensor of its own memory."""
         found = self.components
         ops, dtype = ops_on(next(iter(found.values())).device), torch_dtype(self.shard.dtype)
         return self.scheme.dequantize(self.shard, found, dtype, ops)
