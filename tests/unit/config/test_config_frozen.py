@@ -8,7 +8,7 @@ from enum import Enum
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distquant.config import FrozenDict
@@ -17,8 +17,10 @@ from distquant.config.frozen import freeze, thaw
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
 OBJECTS = st.dictionaries(st.text(), JSON)
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
 
 
+@PROPERTY
 @given(OBJECTS)
 def test_goes_there_and_back(data):
     frozen = freeze(data)
@@ -28,6 +30,7 @@ def test_goes_there_and_back(data):
     assert freeze(frozen) is frozen
 
 
+@PROPERTY
 @given(OBJECTS, OBJECTS)
 def test_equality_is_that_of_the_data(one, other):
     assert (freeze(one) == freeze(other)) == (one == other) == (freeze(one) == other)
