@@ -47,7 +47,7 @@ def blocks(weight: np.ndarray, kind: str, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     words = generator.integers(0, 256, (weight.shape[0], weight.shape[1] // block, nbytes), dtype=np.uint8)
     for at in (208,) if kind == "Q6_K" else (0, 2):
-        scale = generator.uniform(1e-4, 4e-4, words.shape[:2] + (1,)).astype(np.float16)
+        scale = generator.uniform(1e-4, 4e-4, (*words.shape[:2], 1)).astype(np.float16)
         words[..., at : at + 2] = scale.view(np.uint8).reshape(*words.shape[:2], 2)
     return words.reshape(weight.shape[0], -1)
 

@@ -122,15 +122,16 @@ class Groups:
 class HqqScheme(Scheme):
     """`HQQLinear` of local size, with the backend that is set in hqq (its own default is plain PyTorch).
 
-    Components as they flow: "" (codes, uint8 `[out, in]`), `scale` and `zero` (one for each fine group: with axis 1 in
-    the weight's dtype `[out, in / group]`, with axis 0 in float32 `[period, in]`, whole on every rank).
+    Components as they flow: "" (codes, uint8 `[out, in]`), `scales` and `zeros` (one for each fine group: with axis 1
+    in the weight's dtype `[out, in / group]`, with axis 0 in float32 `[period, in]`, whole on every rank). What is
+    stored (`W_q`, `scale`, `zero`) has other names, because nothing of it is cut as it lies.
     """
 
     name = "hqq"
     config_class = HqqConfig
     requires: ClassVar[Mapping[str, str]] = {"hqq": "0.2.8"}
     suffixes: ClassVar[Mapping[str, str]] = {key: key for key in ("W_q", "scale", "zero", *FIXED)}
-    unsliced: ClassVar[frozenset[str]] = frozenset(("W_q",))
+    unsliced: ClassVar[frozenset[str]] = frozenset(("W_q", "scale", "zero"))
     constants: ClassVar[frozenset[str]] = frozenset(FIXED)
     config: HqqConfig
 
@@ -206,14 +207,14 @@ class HqqScheme(Scheme):
 
     @staticmethod
     def _along(groups: Groups, dtype: str) -> Iterable[Component]:
-        return (Component(name=name, dtype=dtype, spans=(1, groups.span)) for name in ("scale", "zero"))
+        return (Component(name=name, dtype=dtype, spans=(1, groups.span)) for name in ("scales", "zeros"))
 
     @staticmethod
     def _striding(groups: Groups) -> Iterable[Component]:
-        return (Component(name=name, dtype="float32", flat=groups.fine, gathered=True) for name in ("scale", "zero"))
+        return (Component(name=name, dtype="float32", flat=groups.fine, gathered=True) for name in ("scales", "zeros"))
 
     def statistics(self, shard: Shard) -> frozenset[str]:
-        return frozenset(("scale", "zero") if self.groups(shard.name, shard.shape).axis == 0 else ())
+        return frozenset(("scales", "zeros") if self.groups(shard.name, shard.shape).axis == 0 else ())
 
     def entire(self, name: str, shape: tuple[int, int]) -> int:
         weight, groups = self.weight(name), self.groups(name, shape)
@@ -267,12 +268,12 @@ class HqqScheme(Scheme):
                 device="cpu",
             )
         out[""].copy_(codes.reshape(-1))
-        out["scale"].copy_(groups.repeated(meta["scale"]))
-        out["zero"].copy_(groups.repeated(meta["zero"]))
+        out["scales"].copy_(groups.repeated(meta["scale"]))
+        out["zeros"].copy_(groups.repeated(meta["zero"]))
 
     def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
         groups = self.groups(shard.name, shard.shape)
-        pair = (parts["scale"], parts["zero"])
+        pair = (parts["scales"], parts["zeros"])
         if groups.axis == 0:
             pair = tuple(_kept(p.view(groups.period, -1), shard, (shard.columns,)) for p in pair)  # type: ignore[assignment]
         self._fill(module, shard, parts[""].view(shard.local_shape), *pair)

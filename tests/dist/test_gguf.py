@@ -134,15 +134,12 @@ def test_golden_file(ranks):
     assert ranks.run(2, work.fingerprint, path, None, "tp=2") == [whole] * 2
 
 
-def test_refusals(file_of, tmp_path):
+def test_refusals(model_of, file_of, tmp_path):
+    file_of("wide", "Q4_0")  # the family is written
+    folder = Path(model_of("wide"))
     with pytest.raises(dq.InputError, match="'gemma2' weights are stored in another form"):
-        path = Path(file_of("wide", "Q4_0"))
-        ggufs.write_gguf(path.parent.parent / "none", tmp_path / "x.gguf", "F32") if False else None
-        import models
-
-        models.FAMILIES["tiny-gemma"] = ("llama", WIDE)
-        folder = models.save_model("tiny-gemma", tmp_path / "tiny")
-        models.FAMILIES.pop("tiny-gemma")
         dq.plan(str(ggufs.write_gguf(folder, tmp_path / "gemma.gguf", "Q4_0", "gemma2")))
     with pytest.raises(dq.InputError, match="'gguf' is a format of files"):
         dq.plan(str(folder), quantization_config={"quant_method": "gguf"})
+    with pytest.raises(dq.InputError, match="architecture nonsense is not supported"):
+        dq.plan(str(ggufs.write_gguf(folder, tmp_path / "nonsense.gguf", "Q4_0", "nonsense")))

@@ -218,7 +218,7 @@ def test_bad_config(text: str | None, fault: HeaderFault, shows: str, tmp_path: 
     [
         ([], "an empty folder"),
         (["pytorch_model.bin"], "save_pretrained"),
-        (["llama-q4.gguf"], "GGUF is not read"),
+        (["llama-q4.gguf"], "Give the path of the .gguf file itself"),
         (["adapter_model.safetensors", "adapter_config.json"], "PEFT adapter"),
         (["model.fp16.safetensors"], "'model.fp16.safetensors'"),
     ],
