@@ -339,35 +339,34 @@ def _drawing(piece: Piece) -> str:
     lines = piece.lines if len(piece.lines) == 2 else (1, *piece.lines)
     cells = [-(-size // step) for size, step in zip(shape, lines, strict=True)]
     single = piece.lines == piece.shape and math.prod(shape) > 1  # the logical weight: one surface
-    height, width = (SIDE if single else min(SIDE, CELL * n) for n in cells)
-    found = []
+    height, width = (SIDE if single else min(SIDE, CELL * count) for count in cells)
+    along, found = (height, width)[piece.dim or 0], []
     if not piece.parts:
         found.append(f'<rect width="{width}" height="{height}" fill="url(#both)"/>')
     for rank, segments in enumerate(piece.parts):
-        for start, stop in segments:
-            a, b = (edge / shape[piece.dim or 0] for edge in (start, stop))
-            box = (
-                (0.0, a * height, width, (b - a) * height)
-                if piece.dim == 0
-                else (a * width, 0.0, (b - a) * width, height)
-            )
-            x, y, w, h = (f"{value:g}" for value in (round(v, 2) for v in box))
-            found.append(f'<rect x="{x}" y="{y}" width="{w}" height="{h}" fill="{COLOURS[rank]}"/>')
-    path = []
-    for axis, (size, step, count) in enumerate(zip(shape, lines, cells, strict=True)):
-        if 1 < count <= MOST:
-            for at in range(1, count):
-                edge = f"{round(at * step / size * (width if axis else height), 2):g}"
-                path.append(f"M{edge} 0V{height}" if axis else f"M0 {edge}H{width}")
+        for segment in segments:
+            start, stop = (edge * along / shape[piece.dim or 0] for edge in segment)
+            box = f'x="0" y="{_pixels(start)}" width="{width}" height="{_pixels(stop - start)}"'
+            if piece.dim == 1:
+                box = f'x="{_pixels(start)}" y="0" width="{_pixels(stop - start)}" height="{height}"'
+            found.append(f'<rect {box} fill="{COLOURS[rank]}"/>')
+    path = ""
+    for dim, side in enumerate((height, width)):
+        for at in range(1, cells[dim] if cells[dim] <= MOST else 0):
+            edge = _pixels(at * lines[dim] * side / shape[dim])
+            path += f"M{edge} 0V{height}" if dim else f"M0 {edge}H{width}"
     if path:
-        found.append(f'<path d="{"".join(path)}" stroke="{INK}" stroke-width="0.4" stroke-opacity="0.6" fill="none"/>')
+        found.append(f'<path d="{path}" stroke="{INK}" stroke-width="0.4" stroke-opacity="0.6" fill="none"/>')
     for segments in piece.parts[1:]:
-        edge = segments[0][0] / shape[piece.dim or 0]
-        at = f"{round(edge * (height if piece.dim == 0 else width), 2):g}"
-        line = f"M-5 {at}H{width + 5}" if piece.dim == 0 else f"M{at} -5V{height + 5}"
+        edge = _pixels(segments[0][0] * along / shape[piece.dim or 0])
+        line = f"M{edge} -5V{height + 5}" if piece.dim else f"M-5 {edge}H{width + 5}"
         found.append(f'<path d="{line}" stroke="#c0202c" stroke-width="2" fill="none"/>')
     found.append(f'<rect width="{width}" height="{height}" fill="none" stroke="{INK}"/>')
     return "".join(found)
+
+
+def _pixels(value: float) -> str:
+    return f"{round(value, 2):g}"
 
 
 def _legend(y: int) -> list[str]:
