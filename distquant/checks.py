@@ -12,6 +12,7 @@ from distquant.errors import InputError, Problem, Problems
 from distquant.facts import Facts, format_bytes
 from distquant.planning.load_plan import LoadPlan, RankMemory
 from distquant.schemes import Context, config_classes
+from distquant.schemes.registry import discover
 from distquant.skeleton import FLOATS
 
 TOLD = 20
@@ -156,12 +157,14 @@ def refuse_unsupported(plan: LoadPlan) -> None:
 
     Such a plan (`on_unsupported="skip"`) is to be read: values without their scales are wrong.
     """
-    if plan.converted or is_known(plan.quantization_config, config_classes()):
-        return
-    stored = [f"{tensor.name} ({tensor.dtype})" for tensor in plan.tensors if tensor.dtype not in PLAIN]
     method = plan.quantization_config["quant_method"]
+    stored = [f"{tensor.name} ({tensor.dtype})" for tensor in plan.tensors if tensor.dtype not in PLAIN]
+    known = is_known(plan.quantization_config, config_classes())
+    delegated = any(scheme.delegated and scheme.config_class.is_for(method) for scheme in discover().values())
+    if plan.converted or not stored or (known and (delegated or not plan.prequantized)):
+        return
     what = (
-        f"weights are stored quantized with {method!r}, which has no scheme here, and without it their values are "
+        f"weights are stored quantized with {method!r}, which cannot be loaded here, and without it their values are "
         f"wrong: {len(stored)} tensors, {', '.join(stored[:3])}{', ...' if len(stored) > 3 else ''}"
     )
     fix = "A plan with on_unsupported='skip' is for reading: load an unquantized checkpoint of this model"

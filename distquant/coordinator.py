@@ -13,7 +13,7 @@ from typing import Any
 from distquant.checkpoint import open_checkpoint
 from distquant.checks import check_draft, check_rank_memory
 from distquant.collector import without_collector
-from distquant.config import GgufConfig, QuantizationConfig
+from distquant.config import GgufConfig, Merged, NoneConfig, QuantizationConfig, detect
 from distquant.config.resolve import resolve
 from distquant.draft import Draft
 from distquant.errors import InputError, Problems
@@ -71,6 +71,14 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
         config = replace(config, types=types, interleaved=names.interleaved)
         shapes = {names.params.get(name, name): shape for name, shape in shapes.items()}
     scheme = scheme_for(config)
+    unplaced = Problems()
+    suffixes = scheme.suffixes if merged.prequantized else {}
+    skeleton = build_skeleton(model, shapes, suffixes, unplaced)
+    if unplaced and merged.prequantized and request.on_unsupported == "skip":
+        scheme, merged, skipped = scheme_for(NoneConfig()), Merged(NoneConfig(), False), detect(checkpoint.config)
+        skeleton = build_skeleton(model, shapes, {}, problems)
+    else:
+        problems.extend(unplaced)
     understood = not problems
     draft = Draft(
         checkpoint=checkpoint,
@@ -80,7 +88,7 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
         nodes=facts.nodes if len(facts.nodes) == mesh.size else nodes_of(mesh.size, request.ranks_per_node),
         prequantized=merged.prequantized,
         dequantize=merged.dequantize and not scheme.delegated,
-        skeleton=build_skeleton(model, shapes, scheme.suffixes if merged.prequantized else {}, problems),
+        skeleton=skeleton,
         skipped=skipped,
     )
     if names is not None:

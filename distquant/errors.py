@@ -72,12 +72,10 @@ class Problems:
     """Collects problems so that all of them are told at once."""
 
     def __init__(self) -> None:
-        self._found: list[Problem] = []
+        self._found: dict[Problem, None] = {}
 
     def add(self, where: str, what: str, fix: str) -> None:
-        problem = Problem(where, what, fix)
-        if problem not in self._found:
-            self._found.append(problem)
+        self._found.setdefault(Problem(where, what, fix))
 
     def extend(self, problems: Iterable[Problem]) -> None:
         for problem in problems:

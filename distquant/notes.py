@@ -6,11 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from distquant.config.resolve import is_known
 from distquant.draft import Draft
 from distquant.facts import format_bytes
 from distquant.layout import DTYPE_BYTES
 from distquant.planning.load_plan import TensorPlan
-from distquant.schemes import Shard
+from distquant.schemes import Shard, config_classes
 
 NAMED = 3
 """Names that a note lists."""
@@ -44,7 +45,12 @@ def _skipped(draft: Draft) -> Iterator[str]:
     """What leaving out the checkpoint's method means."""
     if draft.skipped is None:
         return
-    told = f"SKIPPED: no scheme for the checkpoint's method {draft.skipped['quant_method']!r} is known, it is left out"
+    method = draft.skipped["quant_method"]
+    told = f"SKIPPED: no scheme for the checkpoint's method {method!r} is known, it is left out"
+    if is_known(draft.skipped, config_classes()):
+        told = (
+            f"SKIPPED: the checkpoint's method {method!r} is not known for converted weights (experts), it is left out"
+        )
     if not draft.kept.weights:
         yield f"{told}; no weight is stored quantized"
         return
