@@ -254,11 +254,11 @@ def speed_page(path: str, command: str, matches: list[Match], runs: Runs, failed
         "No row:\n\n" + "\n".join(f"- {what}: {why}." for what, why in WITHOUT.items()),
         "Seconds are medians of those of the slowest rank, from the call of the load to the assembled model;\n"
         "processes started, imports done, the small example model loaded, files in the page cache. tp=1 and upstream:\n"
-        f"one process with {cores} threads; tp=2: two with {max(1, cores // 2)}. The bar is met where neither of them\n"
-        "took longer. `stored:` is a checkpoint that upstream quantized and saved; every byte of what is loaded\n"
-        "from it is read once within the time, because upstream maps files. Peak memory: resident memory over that\n"
-        "before the load, summed over the processes (pages of mapped files count). Upstream loads in bfloat16 and\n"
-        "quantizes the same linears.",
+        f"one process with {cores} threads; tp=2: two with {max(1, cores // 2)}. The bar is met where neither\n"
+        "distquant tp=1 nor tp=2 took longer. `stored:` is a checkpoint that upstream quantized and saved;\n"
+        "every byte of what is loaded from it is read once within the time, because upstream maps files.\n"
+        "Peak memory: resident memory over that before the load, summed over the processes\n"
+        "(pages of mapped files count). Upstream loads in bfloat16 and quantizes the same linears.",
     ]
     return "\n\n".join(parts) + "\n"
 
