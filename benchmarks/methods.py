@@ -11,7 +11,7 @@ docs/quality.md (with `--out`, a page). It exits with 1 where a method failed or
 `speed` times loads of distquant (tp=1 with a thread for each core, and tp=2 with the same threads divided) and of the
 method's own library, in alternation (A B C A B C ...), each in fresh processes that have loaded the small example model
 by the same call, with the files in the page cache. `stored:METHOD` loads a checkpoint that the library quantized and
-saved, once, below the folder of `--work`. It exits with 1 where distquant failed.
+saved, once, below the folder of `--work`. It exits with 1 where distquant failed and the library did not.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def plannable(path: str, only: list[str] | None) -> tuple[list[str], dict[str, s
                 dq.plan(path, quantization_config=name, mesh=mesh, dtype="bfloat16")
             able.append(name)
         except InputError as error:
-            unable[name] = ". ".join(f"{problem.where}: {problem.what}" for problem in error.problems)
+            first, more = error.problems[0], len(error.problems) - 1
+            unable[name] = f"{first.where}: {first.what}" + (f" (and {more} more)" if more else "")
     return able, unable
 
 
@@ -249,7 +251,7 @@ def speed_page(path: str, command: str, matches: list[Match], runs: Runs, failed
         ranges(matches, runs),
     ]
     if failed:
-        parts.append("Failed:\n\n" + "\n".join(f"- {' '.join(reason.split())}" for reason in failed.values()))
+        parts.append("Failed:\n\n" + "\n".join(f"- {shortened(reason)}" for reason in failed.values()))
     parts += [
         "No row:\n\n" + "\n".join(f"- {what}: {why}." for what, why in WITHOUT.items()),
         "Seconds are medians of those of the slowest rank, from the call of the load to the assembled model;\n"
@@ -261,6 +263,11 @@ def speed_page(path: str, command: str, matches: list[Match], runs: Runs, failed
         "(pages of mapped files count). Upstream loads in bfloat16 and quantizes the same linears.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def shortened(reason: str) -> str:
+    """In a line, as far as it goes."""
+    return textwrap.shorten(reason, 300, placeholder=" ...")
 
 
 def ranges(matches: list[Match], runs: Runs) -> str:
@@ -276,13 +283,20 @@ def speed(arguments: argparse.Namespace) -> int:
     refuse_unknown(arguments.only, NAMES)
     os.makedirs(arguments.work, exist_ok=True)
     load = os.getloadavg()[0]
-    matches = [match(name, path, arguments.work) for name in NAMES if not arguments.only or name in arguments.only]
+    matches, not_made = [], {}
+    for name in [name for name in NAMES if not arguments.only or name in arguments.only]:
+        try:
+            matches.append(match(name, path, arguments.work))
+        except SystemExit as error:  # the library cannot make the checkpoint
+            not_made[name] = f"{name}: {error}"
     runs, failed = alternate(matches, arguments.runs)
+    failed |= not_made
     only = f" --only {shlex.join(arguments.only)}" if arguments.only else ""
     command = f"python benchmarks/methods.py speed {Path(path).name} --runs {arguments.runs}{only}"
     page = speed_page(path, command, matches, runs, failed, load)
     write(page, f"methods-{slug(Path(path).name)}", arguments.out)
-    return 1 if any(" distquant " in name for name in failed) else 0
+    names = [[contestant.name in failed for contestant in each.contestants] for each in matches]
+    return 1 if any((tp1 or tp2) and not theirs for tp1, tp2, theirs in names) else 0
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
