@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +26,14 @@ class Contestant:
     Attributes:
         name: what `--only` looks for.
         system: a key of `SYSTEMS`.
-        quant: distquant's short name of the quantization; "none" is bf16 as it is.
+        quant: distquant's short name of the quantization; "none" is bf16 as it is, "" what the checkpoint says.
         ranks, threads: processes, and threads of each.
         mesh: of distquant; "" is tp over all ranks.
         staging: distquant's option; "" is its default.
         cold: whether the files are taken out of the page cache before, not brought into it.
         once: whether one run is enough, because it is about bytes and not about seconds.
+        peer: a key of `peers.PEERS`, for the system "upstream".
+        small: folder of the model that is loaded before the clock starts; "" is the small example model.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Contestant:
     staging: str = ""
     cold: bool = False
     once: bool = False
+    peer: str = ""
+    small: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,8 @@ def distquant(path: str, contestant: Contestant, rank: int) -> Run:
     sizes = {name: nbytes for name, (_, nbytes) in tensors(path).items()}
 
     def run() -> Measured:
-        model = dq.load(path, quantization_config=contestant.quant, mesh=mesh, dtype="bfloat16", **options)
-        if contestant.quant == "none":
+        model = dq.load(path, quantization_config=contestant.quant or None, mesh=mesh, dtype="bfloat16", **options)
+        if contestant.quant in ("none", ""):
             touch(model)
         plan, report = model.distquant.plan, model.distquant.report
         sources = {source.tensor for tensor in plan.tensors for source in tensor.sources}
@@ -172,6 +176,21 @@ def transformers(path: str, contestant: Contestant, rank: int) -> Run:
     def run() -> Measured:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
         if contestant.quant == "none":
+            touch(model)
+        return Measured(own=own_memory())
+
+    return run
+
+
+def upstream(path: str, contestant: Contestant, rank: int) -> Run:
+    """The method's own library, see `peers`."""
+    from peers import PEERS
+
+    load = PEERS[contestant.peer].load
+
+    def run() -> Measured:
+        model = load(path)
+        if not contestant.quant:
             touch(model)
         return Measured(own=own_memory())
 
@@ -275,6 +294,7 @@ def read_files(path: str, contestant: Contestant, rank: int) -> Run:
 SYSTEMS: dict[str, Callable[[str, Contestant, int], Run]] = {
     "distquant": distquant,
     "transformers": transformers,
+    "upstream": upstream,
     "floor": floor,
     "read": read_files,
     "fresh": fresh_memory,
@@ -287,14 +307,24 @@ def own_memory() -> int:
 
 
 def touch(model: Any) -> None:
-    """Reads every byte of the parameters once: what was only mapped into memory is then really there.
+    """Reads every byte of the weights once: what was only mapped into memory is then really there.
 
-    For unquantized loads only: a quantized weight has been written, and the peer's unquantized rest is left to it.
+    For loads of what is stored (bf16, pre-quantized) only: a weight quantized on the way has been written, and the
+    peer's unquantized rest is left to it.
     """
     import torch
 
-    for parameter in model.parameters():
-        local = getattr(parameter, "to_local", lambda p=parameter: p.data)()
-        words = local.reshape(-1).view(torch.uint8)
-        aligned = words.numel() // 8 * 8
-        words[:aligned].view(torch.int64).sum()
+    for tensor in (*model.parameters(), *model.buffers()):
+        for plain in plain_tensors(tensor):
+            words = plain.reshape(-1).view(torch.uint8)
+            aligned = words.numel() // 8 * 8
+            words[:aligned].view(torch.int64).sum()
+
+
+def plain_tensors(tensor: Any) -> Iterator[Any]:
+    """The tensor, or those that a tensor subclass (a shard, torchao's, quanto's) is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor.data
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(getattr(tensor, name))

@@ -54,7 +54,7 @@ def measure(path: str, contestant: Contestant, rank: int, url: str) -> Measured:
 
 def timed(path: str, contestant: Contestant, rank: int, barrier: Callable[[], object]) -> Measured:
     system = SYSTEMS[contestant.system]
-    system(str(SMALL), contestant, rank)()
+    system(contestant.small or str(SMALL), contestant, rank)()
     run = system(path, contestant, rank)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew

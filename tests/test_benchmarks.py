@@ -1,0 +1,73 @@
+"""The benchmark of methods runs from end to end on the small example: numbers in every cell, and the same bits."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("optimum.quanto")
+
+ROOT = Path(__file__).resolve().parents[1]
+KJV = ROOT / "examples" / "models" / "kjv-tiny"
+NUMBER = re.compile(r"\d+(\.\d+)?")
+
+
+def page_of(page: Path, *arguments: str | Path) -> str:
+    """What `benchmarks/methods.py` writes."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "methods.py"), *map(str, arguments), "--out", str(page)]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return page.read_text()
+
+
+def row(page: str, name: str) -> list[str]:
+    """Cells of a method's line in the first table."""
+    line = re.search(rf"^\| {re.escape(name)} \| (.+) \|$", page, re.M)
+    assert line is not None, page
+    return line.group(1).split(" | ")
+
+
+def test_quality(kjv_tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text((KJV / "validation.txt").read_text()[:3000])
+    names = ("nf4-dq", "quanto-int8", "torchao-int4")
+    page = page_of(tmp_path / "page.md", "quality", kjv_tiny, "--text", text, "--only", *names)
+    nf4, int8 = (row(page, name) for name in names[:2])
+    # 4 bits, a byte for 64 weights, a float32 for 256 of these and one more for each weight matrix
+    assert float(nf4[0]) == pytest.approx(4 + 8 / 64 + 32 / 64 / 256, abs=0.02)
+    assert 8 < float(int8[0]) < 8.5
+    for cells in (nf4, int8):
+        bits, tp1, tp2, fingerprint, verdict, *rest = cells
+        assert verdict == "equal"
+        assert re.fullmatch(r"`[0-9a-f]{8}`", fingerprint)
+        assert all(NUMBER.fullmatch(cell) for cell in (bits, tp1, tp2, *rest[:2]))
+        assert float(tp1) == pytest.approx(float(tp2), rel=0.01)
+    assert nf4[3] != int8[3]
+    assert "- `torchao-int4`: quantization_config.quant_type Int4WeightOnlyConfig: " in page
+
+
+def test_speed(kjv_tiny, tmp_path):
+    names = ("int8", "stored:quanto-int8")
+    options = ("--runs", "1", "--work", tmp_path / "work", "--only", *names)
+    page = page_of(tmp_path / "page.md", "speed", kjv_tiny, *options)
+    for name in names:
+        cells = row(page, name)
+        assert all(NUMBER.fullmatch(cell) for cell in cells[:5]), cells
+        slower = max(map(float, cells[3:5]))
+        assert cells[5] in ([] if slower > 1 else ["met"]) + ([] if slower < 1 else ["NOT met"])
+    assert "Failed:" not in page
+    assert [folder.name for folder in (tmp_path / "work").iterdir()] == ["kjv-tiny-quanto-int8"]
+
+
+def test_unknown_names_are_refused(kjv_tiny):
+    command = [sys.executable, str(ROOT / "benchmarks" / "methods.py"), "speed", kjv_tiny, "--only", "nf5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert re.match(r"--only: nf5 not among nf4, ", done.stderr)
