@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import ggufs
+import lora
 import pytest
 import torch
 import work
+from test_adapters import compare
 
 import distquant as dq
 from distquant.checkpoint.gguf import BLOCKS
@@ -124,6 +126,12 @@ def test_logits_are_those_of_transformers_at_every_width(ranks, file_of):
     for width in (1, 2, 3):
         for found in ranks.run(width, logits, path, f"tp={width}"):
             torch.testing.assert_close(found, upstream, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_learn_as_on_one_rank(ranks, file_of):
+    path = file_of("wide", MIXED)
+    whole = lora.train(path, None, None)
+    compare(path, None, "tp=2", ranks.run(2, lora.train, path, None, "tp=2"), whole)
 
 
 def test_golden_file(ranks):

@@ -22,9 +22,9 @@ IDS = ((5, 17, 99, 3, 42, 42, 8, 110, 64, 23, 7, 80), (90, 2, 31, 77, 12, 6, 55,
 """Two prompts within every family's vocabulary."""
 
 
-def bnb(name: str, compute: str = "float32", storage: str = "uint8") -> Any:
-    """A short name as a config, with everything of bitsandbytes that decides rounding spelled out."""
-    if not name.startswith(("nf4", "fp4")):
+def bnb(name: str | None, compute: str = "float32", storage: str = "uint8") -> Any:
+    """A short name as a config (None: the checkpoint's own), with everything of bitsandbytes that decides rounding spelled out."""
+    if name is None or not name.startswith(("nf4", "fp4")):
         return name
     return {
         "quant_method": "bitsandbytes",
