@@ -54,7 +54,7 @@ def test_quality(kjv_tiny, tmp_path):
 
 
 def test_speed(kjv_tiny, tmp_path):
-    names = ("int8", "stored:quanto-int8")
+    names = ("stored:quanto-int8",)
     options = ("--runs", "1", "--work", tmp_path / "work", "--only", *names)
     page = page_of(tmp_path / "page.md", "speed", kjv_tiny, *options)
     for name in names:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor
 
-from distquant.comm import DEFAULT_TIMEOUT
+from distquant.comm import DEFAULT_TIMEOUT, Axis, SoloAxis
 from distquant.mesh import AXES, Mesh
 
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -66,21 +66,28 @@ class GroupAxis:
 
 
 class GroupComm:
-    """All ranks of an initialized default process group, arranged as a mesh."""
+    """All ranks of an initialized default process group, arranged as a mesh.
+
+    An axis over all ranks is the default group, an axis of one rank needs none: making a group is a rendezvous.
+    """
 
     def __init__(self, mesh: Mesh, timeout: float | None = None):
         self.mesh = mesh
         self.timeout = DEFAULT_TIMEOUT if timeout is None else timeout
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         assert self.world_size == mesh.size, "the mesh is checked against the world before groups are made"
-        self._axes: dict[str, GroupAxis] = {}
+        self._axes: dict[str, Axis] = dict.fromkeys(AXES, SoloAxis())
         for axis in AXES:
-            for first in sorted({mesh.peers(rank, axis) for rank in range(mesh.size)}):
-                group = dist.new_group(first)  # every rank makes every group, in the same order
-                if self.rank in first:
-                    self._axes[axis] = GroupAxis(group, first, self.rank)
+            groups = sorted({mesh.peers(rank, axis) for rank in range(mesh.size)})
+            if len(groups) == mesh.size:
+                continue
+            for ranks in groups:
+                # Every rank makes every group, in the same order.
+                group = dist.new_group(ranks) if len(groups) > 1 else _world()
+                if self.rank in ranks:
+                    self._axes[axis] = GroupAxis(group, ranks, self.rank)
 
-    def axis(self, name: str) -> GroupAxis:
+    def axis(self, name: str) -> Axis:
         return self._axes[name]
 
     def share(self, value: Any) -> Any:
@@ -88,6 +95,12 @@ class GroupComm:
 
     def collect(self, value: Any) -> list[Any]:
         return collect(value)
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
 
 
 def share(value: Any) -> Any:

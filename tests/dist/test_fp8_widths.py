@@ -24,7 +24,7 @@ METHODS: dict[str, Any] = {
     "mxfp8": "mxfp8",
     "fbgemm_fp8": "fbgemm_fp8",
 }
-FAMILIES = ("llama-gqa", "phi3-packed", "llama-352", "qwen2-biases")
+FAMILIES = ("phi3-packed", "llama-352", "qwen2-biases")
 GOLDEN = ("fp8/blocks", "fp8/ue8m0", "fp8/deepseek-v3", "fp8/tensor", "mxfp8", "fbgemm_fp8")
 
 
