@@ -24,7 +24,7 @@ METHODS: dict[str, Any] = {
     "mxfp8": "mxfp8",
     "fbgemm_fp8": "fbgemm_fp8",
 }
-FAMILIES = ("phi3-packed", "llama-352", "qwen2-biases")
+FAMILIES = ("phi3-packed", "llama-352")
 GOLDEN = ("fp8/blocks", "fp8/ue8m0", "fp8/deepseek-v3", "fp8/tensor", "mxfp8", "fbgemm_fp8")
 
 
@@ -113,7 +113,7 @@ def test_statistics_cross_nodes(ranks, model_of, method):
 
 
 @pytest.mark.parametrize("method", ["fp8", "fp8-tensor", "mxfp8", "fbgemm_fp8"])
-@pytest.mark.parametrize("family", ["llama-gqa", "qwen2-biases", "phi3-packed"])
+@pytest.mark.parametrize("family", ["qwen2-biases", "phi3-packed"])
 def test_logits_equal_those_of_one_rank(ranks, model_of, family, method):
     found = ranks.run(2, work.logits, model_of(family), method, "tp=2")
     assert torch.equal(found[0], found[1])
