@@ -16,7 +16,6 @@ class GgufConfig(QuantizationConfig):
 
     quant_method: ClassVar[str] = "gguf"
     unwritten: ClassVar[frozenset[str]] = (EXTRAS | {"types", "interleaved"}) - {"dequantize"}
-    loading_attributes: ClassVar[frozenset[str]] = frozenset({"dequantize"})
 
     gguf_file: str | None = None
     """The file."""

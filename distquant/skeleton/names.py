@@ -65,7 +65,7 @@ def map_names(
     collected: dict[str, dict[str, list[str]]] = {}
     converter_of: dict[str, Any] = {}
     unexpected = []
-    in_parts: dict[tuple[str, str], list[str]] = {}
+    in_parts: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for name in sorted(tensors):
         base, component = split_component(name, suffixes)
         target, pattern = rename_source_key(base, renamings, converters, prefix, known)
@@ -76,18 +76,19 @@ def map_names(
         elif pattern is None:
             placed.setdefault(target, []).append(Source(name, component))
         elif component:
-            in_parts.setdefault((component, re.sub(r"\d+", "*", target)), []).append(name)
+            in_parts.setdefault((component, re.sub(r"\d+", "*", target)), []).append((name, target))
         else:
             collected.setdefault(target, {}).setdefault(pattern, []).append(name)
             converter_of[target] = by_pattern[pattern]
-    for (component, target), names in in_parts.items():
-        others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        what = f"{names[0]}{others}: a quantized {component!r} of a weight that is converted into it"
+    for (component, _), parts in in_parts.items():
+        name, target = parts[0]
+        others = f" (and {len(parts) - 1:,} more of its kind)" if len(parts) > 1 else ""
+        what = f"a quantized {component!r} of a weight that is converted into {target}{others}"
         fix = (
             "Quantized checkpoints of converted weights are not supported: load the unquantized checkpoint, "
             "or look at this one with on_unsupported='skip' (--on-unsupported skip)"
         )
-        problems.add(target, what, fix)
+        problems.add(name, what, fix)
     for target, found in collected.items():
         groups = {pattern: sorted(names, key=natural) for pattern, names in found.items()}
         for param, sources in _follow(converter_of[target], target, groups, params, tensors, problems).items():

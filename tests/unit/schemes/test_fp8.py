@@ -287,8 +287,11 @@ def test_a_tile_that_the_config_does_not_state_is_not_inferred(spoiled) -> None:
         ({**TILES, "weight_block_size": None, "scale_fmt": "ue8m0"}, r"scale_fmt: 'ue8m0' is for tiles"),
         ({**TILES, "modules_to_convert": ["embed_tokens"]}, r"modules_to_convert: \['embed_tokens'\] names further"),
         ({**TILES, "expert_dtype": "fp4"}, r"expert_dtype: experts stored as 'fp4' are not supported"),
-        ({"quant_method": "mxfp8", "scale_fmt": "ue8m0"}, r"weight_block_size: \[128, 128\] is not the tile of MXFP8"),
-        ({"quant_method": "mxfp8", "weight_block_size": [1, 32]}, r"scale_fmt: 'float' is not MXFP8"),
+        (
+            {"quant_method": "mxfp8", "weight_block_size": [128, 128]},
+            r"weight_block_size: \[128, 128\] is not the tile of MXFP8",
+        ),
+        ({"quant_method": "mxfp8", "scale_fmt": "float"}, r"scale_fmt: 'float' is not MXFP8"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused(quant, message, model_of) -> None:
