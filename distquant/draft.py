@@ -6,20 +6,21 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 from distquant.checkpoint import Checkpoint
 from distquant.layout import DTYPE_BYTES
 from distquant.mesh import Mesh
+from distquant.planning.experts import ALL_REDUCE, experts_of, one_of, owner_of, pieces_of
 from distquant.planning.load_plan import RankMemory, TensorPlan
 from distquant.planning.parallel import ParallelPlan
 from distquant.planning.reading import Dealer, node_columns, rows_and_width
+from distquant.planning.slots import READ_SLOTS, SEND_SLOTS, SLACK
 from distquant.schemes import Scheme, Shard
 from distquant.schemes.flow import Flow, flows_of
-from distquant.skeleton import Kept, Skeleton, Source
-
-SLOTS, SLACK = 8, 4 * 4096
-"""Pieces that the engine stages at once, each as large as the largest that cannot be divided, and what is added."""
+from distquant.skeleton import Kept, Skeleton, Source, taken
 
 
 @dataclass(kw_only=True)
@@ -36,6 +37,8 @@ class Draft:
     dequantize: bool
     """Whether stored quantized weights become ordinary ones."""
     skeleton: Skeleton
+    stacked: tuple[str, ...] = ()
+    """Modules of experts that the skeleton has split into stacks."""
     skipped: dict[str, Any] | None = None
     """The checkpoint's quantization config, where its method is left out."""
     kept: Kept = field(default_factory=Kept)
@@ -45,11 +48,22 @@ class Draft:
     offloaded: set[str] = field(default_factory=set)
     """Modules that the device map leaves unquantized."""
     device_map: dict[str, str] | None = None
+    dispatch: str = ALL_REDUCE
+    """How tokens reach experts on other ranks of ep."""
     parallel: ParallelPlan = field(default_factory=ParallelPlan)
     tensors: tuple[TensorPlan, ...] = ()
 
-    def local(self, tensor: TensorPlan, tp: int) -> tuple[int, int]:
-        """Elements and bytes of one rank's part of a tensor."""
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each checkpoint tensor."""
+        return {name: info.shape for name, info in self.checkpoint.tensors.items()}
+
+    def local(self, tensor: TensorPlan, tp: int, ep: int = 0) -> tuple[int, int]:
+        """Elements and bytes of a rank's part of a tensor."""
+        if tensor.experts is not None:
+            count, nbytes = self.local(one_of(tensor), tp)
+            held = self.parallel.cuts[tensor.experts].length(ep)
+            return count * held, nbytes * held
         cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
         if tensor.scheme != "none":
             shard = self.shard(tensor, tp)
@@ -67,11 +81,7 @@ class Draft:
 
     def taken(self, source: Source) -> int:
         """Elements of a checkpoint tensor that a source takes."""
-        shape = self.checkpoint.tensors[source.tensor].shape
-        if source.take is None:
-            return math.prod(shape)
-        dim, start, stop = source.take
-        return math.prod(shape) // shape[dim] * (stop - start)
+        return taken(source, self.checkpoint.tensors[source.tensor].shape)
 
     def entire(self) -> list[tuple[TensorPlan, int]]:
         """Tensors that one rank quantizes as one, with the bytes that this takes beside the staging asked for."""
@@ -79,12 +89,14 @@ class Draft:
         for tensor in self.tensors:
             if tensor.scheme == "none" or self.prequantized:
                 continue
+            if tensor.experts is not None:
+                tensor = next(experts_of(tensor, self.shapes))
             working = self.scheme.entire(tensor.name, (tensor.shape[0], tensor.shape[1]))
             if working:
                 read = sum(self.taken(s) * self._item(s) for s in tensor.sources)
                 flowing = self.scheme.flowing(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype)
-                slot = max(read, sum(c.nbytes(tensor.shape) for c in flowing)) + SLACK
-                found.append((tensor, max(SLOTS * slot - self.staging, 0) + working))
+                slot = max(read, sum(c.nbytes(tensor.shape) for c in flowing)) + 2 * SLACK
+                found.append((tensor, max((READ_SLOTS + SEND_SLOTS) * slot - self.staging, 0) + working))
         return found
 
     def _item(self, source: Source) -> int:
@@ -101,26 +113,30 @@ class Draft:
         for tensor in self.tensors:
             layout = None  # a method may store weights of one shape in several ways
             if tensor.scheme != "none":
-                layout = self.scheme.layout(tensor.name, tensor.shape, tensor.dtype)
-            key = (tensor.shape, tensor.dtype, tensor.scheme, tensor.dim, tensor.cut, layout)
+                one = one_of(tensor)
+                layout = self.scheme.layout(one.name, one.shape, one.dtype)
+            key = (tensor.shape, tensor.dtype, tensor.scheme, tensor.dim, tensor.cut, tensor.experts, layout)
             first.setdefault(key, tensor)
             counts[key] += 1
         return [(tensor, counts[key]) for key, tensor in first.items()]
 
     def memory(self) -> Iterator[RankMemory]:
-        """The memory table, a row a rank. Ranks with the same tp position share their sizes."""
+        """The memory table, a row a rank. Ranks at the same place on tp and ep share their sizes."""
         alike, read = self.alike(), self._reads()
         staging = self.staging + max((nbytes for _, nbytes in self.entire()), default=0)
-        rows = [replace(self._row(tp, alike), staging=staging) for tp in range(self.mesh.tp)]
+        rows: dict[tuple[int, int], RankMemory] = {}
         for rank in range(self.mesh.size):
-            row = rows[self.mesh.coordinates(rank)["tp"]]
-            yield replace(row, rank=rank, read=read[rank])
+            at = self.mesh.coordinates(rank)
+            place = (at["tp"], at["ep"])
+            if place not in rows:
+                rows[place] = replace(self._row(*place, alike), staging=staging)
+            yield replace(rows[place], rank=rank, read=read[rank])
 
-    def _row(self, tp: int, alike: list[tuple[TensorPlan, int]]) -> RankMemory:
-        """Sizes of a tp position; what is read depends on the rank."""
+    def _row(self, tp: int, ep: int, alike: list[tuple[TensorPlan, int]]) -> RankMemory:
+        """Sizes of a place on tp and ep; what is read depends on the rank."""
         parameters = quantized = unquantized = 0
         for tensor, times in alike:
-            count, nbytes = self.local(tensor, tp)
+            count, nbytes = self.local(tensor, tp, ep)
             parameters += count * times
             if tensor.scheme == "none" or self.dequantize:
                 unquantized += nbytes * times
@@ -129,30 +145,48 @@ class Draft:
         return RankMemory(tp, parameters, 0, quantized, unquantized, self.staging)
 
     def _reads(self) -> list[int]:
-        """Bytes that each rank is dealt; nodes whose ranks have the same positions are dealt the same."""
+        """Bytes that each rank is dealt; nodes whose ranks have the same places are dealt the same."""
         read, dealt = [0] * self.mesh.size, {}
-        flows = [(flow, self._stored_bytes(flow)) for tensor in self.tensors for flow in self._flows(tensor)]
+        flowing = self._flowing()
         for node in sorted(set(self.nodes)):
             ranks = tuple(rank for rank, its in enumerate(self.nodes) if its == node)
-            key = tuple(self.mesh.coordinates(rank)["tp"] for rank in ranks)
+            key = tuple((at["tp"], at["ep"]) for at in map(self.mesh.coordinates, ranks))
             if key not in dealt:
-                dealt[key] = list(self._dealt(ranks, flows).values())
+                dealt[key] = list(self._dealt(ranks, flowing).values())
             for rank, nbytes in zip(ranks, dealt[key], strict=True):
                 read[rank] = nbytes
         return read
+
+    def _flowing(self) -> dict[int | None, list[tuple[int, Flow, int]]]:
+        """Place in the order of loading, flow, and its bytes: of dense tensors (None), and by experts' place on ep."""
+        found: dict[int | None, list[tuple[int, Flow, int]]] = {None: []}
+        for index, piece in enumerate(pieces_of(self.tensors, self.shapes)):
+            dealt = self.parallel.cuts[piece.stack.experts] if piece.stack.experts is not None else None
+            owner = None if dealt is None else owner_of(dealt, piece.number)
+            into = found.setdefault(owner, [])
+            into += [(index, flow, self._stored_bytes(flow)) for flow in self._flows(piece.tensor)]
+        return found
 
     def _flows(self, tensor: TensorPlan) -> Iterator[Flow]:
         cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
         return flows_of(tensor, cut, self.scheme, self.prequantized, self.checkpoint.tensors)
 
-    def _dealt(self, ranks: tuple[int, ...], flows: list[tuple[Flow, int]]) -> dict[int, int]:
+    def _dealt(self, ranks: tuple[int, ...], flowing: dict[int | None, list[tuple[int, Flow, int]]]) -> dict[int, int]:
         """Bytes that each rank of one node reads."""
         dealer = Dealer(self.mesh, ranks)
-        for flow, nbytes in flows:
+        keepers: dict[int | None, tuple[int, ...]] = {None: ranks}
+        for rank in ranks:
+            ep = self.mesh.coordinates(rank)["ep"]
+            keepers[ep] = (*keepers.get(ep, ()), rank)
+        here = [
+            (index, flow, nbytes, kept) for ep, kept in keepers.items() for index, flow, nbytes in flowing.get(ep, ())
+        ]
+        for _, flow, nbytes, kept in sorted(here, key=itemgetter(0)):
             rows, width = rows_and_width(flow.shape)
-            a, b = node_columns(flow.shape, flow.dim, flow.cut, dealer.positions.values(), flow.apart)
+            positions = [dealer.positions[rank] for rank in kept]
+            a, b = node_columns(flow.shape, flow.dim, flow.cut, positions, flow.apart)
             row_bytes = nbytes * (b - a) // max(rows * width, 1)
-            dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned or flow.entire > 0)
+            dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned or flow.entire > 0, kept)
         return dealer.loads
 
     def _stored_bytes(self, flow: Flow) -> int:

@@ -77,7 +77,7 @@ def _problems(scheme: Scheme, facts: Facts) -> Iterator[str]:
 
     empty = Skeleton(
         model_type="", architecture="", params={}, tied={}, sources={}, unexpected=(), missing=(), linears={},
-        attentions={}, embeddings=(), input_embedding=None, output_embedding=None, experts=(), tp_plan={}, ep_plan={},
+        attentions={}, embeddings=(), input_embedding=None, output_embedding=None, experts={}, tp_plan={}, ep_plan={},
         default_skip=(),
     )  # fmt: skip
     context = Context(facts=facts, mesh=Mesh(), skeleton=empty, device_map=None, prequantized=not scheme.quantizes())
