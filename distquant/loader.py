@@ -384,7 +384,9 @@ class _Loading:
         if piece.tensor.scheme != "none" and not self.plan.dequantize:
             stack = module.stack(name.rpartition(f".{STAR}.")[2].partition(".")[0])
             stack.settle()
-            self.report.quantized_bytes += sum(value.nbytes for value in stack.buffers())
+            self.report.quantized_bytes += sum(
+                value.nbytes for name, value in stack.named_buffers() if name not in self.scheme.constants
+            )
 
     def _dequantized(self, module: Any, tensor: TensorPlan, shard: Shard, stored: dict[str, Tensor]) -> Tensor:
         """What the stored components mean, in the form of the model's own module."""

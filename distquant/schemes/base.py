@@ -62,6 +62,8 @@ class Scheme(ABC):
     """Whether transformers loads the model with its own quantizer."""
     suffixes: ClassVar[Mapping[str, str]] = {}
     """How checkpoints name the components beside `<module>.weight`: suffix after `<module>.` -> component."""
+    fused_suffixes: ClassVar[Mapping[str, str]] = {}
+    """The same beside a parameter of fused experts: what is glued to its name, such as `_scales`."""
     unsliced: ClassVar[frozenset[str]] = frozenset()
     """Components of stored weights that have no slice for a slice of the weight, and so go whole to every rank."""
     stacks: ClassVar[bool] = False

@@ -68,6 +68,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
         "weight.quant_state.bitsandbytes__nf4": "quant_state",
         "weight.quant_state.bitsandbytes__fp4": "quant_state",
     }
+    constants = frozenset(("nested_offset",))
     mark = "is_loaded_in_4bit"
     config: Bnb4bitConfig
 

@@ -92,7 +92,7 @@ def skeleton_of(*components: str) -> Skeleton:
         model_type="mixtral", architecture="MixtralForCausalLM", tied={}, sources=sources, unexpected=(), missing=(),
         params={f"{name}.weight": Param(f"{name}.weight", shape, "bfloat16") for name, shape in shapes.items()},
         linears=linears, attentions={}, embeddings=(), input_embedding=None, output_embedding=None,
-        experts=("model.layers.0.mlp.experts",), tp_plan={}, ep_plan={}, default_skip=(),
+        experts={}, tp_plan={}, ep_plan={}, default_skip=(),
     )  # fmt: skip
 
 
