@@ -13,6 +13,7 @@ from typing import Any
 from distquant.checkpoint import Checkpoint
 from distquant.layout import DTYPE_BYTES
 from distquant.mesh import Mesh
+from distquant.planning.cuts import Cut
 from distquant.planning.experts import ALL_REDUCE, experts_of, one_of, owner_of, pieces_of
 from distquant.planning.load_plan import RankMemory, TensorPlan
 from distquant.planning.parallel import ParallelPlan
@@ -150,43 +151,66 @@ class Draft:
         flowing = self._flowing()
         for node in sorted(set(self.nodes)):
             ranks = tuple(rank for rank, its in enumerate(self.nodes) if its == node)
-            key = tuple((at["tp"], at["ep"]) for at in map(self.mesh.coordinates, ranks))
-            if key not in dealt:
-                dealt[key] = list(self._dealt(ranks, flowing).values())
-            for rank, nbytes in zip(ranks, dealt[key], strict=True):
+            places, work = self._work(ranks, flowing)
+            if (places, work) not in dealt:
+                dealt[places, work] = list(self._dealt(ranks, places, work).values())
+            for rank, nbytes in zip(ranks, dealt[places, work], strict=True):
                 read[rank] = nbytes
         return read
 
-    def _flowing(self) -> dict[int | None, list[tuple[int, Flow, int]]]:
-        """Place in the order of loading, flow, and its bytes: of dense tensors (None), and by experts' place on ep."""
-        found: dict[int | None, list[tuple[int, Flow, int]]] = {None: []}
+    def _flowing(self) -> dict[int | None, list[tuple[int, tuple[_Sized, ...]]]]:
+        """Place in the order of loading, and what flows: of dense tensors (None), and by the experts' place on ep."""
+        found: dict[int | None, list[tuple[int, tuple[_Sized, ...]]]] = {None: []}
+        known: dict[Any, tuple[_Sized, ...]] = {}
+        tensors = self.checkpoint.tensors
         for index, piece in enumerate(pieces_of(self.tensors, self.shapes)):
+            sources = [(s.component, s.take is None, tensors[s.tensor]) for s in piece.tensor.sources]
+            stored = tuple((component, whole, info.shape, info.dtype) for component, whole, info in sources)
+            key = (piece.stack.name, stored)  # experts are alike, and there may be thousands
+            if key not in known:
+                known[key] = tuple(self._sized(piece.tensor))
             dealt = self.parallel.cuts[piece.stack.experts] if piece.stack.experts is not None else None
             owner = None if dealt is None else owner_of(dealt, piece.number)
-            into = found.setdefault(owner, [])
-            into += [(index, flow, self._stored_bytes(flow)) for flow in self._flows(piece.tensor)]
+            found.setdefault(owner, []).append((index, known[key]))
         return found
 
-    def _flows(self, tensor: TensorPlan) -> Iterator[Flow]:
+    def _sized(self, tensor: TensorPlan) -> Iterator[_Sized]:
         cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
-        return flows_of(tensor, cut, self.scheme, self.prequantized, self.checkpoint.tensors)
+        for flow in flows_of(tensor, cut, self.scheme, self.prequantized, self.checkpoint.tensors):
+            whole = flow.turned or flow.entire > 0
+            yield _Sized(flow.shape, flow.dim, flow.cut, flow.step, flow.apart, whole, self._stored_bytes(flow))
 
-    def _dealt(self, ranks: tuple[int, ...], flowing: dict[int | None, list[tuple[int, Flow, int]]]) -> dict[int, int]:
+    def _work(
+        self, ranks: tuple[int, ...], flowing: dict[int | None, list[tuple[int, tuple[_Sized, ...]]]]
+    ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int | None, tuple[_Sized, ...]], ...]]:
+        """Each rank's place on tp, and which of the node's places on ep it has; and what flows there, in order."""
+        eps = list(dict.fromkeys(self.mesh.coordinates(rank)["ep"] for rank in ranks))
+        at = map(self.mesh.coordinates, ranks)
+        places = tuple((each["tp"], eps.index(each["ep"])) for each in at)
+        here: list[tuple[int, int | None, tuple[_Sized, ...]]] = [
+            (index, None, sized) for index, sized in flowing[None]
+        ]
+        for number, ep in enumerate(eps):
+            here += [(index, number, sized) for index, sized in flowing.get(ep, ())]
+        here.sort(key=itemgetter(0))
+        return places, tuple((number, sized) for _, number, sized in here)
+
+    def _dealt(
+        self,
+        ranks: tuple[int, ...],
+        places: tuple[tuple[int, int], ...],
+        work: tuple[tuple[int | None, tuple[_Sized, ...]], ...],
+    ) -> dict[int, int]:
         """Bytes that each rank of one node reads."""
         dealer = Dealer(self.mesh, ranks)
-        keepers: dict[int | None, tuple[int, ...]] = {None: ranks}
-        for rank in ranks:
-            ep = self.mesh.coordinates(rank)["ep"]
-            keepers[ep] = (*keepers.get(ep, ()), rank)
-        here = [
-            (index, flow, nbytes, kept) for ep, kept in keepers.items() for index, flow, nbytes in flowing.get(ep, ())
-        ]
-        for _, flow, nbytes, kept in sorted(here, key=itemgetter(0)):
-            rows, width = rows_and_width(flow.shape)
+        for number, flows in work:
+            kept = tuple(rank for rank, (_, ep) in zip(ranks, places, strict=True) if number in (None, ep))
             positions = [dealer.positions[rank] for rank in kept]
-            a, b = node_columns(flow.shape, flow.dim, flow.cut, positions, flow.apart)
-            row_bytes = nbytes * (b - a) // max(rows * width, 1)
-            dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned or flow.entire > 0, kept)
+            for flow in flows:
+                rows, width = rows_and_width(flow.shape)
+                a, b = node_columns(flow.shape, flow.dim, flow.cut, positions, flow.apart)
+                row_bytes = flow.nbytes * (b - a) // max(rows * width, 1)
+                dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.whole, kept)
         return dealer.loads
 
     def _stored_bytes(self, flow: Flow) -> int:
@@ -196,3 +220,16 @@ class Draft:
             info = self.checkpoint.tensors[source.tensor]
             total += self.taken(source) * info.nbytes // max(math.prod(info.shape), 1)
         return total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sized:
+    """What the planner's sums need of a flow: how it is cut, and its bytes in the checkpoint."""
+
+    shape: tuple[int, ...]
+    dim: int | None
+    cut: Cut | None
+    step: int
+    apart: int | None
+    whole: bool
+    nbytes: int

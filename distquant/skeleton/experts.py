@@ -137,7 +137,7 @@ def _sources_of(skeleton: Skeleton, experts: Experts, projection: Projection) ->
         if source.offset is not None:
             expert, at = source.offset[0], source.offset[1] if len(source.offset) > 1 else 0
             if first <= at < last:
-                yield replace(source, offset=(expert, at - first) if at > first else (expert,))
+                yield Source(source.tensor, source.component, (expert, at - first) if at > first else (expert,))
         elif len(sharers) == 1:
             yield source
         else:
@@ -171,14 +171,15 @@ def sources_by_expert(
     for source in sources:
         if source.offset is not None:
             expert, *rest = source.offset
-            found[expert].append(replace(source, offset=(*rest, 0) if any(rest) else None))
+            placed = (*rest, 0) if any(rest) else None
+            found[expert].append(Source(source.tensor, source.component, placed, source.take))
             continue
         for expert, own in enumerate(found):
             take = (0, expert, expert + 1)
             if source.take is not None:
                 rows, (_, start, stop) = tensors[source.tensor][1], source.take
                 take = (ROWS, expert * rows + start, expert * rows + stop)
-            own.append(replace(source, take=take))
+            own.append(Source(source.tensor, source.component, None, take))
     return [tuple(own) for own in found]
 
 

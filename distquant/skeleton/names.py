@@ -60,13 +60,13 @@ def map_names(
         the model has no place for.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    prefix, known = model.base_model_prefix, dict.fromkeys(params, True)
+    rename = _Renamer(renamings, converters, model.base_model_prefix, params)
 
     placed: dict[str, list[Source]] = {}
     collected: dict[str, dict[str, list[str]]] = {}
@@ -75,7 +75,7 @@ def map_names(
     parts: dict[str, list[Part]] = {}
     for name in sorted(tensors):
         base, component = split_component(name, suffixes)
-        target, pattern = rename_source_key(base, renamings, converters, prefix, known)
+        target, pattern = rename(base)
         if target not in params and base in params:
             target, pattern = base, None
         if target not in params:
@@ -98,6 +98,55 @@ def map_names(
         {name: tuple(found) for name, found in parts.items()},
         tuple(unexpected),
     )
+
+
+class _Renamer:
+    """transformers' `rename_source_key`, asked once for all names that differ in the numbers of their parts only.
+
+    A checkpoint of many experts has tens of thousands of names, and each is tried against every pattern. Where a
+    pattern has a number of its own, or a transform is of a kind that may keep a state, every name is asked for.
+    """
+
+    def __init__(self, renamings: list[Any], converters: list[Any], prefix: str, params: Shapes):
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        self._given = (renamings, converters, prefix)
+        transforms = [*renamings, *converters]
+        patterns = [str(p) for t in transforms for p in (*t.source_patterns, *t.target_patterns)]
+        plain = all(type(t) in (WeightRenaming, WeightConverter) for t in transforms)
+        self.by_kind = plain and not any(re.search(r"(^|\.)\d", pattern) for pattern in patterns)
+        self._known = dict.fromkeys((_numbers_out(name)[0] for name in params) if self.by_kind else params, True)
+        self._found: dict[str, tuple[str, str | None]] = {}
+
+    def __call__(self, name: str) -> tuple[str, str | None]:
+        """The model's name for a checkpoint's, and the converter's pattern that it fits."""
+        from transformers.core_model_loading import rename_source_key
+
+        if not self.by_kind:
+            found: tuple[str, str | None] = rename_source_key(name, *self._given, self._known)
+            return found
+        kind, numbers = _numbers_out(name)
+        if kind not in self._found:
+            self._found[kind] = rename_source_key(kind, *self._given, self._known)
+        target, pattern = self._found[kind]
+        for place, number in enumerate(numbers):
+            target = target.replace(str(PLACE + place), number, 1)
+        return target, pattern
+
+
+PLACE = 900_000_000
+"""Stands for the first number in a name, the next for the second, and so on: numbers that no layer or expert has."""
+
+
+def _numbers_out(name: str) -> tuple[str, list[str]]:
+    """A name with placeholders for those of its parts that are numbers, and the numbers."""
+    parts = name.split(".")
+    numbers: list[str] = []
+    for at, part in enumerate(parts):
+        if part.isdigit():
+            parts[at] = str(PLACE + len(numbers))
+            numbers.append(part)
+    return ".".join(parts), numbers
 
 
 def tell_parts(parts: Mapping[str, tuple[Part, ...]], problems: Problems) -> None:
