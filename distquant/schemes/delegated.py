@@ -90,7 +90,6 @@ def _delegate(config: type[QuantizationConfig]) -> None:
 
 
 for _config in (
-    configs.Mxfp4Config,
     configs.Nvfp4Config,
     configs.EetqConfig,
     configs.BitnetConfig,
