@@ -12,8 +12,8 @@ from distquant.config import QuantizationConfig
 from distquant.facts import Facts, format_bytes
 from distquant.schemes import Context, Scheme
 
-LIMIT = {"ray": "--runtime ray", "peft": "LoRA on loaded models"}
-"""What is not available without a package."""
+OPTIONAL = {"ray": "--runtime ray", "peft": "LoRA on loaded models"}
+"""Packages that no method needs, and what is not available without each."""
 
 
 def doctor_text(quant: str | None) -> str:
@@ -49,8 +49,8 @@ def doctor_text(quant: str | None) -> str:
         missing += [f"{scheme.name}: {problem}" for problem in problems]
     lines.append(table(("method", "names", "pre-quantized", "on the fly", "tp", "ep", "train", "state"), rows))
     lines += ["", *missing] if missing else []
-    absent = [name for name in LIMIT if importlib.util.find_spec(name) is None]
-    lines += [f"note: without {name}, {LIMIT[name]} is not available: pip install {name}" for name in absent]
+    absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    lines += [f"note: without {name}, {OPTIONAL[name]} is not available: pip install {name}" for name in absent]
     return "\n".join(lines)
 
 
