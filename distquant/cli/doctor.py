@@ -14,8 +14,8 @@ from distquant.schemes import Context, Scheme
 
 HEADER = ("method", "names", "pre-quantized", "on the fly", "tp", "ep", "experts", "train", "state")
 """`experts`: how they are held where they are dealt out or cut."""
-LIMIT = {"ray": "--runtime ray", "peft": "LoRA on loaded models"}
-"""What is not available without a package."""
+OPTIONAL = {"ray": "--runtime ray", "peft": "LoRA on loaded models"}
+"""Packages that no method needs, and what is not available without each."""
 
 
 def doctor_text(quant: str | None) -> str:
@@ -51,8 +51,8 @@ def doctor_text(quant: str | None) -> str:
         missing += [f"{scheme.name}: {problem}" for problem in problems]
     lines.append(table(HEADER, rows))
     lines += ["", *missing] if missing else []
-    absent = [name for name in LIMIT if importlib.util.find_spec(name) is None]
-    lines += [f"note: without {name}, {LIMIT[name]} is not available: pip install {name}" for name in absent]
+    absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    lines += [f"note: without {name}, {OPTIONAL[name]} is not available: pip install {name}" for name in absent]
     return "\n".join(lines)
 
 

@@ -261,7 +261,7 @@ def test_inspect_of_a_strange_config(kjv_tiny: str, copy_of, command: Command) -
     assert done.out.startswith("? (?) in ")
 
 
-INT8_ROW = ["bitsandbytes_8bit", "int8", "yes", "yes", "yes", "no", "adapters", "ready"]
+INT8_ROW = ["bitsandbytes_8bit", "int8", "yes", "yes", "yes", "yes", "quantized", "adapters", "ready"]
 
 
 def test_doctor_tells_what_this_machine_can_run(command: Command) -> None:
@@ -274,34 +274,14 @@ def test_doctor_tells_what_this_machine_can_run(command: Command) -> None:
     assert row(done.out, "bitsandbytes_4bit") == [
         "bitsandbytes_4bit", "nf4, nf4-dq, fp4, fp4-dq", "yes", "yes", "yes", "yes", "quantized", "adapters", "ready"
     ]  # fmt: skip
-    assert row(done.out, "bitsandbytes_8bit") == [
-        "bitsandbytes_8bit",
-        "int8",
-        "yes",
-        "yes",
-        "yes",
-        "yes",
-        "quantized",
-        "adapters",
-        "ready",
-    ]
+    assert row(done.out, "bitsandbytes_8bit") == INT8_ROW
     assert re.search(r"^device: (cpu|cuda .*capability)", done.out, re.MULTILINE)
 
 
 def test_doctor_of_one_method(command: Command) -> None:
     done = command("doctor", "--quant", "int8")
     assert done.code == 0
-    assert row(done.out, "bitsandbytes_8bit") == [
-        "bitsandbytes_8bit",
-        "int8",
-        "yes",
-        "yes",
-        "yes",
-        "yes",
-        "quantized",
-        "adapters",
-        "ready",
-    ]
+    assert row(done.out, "bitsandbytes_8bit") == INT8_ROW
     assert "nf4" not in done.out
 
 
