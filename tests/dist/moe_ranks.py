@@ -1,0 +1,57 @@
+"""What ranks do with mixtures of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import compressed
+import torch
+import work
+from torch import Tensor
+
+import distquant as dq
+
+METHODS: dict[str, Any] = {
+    "none": "none",
+    "nf4": work.bnb("nf4"),
+    "nf4-dq": work.bnb("nf4-dq"),
+    "int8": "int8",
+    "fp8": {"quant_method": "fp8", "weight_block_size": [16, 32]},
+    "fp8-row": "fp8-row",
+    "int4": compressed.WAYS["int4"],
+    "mxfp4": "mxfp4",
+}
+"""Methods that experts can be kept in; tiles and groups small enough for the models here to be cut."""
+
+MESHES = {"ep=2": 2, "ep=3": 3, "ep=4": 4, "tp=2": 2, "tp=3": 3, "ep=2,tp=2": 4, "dp=2,ep=2": 4}
+"""Mesh -> ranks."""
+
+Job = tuple[str, Any]
+"""Path of a checkpoint, and how it is quantized (None: as it says)."""
+
+
+def fingerprints(jobs: list[Job], mesh: str | None = None, kwargs: dict[str, Any] | None = None) -> list[str]:
+    return [work.fingerprint(path, quant, mesh, **(kwargs or {})) for path, quant in jobs]
+
+
+def logits(jobs: list[Job], mesh: str | None = None, kwargs: dict[str, Any] | None = None) -> list[Tensor]:
+    """Of the two prompts, in float32 throughout."""
+    found = []
+    for path, quant in jobs:
+        model = dq.load(path, quantization_config=quant, mesh=mesh, dtype="float32", **(kwargs or {}))
+        with torch.no_grad():
+            found.append(model(torch.tensor(work.IDS)).logits)
+    return found
+
+
+def sizes(jobs: list[Job], mesh: str | None = None) -> list[dict[str, int]]:
+    """What this rank's plan, its report and its model say of bytes."""
+    found = []
+    for path, quant in jobs:
+        model = dq.load(path, quantization_config=quant, mesh=mesh)
+        planned, report = model.distquant.plan.memory[work.rank()], model.distquant.report
+        held = sum(value.nbytes for value in model.state_dict().values())
+        row = {"planned": planned.finished, "planned quantized": planned.quantized, "planned read": planned.read}
+        row |= {"reported": report.quantized_bytes + report.unquantized_bytes, "held": held}
+        found.append(row | {"quantized": report.quantized_bytes, "read": report.bytes_read})
+    return found
