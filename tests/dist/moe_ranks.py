@@ -55,3 +55,19 @@ def sizes(jobs: list[Job], mesh: str | None = None) -> list[dict[str, int]]:
         row |= {"reported": report.quantized_bytes + report.unquantized_bytes, "held": held}
         found.append(row | {"quantized": report.quantized_bytes, "read": report.bytes_read})
     return found
+
+
+def held_experts(path: str, quant: Any, mesh: str | None = None) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    """This rank's experts by the name of their weight: dequantized, and as they are stored."""
+    model = dq.load(path, quantization_config=quant, mesh=mesh)
+    found = {}
+    for tensor in model.distquant.plan.tensors:
+        if tensor.experts is None or tensor.scheme == "none":
+            continue
+        module, _, leaf = tensor.name.partition(".*.")
+        experts = model.get_submodule(module)
+        stack = experts.stack(leaf.removesuffix(".weight"))
+        for number in range(experts.last - experts.first):
+            name = f"{module}.{experts.first + number}.{leaf}"
+            found[name] = (stack.dequantized(number).clone(), stack.components(number))
+    return found

@@ -70,7 +70,7 @@ def of_another_form(kind: str, folder: Path) -> tuple[str, str]:
         module = "model.layers.0.mlp.input_linear"
     else:
         ffn = {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 1}
-        attention = {"kv_n_heads": 2, "clip_qkv": 8}
+        attention = {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}
         config = DbrxConfig(
             **small, d_model=32, n_heads=2, n_layers=1, max_seq_len=64, ffn_config=ffn, attn_config=attention
         )
