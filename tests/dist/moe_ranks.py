@@ -10,6 +10,7 @@ import work
 from torch import Tensor
 
 import distquant as dq
+from distquant.schemes import Shard
 
 METHODS: dict[str, Any] = {
     "none": "none",
@@ -45,16 +46,28 @@ def logits(jobs: list[Job], mesh: str | None = None, kwargs: dict[str, Any] | No
 
 
 def sizes(jobs: list[Job], mesh: str | None = None) -> list[dict[str, int]]:
-    """What this rank's plan, its report and its model say of bytes."""
+    """What this rank's plan and its report say of bytes."""
     found = []
     for path, quant in jobs:
         model = dq.load(path, quantization_config=quant, mesh=mesh)
         planned, report = model.distquant.plan.memory[work.rank()], model.distquant.report
-        held = sum(value.nbytes for value in model.state_dict().values())
         row = {"planned": planned.finished, "planned quantized": planned.quantized, "planned read": planned.read}
-        row |= {"reported": report.quantized_bytes + report.unquantized_bytes, "held": held}
+        row |= {"reported": report.quantized_bytes + report.unquantized_bytes}
         found.append(row | {"quantized": report.quantized_bytes, "read": report.bytes_read})
     return found
+
+
+def bytes_of_experts(path: str, quant: Any) -> tuple[int, int]:
+    """Bytes of all buffers of all stacks, and what the plan's method says of its experts, on one rank."""
+    model = dq.load(path, quantization_config=quant)
+    plan, scheme = model.distquant.plan, model.distquant.scheme
+    stacks = [module for module in model.modules() if type(module).__name__ == "ExpertStack"]
+    planned = 0
+    for tensor in plan.tensors:
+        if tensor.experts is not None and tensor.scheme != "none":
+            count, rows, columns = tensor.shape
+            planned += count * scheme.shard_nbytes(Shard(tensor.name, (rows, columns), tensor.dtype))
+    return sum(value.nbytes for stack in stacks for value in stack.buffers()), planned
 
 
 def held_experts(path: str, quant: Any, mesh: str | None = None) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
@@ -71,3 +84,8 @@ def held_experts(path: str, quant: Any, mesh: str | None = None) -> dict[str, tu
             name = f"{module}.{experts.first + number}.{leaf}"
             found[name] = (stack.dequantized(number).clone(), stack.components(number))
     return found
+
+
+def own_fingerprint(plans: list[dq.LoadPlan]) -> str:
+    """Of this rank's own plan."""
+    return dq.fingerprint(work.load_planned(plans))
