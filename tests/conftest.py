@@ -25,6 +25,20 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     return path
 
 
+@pytest.fixture(scope="session")
+def moe_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Path of a mixture of experts (see `moe_models.FAMILIES`) in a form, written when it is first asked for."""
+    from moe_models import save_moe
+
+    root = tmp_path_factory.mktemp("mixtures")
+
+    def path(family: str, form: str = "hub") -> str:
+        folder = root / form / family
+        return str(folder if folder.exists() else save_moe(family, folder, form))
+
+    return path
+
+
 @pytest.fixture
 def copy_of(model_of: Callable[[str], str], tmp_path: Path) -> Callable[[str], Path]:
     """A copy of a family's checkpoint that the test may spoil."""
@@ -46,7 +60,18 @@ def kjv_tiny() -> str:
 @pytest.fixture(scope="session")
 def kjv_llama() -> str:
     """The trained model beside the repository."""
-    folder = REPOSITORY.parent / "shared" / "models" / "kjv-llama"
+    return beside("kjv-llama")
+
+
+@pytest.fixture(scope="session")
+def kjv_mixtral() -> str:
+    """The trained mixture of experts beside the repository."""
+    return beside("kjv-mixtral")
+
+
+def beside(name: str) -> str:
+    """A model beside the repository, or a visible skip."""
+    folder = REPOSITORY.parent / "shared" / "models" / name
     if not folder.is_dir():
         pytest.skip(f"{folder} is not on this machine")
     return str(folder)

@@ -1,0 +1,68 @@
+"""The truth about quantized experts: transformers' own model, each expert's weights put through the method as a linear's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import work
+from torch import Tensor, nn
+
+import distquant as dq
+from distquant.kernels import reference
+from distquant.loader import scheme_of
+from distquant.schemes import Scheme, Shard
+
+
+def quantized_linear(scheme: Scheme, name: str, weight: Tensor) -> tuple[nn.Module, Shard]:
+    """The method's own module for an `nn.Linear` of this weight `[out, in]`, quantized whole on one rank."""
+    shape = (weight.shape[0], weight.shape[1])
+    shard = Shard(name, shape, str(weight.dtype).removeprefix("torch."))
+    flowing = scheme.flowing(name, shape, shard.dtype)
+    parts = {c.name: torch.empty(c.shape(shape), dtype=getattr(torch, c.dtype)).view(-1) for c in flowing}
+    scheme.encode(name, weight.contiguous(), parts, reference)
+    module = scheme.module(nn.Linear(shape[1], shape[0], bias=False, device="meta"), shard)
+    scheme.complete(shard, module, parts, reference)
+    return module, shard
+
+
+def as_linear(scheme: Scheme, name: str, weight: Tensor) -> Tensor:
+    """What a linear of this weight means once it is quantized, `[out, in]` in the weight's dtype."""
+    module, shard = quantized_linear(scheme, name, weight)
+    return scheme.dequantized(module, shard, reference).clone().to(weight.dtype)
+
+
+def weights_of(model: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Name and value `[out, in]` of a plan's weight in transformers' model: one, or one for each expert of a stack."""
+    if ".*." not in name:
+        yield name, model.get_parameter(name).data
+        return
+    owner, _, leaf = name.partition(".*.")
+    experts, projection = model.get_submodule(owner), leaf.removesuffix(".weight")
+    for number, (gate_up, down) in enumerate(zip(experts.gate_up_proj.data, experts.down_proj.data, strict=True)):
+        half = len(gate_up) // 2
+        turned = gate_up.shape[1] == 2 * down.shape[0]
+        parts = {"gate_proj": gate_up[:half], "up_proj": gate_up[half:], "down_proj": down}
+        if turned:
+            parts = {"gate_up_proj": gate_up.t(), "down_proj": down.t()}
+        yield name.replace("*", str(number), 1), parts[projection]
+
+
+def reference_model(path: str, quant: Any) -> Any:
+    """transformers' model in float32, with the values that the quantized weights of a plan mean."""
+    from transformers import AutoModelForCausalLM
+
+    plan = dq.plan(path, quantization_config=quant, dtype="float32")
+    scheme = scheme_of(plan)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    for tensor in plan.tensors:
+        if tensor.scheme != "none":
+            for name, weight in weights_of(model, tensor.name):
+                weight.copy_(as_linear(scheme, name, weight))
+    return model
+
+
+def reference_logits(path: str, quant: Any) -> Tensor:
+    with torch.no_grad():
+        return reference_model(path, quant)(torch.tensor(work.IDS)).logits

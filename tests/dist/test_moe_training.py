@@ -1,0 +1,115 @@
+"""Tokens find their experts on other ranks, forwards and back: own batches, adapters, answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lora
+import moe_training
+import pytest
+import torch
+import work
+from moe_ranks import MESHES, METHODS
+from test_adapters import ROUNDING
+from test_logits import distance
+
+import distquant as dq
+
+TO_ALL = {"dispatch": "all_to_all"}
+
+
+@pytest.fixture(scope="module")
+def alone(moe_of):
+    """Logits and gradients of every batch on one rank."""
+    known: dict[tuple[str, str], list[Any]] = {}
+
+    def of(family: str, method: str) -> list[Any]:
+        if (family, method) not in known:
+            path, quant = moe_of(family), METHODS[method]
+            known[family, method] = [
+                moe_training.own_batch(path, quant, None, number, {}) for number in range(len(moe_training.BATCHES))
+            ]
+        return known[family, method]
+
+    return of
+
+
+# -- batches of their own ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", ["ep=2", "ep=3", "ep=2,tp=2"])
+@pytest.mark.parametrize(
+    ("family", "method"), [("mixtral", "nf4"), ("gpt-oss", "none"), ("qwen2-moe", "fp8"), ("deepseek-v3", "nf4")]
+)
+def test_all_to_all_computes_each_ranks_own_batch(ranks, moe_of, alone, family, method, mesh):
+    plan = dq.plan(moe_of(family), quantization_config=METHODS[method], mesh=mesh, **TO_ALL)
+    found = ranks.run(MESHES[mesh], moe_training.own_batch, moe_of(family), METHODS[method], mesh, None, TO_ALL)
+    for rank, (logits, gradient) in enumerate(found):
+        expected, learnt = alone(family, method)[plan.mesh.coordinates(rank)["ep"]]
+        assert distance(logits, expected) < ROUNDING
+        assert distance(gradient, learnt) < ROUNDING
+
+
+@pytest.mark.parametrize("mesh", ["ep=2", "tp=2", "ep=2,tp=2"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "llama4"])
+def test_all_reduce_gives_all_ranks_the_same_gradient(ranks, moe_of, alone, family, mesh):
+    expected, learnt = alone(family, "nf4")[0]
+    found = ranks.run(MESHES[mesh], moe_training.own_batch, moe_of(family), METHODS["nf4"], mesh, 0, {})
+    for logits, gradient in found:
+        assert distance(logits, expected) < ROUNDING
+        assert distance(gradient, learnt) < ROUNDING
+
+
+def test_the_choice_is_in_the_plan(moe_of):
+    """Two ways to reach the experts are two plans; the weights are the same."""
+    plans = [dq.plan(moe_of("mixtral"), quantization_config="nf4", mesh="ep=2", **way) for way in ({}, TO_ALL)]
+    assert plans[0].digest != plans[1].digest
+    assert "all_reduce" in plans[0].to_json()
+    assert "all_to_all" in plans[1].to_json()
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "method"), [("mixtral", "nf4"), ("qwen2-moe", "int4"), ("gpt-oss", "mxfp4")])
+def test_adapters_on_attention_learn_as_on_one_rank(ranks, moe_of, family, method):
+    """Gradients of the first layer pass through the experts of all above it."""
+    path, quant = moe_of(family), METHODS[method]
+    logits, losses, gradients = moe_training.train(path, quant)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 1e-2
+    for mesh in ("ep=2", "tp=2"):
+        plan = dq.plan(path, quantization_config=quant, mesh=mesh)
+        for rank, (theirs, their_losses, found) in enumerate(ranks.run(2, moe_training.train, path, quant, mesh)):
+            assert distance(theirs, logits) < ROUNDING
+            assert their_losses == pytest.approx(losses, rel=1e-4)
+            for (module, side), truth in gradients.items():
+                assert truth.abs().max() > 1e-6, f"{module} {side}: a gradient of zero would prove nothing"
+                cut = lora.cut_of(plan, module, side)
+                tp = plan.mesh.coordinates(rank)["tp"]
+                parts = [truth.narrow(cut[0], a, b - a) for a, b in cut[1].segments(tp)] if cut else [truth]
+                expected = torch.cat(parts, cut[0] if cut else 0)
+                error = (found[module, side] - expected).abs().max() / truth.abs().max()
+                assert float(error) < ROUNDING, f"{module} {side} at {mesh} on rank {rank}"
+
+
+def test_a_training_step_leaves_the_fingerprint(ranks, moe_of):
+    for before, after in ranks.run(2, moe_training.fingerprints_of_step, moe_of("gpt-oss"), METHODS["nf4-dq"], "ep=2"):
+        assert before == after
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", ["ep=2", "ep=3", "tp=2"])
+def test_greedy_answers_are_those_of_one_rank(ranks, moe_of, mesh):
+    jobs = [(moe_of(family), "nf4-dq") for family in ("mixtral", "deepseek-v3", "gpt-oss", "llama4")]
+    assert ranks.run(MESHES[mesh], moe_training.tokens, jobs, mesh) == [moe_training.tokens(jobs)] * MESHES[mesh]
+
+
+@pytest.mark.parametrize("quant", ["nf4-dq", "int8", "mxfp4"])
+def test_generate_leaves_experts_as_they_were(ranks, moe_of, quant):
+    found = ranks.run(2, work.traces_of_generate, moe_of("gpt-oss"), quant, "ep=2", False)
+    for before, after, changed in found:
+        assert before == after
+        assert changed == []

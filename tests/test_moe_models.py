@@ -1,0 +1,58 @@
+"""The fixtures themselves: checkpoints that transformers reads, in every form, with the values that they claim."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from moe_models import FAMILIES, FORMS, read_all
+from moe_stored import save_stored
+
+IDS = torch.tensor([[5, 17, 99, 3, 42, 42, 8, 110], [90, 2, 31, 77, 12, 6, 55, 101]])
+
+
+def logits(path: str | Path, **kwargs) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **kwargs)(IDS).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_forms_are_the_same_model(moe_of, family):
+    hub, fused = (logits(moe_of(family, form)) for form in FORMS)
+    assert torch.equal(hub, fused)
+    assert hub.std() > 0.5, "logits near zero would hide differences"
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("mixtral", "experts.7.w3.weight"), ("olmoe", "experts.10.up_proj.weight")]
+)
+def test_hub_form_has_a_tensor_for_each_expert_in_several_files(moe_of, family, name):
+    hub, fused = (Path(moe_of(family, form)) for form in FORMS)
+    assert [key for key in read_all(hub) if key.endswith(name)]
+    assert not [key for key in read_all(fused) if key.endswith(name)]
+    assert len(list(hub.glob("*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("changes", ["down_proj", "gate_up_proj", "router"])
+def test_every_part_of_the_experts_matters(moe_of, tmp_path, changes):
+    """Of a family with biases; a change of one expert shows in the logits."""
+    from moe_models import changed
+
+    def change(tensors):
+        for name in tensors:
+            if changes in name:
+                tensors[name][1] += 0.5
+
+    path = moe_of("gpt-oss")
+    assert not torch.allclose(logits(path), logits(changed(path, tmp_path / "changed", change)), rtol=1e-3)
+
+
+def test_mxfp4_means_what_transformers_reads_in_it(moe_of, tmp_path):
+    from transformers import Mxfp4Config
+
+    stored, twin = save_stored("mxfp4", Path(moe_of("gpt-oss")), tmp_path / "mxfp4")
+    theirs = logits(stored, quantization_config=Mxfp4Config(dequantize=True))
+    assert torch.equal(theirs, logits(twin))
