@@ -177,9 +177,9 @@ class Experts(nn.Module):
         return self.plain_value(name, number).detach().view(-1)
 
     @classmethod
-    def around(cls, original: nn.Module, form: Form, dealt: Cut) -> Experts:
+    def around(cls, original: nn.Module, form: Form) -> Experts:
         """The experts of a model's own module, with its parameters; what `give_back` undoes."""
-        module = cls(original, form, dealt, 0)
+        module = cls(original, form, Cut(form.count, (((0, form.count),),)), 0)
         for projection in form.projections:
             for suffix, leaf in (("", "weight"), *((("_bias", "bias"),) if form.bias else ())):
                 name = projection.parameter + suffix
