@@ -132,6 +132,7 @@ def cases() -> list[Case]:
             given = lambda w, bits=bits, symmetric=symmetric: (w, 128, bits, symmetric)  # noqa: E731
             outputs = groups[:2] if symmetric else groups
             found.append(Case(f"int{bits}, groups of 128, {name}", "quantize_groups", given, outputs))
+    found.append(Case("mxfp4", "quantize_mxfp4", lambda w: (w,), fp8))
     found.append(Case("second level, blocks of 256", "quantize_blockwise", second_level, four, their_second_level))
     found += [Case(f"dequantize {kind}", "dequantize_4bit", packed(kind), (), their_dequantized, parameters=2)
               for kind in ("nf4", "fp4")]  # fmt: skip

@@ -72,6 +72,7 @@ def contestants(weight: Tensor) -> list[Contestant]:
     add("fp8, rows", "quantize_fp8", (1, None))
     add("fp8, tensor", "quantize_fp8", (None, None))
     add("int8 rows", "quantize_int8_rows")
+    add("mxfp4", "quantize_mxfp4")
     add("int4, groups of 128", "quantize_groups", 128, 4, True)
     if importlib.util.find_spec("bitsandbytes") is not None:
         from bitsandbytes import functional

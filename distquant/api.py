@@ -27,6 +27,7 @@ def plan(
     dtype: Any = "auto",
     staging: str | int = DEFAULT_STAGING,
     ranks_per_node: int | None = None,
+    dispatch: str = "all_reduce",
     on_unsupported: str = "error",
     capability: tuple[int, int] | None = None,
     trust_remote_code: bool = False,
@@ -44,6 +45,8 @@ def plan(
         dtype: what weights are loaded in and quantized from; "auto" takes the checkpoint's.
         staging: bytes that weights may pass through, per rank.
         ranks_per_node: ranks that share a node, and so read each byte once among them; None: 8.
+        dispatch: how tokens reach experts on other ranks of ep: "all_reduce" where all of them are given the same
+            tokens (as by `generate`), "all_to_all" where each is given a batch of its own.
         on_unsupported: what to do with a checkpoint that is quantized by a method without a scheme here: "error", or
             "skip" to leave the method out and plan its tensors as they are stored. Such a plan is to be read; `load`
             refuses it.
@@ -65,6 +68,7 @@ def plan(
         dtype=dtype,
         staging=staging,
         ranks_per_node=ranks_per_node,
+        dispatch=dispatch,
         on_unsupported=on_unsupported,
         trust_remote_code=trust_remote_code,
         revision=revision,
@@ -88,6 +92,7 @@ def load(
     max_memory: str | int | Mapping[Any, Any] | None = None,
     dtype: Any = "auto",
     staging: str | int = DEFAULT_STAGING,
+    dispatch: str = "all_reduce",
     on_unsupported: str = "error",
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -130,6 +135,7 @@ def load(
             max_memory=dict(max_memory) if isinstance(max_memory, Mapping) else max_memory,
             dtype=dtype,
             staging=staging,
+            dispatch=dispatch,
             on_unsupported=on_unsupported,
             trust_remote_code=trust_remote_code,
             revision=revision,

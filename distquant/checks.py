@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from distquant.config.resolve import is_known
 from distquant.device_map import place_of
 from distquant.draft import Draft
 from distquant.errors import InputError, Problem, Problems
 from distquant.facts import Facts, format_bytes
+from distquant.planning.experts import ALL_REDUCE, expert_name
 from distquant.planning.load_plan import LoadPlan, RankMemory
 from distquant.schemes import Context, config_classes
 from distquant.schemes.registry import discover
-from distquant.skeleton import FLOATS
+from distquant.skeleton import EXPECTED, FLOATS, ROWS, STAR, Param, Skeleton, Source, sources_by_expert
 
 TOLD = 20
 """Parameters that are named where many have a problem of the same kind; of more, the number is told."""
 
+
+DENSE_FIX = "Use tp, and dp for replicas"
 
 PLAIN = {"float64", "float32", "float16", "bfloat16", "int64", "bool"}
 """Dtypes of parameters and buffers that are what they say."""
@@ -43,6 +48,7 @@ def check_draft(draft: Draft, facts: Facts, mapped: bool, problems: Problems) ->
     )
     problems.extend(draft.scheme.validate(context))
     _check_mesh(draft, None if mapped else facts.device_count, problems)
+    _check_experts(draft, problems)
     _check_missing(draft, problems)
     _check_devices(draft, facts.device_type, problems)
     weights, kept = {f"{name}.weight" for name in draft.converted}, set(draft.kept.weights)
@@ -60,12 +66,7 @@ def check_draft(draft: Draft, facts: Facts, mapped: bool, problems: Problems) ->
 def _check_mesh(draft: Draft, devices: int | None, problems: Problems) -> None:
     mesh, skeleton = draft.mesh, draft.skeleton
     if mesh.ep > 1:
-        rules = len(draft.scheme.update_ep_plan(dict(skeleton.ep_plan)))
-        kind = "has no experts"
-        if skeleton.experts:
-            kind = f"has an expert plan of {rules} rules, but expert parallelism comes later"
-        what = f"ep={mesh.ep}, and {skeleton.architecture} {kind}"
-        problems.add("mesh", what, "Use tp, and dp for replicas")
+        problems.extend(_wrong_ep(draft))
     if mesh.tp > 1 and not skeleton.tp_plan:
         what = f"{skeleton.architecture} has no tensor-parallel plan, tp={mesh.tp} needs one"
         problems.add("mesh", what, "Use tp=1, or device_map='auto' over the devices of one process")
@@ -74,15 +75,50 @@ def _check_mesh(draft: Draft, devices: int | None, problems: Problems) -> None:
         problems.add("mesh", what, f"Start {mesh.size} ranks, or give a mesh of {devices}")
 
 
+def _wrong_ep(draft: Draft) -> Iterator[Problem]:
+    """Why experts cannot be dealt out."""
+    mesh, skeleton = draft.mesh, draft.skeleton
+    if not skeleton.experts and not skeleton.unknown_experts:
+        yield Problem("mesh", f"ep={mesh.ep}, and {skeleton.architecture} has no experts", DENSE_FIX)
+    fewest = min(skeleton.experts.values(), key=lambda experts: experts.count, default=None)
+    if fewest is not None and fewest.count < mesh.ep:
+        what = f"ep={mesh.ep} ranks for the {fewest.count} experts of {fewest.name}"
+        yield Problem("mesh", what, f"Use at most ep={fewest.count}; cut inside experts with tp")
+    dense = next((experts for experts in skeleton.experts.values() if experts.dense), None)
+    if dense is not None and draft.dispatch != ALL_REDUCE:
+        what = f"{draft.dispatch!r}, and {dense.name} is called with every token for every expert"
+        yield Problem("dispatch", what, f"Use {ALL_REDUCE!r}")
+
+
+def _check_experts(draft: Draft, problems: Problems) -> None:
+    """Experts of a form that is not known cannot be quantized or dealt out; left as they are, they only cost memory."""
+    skeleton, selection = draft.skeleton, draft.scheme.config.selection
+    wanted = draft.scheme.stacks and not draft.prequantized
+    for name, found in skeleton.unknown_experts.items():
+        if draft.mesh.ep > 1 or (wanted and selection.selects(name)):
+            fix = f"Leave {name.rpartition('.')[2]!r} out of the modules to convert, and use ep=1"
+            problems.add(name, f"{found} is no form of experts that is known, which is {EXPECTED}", fix)
+    for name in draft.stacked:
+        if place_of(draft.device_map or {}, name) == "disk":
+            problems.add("device_map", f"{name} is mapped to disk, and experts cannot be offloaded", "Use cpu or a GPU")
+
+
 def _check_missing(draft: Draft, problems: Problems) -> None:
     missing = draft.skeleton.missing
     fix = "Download the checkpoint again, or check that config.json belongs to it"
     for name in missing[:TOLD]:
-        what = f"the checkpoint has no tensor for it (shape {list(draft.skeleton.params[name].shape)})"
+        what = f"the checkpoint has no tensor for it (shape {list(_shape_of(draft.skeleton, name))})"
         problems.add(name, what, fix)
     if len(missing) > TOLD:
         what = f"{len(missing) - TOLD} more parameters have no tensor in it"
         problems.add(str(draft.checkpoint.path), what, fix)
+
+
+def _shape_of(skeleton: Skeleton, name: str) -> tuple[int, ...]:
+    """The shape of a parameter, which may be one expert's."""
+    if name in skeleton.params:
+        return skeleton.params[name].shape
+    return skeleton.params[re.sub(r"\.\d+(\.[^.]+\.[^.]+)$", rf".{STAR}\1", name)].shape[1:]
 
 
 def _check_devices(draft: Draft, here: str | None, problems: Problems) -> None:
@@ -100,13 +136,32 @@ def _check_devices(draft: Draft, here: str | None, problems: Problems) -> None:
 
 def _wrong_sources(draft: Draft, name: str, quantized: bool, kept: bool) -> Iterator[Problem]:
     """Why the checkpoint's tensors cannot fill a parameter."""
-    param, sources, tensors = draft.skeleton.params[name], draft.skeleton.sources[name], draft.checkpoint.tensors
-    infos = {source.component: tensors[source.tensor] for source in sources}
+    param, sources = draft.skeleton.params[name], draft.skeleton.sources[name]
     linear = draft.skeleton.linears.get(name.rpartition(".")[0])
-    logical = param.shape[::-1] if quantized and linear is not None and linear.transposed else param.shape
+    if linear is None or not linear.experts:
+        logical = param.shape[::-1] if quantized and linear is not None and linear.transposed else param.shape
+        yield from _wrong(draft, param, logical, sources, quantized, kept)
+        return
+    seen = set()
+    for number, own in enumerate(sources_by_expert(sources, linear.experts, draft.shapes)):
+        infos = [(s.component, s.take is None, draft.taken(s), draft.checkpoint.tensors[s.tensor]) for s in own]
+        kind = tuple((component, whole, count, info.shape, info.dtype) for component, whole, count, info in infos)
+        if own and kind not in seen:  # experts are alike, and there may be thousands
+            seen.add(kind)
+            shape = param.shape[1:]
+            stored = shape[::-1] if linear.transposed and len(shape) == 2 else shape
+            one = replace(param, name=expert_name(name, number), shape=shape if quantized else stored)
+            yield from _wrong(draft, one, shape, own, quantized, kept)
+
+
+def _wrong(
+    draft: Draft, param: Param, logical: tuple[int, ...], sources: tuple[Source, ...], quantized: bool, kept: bool
+) -> Iterator[Problem]:
+    name, tensors = param.name, draft.checkpoint.tensors
+    infos = {source.component: tensors[source.tensor] for source in sources}
+    shapes = {source.component: _taken_shape(source, tensors[source.tensor].shape) for source in sources}
     if (quantized and draft.prequantized) or draft.scheme.decodes(name):
-        stored = {component: info.shape for component, info in infos.items()}
-        yield from draft.scheme.check_stored(name, logical, stored)
+        yield from draft.scheme.check_stored(name, logical, shapes)
         yield from draft.scheme.check_dtypes(name, {component: info.dtype for component, info in infos.items()})
         return
     extra = sorted(component for component in infos if component)
@@ -126,12 +181,24 @@ def _wrong_sources(draft: Draft, name: str, quantized: bool, kept: bool) -> Iter
             what = f"{source.tensor} is concatenated along the input dim, which cannot be streamed"
             yield Problem(name, what, "Convert the checkpoint with save_pretrained first")
     whole = len(sources) == 1 and sources[0].offset is None and sources[0].take is None
-    shape = infos[""].shape
+    shape = shapes[""]
     if (whole and shape != param.shape) or sum(map(draft.taken, sources)) != math.prod(param.shape):
         what = f"the checkpoint has shape {list(shape)}, the model {list(param.shape)}"
         yield Problem(name, what, OTHER_CHECKPOINT)
     elif quantized:
         yield from draft.scheme.check_weight(name, logical)
+
+
+def _taken_shape(source: Source, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what a source takes; without the dim of one element that an expert is taken by."""
+    if source.take is None:
+        return shape
+    dim, start, stop = source.take
+    if dim == ROWS:
+        return (stop - start, shape[-1])
+    if dim == 0 and stop - start == 1 and len(shape) > 1:
+        return shape[1:]
+    return (*shape[:dim], stop - start, *shape[dim + 1 :])
 
 
 def check_rank_memory(draft: Draft, memory: tuple[RankMemory, ...], facts: Facts, problems: Problems) -> None:

@@ -32,6 +32,9 @@ class Axis(Protocol):
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Fills `tensor` on every rank with that of axis position `source`."""
 
+    def all_to_all(self, tensor: Tensor, sent: list[int], got: list[int]) -> Tensor:
+        """Sends runs of `sent` rows of `tensor` to the ranks in order; returns the runs of `got` rows from them."""
+
 
 class Comm(Protocol):
     """All ranks of a load, seen from one of them."""
@@ -42,7 +45,7 @@ class Comm(Protocol):
     """Seconds that a rank waits for the others before it gives up."""
 
     def axis(self, name: str) -> Axis:
-        """The ranks along a mesh axis (`dp`, `ep`, `tp`)."""
+        """The ranks along a mesh axis (`dp`, `ep`, `tp`), or `ep,tp`: all that hold a part of one replica."""
 
     def share(self, value: Any) -> Any:
         """Rank 0's (picklable) value, on every rank."""
@@ -64,6 +67,9 @@ class SoloAxis:
         return tensor
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        return tensor
+
+    def all_to_all(self, tensor: Tensor, sent: list[int], got: list[int]) -> Tensor:
         return tensor
 
 

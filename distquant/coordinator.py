@@ -21,6 +21,7 @@ from distquant.facts import Facts, parse_bytes
 from distquant.layout import Layout, plain
 from distquant.notes import notes_on
 from distquant.placement import check_memory, infer_device_map, read_memory
+from distquant.planning.experts import expert_rules, plan_experts
 from distquant.planning.load_plan import LoadPlan, ModuleShard, RankMemory, TensorPlan
 from distquant.planning.parallel import (
     COLWISE,
@@ -35,7 +36,18 @@ from distquant.planning.parallel import (
 from distquant.planning.reading import nodes_of, way_of_reading
 from distquant.request import Request, collected, read_request
 from distquant.schemes import Shard, config_classes, scheme_for
-from distquant.skeleton import as_stored, build, build_skeleton, gguf_names, with_gguf_sources
+from distquant.skeleton import (
+    STAR,
+    Linear,
+    Skeleton,
+    as_stored,
+    build,
+    build_skeleton,
+    gguf_names,
+    split_experts,
+    tell_parts,
+    with_gguf_sources,
+)
 
 CUT_DIM = {COLWISE: 0, COLWISE_GATHER: 0, VOCAB_EMBEDDING: 0, ROWWISE: 1, ROWWISE_SPLIT: 1}
 """The weight's dim that each style cuts."""
@@ -72,11 +84,16 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
         shapes = {names.params.get(name, name): shape for name, shape in shapes.items()}
     scheme = scheme_for(config)
     unplaced = Problems()
-    suffixes = scheme.suffixes if merged.prequantized else {}
+    suffixes = {**scheme.suffixes, **scheme.fused_suffixes} if merged.prequantized else {}
     skeleton = build_skeleton(model, shapes, suffixes, unplaced)
+    stacked = tuple(skeleton.experts) if scheme.stacks or mesh.ep * mesh.tp > 1 else ()
+    stacks = split_experts(skeleton, stacked, shapes)
+    tell_parts(stacks.parts, unplaced)
     if unplaced and merged.prequantized and request.on_unsupported == "skip":
         scheme, merged, skipped = scheme_for(NoneConfig()), Merged(NoneConfig(), False), detect(checkpoint.config)
         skeleton = build_skeleton(model, shapes, {}, problems)
+        stacked = tuple(skeleton.experts) if mesh.ep * mesh.tp > 1 else ()
+        stacks = split_experts(skeleton, stacked, shapes)
     else:
         problems.extend(unplaced)
     understood = not problems
@@ -88,13 +105,22 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
         nodes=facts.nodes if len(facts.nodes) == mesh.size else nodes_of(mesh.size, request.ranks_per_node),
         prequantized=merged.prequantized,
         dequantize=merged.dequantize and not scheme.delegated,
-        skeleton=skeleton,
+        skeleton=stacks,
+        stacked=stacked,
         skipped=skipped,
+        dispatch=given.dispatch,
     )
+    draft.converted = _converted(draft, problems)
+    if mesh.ep * mesh.tp == 1:
+        needed = {name.partition(f".{STAR}.")[0] for name in draft.converted if STAR in name}
+        if needed != set(stacked):
+            draft.stacked = tuple(name for name in stacked if name in needed)
+            draft.skeleton = split_experts(skeleton, draft.stacked, shapes)
     if names is not None:
         draft.skeleton = with_gguf_sources(draft.skeleton, names)
     if skipped is not None or (scheme.delegated and merged.prequantized):
         draft.skeleton, draft.kept = as_stored(draft.skeleton, checkpoint.tensors)
+        draft.converted = [name for name in draft.converted if name in draft.skeleton.linears]
     return _Planner(request, facts, draft, problems, understood).plan(model)
 
 
@@ -111,7 +137,6 @@ class _Planner:
 
     def plan(self, model: Any) -> LoadPlan:
         draft, config = self.draft, self.draft.scheme.config
-        draft.converted = self._converted()
         draft.device_map = self._device_map(model)
         if draft.device_map is not None:
             draft.offloaded = draft.scheme.offloaded(draft.converted, draft.device_map)
@@ -140,6 +165,8 @@ class _Planner:
             heads=draft.parallel.heads,
             modules=draft.parallel.modules,
             attentions=draft.parallel.attentions,
+            experts=draft.parallel.experts,
+            dispatch=draft.dispatch,
             converted=tuple(draft.converted),
             rules=tuple(draft.parallel.rules),
             notes=tuple(notes_on(draft)),
@@ -152,13 +179,6 @@ class _Planner:
             facts=self.facts,
             trust_remote_code=self.request.trust_remote_code,
         )
-
-    def _converted(self) -> list[str]:
-        """Modules to convert; a tied weight is never converted (it is an embedding's as well)."""
-        skeleton, scheme = self.draft.skeleton, self.draft.scheme
-        if not self.draft.prequantized:
-            self.problems.extend(scheme.config.selection.unmatched(_leaves(skeleton.modules)))
-        return [name for name in scheme.converts(skeleton) if f"{name}.weight" in skeleton.params]
 
     # -- devices and memory ----------------------------------------------------------------------------------------
 
@@ -173,9 +193,8 @@ class _Planner:
 
         def nbytes(name: str) -> int:
             linear, weight = draft.skeleton.linears[name], draft.skeleton.params[f"{name}.weight"]
-            return draft.scheme.shard_nbytes(
-                Shard(f"{name}.weight", (linear.out_features, linear.in_features), weight.dtype)
-            )
+            shard = Shard(f"{name}.weight", (linear.out_features, linear.in_features), weight.dtype)
+            return draft.scheme.shard_nbytes(shard) * max(linear.experts, 1)
 
         sizes = {} if draft.dequantize else {name: nbytes(name) for name in draft.converted}
         asked = draft.scheme.update_device_map(asked) if isinstance(asked, dict) else asked
@@ -219,45 +238,88 @@ class _Planner:
     # -- cutting ---------------------------------------------------------------------------------------------------
 
     def _parallel(self) -> ParallelPlan:
-        skeleton, scheme, converted = self.draft.skeleton, self.draft.scheme, set(self.draft.converted)
-        if self.draft.mesh.tp == 1 or not skeleton.tp_plan:
-            return ParallelPlan()
+        draft, skeleton, mesh = self.draft, self.draft.skeleton, self.draft.mesh
+        scheme, converted = draft.scheme, set(draft.converted)
 
         def layout_of(name: str) -> Layout:
             linear, weight = skeleton.linears[name], skeleton.params.get(f"{name}.weight")
             dtype = weight.dtype if weight else "float32"
             shape = (linear.out_features, linear.in_features)
-            return scheme.layout(f"{name}.weight", shape, dtype) if name in converted else plain(dtype)
+            first = f"{name}.weight".replace(STAR, "0")
+            return scheme.layout(first, shape, dtype) if name in converted else plain(dtype)
 
-        tp_plan = scheme.update_tp_plan(dict(skeleton.tp_plan))
-        return rewrite_tp_plan(skeleton, tp_plan, self.draft.mesh.tp, layout_of)
+        parallel = ParallelPlan()
+        plans = scheme.update_tp_plan(dict(skeleton.tp_plan)), scheme.update_ep_plan(dict(skeleton.ep_plan))
+        if mesh.tp > 1 and skeleton.tp_plan:
+            for_experts = {rule for rules in expert_rules(skeleton, plans[0]).values() for rule in rules}
+            dense = {rule: style for rule, style in plans[0].items() if rule not in for_experts}
+            parallel = rewrite_tp_plan(skeleton, dense, mesh.tp, layout_of)
+        if draft.stacked and all(mesh.ep <= skeleton.experts[name].count for name in draft.stacked):
+            plan_experts(skeleton, draft.stacked, mesh, plans, layout_of, parallel)
+        return parallel
 
     def _tensors(self) -> Iterator[TensorPlan]:
         """One entry a tensor, in the order of files and offsets."""
-        skeleton, parallel, converted = self.draft.skeleton, self.draft.parallel, set(self.draft.converted)
+        skeleton, converted = self.draft.skeleton, set(self.draft.converted)
         order = {name: i for i, name in enumerate(self.draft.checkpoint.tensors)}
 
         def place(name: str) -> int:
             return min((order[source.tensor] for source in skeleton.sources[name]), default=0)
 
         for name in sorted(skeleton.sources, key=place):
-            param, (owner, _, leaf) = skeleton.params[name], name.rpartition(".")
-            shard = parallel.modules.get(owner) or self._tied_shard(name)
-            dim = _cut_dim(shard, leaf)
-            linear = skeleton.linears.get(owner)
-            turned = owner in converted and leaf == "weight" and linear is not None and linear.transposed
-            shape = param.shape[::-1] if turned else param.shape
+            owner, _, leaf = name.rpartition(".")
             scheme = self.draft.scheme.name if owner in converted and leaf == "weight" else "none"
-            cut = shard.cut if shard is not None and dim is not None else None
-            turned = turned and not self.draft.prequantized
-            reading = way_of_reading(dim, parallel.cuts[cut] if cut else None, self.draft.mesh, self.draft.nodes)
-            yield TensorPlan(name, shape, param.dtype, scheme, skeleton.sources[name], dim, cut, turned, reading)
+            linear = skeleton.linears.get(owner)
+            if linear is not None and linear.experts:
+                if self.draft.parallel.experts:
+                    yield self._stack(linear, name, leaf, scheme)
+            else:
+                yield self._tensor(linear, name, leaf, scheme)
+
+    def _tensor(self, linear: Linear | None, name: str, leaf: str, scheme: str) -> TensorPlan:
+        draft, parallel = self.draft, self.draft.parallel
+        param, sources = draft.skeleton.params[name], draft.skeleton.sources[name]
+        shard = parallel.modules.get(name.rpartition(".")[0]) or self._tied_shard(name)
+        dim = _cut_dim(shard, leaf)
+        turned = scheme != "none" and linear is not None and linear.transposed
+        shape = param.shape[::-1] if turned else param.shape
+        cut = shard.cut if shard is not None and dim is not None else None
+        turned = turned and not draft.prequantized
+        reading = way_of_reading(dim, parallel.cuts[cut] if cut else None, draft.mesh, draft.nodes)
+        return TensorPlan(name, shape, param.dtype, scheme, sources, dim, cut, turned, reading)
+
+    def _stack(self, linear: Linear, name: str, leaf: str, scheme: str) -> TensorPlan:
+        """A projection of all experts of a module, or its biases."""
+        draft, parallel = self.draft, self.draft.parallel
+        param, sources = draft.skeleton.params[name], draft.skeleton.sources[name]
+        dealt = parallel.experts[name.partition(f".{STAR}.")[0]].dealt
+        dim, cut = parallel.stacks.get(linear.name, (None, None))
+        if leaf == "bias" and dim == 1:
+            dim, cut = None, None
+        turned = linear.transposed and leaf == "weight" and not (draft.prequantized and scheme != "none")
+        found = parallel.cuts[cut] if cut else None
+        reading = way_of_reading(dim, found, draft.mesh, draft.nodes, expert=True)
+        place = None if dim is None else dim + 1
+        return TensorPlan(name, param.shape, param.dtype, scheme, sources, place, cut, turned, reading, dealt)
 
     def _tied_shard(self, name: str) -> ModuleShard | None:
         """The shard of a module whose parameter is tied to this one (its own module may have no rule)."""
         modules, tied = self.draft.parallel.modules, self.draft.skeleton.tied
         sharers = (target.rpartition(".")[0] for target, source in tied.items() if source == name)
         return next((modules[module] for module in sharers if module in modules), None)
+
+
+def _converted(draft: Draft, problems: Problems) -> list[str]:
+    """Modules to convert; a tied weight is never converted (it is an embedding's as well)."""
+    skeleton, scheme = draft.skeleton, draft.scheme
+    if not draft.prequantized:
+        problems.extend(scheme.config.selection.unmatched(_leaves((*skeleton.modules, *_stacks_of(skeleton)))))
+    found = [name for name in scheme.converts(skeleton) if f"{name}.weight" in skeleton.params]
+    return found if scheme.stacks else [name for name in found if STAR not in name]
+
+
+def _stacks_of(skeleton: Skeleton) -> list[str]:
+    return [name for name, linear in skeleton.linears.items() if linear.experts]
 
 
 def _cut_dim(shard: ModuleShard | None, leaf: str) -> int | None:

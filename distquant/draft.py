@@ -6,20 +6,22 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 from distquant.checkpoint import Checkpoint
 from distquant.layout import DTYPE_BYTES
 from distquant.mesh import Mesh
+from distquant.planning.cuts import Cut
+from distquant.planning.experts import ALL_REDUCE, experts_of, one_of, owner_of, pieces_of
 from distquant.planning.load_plan import RankMemory, TensorPlan
 from distquant.planning.parallel import ParallelPlan
 from distquant.planning.reading import Dealer, node_columns, rows_and_width
+from distquant.planning.slots import READ_SLOTS, SEND_SLOTS, SLACK
 from distquant.schemes import Scheme, Shard
 from distquant.schemes.flow import Flow, flows_of
-from distquant.skeleton import Kept, Skeleton, Source
-
-SLOTS, SLACK = 8, 4 * 4096
-"""Pieces that the engine stages at once, each as large as the largest that cannot be divided, and what is added."""
+from distquant.skeleton import Kept, Skeleton, Source, taken
 
 
 @dataclass(kw_only=True)
@@ -36,6 +38,8 @@ class Draft:
     dequantize: bool
     """Whether stored quantized weights become ordinary ones."""
     skeleton: Skeleton
+    stacked: tuple[str, ...] = ()
+    """Modules of experts that the skeleton has split into stacks."""
     skipped: dict[str, Any] | None = None
     """The checkpoint's quantization config, where its method is left out."""
     kept: Kept = field(default_factory=Kept)
@@ -45,11 +49,22 @@ class Draft:
     offloaded: set[str] = field(default_factory=set)
     """Modules that the device map leaves unquantized."""
     device_map: dict[str, str] | None = None
+    dispatch: str = ALL_REDUCE
+    """How tokens reach experts on other ranks of ep."""
     parallel: ParallelPlan = field(default_factory=ParallelPlan)
     tensors: tuple[TensorPlan, ...] = ()
 
-    def local(self, tensor: TensorPlan, tp: int) -> tuple[int, int]:
-        """Elements and bytes of one rank's part of a tensor."""
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each checkpoint tensor."""
+        return {name: info.shape for name, info in self.checkpoint.tensors.items()}
+
+    def local(self, tensor: TensorPlan, tp: int, ep: int = 0) -> tuple[int, int]:
+        """Elements and bytes of a rank's part of a tensor."""
+        if tensor.experts is not None:
+            count, nbytes = self.local(one_of(tensor), tp)
+            held = self.parallel.cuts[tensor.experts].length(ep)
+            return count * held, nbytes * held
         cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
         if tensor.scheme != "none":
             shard = self.shard(tensor, tp)
@@ -67,11 +82,7 @@ class Draft:
 
     def taken(self, source: Source) -> int:
         """Elements of a checkpoint tensor that a source takes."""
-        shape = self.checkpoint.tensors[source.tensor].shape
-        if source.take is None:
-            return math.prod(shape)
-        dim, start, stop = source.take
-        return math.prod(shape) // shape[dim] * (stop - start)
+        return taken(source, self.checkpoint.tensors[source.tensor].shape)
 
     def entire(self) -> list[tuple[TensorPlan, int]]:
         """Tensors that one rank quantizes as one, with the bytes that this takes beside the staging asked for."""
@@ -79,12 +90,14 @@ class Draft:
         for tensor in self.tensors:
             if tensor.scheme == "none" or self.prequantized:
                 continue
+            if tensor.experts is not None:
+                tensor = next(experts_of(tensor, self.shapes))
             working = self.scheme.entire(tensor.name, (tensor.shape[0], tensor.shape[1]))
             if working:
                 read = sum(self.taken(s) * self._item(s) for s in tensor.sources)
                 flowing = self.scheme.flowing(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype)
-                slot = max(read, sum(c.nbytes(tensor.shape) for c in flowing)) + SLACK
-                found.append((tensor, max(SLOTS * slot - self.staging, 0) + working))
+                slot = max(read, sum(c.nbytes(tensor.shape) for c in flowing)) + 2 * SLACK
+                found.append((tensor, max((READ_SLOTS + SEND_SLOTS) * slot - self.staging, 0) + working))
         return found
 
     def _item(self, source: Source) -> int:
@@ -101,26 +114,30 @@ class Draft:
         for tensor in self.tensors:
             layout = None  # a method may store weights of one shape in several ways
             if tensor.scheme != "none":
-                layout = self.scheme.layout(tensor.name, tensor.shape, tensor.dtype)
-            key = (tensor.shape, tensor.dtype, tensor.scheme, tensor.dim, tensor.cut, layout)
+                one = one_of(tensor)
+                layout = self.scheme.layout(one.name, one.shape, one.dtype)
+            key = (tensor.shape, tensor.dtype, tensor.scheme, tensor.dim, tensor.cut, tensor.experts, layout)
             first.setdefault(key, tensor)
             counts[key] += 1
         return [(tensor, counts[key]) for key, tensor in first.items()]
 
     def memory(self) -> Iterator[RankMemory]:
-        """The memory table, a row a rank. Ranks with the same tp position share their sizes."""
+        """The memory table, a row a rank. Ranks at the same place on tp and ep share their sizes."""
         alike, read = self.alike(), self._reads()
         staging = self.staging + max((nbytes for _, nbytes in self.entire()), default=0)
-        rows = [replace(self._row(tp, alike), staging=staging) for tp in range(self.mesh.tp)]
+        rows: dict[tuple[int, int], RankMemory] = {}
         for rank in range(self.mesh.size):
-            row = rows[self.mesh.coordinates(rank)["tp"]]
-            yield replace(row, rank=rank, read=read[rank])
+            at = self.mesh.coordinates(rank)
+            place = (at["tp"], at["ep"])
+            if place not in rows:
+                rows[place] = replace(self._row(*place, alike), staging=staging)
+            yield replace(rows[place], rank=rank, read=read[rank])
 
-    def _row(self, tp: int, alike: list[tuple[TensorPlan, int]]) -> RankMemory:
-        """Sizes of a tp position; what is read depends on the rank."""
+    def _row(self, tp: int, ep: int, alike: list[tuple[TensorPlan, int]]) -> RankMemory:
+        """Sizes of a place on tp and ep; what is read depends on the rank."""
         parameters = quantized = unquantized = 0
         for tensor, times in alike:
-            count, nbytes = self.local(tensor, tp)
+            count, nbytes = self.local(tensor, tp, ep)
             parameters += count * times
             if tensor.scheme == "none" or self.dequantize:
                 unquantized += nbytes * times
@@ -129,30 +146,71 @@ class Draft:
         return RankMemory(tp, parameters, 0, quantized, unquantized, self.staging)
 
     def _reads(self) -> list[int]:
-        """Bytes that each rank is dealt; nodes whose ranks have the same positions are dealt the same."""
+        """Bytes that each rank is dealt; nodes whose ranks have the same places are dealt the same."""
         read, dealt = [0] * self.mesh.size, {}
-        flows = [(flow, self._stored_bytes(flow)) for tensor in self.tensors for flow in self._flows(tensor)]
+        flowing = self._flowing()
         for node in sorted(set(self.nodes)):
             ranks = tuple(rank for rank, its in enumerate(self.nodes) if its == node)
-            key = tuple(self.mesh.coordinates(rank)["tp"] for rank in ranks)
-            if key not in dealt:
-                dealt[key] = list(self._dealt(ranks, flows).values())
-            for rank, nbytes in zip(ranks, dealt[key], strict=True):
+            places, work = self._work(ranks, flowing)
+            if (places, work) not in dealt:
+                dealt[places, work] = list(self._dealt(ranks, places, work).values())
+            for rank, nbytes in zip(ranks, dealt[places, work], strict=True):
                 read[rank] = nbytes
         return read
 
-    def _flows(self, tensor: TensorPlan) -> Iterator[Flow]:
-        cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
-        return flows_of(tensor, cut, self.scheme, self.prequantized, self.checkpoint.tensors)
+    def _flowing(self) -> dict[int | None, list[tuple[int, tuple[_Sized, ...]]]]:
+        """Place in the order of loading, and what flows: of dense tensors (None), and by the experts' place on ep."""
+        found: dict[int | None, list[tuple[int, tuple[_Sized, ...]]]] = {None: []}
+        known: dict[Any, tuple[_Sized, ...]] = {}
+        tensors = self.checkpoint.tensors
+        for index, piece in enumerate(pieces_of(self.tensors, self.shapes)):
+            sources = [(s.component, s.take is None, tensors[s.tensor]) for s in piece.tensor.sources]
+            stored = tuple((component, whole, info.shape, info.dtype) for component, whole, info in sources)
+            key = (piece.stack.name, stored)  # experts are alike, and there may be thousands
+            if key not in known:
+                known[key] = tuple(self._sized(piece.tensor))
+            dealt = self.parallel.cuts[piece.stack.experts] if piece.stack.experts is not None else None
+            owner = None if dealt is None else owner_of(dealt, piece.number)
+            found.setdefault(owner, []).append((index, known[key]))
+        return found
 
-    def _dealt(self, ranks: tuple[int, ...], flows: list[tuple[Flow, int]]) -> dict[int, int]:
+    def _sized(self, tensor: TensorPlan) -> Iterator[_Sized]:
+        cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
+        for flow in flows_of(tensor, cut, self.scheme, self.prequantized, self.checkpoint.tensors):
+            whole = flow.turned or flow.entire > 0
+            yield _Sized(flow.shape, flow.dim, flow.cut, flow.step, flow.apart, whole, self._stored_bytes(flow))
+
+    def _work(
+        self, ranks: tuple[int, ...], flowing: dict[int | None, list[tuple[int, tuple[_Sized, ...]]]]
+    ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int | None, tuple[_Sized, ...]], ...]]:
+        """Each rank's place on tp, and which of the node's places on ep it has; and what flows there, in order."""
+        eps = list(dict.fromkeys(self.mesh.coordinates(rank)["ep"] for rank in ranks))
+        at = map(self.mesh.coordinates, ranks)
+        places = tuple((each["tp"], eps.index(each["ep"])) for each in at)
+        here: list[tuple[int, int | None, tuple[_Sized, ...]]] = [
+            (index, None, sized) for index, sized in flowing[None]
+        ]
+        for number, ep in enumerate(eps):
+            here += [(index, number, sized) for index, sized in flowing.get(ep, ())]
+        here.sort(key=itemgetter(0))
+        return places, tuple((number, sized) for _, number, sized in here)
+
+    def _dealt(
+        self,
+        ranks: tuple[int, ...],
+        places: tuple[tuple[int, int], ...],
+        work: tuple[tuple[int | None, tuple[_Sized, ...]], ...],
+    ) -> dict[int, int]:
         """Bytes that each rank of one node reads."""
         dealer = Dealer(self.mesh, ranks)
-        for flow, nbytes in flows:
-            rows, width = rows_and_width(flow.shape)
-            a, b = node_columns(flow.shape, flow.dim, flow.cut, dealer.positions.values(), flow.apart)
-            row_bytes = nbytes * (b - a) // max(rows * width, 1)
-            dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned or flow.entire > 0)
+        for number, flows in work:
+            kept = tuple(rank for rank, (_, ep) in zip(ranks, places, strict=True) if number in (None, ep))
+            positions = [dealer.positions[rank] for rank in kept]
+            for flow in flows:
+                rows, width = rows_and_width(flow.shape)
+                a, b = node_columns(flow.shape, flow.dim, flow.cut, positions, flow.apart)
+                row_bytes = flow.nbytes * (b - a) // max(rows * width, 1)
+                dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.whole, kept)
         return dealer.loads
 
     def _stored_bytes(self, flow: Flow) -> int:
@@ -162,3 +220,16 @@ class Draft:
             info = self.checkpoint.tensors[source.tensor]
             total += self.taken(source) * info.nbytes // max(math.prod(info.shape), 1)
         return total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sized:
+    """What the planner's sums need of a flow: how it is cut, and its bytes in the checkpoint."""
+
+    shape: tuple[int, ...]
+    dim: int | None
+    cut: Cut | None
+    step: int
+    apart: int | None
+    whole: bool
+    nbytes: int

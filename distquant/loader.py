@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from distquant.assemble import check_complete, delegated, finish, install_styles, localize, set_tensor
 from distquant.assemble.adapters import watch_adapters
 from distquant.assemble.devices import Devices
+from distquant.assemble.experts import Experts, join_experts
 from distquant.assemble.finish import fill_computed_buffers
 from distquant.assemble.local import local_shape, shard_of, stored_turned
-from distquant.assemble.sinks import BandSink
+from distquant.assemble.sinks import BandSink, Home
 from distquant.assemble.tasks import Job, jobs_of, sink_of
 from distquant.checkpoint import Checkpoint, open_checkpoint
 from distquant.checks import refuse_unsupported
@@ -28,12 +29,14 @@ from distquant.comm import Comm
 from distquant.config import parse
 from distquant.errors import DistquantError, InputError, Problem, RankError
 from distquant.kernels.choice import Choice, choose
+from distquant.mesh import REPLICA
 from distquant.options import Options, Progress, Seen
+from distquant.planning.experts import ALL_REDUCE, Piece
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.planning.reading import node_ranks
 from distquant.report import RankReport
 from distquant.schemes import Scheme, Shard, config_classes, scheme_for
-from distquant.skeleton import build
+from distquant.skeleton import STAR, build
 from distquant.stream.arena import Board
 from distquant.stream.engine import Engine
 from distquant.stream.files import Files, ReadError
@@ -180,6 +183,9 @@ class _Loading:
         self.report = RankReport(rank=self.comm.rank)
         self.scheme = scheme_of(self.plan)
         self.axis = self.comm.axis("tp")
+        self.at = self.plan.mesh.coordinates(self.comm.rank)
+        self.stacks = {tensor.name: 0 for tensor in self.plan.tensors if tensor.experts is not None}
+        """Experts that have come, of each stack."""
         self.filled: list[str] = []
         self.whole: set[str] = set()
         self.devices = Devices(self.device, self.plan.device_map)
@@ -191,7 +197,7 @@ class _Loading:
     def run(self) -> Any:
         plan = self.plan
         model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
-        localize(model, plan, self.scheme, self.axis.rank)
+        localize(model, plan, self.scheme, self.at["tp"], self.at["ep"])
         files = Files(self.checkpoint.folder, self.options.io)
         try:
             self._stream(model, files)
@@ -226,7 +232,13 @@ class _Loading:
         if self.axis.size > 1:
             install_styles(model, plan, self.axis)
             watch_adapters(model, plan, self.axis)
-        finish(model, plan.model, self.axis)
+        if plan.dequantize and plan.mesh.ep * plan.mesh.tp == 1:
+            for name in plan.experts:
+                model.set_submodule(name, model.get_submodule(name).give_back())
+        else:
+            join_experts(model, plan, self.comm)
+        same_tokens = self.comm.axis(REPLICA if plan.dispatch == ALL_REDUCE else "tp")
+        finish(model, plan.model, same_tokens, sharded=plan.mesh.ep * plan.mesh.tp > 1)
         if not plan.dequantize:
             self.scheme.finish_model(model)
         if plan.device_map is not None:
@@ -242,7 +254,8 @@ class _Loading:
         stored: dict[str, Tensor] = {}
 
         def sink(task: Task) -> BandSink:
-            return sink_of(jobs[task.index], self.axis.rank, partial)
+            job = jobs[task.index]
+            return sink_of(job, self.at["tp"], partial, self._home(model, job))
 
         def finished(task: Task, filled: Any) -> None:
             if partial:
@@ -272,6 +285,25 @@ class _Loading:
             self.report.bytes_sent += engine.moved.sent
             self.report.bytes_received += engine.moved.received
 
+    def _home(self, model: Any, job: Job) -> Home | None:
+        """Where components of an expert are read or quantized to: straight into the memory of its stack."""
+        piece, device = job.piece, job.task.device
+        if piece.stack.experts is None:
+            return None
+        module, number, path = self._expert(model, piece)
+        if piece.tensor.scheme == "none":
+            return lambda _, count, dtype: module.home(path, number, device)
+        if self.plan.dequantize:
+            return None
+        stack = module.stack(path.partition(".")[0])
+        return lambda name, count, dtype: stack.home(name, number, count, dtype, device)
+
+    def _expert(self, model: Any, piece: Piece) -> tuple[Experts, int, str]:
+        """The module that an expert belongs to, its number there, and the rest of its path."""
+        owner, _, path = piece.stack.name.partition(f".{STAR}.")
+        module = model.get_submodule(owner)
+        return module, piece.number - module.first, path
+
     def _join_statistics(self, task: Task, sink: BandSink) -> None:
         """Fills in the statistics of rows that other nodes read: a maximum over zeros, which is exact."""
         for band in task.bands:
@@ -286,6 +318,9 @@ class _Loading:
     def _fill(self, model: Any, job: Job, sink: BandSink, stored: dict[str, Tensor]) -> None:
         """Puts what has arrived into the model; components of a stored weight are gathered until the last is there."""
         tensor, memory = job.tensor, sink.memory
+        if job.piece.stack.experts is not None:
+            self._fill_expert(model, job, sink, stored)
+            return
         if tensor.scheme == "none":
             self._put(model, tensor, memory[""].view(local_shape(tensor, self.plan, self.axis.rank)))
             return
@@ -309,6 +344,49 @@ class _Loading:
         self.report.quantized_bytes += sum(
             p.nbytes for n, p in _state(module) if n not in self.scheme.constants and n != "bias"
         )
+
+    def _fill_expert(self, model: Any, job: Job, sink: BandSink, stored: dict[str, Tensor]) -> None:
+        """Puts one expert's components into its stack, or what they mean into a plain parameter."""
+        piece, tensor, memory = job.piece, job.tensor, sink.memory
+        module, number, path = self._expert(model, piece)
+        if tensor.scheme == "none":  # it lies where it belongs
+            self.report.unquantized_bytes += memory[""].nbytes
+            self._count_expert(module, piece)
+            return
+        shard = shard_of(tensor, self.plan, self.at["tp"])
+        ops = self._ops(self.devices.of(tensor.name))
+        if job.flow.stored is not None:
+            stored[job.flow.stored] = memory[job.flow.stored]
+            self.whole |= job.flow.whole
+            if not job.last:
+                return
+            components = self.scheme.adopt(shard, dict(stored), frozenset(self.whole))
+            stored.clear()
+            self.whole.clear()
+        else:
+            components = self.scheme.pack(shard, memory, ops)
+        if self.plan.dequantize:
+            home = module.home(path, number, job.task.device)
+            value = self.scheme.dequantize(shard, components, home.dtype, ops)
+            home.copy_(value.reshape(-1))
+            self.report.unquantized_bytes += home.nbytes
+        else:
+            module.stack(path.partition(".")[0]).take(number, components)
+        self._count_expert(module, piece)
+
+    def _count_expert(self, module: Experts, piece: Piece) -> None:
+        """Counts the experts of a stack that are there; with the last, the stack is filled."""
+        name = piece.stack.name
+        self.stacks[name] += 1
+        if self.stacks[name] < module.last - module.first:
+            return
+        self.filled.append(name)
+        if piece.tensor.scheme != "none" and not self.plan.dequantize:
+            stack = module.stack(name.rpartition(f".{STAR}.")[2].partition(".")[0])
+            stack.settle()
+            self.report.quantized_bytes += sum(
+                value.nbytes for name, value in stack.named_buffers() if name not in self.scheme.constants
+            )
 
     def _dequantized(self, module: Any, tensor: TensorPlan, shard: Shard, stored: dict[str, Tensor]) -> Tensor:
         """What the stored components mean, in the form of the model's own module."""

@@ -10,6 +10,9 @@ from distquant.errors import InputError
 
 AXES = ("dp", "ep", "tp")
 
+REPLICA = "ep,tp"
+"""Both axes together: the ranks that hold one replica of the model among them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
@@ -33,9 +36,9 @@ class Mesh:
         return {"dp": dp, "ep": ep, "tp": tp}
 
     def peers(self, rank: int, axis: str) -> tuple[int, ...]:
-        """Ranks that differ from `rank` on `axis` only, itself included, in order."""
+        """Ranks that differ from `rank` on `axis` (or on both of `REPLICA`) only, itself included, in order."""
         mine = self.coordinates(rank)
-        others = [name for name in AXES if name != axis]
+        others = [name for name in AXES if name not in axis.split(",")]
         every = ((r, self.coordinates(r)) for r in range(self.size))
         return tuple(r for r, at in every if all(at[name] == mine[name] for name in others))
 

@@ -10,6 +10,7 @@ from distquant.config.resolve import is_known
 from distquant.draft import Draft
 from distquant.facts import format_bytes
 from distquant.layout import DTYPE_BYTES
+from distquant.planning.experts import DISPATCH, one_of
 from distquant.planning.load_plan import TensorPlan
 from distquant.schemes import Shard, config_classes
 
@@ -31,14 +32,26 @@ def notes_on(draft: Draft) -> Iterator[str]:
     if draft.scheme.name != "none":
         yield from _left_unquantized(draft)
     yield from draft.scheme.notes(draft.converted)
-    if draft.skeleton.experts:
-        kept = "left unquantized and whole on every rank" if draft.scheme.name != "none" else "whole on every rank"
-        size = format_bytes(_nbytes(draft, set(draft.skeleton.experts)))
-        yield f"{kept}: {len(draft.skeleton.experts)} modules of fused experts, {size} each rank"
+    yield from _experts(draft)
     yield from _replicated(draft)
     if draft.scheme.name != "none" and not draft.dequantize:
         yield from _exactness(draft)
         yield from _entire(draft)
+
+
+def _experts(draft: Draft) -> Iterator[str]:
+    """Experts that are neither quantized nor dealt out, and how tokens reach those that are."""
+    skeleton, mesh = draft.skeleton, draft.mesh
+    left = [name for name in skeleton.experts if name not in draft.stacked]
+    if left or skeleton.unknown_experts:
+        names = {*left, *skeleton.unknown_experts}
+        kept = "left unquantized and whole on every rank" if draft.scheme.name != "none" else "whole on every rank"
+        yield f"{kept}: {len(names)} modules of fused experts, {format_bytes(_nbytes(draft, names))} each rank"
+    if mesh.ep > 1:
+        yield f"tokens reach experts by {draft.dispatch}: {DISPATCH[draft.dispatch]}"
+    whole = [name for name, shard in draft.parallel.experts.items() if shard.cut is None]
+    if mesh.tp > 1 and whole:
+        yield f"replicated: the experts of {len(whole)} modules are not cut inside, each rank of tp holds its own whole"
 
 
 def _skipped(draft: Draft) -> Iterator[str]:
@@ -96,9 +109,11 @@ def _exactness(draft: Draft) -> Iterator[str]:
     extra = 0
     for tensor, times in draft.alike():
         if tensor.scheme != "none" and tensor.cut:
-            whole = Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype)
-            parts = (draft.local(tensor, tp)[1] for tp in range(draft.mesh.tp))
-            extra += (sum(parts) - draft.scheme.shard_nbytes(whole)) * times
+            one = one_of(tensor)
+            number = tensor.shape[0] if tensor.experts is not None else 1
+            whole = Shard(one.name, (one.shape[0], one.shape[1]), one.dtype)
+            parts = (draft.local(one, tp)[1] for tp in range(draft.mesh.tp))
+            extra += (sum(parts) - draft.scheme.shard_nbytes(whole)) * times * number
     if extra > 0:
         yield f"exact statistics and repeated rows cost {format_bytes(extra)} over all ranks of tp"
 

@@ -13,6 +13,7 @@ from distquant.config.resolve import ON_UNSUPPORTED
 from distquant.errors import InputError, Problems
 from distquant.facts import parse_bytes
 from distquant.mesh import Mesh
+from distquant.planning.experts import ALL_REDUCE, DISPATCH
 from distquant.schemes import config_classes
 
 DEFAULT_STAGING = "512MiB"
@@ -31,6 +32,8 @@ class Request:
     staging: str | int = DEFAULT_STAGING
     ranks_per_node: int | None = None
     """Ranks that share a node, where nobody has measured it."""
+    dispatch: str = ALL_REDUCE
+    """How tokens reach experts on other ranks of ep (`planning.experts.DISPATCH`)."""
     on_unsupported: str = "error"
     trust_remote_code: bool = False
     revision: str | None = None
@@ -44,6 +47,7 @@ class Given:
     staging: int
     dtype: str | None
     config: QuantizationConfig | None
+    dispatch: str
 
 
 @contextmanager
@@ -70,7 +74,10 @@ def read_request(request: Request, problems: Problems) -> Given:
         _check_on_unsupported(request.on_unsupported)
     with collected(problems):
         config = parse(request.quantization_config, config_classes())
-    return Given(mesh, staging, dtype, config)
+    if request.dispatch not in DISPATCH:
+        what = f"{request.dispatch!r} is no way for tokens to reach experts on other ranks"
+        problems.add("dispatch", what, f"Give one of {', '.join(map(repr, DISPATCH))}")
+    return Given(mesh, staging, dtype, config, request.dispatch)
 
 
 def _check_sizes(request: Request) -> None:

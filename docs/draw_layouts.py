@@ -89,6 +89,7 @@ EXAMPLES: Mapping[str, tuple[Example, ...]] = {
         Example("one scale", "fp8-tensor"),
     ),
     "mxfp8": (Example("runs of 32", "mxfp8"),),
+    "mxfp4": (Example("runs of 32", "mxfp4"),),
     "fbgemm_fp8": (Example("rows", "fbgemm_fp8"),),
     "torchao": (
         Example("Int8WeightOnlyConfig, rows", "torchao-int8"),

@@ -154,6 +154,33 @@ def case_groups(gpu: Any, device: str, dtype: str, kind: tuple[int, bool], group
             same(found, reference.dequantize_groups(*expected, group, to), what)
 
 
+def case_mxfp4(gpu: Any, device: str, dtype: str, shape: tuple[int, int]) -> None:
+    for what, weight in weights(shape, DTYPES[dtype], device):
+        expected = reference.quantize_mxfp4(weight.cpu())
+        same(gpu.quantize_mxfp4(weight), expected, what)
+        codes, scale = (torch.empty_like(tensor, device=device) for tensor in expected)
+        gpu.quantize_mxfp4(weight, codes=codes, scale=scale)
+        same((codes, scale), expected, f"{what}, into outputs")
+        for to in chosen_dtypes(what):
+            same(gpu.dequantize_mxfp4(codes, scale, to), reference.dequantize_mxfp4(*expected, to), what)
+
+
+def case_mxfp4_every_value(gpu: Any, device: str) -> None:
+    """Every code under every scale, and every place where e2m1 rounds, and what lies beside it."""
+    pairs = torch.arange(16, dtype=torch.uint8)
+    codes, scale = (pairs | (pairs.flip(0) << 4)).repeat(256, 1), torch.arange(256).to(torch.uint8).view(256, 1)
+    for to in DTYPES.values():
+        found = gpu.dequantize_mxfp4(codes.to(device), scale.to(device), to)
+        same(found, reference.dequantize_mxfp4(codes, scale, to), f"every code as {to}")
+    values = torch.tensor(reference.mxfp4.E2M1)
+    middle = (values[:-1] + values[1:]) / 2
+    beside = [torch.nextafter(middle, torch.tensor(way)) for way in (math.inf, -math.inf)]
+    runs = torch.stack([torch.cat([row, values, torch.zeros(17)]) for row in (middle, *beside)])
+    powers = torch.exp2(torch.arange(-126.0, 126.0)).view(-1, 1, 1)
+    weight = (torch.cat([runs, -runs]) * powers).flatten(0, 1)
+    same(gpu.quantize_mxfp4(weight.to(device)), reference.quantize_mxfp4(weight), "ties")
+
+
 def case_blockwise(gpu: Any, device: str, blocksize: int, count: int) -> None:
     code = torch.cat([-(torch.rand(255, generator=torch.Generator().manual_seed(0)) ** 3), torch.ones(1)]).sort().values
     for what, values in weights((count,), torch.float32, device):
@@ -170,6 +197,7 @@ def case_refusals(gpu: Any, device: str) -> None:
     calls = {
         "33 codes do not fill": lambda: gpu.quantize_4bit(torch.ones(33, device=device), 64, "nf4"),
         "powers of two": lambda: gpu.quantize_4bit(torch.ones(96, device=device), 96, "nf4"),
+        "48 columns": lambda: gpu.quantize_mxfp4(torch.ones(2, 48, device=device)),
         "groups of 3 bits": lambda: gpu.quantize_groups(torch.ones(2, 4, device=device), 4, 3, True),
         "float64": lambda: gpu.quantize_fp8(torch.ones(2, 4, device=device).double(), (1, None)),
         "the output is": lambda: gpu.quantize_int8_rows(torch.ones(2, 4, device=device), absmax=torch.ones(3)),
@@ -205,6 +233,9 @@ def cases() -> dict[str, Case]:
     add(case_fp8_every_value)
     add(case_groups, dtypes, [(4, True), (4, False), (8, True), (8, False)], [32, 24], [(9, 100)])
     add(case_groups, ["bfloat16"], [(4, True), (4, False)], [128], [(3, 256)])
+    add(case_mxfp4, dtypes, [(9, 96)])
+    add(case_mxfp4, ["bfloat16"], [(130, 256)])
+    add(case_mxfp4_every_value)
     add(case_blockwise, [256, 100], [1, 256, 700])
     add(case_refusals)
     return found

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from distquant.kernels import gpu
-from distquant.kernels.gpu import blockwise, four_bit, fp8, groups, int8
+from distquant.kernels.gpu import blockwise, four_bit, fp8, groups, int8, mxfp4
 
 TARGET = GPUTarget("cuda", 90, 32)
 NAMES = {
@@ -57,7 +57,7 @@ def main() -> None:
             found[name] = sorted(set(FORBIDDEN.findall(ptx)))
 
     triton.runtime.jit.JITFunction.run = record
-    for module in (blockwise, four_bit, fp8, groups, int8):
+    for module in (blockwise, four_bit, fp8, groups, int8, mxfp4):
         module.on = lambda weight: nullcontext()
     calls(torch.bfloat16)
     json.dump(found, sys.stdout)
@@ -76,6 +76,7 @@ def calls(dtype: torch.dtype) -> None:
         gpu.dequantize_fp8(*gpu.quantize_fp8(weight, block), block, dtype)
     for symmetric in (True, False):
         gpu.dequantize_groups(*gpu.quantize_groups(weight, 128, 4, symmetric), 128, dtype)
+    gpu.dequantize_mxfp4(*gpu.quantize_mxfp4(weight), dtype)
     gpu.quantize_blockwise(weight, torch.linspace(-1, 1, 256), 256)
 
 

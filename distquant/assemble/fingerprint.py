@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
+from distquant.assemble.experts import Experts
 from distquant.assemble.local import shard_of
 from distquant.errors import InputError
+from distquant.planning.experts import expert_name, one_of
+from distquant.planning.load_plan import LoadPlan, TensorPlan
+from distquant.schemes import Scheme
+from distquant.skeleton import STAR
+from distquant.skeleton.experts import form_of
 from distquant.tally import LANES, Tally, combine
 
 
@@ -25,18 +35,69 @@ def fingerprint(model: Any) -> str:
         what = f"transformers loaded the model with its own quantizer for {scheme.config.quant_method!r}"
         raise InputError.one("fingerprint", what, "Only weights that distquant quantizes or cuts have a fingerprint")
     lanes = [0] * LANES
-    if at["dp"] == at["ep"] == 0:
+    if at["dp"] == 0:
         for tensor in plan.tensors:
-            tally = Tally(tensor.name)
-            module = _original(model, tensor.name.rpartition(".")[0])
-            if at["tp"] == 0:
-                tally.constant(f"{tensor.scheme} {list(tensor.shape)} {tensor.dtype}")
-            if tensor.scheme != "none" and not plan.dequantize:
-                scheme.tally(module, shard_of(tensor, plan, at["tp"]), tally)
-            else:
-                _tally_plain(module, tensor, plan, at["tp"], tally)
-            lanes = [a + b for a, b in zip(lanes, tally.lanes, strict=True)]
+            for tally in _tallies(model, tensor, plan, scheme, at):
+                lanes = [a + b for a, b in zip(lanes, tally.lanes, strict=True)]
     return combine(comm.collect(lanes))
+
+
+def _tallies(model: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, at: dict[str, int]) -> Iterator[Tally]:
+    """What this rank counts of one entry of the plan. Experts count as modules of their own, however they are held."""
+    owner, _, leaf = tensor.name.rpartition(".")
+    if tensor.experts is not None:
+        owner, _, path = tensor.name.partition(f".{STAR}.")
+        module = model.get_submodule(owner)
+        if not isinstance(module, Experts):  # the model's own again, after `dequantize`
+            module = _around(owner, module)
+        yield from _experts(module, tensor, path, plan, at)
+        return
+    if at["ep"] > 0:
+        return
+    module = _original(model, owner)
+    experts = _around(owner, module) if leaf not in ("weight", "bias") and len(tensor.shape) > 1 else None
+    if experts is not None:
+        suffix = leaf.endswith("_bias")
+        for projection in experts.form.projections:
+            if projection.parameter + "_bias" * suffix == leaf:
+                path = f"{projection.name}.{'bias' if suffix else 'weight'}"
+                shape = (experts.form.count, *experts.plain_value(path, 0).shape)
+                stack = TensorPlan(f"{owner}.{STAR}.{path}", shape, tensor.dtype, "none", (), experts="")
+                yield from _experts(experts, stack, path, plan, at)
+        return
+    tally = Tally(tensor.name)
+    if at["tp"] == 0:
+        tally.constant(f"{tensor.scheme} {list(tensor.shape)} {tensor.dtype}")
+    if tensor.scheme != "none" and not plan.dequantize:
+        scheme.tally(module, shard_of(tensor, plan, at["tp"]), tally)
+    else:
+        _tally_plain(module, tensor, plan, at["tp"], tally)
+    yield tally
+
+
+def _around(owner: str, module: Any) -> Experts | None:
+    """The experts in a model's own module, if it is one of known form."""
+    shapes = {leaf: tuple(value.shape) for leaf, value in module.named_parameters(recurse=False)}
+    form = form_of(owner, module, shapes)
+    return None if form is None else Experts.around(module, form)
+
+
+def _experts(module: Experts, stack: TensorPlan, path: str, plan: LoadPlan, at: dict[str, int]) -> Iterator[Tally]:
+    """The tallies of this rank's experts of one stack."""
+    one = one_of(stack)
+    for number in range(module.first, module.last):
+        tensor = replace(one, name=expert_name(stack.name, number))
+        tally = Tally(tensor.name)
+        if at["tp"] == 0:
+            tally.constant(f"{tensor.scheme} {list(tensor.shape)} {tensor.dtype}")
+        if path in module.plain:
+            owned = plan.cuts[tensor.cut].owned(at["tp"]) if tensor.cut else None
+            _tally_value(module.plain_value(path, number - module.first), owned, tensor.dim, at["tp"], tally)
+        else:
+            stacked, shard = module.stack(path.partition(".")[0]), shard_of(tensor, plan, at["tp"])
+            for stream, values, span in stacked.scheme.streams(shard, stacked.components(number - module.first)):
+                tally.shard(stream, values, shard.shape, shard.dim, shard.owned, span=span)
+        yield tally
 
 
 def _original(model: Any, path: str) -> Any:
@@ -51,8 +112,14 @@ def _tally_plain(module: Any, tensor: Any, plan: Any, rank: int, tally: Tally) -
     value = module._buffers[leaf] if value is None else value
     if value.is_meta:  # on the disk, under accelerate's hook
         value = module._hf_hook.weights_map[leaf]
-    if tensor.cut is not None:
-        tally.tensor(value, plan.cuts[tensor.cut].owned(rank), tensor.dim)
+    _tally_value(value, plan.cuts[tensor.cut].owned(rank) if tensor.cut else None, tensor.dim, rank, tally)
+
+
+def _tally_value(value: Tensor, owned: Any, dim: int | None, rank: int, tally: Tally) -> None:
+    """Counts a plain tensor: the segments that this position on tp owns, or all of it on the first."""
+    if owned is not None:
+        assert dim is not None
+        tally.tensor(value, owned, dim)
     elif rank == 0:
         whole = value.shape[0] if value.dim() else 1
         tally.tensor(value, (((0, whole), 0),), 0)

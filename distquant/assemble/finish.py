@@ -28,12 +28,20 @@ def fill_computed_buffers(model: Any, device_of: Any) -> None:
         model._initialize_missing_keys(is_quantized=True)
 
 
-def finish(model: Any, path: str, axis: Axis) -> None:
-    """Names, mode and, on a sharded model, the methods that must know of the other ranks."""
+def finish(model: Any, path: str, axis: Axis, sharded: bool) -> None:
+    """Names, mode and, on a sharded model, the methods that must know of the other ranks.
+
+    Args:
+        model: the filled model.
+        path: what it was loaded from.
+        axis: the ranks that are given the same tokens.
+        sharded: whether other ranks hold parts of it.
+    """
     model.name_or_path = model.config.name_or_path = path
     model.eval()
-    if axis.size > 1:
+    if sharded:
         model.save_pretrained = types.MethodType(_refuse_save, model)
+    if axis.size > 1:
         model.generate = types.MethodType(_Generate(axis), model)
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distquant.assemble.experts import Experts, ExpertStack
+from distquant.planning.experts import expert_name, one_of
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.schemes import Scheme, Shard
+from distquant.skeleton import STAR
 from distquant.skeleton.build import reads_heads_from_config
+from distquant.skeleton.experts import form_of
 from distquant.skeleton.uninitialized import Uninitialized
 
 QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
@@ -32,10 +37,15 @@ def local_shape(tensor: TensorPlan, plan: LoadPlan, tp_rank: int) -> tuple[int, 
     return tuple(shape)
 
 
-def localize(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int) -> None:
+def localize(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int, ep_rank: int = 0) -> None:
     """Replaces and resizes modules on `meta` for this rank. Weights are placed later."""
+    for name in plan.experts:
+        model.set_submodule(name, _experts(model.get_submodule(name), name, plan, ep_rank))
     for tensor in plan.tensors:
         owner, _, leaf = tensor.name.rpartition(".")
+        if tensor.experts is not None:
+            _add_stack(model.get_submodule(owner.partition(f".{STAR}.")[0]), tensor, plan, scheme, tp_rank)
+            continue
         if tensor.scheme != "none" and not plan.dequantize:
             old = model.get_submodule(owner)
             with Uninitialized():
@@ -51,6 +61,31 @@ def localize(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int) -> 
         _set_heads(
             model.get_submodule(name), heads.query.length(tp_rank), heads.kv.length(tp_rank), heads.groups[tp_rank]
         )
+
+
+def _experts(original: nn.Module, name: str, plan: LoadPlan, ep_rank: int) -> Experts:
+    """An empty module for this rank's experts, in place of the model's own."""
+    shapes = {leaf: tuple(parameter.shape) for leaf, parameter in original.named_parameters(recurse=False)}
+    form = form_of(name, original, shapes)
+    assert form is not None, "the planner splits experts of known form only"
+    module = Experts(original, form, plan.cuts[plan.experts[name].dealt], ep_rank)
+    module.__dict__["source_cls"] = type(original)
+    return module.train(original.training)
+
+
+def _add_stack(module: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, tp_rank: int) -> None:
+    """Adds what one entry of the plan will fill: a stack of components, or a plain parameter (a part of one)."""
+    _, _, path = tensor.name.partition(f".{STAR}.")
+    name, leaf = path.split(".")
+    projection = next(p for p in module.form.projections if p.name == name)
+    one = one_of(tensor)
+    if tensor.scheme != "none" and not plan.dequantize:
+        numbers = range(module.first, module.last)
+        shards = [shard_of(replace(one, name=expert_name(tensor.name, n)), plan, tp_rank) for n in numbers]
+        module.add_module(name, ExpertStack(scheme, shards))
+        return
+    parameter = projection.parameter + ("" if leaf == "weight" else "_bias")
+    module.add_plain(path, parameter, local_shape(one, plan, tp_rank), getattr(torch, tensor.dtype))
 
 
 def stored_turned(module: nn.Module, tensor: TensorPlan) -> bool:

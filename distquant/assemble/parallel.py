@@ -62,6 +62,16 @@ class _Split(torch.autograd.Function):
         return ctx.axis.all_gather(grad.contiguous(), ctx.sizes, grad.dim() - 1), None, None
 
 
+def copy_input(x: Tensor, axis: Axis) -> Tensor:
+    """`x` as it is; its gradient is summed over the axis."""
+    return x if axis.size == 1 else _Copy.apply(x, axis)
+
+
+def reduce_output(x: Tensor, axis: Axis) -> Tensor:
+    """`x` summed over the axis; its gradient goes back as it is."""
+    return x if axis.size == 1 else _Reduce.apply(x, axis)
+
+
 @dataclass(frozen=True)
 class CopyInput:
     """Before a column-parallel module: its input gradient is the sum over ranks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from distquant.planning.cuts import Segment
 from distquant.schemes.bands import Band
+
+Home = Callable[[str, int, torch.dtype], Tensor | None]
+"""Memory for a component of so many elements of a dtype, flat."""
 
 
 class BandSink:
@@ -23,6 +26,7 @@ class BandSink:
         kept: segments of columns that are kept, in local order.
         device: where the memory lies.
         partial: whether other nodes hold statistics that this one does not see.
+        home: gives the memory that is there for a component (flat), or None for it to be made here.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class BandSink:
         kept: Sequence[Segment],
         device: torch.device,
         partial: bool = False,
+        home: Home | None = None,
     ):
         self.columns, self.kept = columns, tuple(kept)
         self.windows = _windows(rows)
@@ -44,12 +49,16 @@ class BandSink:
         for band in bands:
             own_rows, own_width = (band.rows, width) if band.whole else (local_rows, local_width)
             self.own[band.name] = replace(band, rows=own_rows, width=own_width)
-        self.memory = {
-            name: torch.zeros(band.before(band.rows), dtype=band.dtype, device=device)
-            if band.whole and partial
-            else torch.empty(band.before(band.rows), dtype=band.dtype, device=device)
-            for name, band in self.own.items()
-        }
+        self.memory = {name: self._memory(band, device, partial, home) for name, band in self.own.items()}
+
+    @staticmethod
+    def _memory(band: Band, device: torch.device, partial: bool, home: Home | None) -> Tensor:
+        count = band.before(band.rows)
+        there = home(band.name, count, band.dtype) if home is not None and not band.whole else None
+        if there is not None:
+            return there
+        make = torch.zeros if band.whole and partial else torch.empty
+        return make(count, dtype=band.dtype, device=device)
 
     def direct(self, band: Band, start: int, stop: int) -> Tensor | None:
         """Final memory of all of rows `[start, stop)`, flat; None where they do not go to one run of it."""

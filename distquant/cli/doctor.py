@@ -12,8 +12,10 @@ from distquant.config import QuantizationConfig
 from distquant.facts import Facts, format_bytes
 from distquant.schemes import Context, Scheme
 
-LIMIT = {"ray": "--runtime ray", "peft": "LoRA on loaded models"}
-"""What is not available without a package."""
+HEADER = ("method", "names", "pre-quantized", "on the fly", "tp", "ep", "experts", "train", "state")
+"""`experts`: how they are held where they are dealt out or cut."""
+OPTIONAL = {"ray": "--runtime ray", "peft": "LoRA on loaded models"}
+"""Packages that no method needs, and what is not available without each."""
 
 
 def doctor_text(quant: str | None) -> str:
@@ -47,10 +49,10 @@ def doctor_text(quant: str | None) -> str:
         problems = dict.fromkeys(_problems(scheme, facts))
         rows.append((*_abilities(scheme), "see below" if problems else "ready"))
         missing += [f"{scheme.name}: {problem}" for problem in problems]
-    lines.append(table(("method", "names", "pre-quantized", "on the fly", "tp", "ep", "train", "state"), rows))
+    lines.append(table(HEADER, rows))
     lines += ["", *missing] if missing else []
-    absent = [name for name in LIMIT if importlib.util.find_spec(name) is None]
-    lines += [f"note: without {name}, {LIMIT[name]} is not available: pip install {name}" for name in absent]
+    absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    lines += [f"note: without {name}, {OPTIONAL[name]} is not available: pip install {name}" for name in absent]
     return "\n".join(lines)
 
 
@@ -58,7 +60,8 @@ def _abilities(scheme: Scheme) -> tuple[str, ...]:
     """What a method can do at all."""
     names = ", ".join(scheme.config_class.short_names) or "-"
     cut, train = ("no", "as transformers") if scheme.delegated else ("yes", "adapters")
-    return (scheme.name, names, _yes(scheme.reads_stored()), _yes(scheme.quantizes()), cut, "no", train)
+    experts = "-" if scheme.delegated else "quantized" if scheme.stacks else "plain"
+    return (scheme.name, names, _yes(scheme.reads_stored()), _yes(scheme.quantizes()), cut, cut, experts, train)
 
 
 def _example(kind: type[QuantizationConfig]) -> QuantizationConfig:
@@ -74,11 +77,14 @@ def _problems(scheme: Scheme, facts: Facts) -> Iterator[str]:
     """What keeps the method from running on this machine, whatever the checkpoint."""
     from distquant.mesh import Mesh
     from distquant.skeleton import Skeleton
+    from distquant.skeleton.words import Linear
 
-    empty = Skeleton(
-        model_type="", architecture="", params={}, tied={}, sources={}, unexpected=(), missing=(), linears={},
-        attentions={}, embeddings=(), input_embedding=None, output_embedding=None, experts=(), tp_plan={}, ep_plan={},
+    name = "layers.0.proj"  # for methods that ask whether their patterns match something
+    linears = {name: Linear(name, 4096, 4096, False)}
+    small = Skeleton(
+        model_type="", architecture="", params={}, tied={}, sources={}, unexpected=(), missing=(), linears=linears,
+        attentions={}, embeddings=(), input_embedding=None, output_embedding=None, experts={}, tp_plan={}, ep_plan={},
         default_skip=(),
     )  # fmt: skip
-    context = Context(facts=facts, mesh=Mesh(), skeleton=empty, device_map=None, prequantized=not scheme.quantizes())
+    context = Context(facts=facts, mesh=Mesh(), skeleton=small, device_map=None, prequantized=not scheme.quantizes())
     return (f"{problem.what}. {problem.fix}" for problem in scheme.validate(context))

@@ -111,6 +111,7 @@ def load_options(arguments: argparse.Namespace, mesh: str | None) -> dict[str, A
         "max_memory": text_or_json(arguments.max_memory, "max_memory", '{"0": "24GiB", "cpu": "100GiB"}'),
         "dtype": arguments.dtype,
         "staging": arguments.staging,
+        "dispatch": arguments.dispatch,
         "on_unsupported": arguments.on_unsupported,
         "trust_remote_code": arguments.trust_remote_code,
         "revision": arguments.revision,

@@ -12,6 +12,7 @@ from typing import Any
 from distquant.errors import CheckFailed, DistquantError, InputError
 from distquant.kernels.choice import Kernel
 from distquant.options import IO_MODES
+from distquant.planning.experts import ALL_REDUCE, DISPATCH
 from distquant.quiet import quiet_imports
 from distquant.version import __version__
 
@@ -55,6 +56,12 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WHAT",
         default="error",
         help="skip: plan the tensors of an unknown method as stored",
+    )
+    parser.add_argument(
+        "--dispatch",
+        choices=tuple(DISPATCH),
+        default=ALL_REDUCE,
+        help="how tokens reach experts on other ranks of ep: all of them hold the same tokens, or each its own",
     )
     parser.add_argument("--revision", help="revision of a cached id")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the checkpoint")

@@ -2,28 +2,23 @@
 
 from distquant.config.base import QuantizationConfig
 from distquant.config.bitsandbytes import Bnb4bitConfig, Bnb8bitConfig
+from distquant.config.codebooks import AqlmConfig, HiggsConfig, SpqrConfig, VptqConfig
 from distquant.config.compressed_tensors import CompressedTensorsConfig, QuantizationArgs, QuantizationGroup
 from distquant.config.delegated import (
-    AqlmConfig,
     BitnetConfig,
     EetqConfig,
-    FouroversixConfig,
-    FpQuantConfig,
     GemmaConfig,
-    HiggsConfig,
     MetalConfig,
-    Mxfp4Config,
-    Nvfp4Config,
     QuarkConfig,
     SinqConfig,
-    SpqrConfig,
-    VptqConfig,
 )
+from distquant.config.float4 import FouroversixConfig, FpQuantConfig, Nvfp4Config
 from distquant.config.fp8 import FbgemmFp8Config, Fp8Config, Mxfp8Config
 from distquant.config.frozen import FrozenDict
 from distquant.config.gguf import GgufConfig
 from distquant.config.gptq import AutoRoundConfig, AwqConfig, GptqConfig
 from distquant.config.hqq import HqqConfig
+from distquant.config.mxfp4 import Mxfp4Config
 from distquant.config.none import NoneConfig
 from distquant.config.quanto import QuantoConfig
 from distquant.config.resolve import Merged, detect, merge, parse

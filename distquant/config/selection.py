@@ -5,6 +5,8 @@ as a regular expression from the start of the name up to a module boundary, or a
 `layer.1.attn` and not `layer.11.attn`; `lm_head` matches `model.lm_head`. What lies inside a module is matched only
 from the start: `mlp` does not match `layers.0.mlp.up_proj`, `.*mlp` does.
 
+Experts of a module are quantized all alike: a pattern that matches the first of them means all.
+
 The layer of a module is the first integer in its dotted name: 3 in `model.layers.3.mlp.experts.5.up_proj`.
 """
 
@@ -25,7 +27,14 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names this module, or a parent of it."""
+    """Whether a pattern names this module, or a parent of it.
+
+    One projection of all experts, with a star for their number, is matched as the first expert's, and by a suffix of
+    the path of the module that holds them.
+    """
+    module, star, _ = name.partition(".*.")
+    if star:
+        return module.endswith(pattern) or matches(pattern, name.replace(star, ".0."))
     return name.endswith(pattern) or _compiled(pattern).match(name) is not None
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp8",
     "dequantize_groups",
+    "dequantize_mxfp4",
     "encode_4bit",
     "encode_fp8",
     "encode_int8_rows",
@@ -43,6 +44,7 @@ __all__ = [
     "quantize_fp8_ue8m0",
     "quantize_groups",
     "quantize_int8_rows",
+    "quantize_mxfp4",
     "row_absmax",
     "unpack_4bit",
 ]
@@ -144,3 +146,5 @@ quantize_fp8_ue8m0 = _absent("quantize_fp8_ue8m0")
 dequantize_fp8 = _absent("dequantize_fp8")
 quantize_groups = _absent("quantize_groups")
 dequantize_groups = _absent("dequantize_groups")
+quantize_mxfp4 = _absent("quantize_mxfp4")
+dequantize_mxfp4 = _absent("dequantize_mxfp4")

@@ -2,11 +2,20 @@
 
 from distquant.planning.cuts import Cut, even_cut
 from distquant.planning.heads import HeadCut, cut_heads
-from distquant.planning.load_plan import AttentionShard, LoadPlan, ModuleShard, RankMemory, Rule, TensorPlan
+from distquant.planning.load_plan import (
+    AttentionShard,
+    ExpertsShard,
+    LoadPlan,
+    ModuleShard,
+    RankMemory,
+    Rule,
+    TensorPlan,
+)
 
 __all__ = [
     "AttentionShard",
     "Cut",
+    "ExpertsShard",
     "HeadCut",
     "LoadPlan",
     "ModuleShard",

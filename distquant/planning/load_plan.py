@@ -18,7 +18,7 @@ from distquant.planning.heads import HeadCut
 from distquant.planning.reading import OWN
 from distquant.skeleton.words import Source
 
-PLAN_FORMAT = 3
+PLAN_FORMAT = 4
 """Version of the JSON; a plan of another version is refused."""
 
 
@@ -36,6 +36,8 @@ class TensorPlan:
         cut: key into `LoadPlan.cuts`.
         transposed: whether the checkpoint stores it `[in, out]` (GPT-2's Conv1D) and it is turned to be quantized.
         reading: how the ranks of a node read it, a key of `planning.reading.REASONS`.
+        experts: for a stack of experts, key into `LoadPlan.cuts` of how they are dealt out over ep; the first dim of
+            `shape` then counts them, `name` has a star for their number, and `dim` is never 0.
     """
 
     name: str
@@ -47,6 +49,7 @@ class TensorPlan:
     cut: str | None = None
     transposed: bool = False
     reading: str = OWN
+    experts: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,19 @@ class AttentionShard:
 
     heads: str
     head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsShard:
+    """A module of fused experts that is loaded one by one: how they are dealt out, and cut inside.
+
+    Attributes:
+        dealt: key into `LoadPlan.cuts` of the experts over ep.
+        cut: key of the intermediate features over tp; None = every rank of tp holds its experts whole.
+    """
+
+    dealt: str
+    cut: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +134,10 @@ class LoadPlan:
     heads: dict[str, HeadCut]
     modules: dict[str, ModuleShard]
     attentions: dict[str, AttentionShard]
+    experts: dict[str, ExpertsShard]
+    """Modules of experts that are held as stacks of single ones; others stay the model's own."""
+    dispatch: str
+    """How tokens reach experts on other ranks of ep, a key of `planning.experts.DISPATCH`."""
     converted: tuple[str, ...]
     """Modules that the scheme replaces."""
     rules: tuple[Rule, ...]
@@ -208,6 +228,7 @@ def _restore(fields: dict[str, Any]) -> dict[str, Any]:
         "heads": {key: HeadCut(_cut(h["query"]), _cut(h["kv"]), tuple(h["groups"])) for key, h in heads},
         "modules": {key: ModuleShard(**value) for key, value in fields["modules"].items()},
         "attentions": {key: AttentionShard(**value) for key, value in fields["attentions"].items()},
+        "experts": {key: ExpertsShard(**value) for key, value in fields["experts"].items()},
         "converted": tuple(fields["converted"]),
         "rules": tuple(Rule(**rule) for rule in fields["rules"]),
         "notes": tuple(fields["notes"]),

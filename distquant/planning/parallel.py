@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from distquant.layout import PLAIN_STEPS, Layout
 from distquant.planning.cuts import Cut, even_cut, join_parts
 from distquant.planning.heads import HeadCut, cut_heads
-from distquant.planning.load_plan import AttentionShard, ModuleShard, Rule
+from distquant.planning.load_plan import AttentionShard, ExpertsShard, ModuleShard, Rule
 from distquant.skeleton.words import Attention, Linear, Skeleton, wildcard
 
 COLUMN = {"colwise", "colwise_rep", "colwise_gather_output"}
@@ -40,9 +40,20 @@ class ParallelPlan:
     heads: dict[str, HeadCut] = field(default_factory=dict)
     modules: dict[str, ModuleShard] = field(default_factory=dict)
     attentions: dict[str, AttentionShard] = field(default_factory=dict)
+    experts: dict[str, ExpertsShard] = field(default_factory=dict)
+    stacks: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Stack of experts -> the dim of an expert's weight that is cut, and the key of its cut."""
     replicated: dict[str, str] = field(default_factory=dict)
     """Modules whose rule asked for a cut that they cannot have -> why."""
     rules: list[Rule] = field(default_factory=list)
+
+    def key_of(self, cut: Cut) -> str:
+        """The key of a cut; equal cuts share one."""
+        key = next((known for known, other in self.cuts.items() if other == cut), None)
+        if key is None:
+            key = f"cut{len(self.cuts)}"
+            self.cuts[key] = cut
+        return key
 
 
 LayoutOf = Callable[[str], Layout]
@@ -54,7 +65,8 @@ def rewrite_tp_plan(skeleton: Skeleton, tp_plan: dict[str, str], ranks: int, lay
 
     Args:
         skeleton: the model.
-        tp_plan: the model's plan after the scheme's `update_tp_plan` hook.
+        tp_plan: the model's plan after the scheme's `update_tp_plan` hook, without the rules for experts of known form
+            (`planning.experts`).
         ranks: size of the tp axis, above 1.
         layout_of: how each linear weight is stored.
     """
@@ -93,9 +105,8 @@ class _Rewriter:
     # -- groups ----------------------------------------------------------------------------------------------------
 
     def _group(self, parent: str, asked: dict[str, str]) -> None:
-        experts = [name for name in asked if self._is_expert(name)]
-        for name in experts:
-            self._tell(name, asked.pop(name), "replicate", "experts are kept whole on every rank of tp")
+        for name in [name for name in asked if self._is_unknown_expert(name)]:
+            self._tell(name, asked.pop(name), "replicate", "experts of this form are kept whole on every rank of tp")
         reduced = [name for name, style in asked.items() if style in REPLICATED]
         linears = {n: s for n, s in asked.items() if n not in reduced}
         try:
@@ -110,8 +121,8 @@ class _Rewriter:
                 self.plan.replicated[name] = str(why)
                 self._tell(name, style, "replicate", str(why))
 
-    def _is_expert(self, name: str) -> bool:
-        return any(name == e or name.startswith(e + ".") for e in self.skeleton.experts)
+    def _is_unknown_expert(self, name: str) -> bool:
+        return any(name == known or name.startswith(known + ".") for known in self.skeleton.unknown_experts)
 
     def _cut_group(self, parent: str, asked: dict[str, str]) -> None:
         unknown = {n: s for n, s in asked.items() if s not in COLUMN | ROW or n not in self.skeleton.linears}
@@ -180,7 +191,7 @@ class _Rewriter:
 
     def _heads_told(self, heads: HeadCut) -> str:
         told = "whole kv heads" if not heads.kv.repeated else f"{heads.kv.repeated} kv heads are repeated"
-        return f"{told}; query heads {_lengths(heads.query)}, kv heads {_lengths(heads.kv)}"
+        return f"{told}; query heads {lengths(heads.query)}, kv heads {lengths(heads.kv)}"
 
     def _heads_key(self, heads: HeadCut) -> str:
         for key, known in self.plan.heads.items():
@@ -291,19 +302,15 @@ class _Rewriter:
         return units[min(level, len(units) - 1)]
 
     def _cut_module(self, name: str, style: str, cut: Cut, asked: dict[str, str], reason: str) -> None:
-        key = next((k for k, known in self.plan.cuts.items() if known == cut), None)
-        if key is None:
-            key = f"cut{len(self.plan.cuts)}"
-            self.plan.cuts[key] = cut
-        self.plan.modules[name] = ModuleShard(style, key)
-        self._tell(name, asked[name], f"{style} {_lengths(cut)}", reason)
+        self.plan.modules[name] = ModuleShard(style, self.plan.key_of(cut))
+        self._tell(name, asked[name], f"{style} {lengths(cut)}", reason)
 
     def _tell(self, name: str, asked: str, became: str, reason: str) -> None:
         key = (wildcard(name), asked, became, reason)
         self.became[key] = self.became.get(key, 0) + 1
 
 
-def _lengths(cut: Cut) -> str:
+def lengths(cut: Cut) -> str:
     """Local lengths in words: `384+320`, or the range of them where there are many ranks."""
     lengths = cut.lengths
     if len(lengths) <= 4:

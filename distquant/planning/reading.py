@@ -69,19 +69,21 @@ def column_segments(shape: Sequence[int], dim: int | None, cut: Cut | None, tp: 
     return cut.segments(tp) if dim not in (None, 0) and cut is not None else ((0, width),)
 
 
-def way_of_reading(dim: int | None, cut: Cut | None, mesh: Mesh, nodes: Sequence[int]) -> str:
-    """The way in which a tensor is read (a key of `REASONS`)."""
+def way_of_reading(dim: int | None, cut: Cut | None, mesh: Mesh, nodes: Sequence[int], expert: bool = False) -> str:
+    """The way in which a tensor is read (a key of `REASONS`); `expert` marks one that lies on one position of ep."""
     if dim not in (None, 0) and cut is not None:
         return SCATTER
-    return DEALT if any(_share_rows(cut, positions) for positions in _positions(mesh, tuple(nodes))) else OWN
+    shared = any(_share_rows(cut, positions) for positions in _positions(mesh, tuple(nodes), expert))
+    return DEALT if shared else OWN
 
 
 @cache
-def _positions(mesh: Mesh, nodes: tuple[int, ...]) -> frozenset[tuple[int, ...]]:
-    """The positions on tp of each node's ranks."""
-    found: dict[int, list[int]] = {}
+def _positions(mesh: Mesh, nodes: tuple[int, ...], expert: bool) -> frozenset[tuple[int, ...]]:
+    """The positions on tp of each node's ranks; of those apart that hold other experts, for an `expert`."""
+    found: dict[tuple[int, int], list[int]] = {}
     for rank, node in enumerate(nodes):
-        found.setdefault(node, []).append(mesh.coordinates(rank)["tp"])
+        at = mesh.coordinates(rank)
+        found.setdefault((node, at["ep"] if expert else 0), []).append(at["tp"])
     return frozenset(map(tuple, found.values()))
 
 
@@ -123,10 +125,17 @@ class Dealer:
         self.positions: Mapping[int, int] = {rank: mesh.coordinates(rank)["tp"] for rank in node}
         self.loads = dict.fromkeys(node, 0)
         """Bytes that each rank has been dealt so far."""
-        self._runs: dict[tuple[int, Cut], list[tuple[Segment, tuple[int, ...]]]] = {}
+        self._runs: dict[tuple[int, Cut, tuple[int, ...]], list[tuple[Segment, tuple[int, ...]]]] = {}
 
     def deal(
-        self, shape: Sequence[int], dim: int | None, cut: Cut | None, row_bytes: int, step: int, whole: bool = False
+        self,
+        shape: Sequence[int],
+        dim: int | None,
+        cut: Cut | None,
+        row_bytes: int,
+        step: int,
+        whole: bool = False,
+        keepers: tuple[int, ...] | None = None,
     ) -> list[Part]:
         """The parts of a tensor, in row order; every row that the node keeps is in exactly one.
 
@@ -137,26 +146,31 @@ class Dealer:
             row_bytes: bytes that are read of a row.
             step: rows that are quantized together; parts start at a multiple of it.
             whole: whether one rank must read all of it (it is turned, or quantized as a whole).
+            keepers: ranks of the node that keep something of it; None = all.
         """
+        among = self.node if keepers is None else keepers
         if whole:
             rows = rows_and_width(shape)[0]
-            return self._share(0, rows, self.node, row_bytes, step, whole) if rows else []
+            return self._share(0, rows, among, row_bytes, step, whole) if rows else []
         parts: list[Part] = []
-        for (start, stop), holders in self._held(shape, dim, cut):
+        for (start, stop), holders in self._held(shape, dim, cut, among):
             parts += self._share(start, stop, holders, row_bytes, step, whole)
         return parts
 
-    def _held(self, shape: Sequence[int], dim: int | None, cut: Cut | None) -> list[tuple[Segment, tuple[int, ...]]]:
+    def _held(
+        self, shape: Sequence[int], dim: int | None, cut: Cut | None, among: tuple[int, ...]
+    ) -> list[tuple[Segment, tuple[int, ...]]]:
         """Runs of rows that the same ranks keep."""
         rows, _ = rows_and_width(shape)
         if dim != 0 or cut is None:
-            return [((0, rows), self.node)] if rows else []
-        if (rows, cut) not in self._runs:
-            self._runs[rows, cut] = self._runs_of(shape, cut)
-        return self._runs[rows, cut]
+            return [((0, rows), among)] if rows else []
+        key = (rows, cut, among)
+        if key not in self._runs:
+            self._runs[key] = self._runs_of(shape, cut, among)
+        return self._runs[key]
 
-    def _runs_of(self, shape: Sequence[int], cut: Cut) -> list[tuple[Segment, tuple[int, ...]]]:
-        wanted = {rank: row_segments(shape, 0, cut, tp) for rank, tp in self.positions.items()}
+    def _runs_of(self, shape: Sequence[int], cut: Cut, among: tuple[int, ...]) -> list[tuple[Segment, tuple[int, ...]]]:
+        wanted = {rank: row_segments(shape, 0, cut, self.positions[rank]) for rank in among}
         edges = sorted({edge for segments in wanted.values() for segment in segments for edge in segment})
         runs = []
         for start, stop in pairwise(edges):

@@ -19,7 +19,7 @@ import torch.distributed.nn.functional
 from torch import Tensor
 
 from distquant.comm import DEFAULT_TIMEOUT, Axis, SoloAxis
-from distquant.mesh import AXES, Mesh
+from distquant.mesh import AXES, REPLICA, Mesh
 
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -61,6 +61,11 @@ class GroupAxis:
         dist.broadcast(tensor, self.ranks[source], group=self.group)
         return tensor
 
+    def all_to_all(self, tensor: Tensor, sent: list[int], got: list[int]) -> Tensor:
+        received = tensor.new_empty((sum(got), *tensor.shape[1:]))
+        dist.all_to_all_single(received, tensor, got, sent, group=self.group)
+        return received
+
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupAxis:
         return self
 
@@ -76,10 +81,13 @@ class GroupComm:
         self.timeout = DEFAULT_TIMEOUT if timeout is None else timeout
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         assert self.world_size == mesh.size, "the mesh is checked against the world before groups are made"
-        self._axes: dict[str, Axis] = dict.fromkeys(AXES, SoloAxis())
-        for axis in AXES:
+        self._axes: dict[str, Axis] = dict.fromkeys((*AXES, REPLICA), SoloAxis())
+        for axis in (*AXES, REPLICA):
             groups = sorted({mesh.peers(rank, axis) for rank in range(mesh.size)})
             if len(groups) == mesh.size:
+                continue
+            if axis == REPLICA and (mesh.ep == 1 or mesh.tp == 1):
+                self._axes[axis] = self._axes["tp" if mesh.ep == 1 else "ep"]
                 continue
             for ranks in groups:
                 # Every rank makes every group, in the same order.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -32,23 +32,39 @@ class Statistics:
         absmax: float32 `[blocks]`, the values that the kernel uses; None where only the nested form is kept.
         codes: uint8 `[blocks]`, second-level codes.
         second: float32 `[ceil(blocks / 256)]`, their absmax.
-        values: float32 `[256]`, value of each second-level code.
         offset: float32 scalar, mean of all absmax of the whole weight.
+        values: float32 `[256]`, value of each second-level code; None = `dynamic_map`.
     """
 
     absmax: Tensor | None
     codes: Tensor | None = None
     second: Tensor | None = None
-    values: Tensor | None = None
     offset: Tensor | None = None
+    values: Tensor | None = None
+
+    @classmethod
+    def of(cls, components: Mapping[str, Tensor]) -> Statistics:
+        """From the stored components of a weight, see `components`."""
+        if "nested_absmax" not in components:
+            return cls(components["absmax"])
+        codes, second, offset = (components[name] for name in ("absmax", "nested_absmax", "nested_offset"))
+        return cls(None, codes, second, offset, components.get("nested_quant_map"))
+
+    def components(self) -> dict[str, Tensor]:
+        """As they are stored, under the names of bitsandbytes' checkpoints."""
+        if self.absmax is not None:
+            return {"absmax": self.absmax}
+        assert self.codes is not None and self.second is not None and self.offset is not None
+        found = {"absmax": self.codes, "nested_absmax": self.second, "nested_offset": self.offset}
+        return found if self.values is None else {**found, "nested_quant_map": self.values}
 
     def effective(self, ops: Any = reference) -> Tensor:
         """float32 `[blocks]`, as bitsandbytes computes them at use: `values[codes] * second + offset`."""
         if self.absmax is not None:
             return self.absmax
-        assert self.codes is not None and self.second is not None
-        assert self.values is not None and self.offset is not None
-        return ops.dequantize_blockwise(self.codes, self.second, self.values, SECOND).add_(self.offset)
+        assert self.codes is not None and self.second is not None and self.offset is not None
+        values = dynamic_map(self.codes.device) if self.values is None else self.values
+        return ops.dequantize_blockwise(self.codes, self.second, values, SECOND).add_(self.offset)
 
 
 @contextmanager
@@ -63,11 +79,11 @@ def one_thread() -> Iterator[None]:
 
 
 @cache
-def dynamic_map() -> Tensor:
+def dynamic_map(device: torch.device) -> Tensor:
     """float32 `[256]`: bitsandbytes' values of second-level codes."""
     from bitsandbytes.functional import create_dynamic_map
 
-    return create_dynamic_map()
+    return create_dynamic_map().to(device)
 
 
 def quantize_absmax(absmax: Tensor, shard: Shard, ops: Any) -> Statistics:
@@ -77,23 +93,23 @@ def quantize_absmax(absmax: Tensor, shard: Shard, ops: Any) -> Statistics:
     """
     with one_thread():
         offset = absmax.cpu().mean().to(absmax.device)
-    values = dynamic_map().to(absmax.device, copy=True)  # saving refuses shared tensors
+    values = dynamic_map(absmax.device)
 
     def nested(first: int, last: int) -> tuple[Tensor, Tensor]:
         return ops.quantize_blockwise(absmax[first:last] - offset, values, SECOND)
 
     if shard.dim != 0:
         codes, second = nested(0, len(absmax))
-        return local_statistics(Statistics(None, codes, second, values, offset), shard, ops)
+        return local_statistics(Statistics(None, codes, second, offset), shard, ops)
     segments = block_segments(shard)
     runs = [(a // SECOND * SECOND, min(-(-b // SECOND) * SECOND, len(absmax))) for a, b in segments]
     parts = [nested(first, last) for first, last in runs]
     if keeps_nesting(shard):
         kept = [codes[: b - a] for (a, b), (codes, _) in zip(segments, parts, strict=True)]
-        return Statistics(None, torch.cat(kept), torch.cat([second for _, second in parts]), values, offset)
+        return Statistics(None, torch.cat(kept), torch.cat([second for _, second in parts]), offset)
     found = []
     for (a, b), (first, _), (codes, second) in zip(segments, runs, parts, strict=True):
-        found.append(Statistics(None, codes, second, values, offset).effective(ops)[a - first : b - first])
+        found.append(Statistics(None, codes, second, offset).effective(ops)[a - first : b - first])
     return Statistics(torch.cat(found))
 
 
@@ -144,7 +160,7 @@ def local_statistics(whole: Statistics, shard: Shard, ops: Any = reference) -> S
         runs = block_segments(shard)
         codes = torch.cat([whole.codes[a:b] for a, b in runs])
         second = torch.cat([whole.second[a // SECOND : -(-b // SECOND)] for a, b in runs])
-        return Statistics(None, codes, second, whole.values, whole.offset)
+        return Statistics(None, codes, second, whole.offset, whole.values)
     absmax = whole.effective(ops)
     if shard.dim == 0:
         return Statistics(torch.cat([absmax[a:b] for a, b in block_segments(shard)]))

@@ -19,7 +19,7 @@ from distquant.schemes.base import Context
 from distquant.schemes.min_max import Grid
 from distquant.schemes.packed_groups import PackedGroupsScheme, Packing, problems_of_fields, valid_fields
 from distquant.schemes.registry import register
-from distquant.schemes.selecting import compiles, in_blocks
+from distquant.schemes.selecting import compiles, in_blocks, one_of, unlike
 from distquant.skeleton.words import Skeleton
 
 Kind = Literal["gptq", "gptq_v2", "awq"]
@@ -73,11 +73,11 @@ class AutoRoundScheme(PackedGroupsScheme):
         blocks = None if given is None else list(_flat(given.split(",") if isinstance(given, str) else given))
         names = in_blocks(skeleton, blocks)
         inside = set(names)
-        named = [name for name in skeleton.linears if name not in inside and self._own(name)]
+        named = [name for name in skeleton.linears if name not in inside and self._own(one_of(name))]
         return [name for name in (*names, *named) if config.selection.selects(name) and not self._left_out(name)]
 
     def _left_out(self, module: str) -> bool:
-        return self._own(module).get("bits", self.config.bits) == UNQUANTIZED
+        return self._own(one_of(module)).get("bits", self.config.bits) == UNQUANTIZED
 
     def validate(self, context: Context) -> list[Problem]:
         config = self.config
@@ -98,6 +98,8 @@ class AutoRoundScheme(PackedGroupsScheme):
             if not isinstance(own, Mapping) or own.get("bits") != UNQUANTIZED:
                 found += problems_of_fields("extra_config", pattern, own)
                 found += _problems_of_values(pattern, own if isinstance(own, Mapping) else {}, kind)
+        if config.extra_config:
+            found += unlike(context.skeleton, lambda module: (self._left_out(module), self.packing_of(module)))
         return found
 
 

@@ -4,6 +4,10 @@ The planner calls the hooks on the coordinator, where there is no device and no 
 rows calls `encode` with all their columns; what comes out is cut by its layout, and every rank that keeps a part
 calls `complete` with it (or `restore`, with what a checkpoint stores). A method that needs slicing code of its own
 lacks a word in `layout`.
+
+What a rank stores is a dict of components, and four functions speak of it without a module: `pack` and `adopt` make
+it, `dequantize` and `streams` read it. Experts are kept as stacks of such components, so a method holds them by these
+four alone.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from packaging.version import Version
 
-from distquant.config import QuantizationConfig
+from distquant.config import QuantizationConfig, torch_dtype
 from distquant.errors import Problem
 from distquant.facts import Facts
 from distquant.layout import Component, Layout
@@ -24,9 +28,13 @@ from distquant.schemes.shard import Shard
 from distquant.skeleton.words import Skeleton
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from distquant.tally import Tally
+
+Stream = tuple[str, "Tensor", int]
+"""What the fingerprint counts: its name, values `[local rows, ceil(local columns / span)]`, and the span."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +62,13 @@ class Scheme(ABC):
     """Whether transformers loads the model with its own quantizer."""
     suffixes: ClassVar[Mapping[str, str]] = {}
     """How checkpoints name the components beside `<module>.weight`: suffix after `<module>.` -> component."""
+    fused_suffixes: ClassVar[Mapping[str, str]] = {}
+    """The same beside a parameter of fused experts: what is glued to its name, such as `_scales`."""
     unsliced: ClassVar[frozenset[str]] = frozenset()
     """Components of stored weights that have no slice for a slice of the weight, and so go whole to every rank."""
+    stacks: ClassVar[bool] = False
+    """Whether experts can be kept in it: it has the four functions of stored components, and the components of equal
+    shards have equal names, shapes and dtypes."""
     constants: ClassVar[frozenset[str]] = frozenset()
     """Entries of a module's `state_dict` that say how it is stored; reports do not count them as weights."""
 
@@ -213,13 +226,36 @@ class Scheme(ABC):
         """
         raise NotImplementedError(f"{self.name} has no pre-quantized checkpoints")
 
-    @abstractmethod
+    def components(self, module: Any) -> dict[str, Tensor]:
+        """What a filled module stores, for `dequantize` and `streams`."""
+        raise NotImplementedError(f"{self.name} does not say what its modules store")
+
     def dequantized(self, module: nn.Module, shard: Shard, ops: Any) -> Tensor:
         """The weight of a filled module, `[local out, local in]` in the dtype that it was quantized from."""
+        return self.dequantize(shard, self.components(module), torch_dtype(shard.dtype), ops)
 
     def finish_model(self, model: nn.Module) -> None:  # noqa: B027  (most methods need no mark)
         """Sets the marks by which the ecosystem knows a model quantized by this method."""
 
-    @abstractmethod
     def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:
         """Adds the module's codes and scales, as its kernel uses them, to the fingerprint."""
+        for stream, values, span in self.streams(shard, self.components(module)):
+            tally.shard(stream, values, shard.shape, shard.dim, shard.owned, span=span)
+
+    # -- stored components, without a module (every rank) ----------------------------------------------------------
+
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+        """The stored local components, from what flowed; arguments as of `complete`."""
+        raise NotImplementedError(f"{self.name} has no components without a module")
+
+    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+        """The stored local components, from those of a pre-quantized weight; arguments and errors as of `restore`."""
+        raise NotImplementedError(f"{self.name} has no components without a module")
+
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+        """The weight, `dtype` `shard.local_shape`, from its stored components."""
+        raise NotImplementedError(f"{self.name} has no components without a module")
+
+    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+        """What the fingerprint counts: unpacked codes, and scales and zeros as the kernel uses them."""
+        raise NotImplementedError(f"{self.name} has no components without a module")

@@ -9,14 +9,25 @@ over one and over two threads differ in the last bit. A shard keeps the nested f
 
 Along `in` a shard may need blocks of 32 where 64 would straddle its rows: absmax are then repeated, which changes no
 value. Rows are quantized whole before they are cut, so a cut may pass through a block of 64.
+
+Stored components of a shard:
+
+    ""                uint8 `[ceil(n / 2)]`, the codes
+    absmax            float32 `[blocks]`; nested: uint8 `[blocks]`, second-level codes
+    nested_absmax     float32 `[ceil(blocks / 256)]`; these and what follows only where the shard keeps nesting
+    nested_offset     float32 `[]`
+    nested_quant_map  float32 `[256]`, the value of each second-level code, only where a checkpoint has other bits than
+                      bitsandbytes computes here (torch's `linspace` rounds differently without AVX2)
+
+Values of 4-bit codes and block sizes follow from the configuration and the shard.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +42,16 @@ from distquant.schemes.absmax import (
     SECOND,
     Statistics,
     cut_crosses_blocks,
+    dynamic_map,
     keeps_nesting,
     local_block,
     local_statistics,
     quantize_absmax,
 )
+from distquant.schemes.base import Stream
 from distquant.schemes.bitsandbytes import BitsandbytesScheme
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
-
-if TYPE_CHECKING:
-    from distquant.tally import Tally
 
 
 @register
@@ -58,6 +68,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
         "weight.quant_state.bitsandbytes__nf4": "quant_state",
         "weight.quant_state.bitsandbytes__fp4": "quant_state",
     }
+    constants = frozenset(("nested_offset",))
     mark = "is_loaded_in_4bit"
     config: Bnb4bitConfig
 
@@ -142,17 +153,22 @@ class Bnb4bitScheme(BitsandbytesScheme):
         ops.quantize_4bit(rows, BLOCK, self.config.bnb_4bit_quant_type, codes=out[""], absmax=out["absmax"])
 
     def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
-        absmax = parts["absmax"]
-        if self.config.bnb_4bit_use_double_quant:
-            statistics = quantize_absmax(absmax, shard, ops)
-        else:
-            statistics = Statistics(absmax)
-            if self.statistics(shard):
-                statistics = local_statistics(statistics, shard, ops)
-        self.fill(shard, module, parts[""], statistics, torch_dtype(shard.dtype))
+        self.fill(shard, module, self.pack(shard, parts, ops), torch_dtype(shard.dtype))
 
     def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
-        state = json.loads(bytes(parts["quant_state"].tolist()))
+        dtype = getattr(torch, _state_of(parts)["dtype"])
+        self.fill(shard, module, self.adopt(shard, parts, whole), dtype)
+
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+        statistics = Statistics(parts["absmax"])
+        if self.config.bnb_4bit_use_double_quant:
+            statistics = quantize_absmax(parts["absmax"], shard, ops)
+        elif self.statistics(shard):
+            statistics = local_statistics(statistics, shard, ops)
+        return {"": parts[""], **statistics.components()}
+
+    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+        state = _state_of(parts)
         self._check_state(shard, state)
         codes, columns = parts[""].view(torch.uint8), shard.shape[1]
         if "" in whole and shard.dim == 0:
@@ -160,12 +176,12 @@ class Bnb4bitScheme(BitsandbytesScheme):
         statistics = Statistics(parts["absmax"].float())
         if "nested_offset" in state:
             offset = torch.tensor(float(state["nested_offset"]), device=codes.device)
-            statistics = Statistics(
-                None, parts["absmax"], parts["nested_absmax"], parts["nested_quant_map"].clone(), offset
-            )
+            values = parts["nested_quant_map"]
+            own = torch.equal(values, dynamic_map(values.device))
+            statistics = Statistics(None, parts["absmax"], parts["nested_absmax"], offset, None if own else values)
         if "absmax" in whole:
             statistics = local_statistics(statistics, shard)
-        self.fill(shard, module, codes, statistics, getattr(torch, state["dtype"]))
+        return {"": codes, **statistics.components()}
 
     def _check_state(self, shard: Shard, state: dict[str, Any]) -> None:
         expected = {
@@ -179,29 +195,30 @@ class Bnb4bitScheme(BitsandbytesScheme):
                 what = f"its quant_state says {key}={found!r}, expected {value!r}"
                 raise InputError.one(shard.name, what, "The checkpoint contradicts its config; quantize it again")
 
-    def fill(self, shard: Shard, module: Any, codes: Tensor, statistics: Statistics, dtype: torch.dtype) -> None:
-        """Puts codes (uint8, flat) and statistics into a `Linear4bit`."""
+    def fill(self, shard: Shard, module: Any, components: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Puts components into a `Linear4bit`, whose weight dequantizes to `dtype`."""
         from bitsandbytes.functional import QuantState
         from bitsandbytes.nn import Params4bit
 
-        device, quant_type = codes.device, self.config.bnb_4bit_quant_type
+        device, quant_type = components[""].device, self.config.bnb_4bit_quant_type
         state = QuantState(
-            absmax=statistics.absmax if statistics.codes is None else statistics.codes,
+            absmax=components["absmax"],
             shape=torch.Size(shard.local_shape),
             code=reference.code_values(quant_type, device).clone(),  # saving refuses shared tensors
             blocksize=local_block(shard),
             quant_type=quant_type,
             dtype=dtype,
         )
-        if statistics.codes is not None:
-            state.offset, state.nested = statistics.offset, True
+        if "nested_absmax" in components:
+            values = components.get("nested_quant_map", dynamic_map(device)).clone()
+            state.offset, state.nested = components["nested_offset"], True
             state.state2 = QuantState(
-                absmax=statistics.second, code=statistics.values, blocksize=SECOND, dtype=torch.float32
+                absmax=components["nested_absmax"], code=values, blocksize=SECOND, dtype=torch.float32
             )
         state.to(device)
         storage = torch_dtype(self.config.bnb_4bit_quant_storage)
         module.weight = Params4bit(
-            codes.view(storage).view(-1, 1),
+            components[""].view(storage).view(-1, 1),
             requires_grad=False,
             quant_state=state,
             blocksize=state.blocksize,
@@ -213,24 +230,41 @@ class Bnb4bitScheme(BitsandbytesScheme):
         )
         module.quant_state = state
 
-    def dequantized(self, module: nn.Module, shard: Shard, ops: Any) -> Tensor:
-        from distquant.schemes.straddling import dequantized
+    # -- looking at it ---------------------------------------------------------------------------------------------
 
-        return dequantized(module).to(torch_dtype(shard.dtype))
+    def components(self, module: Any) -> dict[str, Tensor]:
+        return components_of(module)
 
-    def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:
-        weight: Any = module.weight
-        state = weight.quant_state
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+        """By the flat definition, in float32 and then rounded to `dtype`."""
+        absmax, quant_type = Statistics.of(components).effective(ops), self.config.bnb_4bit_quant_type
+        return ops.dequantize_4bit(
+            components[""], absmax, local_block(shard), quant_type, shard.local_shape, dtype=dtype
+        )
+
+    def dequantized(self, module: Any, shard: Shard, ops: Any) -> Tensor:
+        found = self.dequantize(shard, self.components(module), module.weight.quant_state.dtype, ops)
+        return found.to(torch_dtype(shard.dtype))
+
+    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         rows, columns = shard.local_shape
-        codes = reference.unpack_4bit(weight.data.contiguous().view(torch.uint8).view(-1))
-        codes = codes[: rows * columns].view(rows, columns)
-        second = state.state2
-        statistics = Statistics(state.absmax.float())
-        if state.nested:
-            statistics = Statistics(None, state.absmax, second.absmax, second.code, state.offset)
-        absmax, block = statistics.effective(), state.blocksize
+        yield "code", reference.unpack_4bit(components[""])[: rows * columns].view(rows, columns), 1
+        absmax, block = Statistics.of(components).effective(), local_block(shard)
         if columns % block:
             absmax, block = absmax.repeat_interleave(block)[: rows * columns], 1
-        absmax = absmax.view(rows, columns // block)
-        tally.shard("code", codes, shard.shape, shard.dim, shard.owned)
-        tally.shard("scale", absmax, shard.shape, shard.dim, shard.owned, span=block)
+        yield "scale", absmax.view(rows, columns // block), block
+
+
+def components_of(module: Any) -> dict[str, Tensor]:
+    """What a `Linear4bit` stores; nested statistics always with `nested_quant_map`."""
+    weight = module.weight
+    state, codes = weight.quant_state, weight.data.contiguous().view(torch.uint8).view(-1)
+    if not state.nested:
+        return {"": codes, "absmax": state.absmax.float()}
+    second = state.state2
+    return {"": codes, **Statistics(None, state.absmax, second.absmax, state.offset, second.code).components()}
+
+
+def _state_of(parts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The `quant_state` of a stored weight: JSON as bytes."""
+    return json.loads(bytes(parts["quant_state"].tolist()))

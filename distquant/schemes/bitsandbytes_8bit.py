@@ -3,25 +3,26 @@
 A row's absmax reaches over `in`, so rows are quantized whole, by whichever rank reads them, and a shard that is cut
 along `in` keeps the absmax of every row. Weights are then exact. Activations are quantized per local row in forward,
 so logits of such a shard differ by the method's own error.
+
+Stored components of a shard: "" (int8 `[out, in]`) and "SCB" (float32 `[out]`, the rows' absmax).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from distquant.config import Bnb8bitConfig, torch_dtype
+from distquant.config import Bnb8bitConfig
 from distquant.errors import InputError, Problem
 from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
+from distquant.schemes.base import Stream
 from distquant.schemes.bitsandbytes import BitsandbytesScheme
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW
-
-if TYPE_CHECKING:
-    from distquant.tally import Tally
 
 ROW_FORMAT = 0
 """The only weight format that bitsandbytes still writes: row-major."""
@@ -73,28 +74,38 @@ class Bnb8bitScheme(BitsandbytesScheme):
         ops.quantize_int8_rows(rows, codes=out[""].view(rows.shape), absmax=out["SCB"])
 
     def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
-        self.fill(module, parts[""].view(shard.local_shape), parts["SCB"])
+        self.fill(module, self.pack(shard, parts, ops))
 
     def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
+        self.fill(module, self.adopt(shard, parts, whole))
+
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+        return {"": parts[""].view(shard.local_shape), "SCB": parts["SCB"]}
+
+    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         found = int(parts["weight_format"].item()) if "weight_format" in parts else ROW_FORMAT
         if found != ROW_FORMAT:
             what = f"its weight_format is {found}, only {ROW_FORMAT} (row) is supported"
             raise InputError.one(shard.name, what, "Quantize the original again with a current bitsandbytes")
-        self.fill(module, parts[""].view(shard.local_shape), parts["SCB"])
+        return {"": parts[""].view(shard.local_shape), "SCB": parts["SCB"]}
 
-    def fill(self, module: nn.Module, codes: Tensor, absmax: Tensor) -> None:
-        """Puts codes (int8 `[out, in]`) and row absmax (float32 `[out]`) into a `Linear8bitLt`."""
+    def fill(self, module: nn.Module, components: Mapping[str, Tensor]) -> None:
+        """Puts components into a `Linear8bitLt`."""
         from bitsandbytes.nn import Int8Params
 
+        codes, absmax = components[""], components["SCB"]
         module.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=absmax)
 
-    def dequantized(self, module: nn.Module, shard: Shard, ops: Any) -> Tensor:
-        weight: Any = module.weight
-        return (weight.data.float() * (weight.SCB.float() / 127).view(-1, 1)).to(torch_dtype(shard.dtype))
+    # -- looking at it ---------------------------------------------------------------------------------------------
 
-    def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:
-        weight: Any = module.weight
-        state: Any = module.state
-        absmax = weight.SCB if weight.SCB is not None else state.SCB
-        tally.shard("code", weight.data, shard.shape, shard.dim, shard.owned)
-        tally.shard("scale", absmax.view(-1, 1), shard.shape, shard.dim, shard.owned, span=WHOLE_ROW)
+    def components(self, module: Any) -> dict[str, Tensor]:
+        weight = module.weight
+        return {"": weight.data, "SCB": weight.SCB if weight.SCB is not None else module.state.SCB}
+
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+        scale = (components["SCB"].float() / 127).view(-1, 1)
+        return components[""].float().mul_(scale).to(dtype)
+
+    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+        yield "code", components[""], 1
+        yield "scale", components["SCB"].view(-1, 1), WHOLE_ROW

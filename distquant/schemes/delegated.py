@@ -23,8 +23,6 @@ from distquant.skeleton.words import Skeleton
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from distquant.tally import Tally
-
 
 class DelegatedScheme(Scheme):
     """Converts no module: transformers does, in `from_pretrained` (see `assemble.delegated`)."""
@@ -75,12 +73,6 @@ class DelegatedScheme(Scheme):
     def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
         raise AssertionError(_BY_TRANSFORMERS)
 
-    def dequantized(self, module: nn.Module, shard: Shard, ops: Any) -> Tensor:
-        raise AssertionError(_BY_TRANSFORMERS)
-
-    def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:
-        raise AssertionError(_BY_TRANSFORMERS)
-
 
 _BY_TRANSFORMERS = "a delegated method converts no module of distquant's"
 
@@ -98,7 +90,6 @@ def _delegate(config: type[QuantizationConfig]) -> None:
 
 
 for _config in (
-    configs.Mxfp4Config,
     configs.Nvfp4Config,
     configs.EetqConfig,
     configs.BitnetConfig,

@@ -10,26 +10,22 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from distquant.config import QuantizationConfig
 from distquant.errors import Problem
-from distquant.schemes.base import Scheme
+from distquant.schemes.base import Scheme, Stream
 from distquant.schemes.quantized_linear import QuantizedLinear
 from distquant.schemes.shard import Shard
-
-if TYPE_CHECKING:
-    from distquant.tally import Tally
-
-Stream = tuple[str, Tensor, int]
-"""What the fingerprint counts: its name, values `[local rows, ceil(local columns / span)]`, and the span."""
 
 
 class DequantizingScheme(Scheme):
     """`QuantizedLinear` of local size. Components have the names of their checkpoints; "" is `weight`."""
+
+    stacks: ClassVar[bool] = True
 
     # -- what a method says ----------------------------------------------------------------------------------------
 
@@ -103,15 +99,11 @@ class DequantizingScheme(Scheme):
     def restore(self, shard: Shard, module: Any, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
         module.take(self.adopt(shard, parts, whole))
 
-    def dequantized(self, module: Any, shard: Shard, ops: Any) -> Tensor:
-        return module.weight
+    def components(self, module: Any) -> dict[str, Tensor]:
+        return module.components
 
     def finish_model(self, model: Any) -> None:
         mark_quantized(model, self.config)
-
-    def tally(self, module: Any, shard: Shard, tally: Tally) -> None:
-        for stream, values, span in self.streams(shard, module.components):
-            tally.shard(stream, values, shard.shape, shard.dim, shard.owned, span=span)
 
     @staticmethod
     def _local(shard: Shard) -> tuple[str, tuple[int, int], str]:

@@ -19,7 +19,7 @@ from distquant.planning.load_plan import TensorPlan
 from distquant.schemes.bands import column_step, row_step
 from distquant.schemes.base import Scheme
 from distquant.schemes.shard import Shard
-from distquant.skeleton.words import Source
+from distquant.skeleton.words import Source, taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,11 @@ def flows_of(
     """
     if tensor.scheme == "none":
         component = Component(name="", dtype=tensor.dtype)
-        flow = Flow(None, tensor.shape, tensor.dtype, tensor.sources, tensor.dim, cut, (component,))
+        turned = tensor.transposed
+        apart = None if turned else 1
+        flow = Flow(
+            None, tensor.shape, tensor.dtype, tensor.sources, tensor.dim, cut, (component,), apart=apart, turned=turned
+        )
         step = scheme.decodes(tensor.name)
         yield replace(flow, dtype=None, step=step, apart=None, decoded=True) if step else flow
         return
@@ -100,7 +104,7 @@ def flows_of(
 
 def _stored(source: Source, info: TensorInfo, scheme: Scheme, shard: Shard) -> Flow:
     """A stored component: cut like the weight where its layout lets it, whole for every rank where not."""
-    name, count = source.component, math.prod(info.shape)
+    name, count = source.component, taken(source, info.shape)
     flowing = Component(name=name, dtype="uint8")  # its dtype is that of the file
     known = {component.name: component for component in scheme.layout(shard.name, shard.shape, shard.dtype).components}
     component = known.get(name)

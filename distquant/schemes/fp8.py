@@ -32,8 +32,8 @@ from torch import Tensor
 from distquant.config import Fp8Config, torch_dtype
 from distquant.errors import InputError, Problem
 from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
-from distquant.schemes.base import Context
-from distquant.schemes.dequantizing import DequantizingScheme, Stream
+from distquant.schemes.base import Context, Stream
+from distquant.schemes.dequantizing import DequantizingScheme
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW

@@ -20,8 +20,8 @@ from distquant.config import GgufConfig
 from distquant.errors import Problem
 from distquant.kernels.reference.gguf import dequantize_gguf
 from distquant.layout import PLAIN_STEPS, Component, Layout
-from distquant.schemes.base import Context
-from distquant.schemes.dequantizing import DequantizingScheme, Stream
+from distquant.schemes.base import Context, Stream
+from distquant.schemes.dequantizing import DequantizingScheme
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.skeleton.words import Skeleton
@@ -34,6 +34,7 @@ class GgufScheme(DequantizingScheme):
     name = "gguf"
     config_class = GgufConfig
     requires: ClassVar[Mapping[str, str]] = {"gguf": "0.10.0"}
+    stacks: ClassVar[bool] = False  # a file's types are known by the names of whole parameters, not of experts
     config: GgufConfig
 
     def kind(self, name: str) -> str:

@@ -26,7 +26,7 @@ from distquant.schemes.packed_groups import (
     valid_fields,
 )
 from distquant.schemes.registry import register
-from distquant.schemes.selecting import compiles, in_blocks
+from distquant.schemes.selecting import compiles, in_blocks, members, one_of, stored_names, unlike
 from distquant.skeleton.words import Skeleton
 
 CALIBRATION = frozenset(
@@ -88,11 +88,14 @@ class GptqScheme(PackedGroupsScheme):
         names = in_blocks(skeleton, blocks)
         if config.modules_in_block_to_quantize is not None:
             named = tuple(f".{name}" for names in config.modules_in_block_to_quantize for name in names)
-            names = [name for name in names if name.endswith(named)]
+            names = [name for name in names if any(n.endswith(named) for n in stored_names(skeleton, name))]
         head = skeleton.output_embedding
         if config.lm_head and head is not None and head in skeleton.linears:
             names.append(head)
-        return [name for name in names if config.selection.selects(name) and self._dynamic(name) is not None]
+        return [name for name in names if config.selection.selects(name) and not self._left_out(name)]
+
+    def _left_out(self, module: str) -> bool:
+        return self._dynamic(one_of(module)) is None
 
     def validate(self, context: Context) -> list[Problem]:
         config = self.config
@@ -105,6 +108,8 @@ class GptqScheme(PackedGroupsScheme):
             found.append(Problem(where("pack_dtype"), what, "Quantize with pack_dtype='int32'"))
         for pattern, own in (config.dynamic or {}).items():
             found += _problems_of_rule(pattern, own)
+        if config.dynamic:
+            found += unlike(context.skeleton, lambda module: (self._left_out(module), self.packing_of(module)))
         if not context.prequantized:
             found += problems_of_calibration(config)
             found += self._unmatched(context.skeleton)
@@ -113,13 +118,14 @@ class GptqScheme(PackedGroupsScheme):
     def _unmatched(self, skeleton: Skeleton) -> Iterator[Problem]:
         """Rules for modules that this model does not have."""
         fix = "Name modules of this model, or remove it"
+        names = [member for name in skeleton.linears for member in members(skeleton, name)]
         for pattern in self.config.dynamic or {}:
             regex = regex_of(pattern)
-            if compiles(regex) is None and not any(re.match(regex, name) for name in skeleton.linears):
+            if compiles(regex) is None and not any(re.match(regex, name) for name in names):
                 yield Problem(where("dynamic"), f"{pattern!r} matches no linear module", fix)
         for named in self.config.modules_in_block_to_quantize or ():
             for module in named:
-                if not any(name.endswith(f".{module}") for name in skeleton.linears):
+                if not any(name.endswith(f".{module}") for name in names):
                     yield Problem(where("modules_in_block_to_quantize"), f"{module!r} matches no linear module", fix)
 
 

@@ -14,8 +14,6 @@ from distquant.skeleton.words import Skeleton
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from distquant.tally import Tally
-
 
 @register
 class NoneScheme(Scheme):
@@ -37,10 +35,4 @@ class NoneScheme(Scheme):
         raise AssertionError("the scheme `none` converts no module")
 
     def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
-        raise AssertionError("the scheme `none` converts no module")
-
-    def dequantized(self, module: nn.Module, shard: Shard, ops: Any) -> Tensor:
-        raise AssertionError("the scheme `none` converts no module")
-
-    def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:
         raise AssertionError("the scheme `none` converts no module")

@@ -27,8 +27,10 @@ from distquant.config import QuantizationConfig
 from distquant.config.checks import where
 from distquant.errors import InputError, Problem
 from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
-from distquant.schemes.dequantizing import DequantizingScheme, Stream
+from distquant.schemes.base import Stream
+from distquant.schemes.dequantizing import DequantizingScheme
 from distquant.schemes.min_max import Grid, quantize_min_max, rows_at_once
+from distquant.schemes.selecting import one_of
 from distquant.schemes.shard import Shard
 from distquant.schemes.words import pack_bytes, pack_words, span_of, unpack_words
 from distquant.tally import WHOLE_ROW
@@ -124,7 +126,7 @@ class PackedGroupsScheme(DequantizingScheme):
 
     def packing(self, name: str) -> Packing:
         """How a parameter is stored."""
-        module = name.removesuffix(".weight")
+        module = one_of(name.removesuffix(".weight"))
         if module not in self._packings:
             self._packings[module] = self.packing_of(module)
         return self._packings[module]

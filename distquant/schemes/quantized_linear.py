@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from distquant.config import torch_dtype
 from distquant.errors import DistquantError
-from distquant.kernels.choice import Kernel, choose
+from distquant.schemes.product import ops_on, product
 
 if TYPE_CHECKING:
     from distquant.schemes.dequantizing import DequantizingScheme
@@ -20,12 +18,6 @@ if TYPE_CHECKING:
 
 class WriteError(DistquantError, RuntimeError):
     """Something writes to a weight that is not stored."""
-
-
-@cache
-def ops_on(device: torch.device) -> Any:
-    """The kernels that run in forward on a device."""
-    return choose(Kernel.AUTO, device).ops
 
 
 class Computed(Tensor):
@@ -49,19 +41,6 @@ class Computed(Tensor):
         # A view through `data` or `detach` is refused likewise; results of arithmetic are ordinary tensors.
         views = name in ("__get__", "detach")
         return found if views or not isinstance(found, Computed) else found.as_subclass(Tensor)
-
-
-class _Product(torch.autograd.Function):
-    """`x @ W.T` with a weight that is dequantized in forward and again in backward, never kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: QuantizedLinear) -> Tensor:
-        ctx.module = module
-        return nn.functional.linear(x, module.dequantized().to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.module.dequantized().to(grad.dtype), None
 
 
 class QuantizedLinear(nn.Linear):
@@ -107,7 +86,7 @@ class QuantizedLinear(nn.Linear):
         return self.scheme.dequantize(self.shard, found, dtype, ops)
 
     def forward(self, x: Tensor) -> Tensor:
-        output = _Product.apply(x, self)
+        output = product(x, self.dequantized)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:

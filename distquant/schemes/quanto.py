@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +35,11 @@ from torch import Tensor, nn
 from distquant.config import QuantoConfig, torch_dtype
 from distquant.errors import InputError, Problem
 from distquant.layout import ALL, DTYPE_BYTES, PLAIN_STEPS, Component, Layout
-from distquant.schemes.base import Context
-from distquant.schemes.dequantizing import DequantizingScheme, Stream
+from distquant.schemes.base import Context, Stream
+from distquant.schemes.dequantizing import DequantizingScheme
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW
-
-if TYPE_CHECKING:
-    from distquant.tally import Tally
 
 SCALE, SHIFT = "weight._scale", "weight._shift"
 OF_ACTIVATIONS = ("input_scale", "output_scale")
@@ -255,9 +252,6 @@ class QuantoScheme(DequantizingScheme):
         made: Any = self.tensor(shard, components)
         return made.dequantize().to(dtype)
 
-    def dequantized(self, module: Any, shard: Shard, ops: Any) -> Tensor:
-        return module.weight.dequantize()
-
     def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         group, codes = group_of(shard.shape[1]) if self.grouped else None, components[""]
         if self.grouped:
@@ -267,10 +261,6 @@ class QuantoScheme(DequantizingScheme):
         for stream, name in (("scale", SCALE), ("shift", SHIFT)):
             if name in components:
                 yield stream, components[name].view(shard.local_shape[0], -1), group or WHOLE_ROW
-
-    def tally(self, module: Any, shard: Shard, tally: Tally) -> None:
-        for stream, values, span in self.streams(shard, self.components(module)):
-            tally.shard(stream, values, shard.shape, shard.dim, shard.owned, span=span)
 
 
 def _number(value: float, like: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ BUILT_IN = tuple(
         "compressed_tensors",
         "fp8",
         "mxfp8",
+        "mxfp4",
         "fbgemm_fp8",
         "quanto",
         "torchao",

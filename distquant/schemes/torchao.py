@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +42,11 @@ from distquant.config import TorchaoConfig, torch_dtype
 from distquant.config.frozen import thaw
 from distquant.errors import InputError, Problem
 from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
-from distquant.schemes.base import Context
-from distquant.schemes.dequantizing import DequantizingScheme, Stream
+from distquant.schemes.base import Context, Stream
+from distquant.schemes.dequantizing import DequantizingScheme
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW
-
-if TYPE_CHECKING:
-    from distquant.tally import Tally
 
 SCALE, ZERO = "_weight_scale", "_weight_zero_point"
 AMAX = "amax"
@@ -245,14 +242,17 @@ class TorchaoScheme(DequantizingScheme):
         self._place(shard, module, self.pack(shard, parts, ops))
 
     def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
-        found = self.adopt(shard, parts, whole)
+        self._place(shard, module, self.adopt(shard, parts, whole))
+
+    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+        found = self.shaped(shard, parts)
         expected = torch_dtype(self.codes_dtype)
         if found[""].dtype != expected:
             what = f"its qdata is {found[''].dtype}, {self.config.type_name} has {expected}"
             raise InputError.one(shard.name, what, "Check that config.json belongs to the checkpoint")
         if self.kind == INTX:
             found[SCALE] = found[SCALE].to(torch_dtype(shard.dtype))
-        self._place(shard, module, found)
+        return found
 
     def _place(self, shard: Shard, module: nn.Module, found: Mapping[str, Tensor]) -> None:
         """Puts components of local shapes into the module, as torchao's tensor."""
@@ -299,9 +299,6 @@ class TorchaoScheme(DequantizingScheme):
         made: Any = self.tensor(shard, components)
         return made.dequantize().to(dtype)
 
-    def dequantized(self, module: Any, shard: Shard, ops: Any) -> Tensor:
-        return module.weight.dequantize()
-
     def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         yield "code", components[""], 1
         span = self.group if isinstance(self.group, int) else WHOLE_ROW
@@ -309,10 +306,6 @@ class TorchaoScheme(DequantizingScheme):
             if name in components:
                 values = components[name]
                 yield stream, values.expand(shard.local_shape[0], values.shape[1]), span
-
-    def tally(self, module: Any, shard: Shard, tally: Tally) -> None:
-        for stream, values, span in self.streams(shard, self.components(module)):
-            tally.shard(stream, values, shard.shape, shard.dim, shard.owned, span=span)
 
     def finish_model(self, model: Any) -> None:
         """What `from_pretrained` leaves, so that `save_pretrained` and PEFT treat the model alike."""

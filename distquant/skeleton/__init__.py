@@ -4,13 +4,19 @@ Everything that depends on the version of `transformers` lives in this package.
 """
 
 from distquant.skeleton.build import build, build_skeleton
+from distquant.skeleton.experts import EXPECTED, sources_by_expert, split_experts
 from distquant.skeleton.gguf import GgufNames, gguf_names, source_of, with_gguf_sources
+from distquant.skeleton.names import tell_parts
 from distquant.skeleton.stored import FLOATS, Kept, as_stored
-from distquant.skeleton.words import Attention, Linear, Param, Skeleton, Source
+from distquant.skeleton.words import ROWS, STAR, Attention, Experts, Linear, Param, Skeleton, Source, taken
 
 __all__ = [
+    "EXPECTED",
     "FLOATS",
+    "ROWS",
+    "STAR",
     "Attention",
+    "Experts",
     "GgufNames",
     "Kept",
     "Linear",
@@ -22,5 +28,9 @@ __all__ = [
     "build_skeleton",
     "gguf_names",
     "source_of",
+    "sources_by_expert",
+    "split_experts",
+    "taken",
+    "tell_parts",
     "with_gguf_sources",
 ]

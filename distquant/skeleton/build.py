@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distquant.errors import InputError, Problems
+from distquant.skeleton.experts import experts_of
 from distquant.skeleton.gguf import source_of
 from distquant.skeleton.names import ignorable, map_names
 from distquant.skeleton.words import Attention, Linear, Param, Skeleton, Source
@@ -75,7 +76,9 @@ def build_skeleton(
         problems: gets what cannot be placed.
     """
     params = _params(model)
-    sources, unexpected = map_names(model, {n: p.shape for n, p in params.items()}, tensors, suffixes, problems)
+    shapes = {name: param.shape for name, param in params.items()}
+    sources, parts, unexpected = map_names(model, shapes, tensors, suffixes, problems)
+    known, unknown = experts_of(model)
     _, left = ignorable(unexpected, model._keys_to_ignore_on_load_unexpected)
     _, left = ignorable(left, [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"])
     tied = _ties(model, sources)
@@ -95,7 +98,9 @@ def build_skeleton(
         embeddings=tuple(_modules_of(model, "Embedding")),
         input_embedding=_path_of(model, model.get_input_embeddings()),
         output_embedding=_path_of(model, model.get_output_embeddings()),
-        experts=tuple(_experts(model)),
+        experts=known,
+        unknown_experts=unknown,
+        parts=parts,
         tp_plan=dict(getattr(model, "tp_plan", None) or {}),
         ep_plan=dict(getattr(model, "ep_plan", None) or {}),
         default_skip=tuple(sorted(_default_skip(model))),
@@ -156,11 +161,6 @@ def _attentions(model: PreTrainedModel) -> dict[str, Attention]:
             kv = heads // groups if isinstance(groups, int) and groups > 0 else kv
             found[name] = Attention(name, heads, kv, head_dim)
     return found
-
-
-def _experts(model: PreTrainedModel) -> list[str]:
-    """Modules that own 3-D parameters: fused experts."""
-    return [n for n, m in model.named_modules() if any(p.dim() == 3 for p in m.parameters(recurse=False))]
 
 
 def _default_skip(model: PreTrainedModel) -> set[str]:

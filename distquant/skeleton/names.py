@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from distquant.errors import Problems
-from distquant.skeleton.words import Source
+from distquant.skeleton.words import Part, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,9 +26,15 @@ def natural(key: str) -> list[tuple[int, Any]]:
 
 
 def split_component(name: str, suffixes: Mapping[str, str]) -> tuple[str, str]:
-    """Checkpoint name -> (name of the weight, component); `suffixes` maps e.g. `weight.absmax` to `absmax`."""
+    """Checkpoint name -> (name of the weight, component); `suffixes` maps e.g. `weight.absmax` to `absmax`.
+
+    A suffix that starts with an underscore follows the name of a parameter of fused experts.
+    """
     for suffix, component in suffixes.items():
-        if name.endswith("." + suffix):
+        if suffix.startswith("_"):
+            if name.endswith(suffix):
+                return name[: -len(suffix)], component
+        elif name.endswith("." + suffix):
             return name[: -len(suffix)] + "weight", component
     return name, ""
 
@@ -39,7 +45,7 @@ def map_names(
     tensors: Shapes,
     suffixes: Mapping[str, str],
     problems: Problems,
-) -> tuple[dict[str, tuple[Source, ...]], tuple[str, ...]]:
+) -> tuple[dict[str, tuple[Source, ...]], dict[str, tuple[Part, ...]], tuple[str, ...]]:
     """Places every checkpoint tensor in the model.
 
     Args:
@@ -50,25 +56,26 @@ def map_names(
         problems: gets what cannot be placed (a conversion that is not known here).
 
     Returns:
-        the sources of each parameter, and the names that the model has no place for.
+        the sources of each parameter, the components of quantized weights that are merged into one, and the names that
+        the model has no place for.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    prefix, known = model.base_model_prefix, dict.fromkeys(params, True)
+    rename = _Renamer(renamings, converters, model.base_model_prefix, params)
 
     placed: dict[str, list[Source]] = {}
     collected: dict[str, dict[str, list[str]]] = {}
     converter_of: dict[str, Any] = {}
     unexpected = []
-    in_parts: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    parts: dict[str, list[Part]] = {}
     for name in sorted(tensors):
         base, component = split_component(name, suffixes)
-        target, pattern = rename_source_key(base, renamings, converters, prefix, known)
+        target, pattern = rename(base)
         if target not in params and base in params:
             target, pattern = base, None
         if target not in params:
@@ -76,25 +83,92 @@ def map_names(
         elif pattern is None:
             placed.setdefault(target, []).append(Source(name, component))
         elif component:
-            in_parts.setdefault((component, re.sub(r"\d+", "*", target)), []).append((name, target))
+            index = by_pattern[pattern].source_patterns.index(pattern)
+            parts.setdefault(target, []).append(Part(name, component, _last_number(base), index))
         else:
             collected.setdefault(target, {}).setdefault(pattern, []).append(name)
             converter_of[target] = by_pattern[pattern]
-    for (component, _), parts in in_parts.items():
-        name, target = parts[0]
-        others = f" (and {len(parts) - 1:,} more of its kind)" if len(parts) > 1 else ""
-        what = f"a quantized {component!r} of a weight that is converted into {target}{others}"
-        fix = (
-            "Quantized checkpoints of converted weights are not supported: load the unquantized checkpoint, "
-            "or look at this one with on_unsupported='skip' (--on-unsupported skip)"
-        )
-        problems.add(name, what, fix)
     for target, found in collected.items():
         groups = {pattern: sorted(names, key=natural) for pattern, names in found.items()}
         for param, sources in _follow(converter_of[target], target, groups, params, tensors, problems).items():
             _check_bounds(param, params[param], sources, tensors, problems)
             placed.setdefault(param, []).extend(sources)
-    return {name: tuple(sources) for name, sources in placed.items()}, tuple(unexpected)
+    return (
+        {name: tuple(sources) for name, sources in placed.items()},
+        {name: tuple(found) for name, found in parts.items()},
+        tuple(unexpected),
+    )
+
+
+class _Renamer:
+    """transformers' `rename_source_key`, asked once for all names that differ in the numbers of their parts only.
+
+    A checkpoint of many experts has tens of thousands of names, and each is tried against every pattern. Where a
+    pattern has a number of its own, or a transform is of a kind that may keep a state, every name is asked for.
+    """
+
+    def __init__(self, renamings: list[Any], converters: list[Any], prefix: str, params: Shapes):
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        self._given = (renamings, converters, prefix)
+        transforms = [*renamings, *converters]
+        patterns = [str(p) for t in transforms for p in (*t.source_patterns, *t.target_patterns)]
+        plain = all(type(t) in (WeightRenaming, WeightConverter) for t in transforms)
+        self.by_kind = plain and not any(re.search(r"(^|\.)\d", pattern) for pattern in patterns)
+        self._known = dict.fromkeys((_numbers_out(name)[0] for name in params) if self.by_kind else params, True)
+        self._found: dict[str, tuple[str, str | None]] = {}
+
+    def __call__(self, name: str) -> tuple[str, str | None]:
+        """The model's name for a checkpoint's, and the converter's pattern that it fits."""
+        from transformers.core_model_loading import rename_source_key
+
+        if not self.by_kind:
+            found: tuple[str, str | None] = rename_source_key(name, *self._given, self._known)
+            return found
+        kind, numbers = _numbers_out(name)
+        if kind not in self._found:
+            self._found[kind] = rename_source_key(kind, *self._given, self._known)
+        target, pattern = self._found[kind]
+        for place, number in enumerate(numbers):
+            target = target.replace(str(PLACE + place), number, 1)
+        return target, pattern
+
+
+PLACE = 900_000_000
+"""Stands for the first number in a name, the next for the second, and so on: numbers that no layer or expert has."""
+
+
+def _numbers_out(name: str) -> tuple[str, list[str]]:
+    """A name with placeholders for those of its parts that are numbers, and the numbers."""
+    parts = name.split(".")
+    numbers: list[str] = []
+    for at, part in enumerate(parts):
+        if part.isdigit():
+            parts[at] = str(PLACE + len(numbers))
+            numbers.append(part)
+    return ".".join(parts), numbers
+
+
+def tell_parts(parts: Mapping[str, tuple[Part, ...]], problems: Problems) -> None:
+    """Tells, once for each kind, the quantized weights that are merged into parameters and cannot be loaded so."""
+    kinds: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for target, found in parts.items():
+        for part in found:
+            kinds.setdefault((part.component, re.sub(r"\d+", "*", target)), []).append((part.tensor, target))
+    for (component, _), named in kinds.items():
+        name, target = named[0]
+        others = f" (and {len(named) - 1:,} more of its kind)" if len(named) > 1 else ""
+        what = f"a quantized {component!r} of a weight that is converted into {target}{others}"
+        fix = (
+            "Quantized checkpoints of converted weights are supported for experts in transformers' common form only: "
+            "load the unquantized checkpoint, or look at this one with on_unsupported='skip' (--on-unsupported skip)"
+        )
+        problems.add(name, what, fix)
+
+
+def _last_number(name: str) -> int:
+    """The last number among the parts of a path, an expert's; 0 where there is none."""
+    return next((int(part) for part in reversed(name.split(".")) if part.isdigit()), 0)
 
 
 def _follow(
@@ -109,13 +183,12 @@ def _follow(
     steps = [type(op).__name__ for op in converter.operations]
     patterns = [p for p in converter.source_patterns if p in groups]
     if steps == ["MergeModulelist"] and converter.operations[0].dim == 0 and len(patterns) == 1:
-        names = groups[patterns[0]]
-        return {target: [Source(n, "", (i, *[0] * len(tensors[n]))) for i, n in enumerate(names)]}
+        return {target: [Source(n, "", (i, *[0] * len(tensors[n]))) for i, n in _numbered(groups[patterns[0]])]}
     if steps == ["MergeModulelist", "Concatenate"] and converter.operations[0].dim == 0:
         dim = converter.operations[1].dim
         found, at = [], 0
         for pattern in patterns:
-            for i, n in enumerate(groups[pattern]):
+            for i, n in _numbered(groups[pattern]):
                 offset = [i, *[0] * len(tensors[n])]
                 offset[dim] = at
                 found.append(Source(n, "", tuple(offset)))
@@ -137,6 +210,12 @@ def _follow(
         "Only merging, concatenating and chunking are known; convert the checkpoint with save_pretrained first",
     )
     return {}
+
+
+def _numbered(names: list[str]) -> list[tuple[int, str]]:
+    """Each name with its place in a merged list: its own number, so that one that is missing moves no other."""
+    numbers = [_last_number(name) for name in names]
+    return list(zip(numbers, names, strict=True)) if len(set(numbers)) == len(names) else list(enumerate(names))
 
 
 def _check_bounds(

@@ -14,8 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-PAGE = 4096
-"""Slots start on pages, as O_DIRECT wants its buffers."""
+from distquant.planning.slots import PAGE
 
 
 class Arena:

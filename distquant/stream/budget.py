@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distquant.stream.files import SLACK
+from distquant.planning.slots import READ_SLOTS, SEND_SLOTS, SLACK
 from distquant.stream.tasks import Task
 
 SLOT = 8 << 20
 """Bytes of a slot where the budget allows: large enough for a disk and for few messages, small beside the budget."""
-
-READ_SLOTS, SEND_SLOTS = 4, 4
-"""Slots to read into, and slots from which other ranks copy."""
 
 STATISTICS = 8
 """This part of the budget may be taken by statistics of tensors that are not finished yet."""

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from distquant.errors import InputError
+from distquant.planning.slots import READ_SLOTS, SEND_SLOTS
 from distquant.stream.arena import Arena, Board, Slots
-from distquant.stream.budget import READ_SLOTS, SEND_SLOTS, Budget
+from distquant.stream.budget import Budget
 from distquant.stream.copier import Copier
 from distquant.stream.files import Files
 from distquant.stream.ledger import Ledger
@@ -163,7 +164,7 @@ class Engine:
     def _receivers(self, chunk: Chunk) -> tuple[int, ...]:
         """Other ranks of the node that keep something of these rows."""
         if chunk.task.gathered:
-            return tuple(self.peers.peers)
+            return tuple(filter(chunk.task.is_for, self.peers.peers))
         return tuple(rank for rank in chunk.part.holders if rank != self.rank)
 
     def _consume(self, chunk: Chunk) -> None:
@@ -300,6 +301,9 @@ class Engine:
         """Finishes the tensors that are complete, in order."""
         while self.ledger.next_is_complete():
             task = self.tasks[self.ledger.next]
+            if not task.is_for(self.rank):
+                self.ledger.finished()
+                continue
             sink = self._sink(task)
             start = perf_counter()
             self._finish(task, sink)

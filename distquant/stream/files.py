@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from distquant.errors import DistquantError, InputError
-from distquant.stream.arena import PAGE
+from distquant.planning.slots import PAGE
 
 RETRIED = frozenset((errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EINTR))
 """Errors of a disk or network that may pass; any other is final at once."""
@@ -31,9 +31,6 @@ SAMPLES = 32
 
 RESIDENT = 0.5
 """Share of them from which a file is read through the page cache."""
-
-SLACK = 2 * PAGE
-"""Bytes that a direct read may take beyond what is wanted, because it starts and ends on pages."""
 
 
 class ReadError(DistquantError, OSError):
@@ -113,7 +110,9 @@ class Files:
         self.stats.count(len(target), False, len(target) // max(width, 1))
 
     def read_span(self, file: str, offset: int, count: int, slot: Tensor, tensor: str) -> Tensor:
-        """Reads `count` bytes into a slot on a page boundary with `SLACK` to spare, the way that suits the file.
+        """Reads `count` bytes into a slot on a page boundary, the way that suits the file.
+
+        The slot has `planning.slots.SLACK` bytes to spare.
 
         Returns:
             uint8 `[count]`: the part of the slot that holds them.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from distquant.checkpoint import TensorInfo
 from distquant.planning.cuts import Segment
 from distquant.planning.reading import rows_and_width
-from distquant.skeleton.words import Source
+from distquant.skeleton.words import ROWS, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,10 @@ def _placed(source: Source, info: TensorInfo, shape: tuple[int, ...]) -> Placed:
     width = rows_and_width(shape)[1]
     count = math.prod(info.shape) // width if width else 0
     skip = 0
-    if source.take is not None:
+    if source.take is not None and source.take[0] == ROWS:
+        _, skip, stop = source.take
+        count = stop - skip
+    elif source.take is not None:
         per_row = count // info.shape[0]
         skip, count = source.take[1] * per_row, (source.take[2] - source.take[1]) * per_row
     first = 0

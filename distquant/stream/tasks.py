@@ -55,6 +55,7 @@ class Task:
         encode: how rows become components; None = they stay as they are.
         turned: whether it is stored `[in, out]`, and gathered and turned by its reader.
         device: where rows are quantized.
+        keepers: ranks of the node that keep something of it; None = all of them.
     """
 
     index: int
@@ -68,14 +69,21 @@ class Task:
     encode: Encode | None
     turned: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    keepers: tuple[int, ...] | None = None
+
+    def is_for(self, rank: int) -> bool:
+        """Whether a rank of the node keeps something of it."""
+        return self.keepers is None or rank in self.keepers
 
     @property
     def gathered(self) -> bool:
-        """Whether a component is needed by every rank for all rows."""
+        """Whether a component is needed by every rank that keeps something, for all rows."""
         return any(band.whole for band in self.bands)
 
     def expected(self, rank: int) -> int:
         """Rows that come to a rank of this node."""
+        if not self.is_for(rank):
+            return 0
         mine = (part for part in self.parts if self.gathered or rank in part.holders)
         return sum(part.rows[1] - part.rows[0] for part in mine)
 

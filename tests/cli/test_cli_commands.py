@@ -261,7 +261,7 @@ def test_inspect_of_a_strange_config(kjv_tiny: str, copy_of, command: Command) -
     assert done.out.startswith("? (?) in ")
 
 
-INT8_ROW = ["bitsandbytes_8bit", "int8", "yes", "yes", "yes", "no", "adapters", "ready"]
+INT8_ROW = ["bitsandbytes_8bit", "int8", "yes", "yes", "yes", "yes", "quantized", "adapters", "ready"]
 
 
 def test_doctor_tells_what_this_machine_can_run(command: Command) -> None:
@@ -270,36 +270,18 @@ def test_doctor_tells_what_this_machine_can_run(command: Command) -> None:
     done = command("doctor")
     assert (done.code, done.err) == (0, "")
     assert row(done.out, "torch") == ["torch", torch.__version__]
-    assert row(done.out, "none") == ["none", "none", "no", "yes", "yes", "no", "adapters", "ready"]
+    assert row(done.out, "none") == ["none", "none", "no", "yes", "yes", "yes", "plain", "adapters", "ready"]
     assert row(done.out, "bitsandbytes_4bit") == [
-        "bitsandbytes_4bit", "nf4, nf4-dq, fp4, fp4-dq", "yes", "yes", "yes", "no", "adapters", "ready"
+        "bitsandbytes_4bit", "nf4, nf4-dq, fp4, fp4-dq", "yes", "yes", "yes", "yes", "quantized", "adapters", "ready"
     ]  # fmt: skip
-    assert row(done.out, "bitsandbytes_8bit") == [
-        "bitsandbytes_8bit",
-        "int8",
-        "yes",
-        "yes",
-        "yes",
-        "no",
-        "adapters",
-        "ready",
-    ]
+    assert row(done.out, "bitsandbytes_8bit") == INT8_ROW
     assert re.search(r"^device: (cpu|cuda .*capability)", done.out, re.MULTILINE)
 
 
 def test_doctor_of_one_method(command: Command) -> None:
     done = command("doctor", "--quant", "int8")
     assert done.code == 0
-    assert row(done.out, "bitsandbytes_8bit") == [
-        "bitsandbytes_8bit",
-        "int8",
-        "yes",
-        "yes",
-        "yes",
-        "no",
-        "adapters",
-        "ready",
-    ]
+    assert row(done.out, "bitsandbytes_8bit") == INT8_ROW
     assert "nf4" not in done.out
 
 
@@ -309,7 +291,8 @@ def test_doctor_knows_every_method_and_says_what_is_missing(command: Command) ->
     done = command("doctor")
     for scheme in discover().values():
         assert re.search(rf"^{re.escape(scheme.name)}  ", done.out, re.MULTILINE)
-    assert re.search(r"^aqlm +- +yes +no +no +no +as transformers +see below$", done.out, re.MULTILINE)
+    assert re.search(r"^aqlm +- +yes +no +no +no +- +as transformers +see below$", done.out, re.MULTILINE)
+    assert re.search(r"^compressed-tensors +int4, fp8-row .* ready$", done.out, re.MULTILINE)
     assert "aqlm: aqlm is not installed, aqlm needs it. Run: pip install 'aqlm'" in done.out
 
 

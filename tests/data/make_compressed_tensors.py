@@ -16,7 +16,8 @@ import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
 from compressed_tensors.quantization.utils import calculate_qparams, maybe_pad_tensor_for_block_quant
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_llama import only_needed, small_llama
+from transformers import LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent / "compressed_tensors"
 
@@ -49,21 +50,7 @@ KINDS: dict[str, list[dict[str, Any]]] = {
 
 
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    return small_llama(vocab_size=64, initializer_range=0.2, bos_token_id=1, eos_token_id=None)
 
 
 def observe(module: torch.nn.Module, args: Any) -> None:
@@ -99,12 +86,12 @@ def write(kind: str, folder: Path) -> None:
     compressor.compress_model(found)
     found.save_pretrained(folder)
     compressor.update_config(str(folder))
-    (folder / "generation_config.json").unlink(missing_ok=True)
+    only_needed(folder)
 
 
 if __name__ == "__main__":
     os.umask(0o022)
     model().save_pretrained(HERE / "unquantized")
-    (HERE / "unquantized" / "generation_config.json").unlink(missing_ok=True)
+    only_needed(HERE / "unquantized")
     for kind in KINDS:
         write(kind, HERE / kind)

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from packed_words import Kind, rewrite_packed  # noqa: E402
+from small_llama import only_needed, small_llama  # noqa: E402
 
 GOLDEN = {
     "gptq/v1-4bit": Kind(group=16),
@@ -32,23 +33,9 @@ GOLDEN = {
 
 def write(folder: Path, kind: Kind) -> None:
     """One checkpoint."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.float16)
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
-    (folder / "generation_config.json").unlink(missing_ok=True)
+    small_llama(torch.float16).save_pretrained(folder)
+    only_needed(folder)
     rewrite_packed(folder, kind)
 
 

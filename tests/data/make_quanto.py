@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from make_torchao import small_llama
 from optimum.quanto import QuantizedModelForCausalLM, qfloat8, qint2, qint4, qint8
+from small_llama import only_needed, small_llama
 
 KINDS = {"int8": qint8, "float8": qfloat8, "int4": qint4, "int2": qint2}
 
@@ -19,10 +19,10 @@ KINDS = {"int8": qint8, "float8": qfloat8, "int4": qint4, "int2": qint2}
 def main() -> None:
     root = Path(__file__).parent / "quanto"
     for name, kind in KINDS.items():
-        model = QuantizedModelForCausalLM.quantize(small_llama(inner=160), weights=kind, exclude="lm_head")
+        llama = small_llama(intermediate_size=160, initializer_range=0.1)
+        model = QuantizedModelForCausalLM.quantize(llama, weights=kind, exclude="lm_head")
         model.save_pretrained(root / name)
-        for extra in ("generation_config.json", "README.md"):
-            (root / name / extra).unlink(missing_ok=True)
+        only_needed(root / name)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from small_llama import only_needed, small_llama
 from torchao.quantization import (
     Float8WeightOnlyConfig,
     Int8WeightOnlyConfig,
@@ -18,7 +19,7 @@ from torchao.quantization import (
     PerGroup,
     PerTensor,
 )
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 KINDS = {
     "int8-row": Int8WeightOnlyConfig(),
@@ -29,33 +30,15 @@ KINDS = {
 }
 
 
-def small_llama(hidden: int = 64, inner: int = 96) -> LlamaForCausalLM:
-    """A seeded llama of one layer in bfloat16."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
-
-
 def main() -> None:
     root = Path(__file__).parent / "torchao"
     with tempfile.TemporaryDirectory() as plain:
-        small_llama().save_pretrained(plain)
+        small_llama(initializer_range=0.1).save_pretrained(plain)
         for name, kind in KINDS.items():
             config = TorchAoConfig(quant_type=kind)
             model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=torch.bfloat16)
             model.save_pretrained(root / name)
-            for extra in ("generation_config.json", "README.md"):
-                (root / name / extra).unlink(missing_ok=True)
+            only_needed(root / name)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import work
@@ -10,7 +13,15 @@ from upstream import PREQUANTIZED, their_model
 
 import distquant as dq
 
+DATA = Path(__file__).parents[1] / "data"
 DEQUANTIZE = {"dequantize": True}
+
+
+def golden() -> list[str]:
+    """Every small checkpoint in tests/data that is stored quantized."""
+    configs = sorted(DATA.rglob("config.json"))
+    folders = [file.parent for file in configs if "quantization_config" in json.loads(file.read_text())]
+    return [str(path.relative_to(DATA)) for path in (*folders, *sorted(DATA.rglob("*.gguf")))]
 
 
 @pytest.fixture(scope="module")
@@ -26,26 +37,43 @@ def saved(model_of, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kind", ["nf4-dq", "int8"])
-@pytest.mark.parametrize("family", ["llama-gqa", "phi3-packed", "llama-352"])
-def test_weights_are_what_the_quantized_model_means(ranks, saved, family, kind):
-    path = saved(family, kind)
+def compare(ranks, path: str, widths: tuple[int, ...]) -> None:
+    """A checkpoint loaded as it is stored, dequantized by one rank, and dequantized by several."""
     quantized, plain = dq.load(path), dq.load(path, quantization_config=DEQUANTIZE)
-    meant = work.dequantized_weights(path, None)
-    assert meant
-    for name, weight in meant.items():
+    weights = work.meant(quantized)
+    assert weights
+    for name, weight in weights.items():
         module = plain.get_submodule(name)
         assert type(module) is nn.Linear
+        assert type(module.weight) is nn.Parameter
         assert torch.equal(module.weight.data, weight.to(plain.dtype)), name
     assert not getattr(plain, "is_quantized", False)
     assert getattr(plain.config, "quantization_config", None) is None
-    rows, ours = plain.distquant.report, quantized.distquant.report
-    assert rows.quantized_bytes == 0 and rows.unquantized_bytes > ours.quantized_bytes + ours.unquantized_bytes
-    assert rows.unquantized_bytes == plain.distquant.plan.memory[0].finished
+    stored, held = quantized.distquant.report, plain.distquant.report
+    assert held.unquantized_bytes > stored.quantized_bytes + stored.unquantized_bytes
+    assert_planned(plain.distquant.plan, [held])
     truth = dq.fingerprint(plain)
     assert truth != dq.fingerprint(quantized)
-    for width in (2, 3):
-        assert ranks.run(width, work.fingerprint, path, DEQUANTIZE, f"tp={width}") == [truth] * width
+    for width in widths:
+        plan = dq.plan(path, quantization_config=DEQUANTIZE, mesh=f"tp={width}")
+        found = ranks.run(width, work.loaded, plan)
+        assert [fingerprint for fingerprint, _ in found] == [truth] * width
+        assert_planned(plan, [report for _, report in found])
+
+
+def assert_planned(plan: dq.LoadPlan, reports: list) -> None:
+    assert [(r.quantized_bytes, r.unquantized_bytes) for r in reports] == [(0, row.finished) for row in plan.memory]
+
+
+@pytest.mark.parametrize("checkpoint", golden())
+def test_every_golden_checkpoint_is_what_its_codes_mean(ranks, checkpoint):
+    compare(ranks, str(DATA / checkpoint), (2,))
+
+
+@pytest.mark.parametrize("kind", ["nf4-dq", "int8"])
+@pytest.mark.parametrize("family", ["llama-gqa", "phi3-packed", "llama-352"])
+def test_weights_are_what_the_quantized_model_means(ranks, saved, family, kind):
+    compare(ranks, saved(family, kind), (2, 3))
 
 
 def test_plan_says_so(saved):

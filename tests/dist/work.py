@@ -70,16 +70,27 @@ def perplexity(path: str, name: str, text: str, mesh: str | None = None) -> floa
 
 def dequantized_weights(path: str, quant: Any, mesh: str | None = None) -> dict[str, Tensor]:
     """This rank's dequantized weights by module path."""
+    return meant(dq.load(path, quantization_config=quant, mesh=mesh))
+
+
+def meant(model: Any) -> dict[str, Tensor]:
+    """Dequantized weights by module path, each as the library of its module has it."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    from distquant.schemes.quantized_linear import QuantizedLinear
     from distquant.schemes.straddling import dequantized
 
-    model = dq.load(path, quantization_config=quant, mesh=mesh)
     found = {}
     for name in model.distquant.plan.converted:
         module = model.get_submodule(name)
-        if hasattr(module.weight, "SCB"):
+        if isinstance(module, Linear8bitLt):
             found[name] = module.weight.data.float() * module.weight.SCB.view(-1, 1) / 127
-        else:
+        elif isinstance(module, Linear4bit):
             found[name] = dequantized(module)
+        elif isinstance(module, QuantizedLinear):
+            found[name] = module.dequantized()
+        else:  # hqq's module, torchao's and quanto's tensors know it themselves
+            found[name] = (module if hasattr(module, "W_q") else module.weight).dequantize()
     return found
 
 

@@ -37,6 +37,7 @@ def test_large_weights(shape: tuple[int, int], dtype: str) -> None:
     same(gpu.quantize_int8_rows(there), reference.quantize_int8_rows(weight), "int8")
     for block in ((None, None), (1, None), (128, 128)):
         same(gpu.quantize_fp8(there, block), reference.quantize_fp8(weight, block), f"fp8 {block}")
+    same(gpu.quantize_mxfp4(there), reference.quantize_mxfp4(weight), "mxfp4")
     for bits, symmetric in ((4, True), (4, False), (8, True)):
         found = gpu.quantize_groups(there, 128, bits, symmetric)
         same(found, reference.quantize_groups(weight, 128, bits, symmetric), f"groups {bits} {symmetric}")
@@ -50,4 +51,5 @@ def test_the_reference_itself_gives_the_same_bits_on_the_gpu() -> None:
     same(reference.quantize_int8_rows(there), reference.quantize_int8_rows(weight))
     same(reference.quantize_fp8(there, (128, 128)), reference.quantize_fp8(weight, (128, 128)))
     same(reference.quantize_groups(there, 128, 4, False), reference.quantize_groups(weight, 128, 4, False))
+    same(reference.quantize_mxfp4(there[:, :480]), reference.quantize_mxfp4(weight[:, :480]))
     same(reference.quantize_blockwise(there, code.cuda(), 256), reference.quantize_blockwise(weight, code, 256))

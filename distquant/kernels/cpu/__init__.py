@@ -18,12 +18,14 @@ from distquant.kernels.cpu.library import ISAS, isa
 from distquant.kernels.cpu.matrices import (
     dequantize_fp8,
     dequantize_groups,
+    dequantize_mxfp4,
     encode_fp8,
     encode_int8_rows,
     quantize_fp8,
     quantize_fp8_ue8m0,
     quantize_groups,
     quantize_int8_rows,
+    quantize_mxfp4,
 )
 from distquant.kernels.cpu.runs import (
     dequantize_4bit,
@@ -52,6 +54,7 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp8",
     "dequantize_groups",
+    "dequantize_mxfp4",
     "encode_4bit",
     "encode_fp8",
     "encode_int8_rows",
@@ -63,6 +66,7 @@ __all__ = [
     "quantize_fp8_ue8m0",
     "quantize_groups",
     "quantize_int8_rows",
+    "quantize_mxfp4",
     "row_absmax",
     "unpack_4bit",
 ]

@@ -28,7 +28,7 @@ FOUND, GIVEN = 0, 1
 NO_ISA, NO_MEMORY = 1, 2
 """What a function of the library returns where it did nothing (`Status` in `interface.hpp`)."""
 
-INTERFACE = 1
+INTERFACE = 2
 """The library's functions as they are called here (`kInterface` in `interface.hpp`)."""
 
 BYTES = 2**63 - 1

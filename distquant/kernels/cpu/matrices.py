@@ -1,4 +1,4 @@
-"""Formats whose scales belong to rows, tiles or groups of a matrix: LLM.int8, float8 e4m3, and integer groups."""
+"""Formats whose scales belong to rows, tiles or groups of a matrix: LLM.int8, float8 e4m3, integer groups, MXFP4."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from distquant.kernels import reference
 from distquant.kernels.cpu.library import FLOATS, FOUND, GIVEN, call, matrix, on_cpu, positive
 from distquant.kernels.cpu.runs import CPU, output
 from distquant.kernels.outputs import prepared
+from distquant.kernels.reference.mxfp4 import RUN, check_columns
 
 Block = tuple["int | None", "int | None"]
 
@@ -209,4 +210,48 @@ def dequantize_groups(
     zeros = None if zero is None else on_cpu(zero, "zero", torch.int8, groups)
     out = output((rows, columns), dtype)
     call("dequantize_groups", packed, scales, zeros, rows, columns, group_size, out, FLOATS[dtype])
+    return out
+
+
+def quantize_mxfp4(
+    weight: Tensor, *, codes: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes (uint8 `[rows, columns / 2]`, the even column in the low nibble) and scales (uint8 `[rows, columns / 32]`).
+
+    As `reference.quantize_mxfp4`.
+
+    Args:
+        weight: bfloat16, float16 or float32 `[rows, columns]`, whole runs of 32.
+        codes, scale: written into where given.
+
+    Raises:
+        ValueError: an argument is not as said here.
+    """
+    source, rows, columns = matrix(weight)
+    check_columns(columns)
+    packed = prepared(codes, (rows, columns // 2), torch.uint8, CPU)
+    found = prepared(scale, (rows, columns // RUN), torch.uint8, CPU)
+    call("quantize_mxfp4", source, FLOATS[source.dtype], rows * columns, packed, found)
+    return packed, found
+
+
+def dequantize_mxfp4(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`dtype` `[rows, columns]`: the float32 product of each code's value and its run's scale, then cast.
+
+    Args:
+        codes: uint8 `[rows, columns / 2]`, whole runs of 32 columns.
+        scale: uint8 `[rows, columns / 32]`.
+        dtype: bfloat16, float16 or float32.
+
+    Raises:
+        ValueError: an argument is not as said here.
+    """
+    if codes.dim() != 2:
+        raise ValueError(f"codes have shape {list(codes.shape)}, and must be a matrix")
+    rows, columns = codes.shape[0], codes.shape[1] * 2
+    check_columns(columns)
+    packed = on_cpu(codes, "codes", torch.uint8)
+    scales = on_cpu(scale, "scale", torch.uint8, rows * columns // RUN)
+    out = output((rows, columns), dtype)
+    call("dequantize_mxfp4", packed, scales, rows * columns, out, FLOATS[dtype])
     return out

@@ -14,6 +14,7 @@ from distquant.kernels.gpu.four_bit import dequantize_4bit, encode_4bit, quantiz
 from distquant.kernels.gpu.fp8 import dequantize_fp8, encode_fp8, quantize_fp8
 from distquant.kernels.gpu.groups import dequantize_groups, quantize_groups
 from distquant.kernels.gpu.int8 import encode_int8_rows, quantize_int8_rows
+from distquant.kernels.gpu.mxfp4 import dequantize_mxfp4, quantize_mxfp4
 from distquant.kernels.reference import (
     block_absmax,
     block_amax,
@@ -38,6 +39,7 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp8",
     "dequantize_groups",
+    "dequantize_mxfp4",
     "encode_4bit",
     "encode_fp8",
     "encode_int8_rows",
@@ -49,6 +51,7 @@ __all__ = [
     "quantize_fp8_ue8m0",
     "quantize_groups",
     "quantize_int8_rows",
+    "quantize_mxfp4",
     "row_absmax",
     "unpack_4bit",
 ]

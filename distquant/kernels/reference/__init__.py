@@ -39,6 +39,7 @@ from distquant.kernels.reference.fp8 import (
 )
 from distquant.kernels.reference.groups import dequantize_groups, quantize_groups
 from distquant.kernels.reference.int8 import encode_int8_rows, quantize_int8_rows, row_absmax
+from distquant.kernels.reference.mxfp4 import dequantize_mxfp4, quantize_mxfp4
 
 __all__ = [
     "FP4",
@@ -57,6 +58,7 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp8",
     "dequantize_groups",
+    "dequantize_mxfp4",
     "encode_4bit",
     "encode_fp8",
     "encode_int8_rows",
@@ -68,6 +70,7 @@ __all__ = [
     "quantize_fp8_ue8m0",
     "quantize_groups",
     "quantize_int8_rows",
+    "quantize_mxfp4",
     "row_absmax",
     "ue8m0_scales",
     "unpack_4bit",

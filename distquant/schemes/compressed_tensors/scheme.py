@@ -22,7 +22,7 @@ from distquant.config import CompressedTensorsConfig, ModuleSelection, torch_dty
 from distquant.config.compressed_tensors import matches
 from distquant.errors import InputError, Problem
 from distquant.layout import ALL, Component, Layout
-from distquant.schemes.base import Context
+from distquant.schemes.base import Context, Stream
 from distquant.schemes.compressed_tensors.rounding import (
     from_words,
     quantized,
@@ -32,8 +32,9 @@ from distquant.schemes.compressed_tensors.rounding import (
     to_words,
 )
 from distquant.schemes.compressed_tensors.storage import WORD, Storage, storages, target_of
-from distquant.schemes.dequantizing import DequantizingScheme, Stream
+from distquant.schemes.dequantizing import DequantizingScheme
 from distquant.schemes.registry import register
+from distquant.schemes.selecting import STAR, members, one_of, unlike
 from distquant.schemes.shard import Shard
 from distquant.skeleton.words import Skeleton
 from distquant.tally import WHOLE_ROW
@@ -70,6 +71,7 @@ class CompressedTensorsScheme(DequantizingScheme):
 
     def storage_of(self, module: str) -> Storage | None:
         """How a linear module's weight is stored; None where it is not quantized."""
+        module = one_of(module)
         if module not in self._known:
             ignored = any(matches(entry, module) for entry in self.config.ignore or ())
             group = None if ignored else target_of(module, self._targets)
@@ -89,7 +91,10 @@ class CompressedTensorsScheme(DequantizingScheme):
         return [
             name
             for name, linear in skeleton.linears.items()
-            if not linear.transposed and name not in skip and selection.selects(name) and self.storage_of(name)
+            if (STAR in name or not linear.transposed)
+            and name not in skip
+            and selection.selects(name)
+            and self.storage_of(name)
         ]
 
     def validate(self, context: Context) -> list[Problem]:
@@ -102,11 +107,13 @@ class CompressedTensorsScheme(DequantizingScheme):
         if not self._storages:
             what = "no group quantizes weights"
             found.append(Problem(f"{at}.config_groups", what, "Give a group with targets and weights"))
+        found += unlike(context.skeleton, self.storage_of)
         for name, stored in self._storages.items():
             found += stored.problems(f"{at}.config_groups.{name}", context.prequantized)
         if not context.prequantized:
+            names = [member for name in context.skeleton.linears for member in members(context.skeleton, name)]
             for target, group in self._targets.items():
-                if not any(matches(target, name) for name in context.skeleton.linears):
+                if not any(matches(target, name) for name in names):
                     what = f"{target!r} matches no linear module"
                     found.append(Problem(f"{at}.config_groups.{group}.targets", what, "Name one, or write 'Linear'"))
         return found

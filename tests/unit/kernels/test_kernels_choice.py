@@ -117,7 +117,7 @@ def chosen() -> list[Choice]:
 
 def test_all_kernels_offer_the_same_functions():
     offered = {name for name in dir(reference) if name.startswith(("quantize_", "dequantize_", "encode_"))}
-    assert len(offered) == 14
+    assert len(offered) == 16
     for choice in chosen():
         assert not [name for name in offered if not callable(getattr(choice.ops, name, None))], choice
 
@@ -163,7 +163,9 @@ def test_bitsandbytes_second_level_and_outputs_in_place():
         with_bitsandbytes.quantize_4bit(torch.ones(33), 64, "nf4")
 
 
-@pytest.mark.parametrize("name", ["quantize_fp8", "dequantize_fp8", "quantize_groups", "dequantize_groups"])
+@pytest.mark.parametrize(
+    "name", ["quantize_fp8", "dequantize_fp8", "quantize_groups", "dequantize_groups", "quantize_mxfp4"]
+)
 def test_what_bitsandbytes_does_not_have_is_refused(name):
     with pytest.raises(ValueError, match=f"bitsandbytes has no {name}: take kernel 'auto'"):
         getattr(with_bitsandbytes, name)(torch.full((4, 4), math.pi), (None, None))

@@ -195,6 +195,27 @@ def test_groups(kind, shape, group_size, bits, symmetric):
         on_every_isa("dequantize_groups", *found, group_size, dtype)
 
 
+@PROPERTY
+@given(weights, st.integers(1, 9), st.integers(1, 9))
+def test_mxfp4(kind, rows, runs):
+    found = on_every_isa("quantize_mxfp4", weight((rows, 32 * runs), *kind))
+    for dtype in DTYPES.values():
+        on_every_isa("dequantize_mxfp4", *found, dtype)
+
+
+def test_every_code_and_scale_of_mxfp4_and_what_lies_between():
+    pairs = torch.arange(16, dtype=torch.uint8)
+    codes, scale = (pairs | (pairs.flip(0) << 4)).repeat(256, 1), torch.arange(256).to(torch.uint8).view(256, 1)
+    for dtype in DTYPES.values():
+        on_every_isa("dequantize_mxfp4", codes, scale, dtype)
+    values = torch.tensor(reference.mxfp4.E2M1)
+    middle = (values[:-1] + values[1:]) / 2
+    beside = [torch.nextafter(middle, torch.tensor(way)) for way in (math.inf, -math.inf)]
+    runs = torch.stack([torch.cat([row, values, torch.zeros(17)]) for row in (middle, *beside)])
+    for power in range(-126, 126):
+        on_every_isa("quantize_mxfp4", torch.cat([runs, -runs]) * 2.0**power)
+
+
 @pytest.mark.parametrize("shape", [(LARGE // 2, 2), (3, LARGE // 3), (130, LARGE // 130 // 2 * 2)])
 @pytest.mark.parametrize("isa", ISAS)
 def test_threads_change_nothing(isa, shape):
@@ -205,6 +226,7 @@ def test_threads_change_nothing(isa, shape):
             found = [*cpu.quantize_4bit(source, 64, "nf4"), *cpu.quantize_int8_rows(source)]
             found += [out for block in BLOCKS for out in cpu.quantize_fp8(source, block)]
             found += cpu.quantize_groups(source, 32, 4, False)
+            found += cpu.quantize_mxfp4(source.reshape(-1)[: source.numel() // 32 * 32].view(-1, 32))
             found += cpu.quantize_blockwise(source.float(), bnb.create_dynamic_map(), 256)
             found += [cpu.dequantize_4bit(found[0], found[1], 64, "nf4", shape, torch.bfloat16)]
             runs.append(found)
@@ -223,7 +245,7 @@ def test_no_thread_outlives_a_call():
 
 
 def test_outputs_are_written_in_place_and_nothing_beside_them():
-    source = weight((6, 70), "float16", 1.0, 0, 3)
+    whole = weight((6, 70), "float16", 1.0, 0, 3)
     for name, arguments, outputs in [
         ("quantize_4bit", (64, "fp4"), {"codes": (torch.uint8, 210), "absmax": (torch.float32, 7)}),
         ("quantize_int8_rows", (), {"codes": (torch.int8, 420), "absmax": (torch.float32, 6)}),
@@ -234,7 +256,9 @@ def test_outputs_are_written_in_place_and_nothing_beside_them():
             (32, 8, False),
             {"codes": (torch.int8, 420), "scale": (torch.float16, 18), "zero": (torch.int8, 18)},
         ),
+        ("quantize_mxfp4", (), {"codes": (torch.uint8, 192), "scale": (torch.uint8, 12)}),
     ]:
+        source = whole if name != "quantize_mxfp4" else whole[:, :64]
         expected = getattr(reference, name)(source, *arguments)
         for isa in ISAS:
             memory = {key: torch.full((n + 100,), 77.0).to(dtype) for key, (dtype, n) in outputs.items()}
@@ -242,9 +266,9 @@ def test_outputs_are_written_in_place_and_nothing_beside_them():
             with library.running(isa):
                 found = getattr(cpu, name)(source, *arguments, **slices)
             same(found, expected, name)
-            for (key, whole), result in zip(memory.items(), found, strict=True):
+            for (key, around), result in zip(memory.items(), found, strict=True):
                 assert result.data_ptr() == slices[key].data_ptr()
-                assert (torch.cat([whole[:50], whole[-50:]]).float() == memory[key][0].float()).all()
+                assert (torch.cat([around[:50], around[-50:]]).float() == memory[key][0].float()).all()
 
 
 def test_strided_weights_and_empty_ones():
@@ -255,6 +279,8 @@ def test_strided_weights_and_empty_ones():
     on_every_isa("quantize_4bit", wide[:0], 64, "nf4")
     on_every_isa("quantize_fp8", wide[:0], (16, 16))
     on_every_isa("quantize_groups", wide[:0], 32, 4, True)
+    on_every_isa("quantize_mxfp4", wide[::2, 3:35])
+    on_every_isa("quantize_mxfp4", wide[:0])
 
 
 WEIGHT = torch.ones(4, 64)
@@ -284,6 +310,10 @@ WEIGHT = torch.ones(4, 64)
         (lambda: cpu.quantize_groups(WEIGHT, 32, 3, True), "groups of 3 bits"),
         (lambda: cpu.quantize_groups(WEIGHT, 0, 4, True), "group_size is 0"),
         (lambda: cpu.dequantize_groups(torch.zeros(4, 64).char(), torch.ones(4), None, 32), "scale has 4 elements"),
+        (lambda: cpu.quantize_mxfp4(WEIGHT[:, :48]), "rows have 48 columns, which is no multiple of 32"),
+        (lambda: cpu.dequantize_mxfp4(torch.zeros(4, 24).byte(), torch.ones(8).byte()), "rows have 48 columns"),
+        (lambda: cpu.dequantize_mxfp4(torch.zeros(4, 32).byte(), torch.ones(7).byte()), "scale has 7 elements"),
+        (lambda: cpu.dequantize_mxfp4(torch.zeros(4, 32), torch.ones(8).byte()), "codes is torch.float32"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

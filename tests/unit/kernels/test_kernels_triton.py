@@ -49,7 +49,7 @@ def test_no_case_is_left_out(interpreted: dict[str, object]) -> None:
 def test_compiled_for_a_gpu_nothing_is_approximate_flushed_or_fused(tmp_path: Path) -> None:
     pytest.importorskip("triton.backends.nvidia", reason="this triton has no backend for NVIDIA GPUs")
     found = answer("kernel_ptx.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    for module in ("four_bit", "int8", "fp8", "groups", "blockwise"):
+    for module in ("four_bit", "int8", "fp8", "groups", "mxfp4", "blockwise"):
         assert any(f".{module}._encode" in name for name in found), module
     wrong = {name: instructions for name, instructions in found.items() if instructions}
     assert not wrong

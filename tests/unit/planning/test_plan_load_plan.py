@@ -13,6 +13,7 @@ from distquant.mesh import Mesh
 from distquant.planning import (
     AttentionShard,
     Cut,
+    ExpertsShard,
     HeadCut,
     LoadPlan,
     ModuleShard,
@@ -44,14 +45,20 @@ def small_plan() -> LoadPlan:
         dequantize=False,
         tensors=(
             TensorPlan(up, (704, 64), "bfloat16", "bitsandbytes_4bit", (Source(up), Source("x", "absmax")), 0, "cut0"),
-            TensorPlan("experts", (2, 4, 4), "bfloat16", "none", experts),
+            TensorPlan("experts.*.up_proj.weight", (2, 4, 4), "bfloat16", "none", experts, 1, "cut1", experts="cut2"),
             TensorPlan("gate", (8,), "float32", "none", (Source("packed", "", None, (0, 8, 16)),)),
         ),
         tied={"lm_head.weight": "model.embed_tokens.weight"},
-        cuts={"cut0": even_cut(704, 64, 3), "cut1": Cut(4, (((0, 1), (2, 3)), ((1, 2),), ((3, 4),)))},
+        cuts={
+            "cut0": even_cut(704, 64, 3),
+            "cut1": Cut(4, (((0, 1), (2, 3)), ((1, 2),), ((3, 4),))),
+            "cut2": even_cut(2, 1, 1),
+        },
         heads={"heads0": next(cut_heads(10, 2, 3))},
         modules={"model.layers.0.mlp.up_proj": ModuleShard("colwise", "cut0")},
         attentions={"model.layers.0.self_attn": AttentionShard("heads0", 64)},
+        experts={"model.layers.0.mlp.experts": ExpertsShard("cut2", "cut1")},
+        dispatch="all_reduce",
         converted=("model.layers.0.mlp.up_proj",),
         rules=(Rule("model.layers.*.mlp.up_proj", "colwise", "colwise 256+256+192", "units of 64", 1),),
         notes=("größer: ein Hinweis",),
@@ -83,6 +90,8 @@ CHANGES = {
     "heads": {"heads0": next(cut_heads(10, 5, 3))},
     "modules": {"model.layers.0.mlp.up_proj": ModuleShard("rowwise", "cut0")},
     "attentions": {"model.layers.0.self_attn": AttentionShard("heads0", 32)},
+    "experts": {"model.layers.0.mlp.experts": ExpertsShard("cut2", None)},
+    "dispatch": "all_to_all",
     "converted": (),
     "rules": (),
     "notes": (),
@@ -105,6 +114,7 @@ TENSOR_CHANGES = {
     "cut": "cut1",
     "transposed": True,
     "reading": "scatter",
+    "experts": "cut2",
 }
 SOURCE_CHANGES = {"tensor": "z", "component": "SCB", "offset": (0, 1), "take": (1, 0, 2)}
 
@@ -200,9 +210,9 @@ def test_frozen():
         ("3", "no plan in JSON"),
         ("[]", ""),
         ('["format"]', ""),
-        ('{"format": 0}', r"format 0, this is 3\. Plan again"),
-        ('{"format": "1"}', "format 1, this is 3"),
-        ('{"format": 3}', ""),
+        ('{"format": 0}', r"format 0, this is 4\. Plan again"),
+        ('{"format": "1"}', "format 1, this is 4"),
+        ('{"format": 4}', ""),
     ],
 )
 def test_what_is_no_plan(text, message):
@@ -212,9 +222,9 @@ def test_what_is_no_plan(text, message):
 
 def test_another_version_of_the_format_is_refused():
     fields = json.loads(small_plan().to_json())
-    assert fields["format"] == 3
-    fields["format"] = 4
-    with pytest.raises(InputError, match=r"^plan: format 4, this is 3\. Plan again with this version"):
+    assert fields["format"] == 4
+    fields["format"] = 5
+    with pytest.raises(InputError, match=r"^plan: format 5, this is 4\. Plan again with this version"):
         LoadPlan.from_json(json.dumps(fields))
 
 

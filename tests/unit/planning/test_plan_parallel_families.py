@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from parallel_plans import DIM, HEADS, KV, cut_of, lengths, rewrite, told
 
@@ -73,13 +75,14 @@ def test_olmo2_where_one_member_cannot_be_cut_is_replicated_as_a_whole(make):
     assert set(plan.cuts) == {shard.cut for shard in plan.modules.values() if shard.cut}
 
 
-def test_mixtral_keeps_experts_whole_and_says_so(make):
-    plan = rewrite(make("mixtral"), 2)
-    asked = make("mixtral").tp_plan
-    patterns = [pattern for pattern in asked if ".experts" in pattern]
+def test_experts_of_unknown_form_stay_whole_and_it_is_said(make):
+    skeleton = make("mixtral")
+    skeleton = replace(skeleton, experts={}, unknown_experts=dict.fromkeys(skeleton.experts, "another form"))
+    plan = rewrite(skeleton, 2)
+    patterns = [pattern for pattern in skeleton.tp_plan if ".experts" in pattern]
     assert len(patterns) == 3
     for pattern in patterns:
-        why = "experts are kept whole on every rank of tp"
-        assert told(plan, pattern) == [(asked[pattern], "replicate", why, 2)]
+        why = "experts of this form are kept whole on every rank of tp"
+        assert told(plan, pattern) == [(skeleton.tp_plan[pattern], "replicate", why, 2)]
     assert not any("experts" in name for name in plan.modules)
     assert lengths(plan, "model.layers.0.self_attn.q_proj") == [128, 128]

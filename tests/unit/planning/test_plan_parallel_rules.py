@@ -81,7 +81,7 @@ ORDER = """
 from distquant.planning.parallel import rewrite_tp_plan
 from distquant.skeleton.words import Skeleton
 none = dict(params={}, tied={}, sources={}, unexpected=(), missing=(), linears={}, attentions={}, embeddings=())
-none |= dict(input_embedding=None, output_embedding=None, experts=(), tp_plan={}, ep_plan={}, default_skip=())
+none |= dict(input_embedding=None, output_embedding=None, experts={}, tp_plan={}, ep_plan={}, default_skip=())
 skeleton = Skeleton(model_type="m", architecture="M", **none)
 asked = {f"model.{name}": "colwise" for name in "abcdefgh"}
 print([rule.pattern for rule in rewrite_tp_plan(skeleton, asked, 2, None).rules])

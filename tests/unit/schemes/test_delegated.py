@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import distquant as dq
-from distquant.config import BitnetConfig
+from distquant.assemble import delegated
+from distquant.config import BitnetConfig, HiggsConfig
 from distquant.errors import InputError
+from distquant.schemes import scheme_for
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +75,22 @@ def test_everything_missing_is_told_at_once(model_of):
     assert "pip install" in told and "needs" in told
     with pytest.raises(InputError, match="cannot quantize on the way"):
         dq.plan(model_of("llama-gqa"), quantization_config={"quant_method": "aqlm"})
+
+
+def test_what_transformers_refuses_is_told_as_that(model_of):
+    """A plan of another machine, say: here HIGGS lacks its GPU or its packages."""
+    config = HiggsConfig()
+    plan = dataclasses.replace(dq.plan(model_of("llama-gqa")), quantization_config=config.to_dict())
+    with pytest.raises(InputError, match=r"quantization_config: transformers refuses 'higgs': .*(GPU|FLUTE)"):
+        delegated.load(plan, scheme_for(config), torch.device("cpu"))
+
+
+def test_what_goes_wrong_while_loading_is_told_as_it_is(bitnet, tmp_path):
+    """The model's own class raises here, with an error that quantizers raise too."""
+    folder = shutil.copytree(bitnet, tmp_path / "model")
+    plan = dq.plan(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "nonsense"}))
+    with pytest.raises(ValueError, match="nonsense") as caught:
+        dq.load(plan)
+    assert not isinstance(caught.value, InputError)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from flowed import filled, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -36,30 +37,6 @@ def theirs(kind: str, weight: torch.Tensor) -> Any:
     return module
 
 
-def ours(scheme: QuantoScheme, shard: Shard, weight: torch.Tensor, step: int) -> Any:
-    """A shard's module, from rows that come `step` at a time."""
-    components = scheme.flowing(shard.name, shard.shape, shard.dtype)
-    whole = {c.name: torch.empty(c.shape(shard.shape), dtype=getattr(torch, c.dtype)) for c in components}
-    for at in range(0, len(weight), step):
-        out = {name: value[at : at + step].view(-1) for name, value in whole.items()}
-        scheme.encode(shard.name, weight[at : at + step], out, None)
-    parts = {}
-    for component in components:
-        value = whole[component.name]
-        for dim, segments in enumerate((shard.rows, shard.columns)):
-            if not (dim == 1 and value.shape[1] == 1):
-                span = max(component.spans[dim], 1)
-                value = torch.cat([value.narrow(dim, a // span, -(-b // span) - a // span) for a, b in segments], dim)
-        parts[component.name] = value.contiguous().view(-1)
-    module = scheme.module(nn.Linear(4, 4, bias=False), shard)
-    scheme.complete(shard, module, parts, None)
-    return module
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("columns", [64, 96, 256, 352, 144])
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +44,7 @@ def test_bits_and_forward_equal_those_of_quanto(kind, columns, dtype):
     torch.manual_seed(0)
     weight = (torch.randn(48, columns) * torch.rand(48, 1)).to(getattr(torch, dtype))
     them = theirs(kind, weight)
-    module = ours(QuantoScheme(QuantoConfig(weights=kind)), Shard("m.weight", (48, columns), dtype), weight, step=7)
+    module = filled(QuantoScheme(QuantoConfig(weights=kind)), Shard("m.weight", (48, columns), dtype), weight, step=7)
     mine, its = module.state_dict(), them.state_dict()
     assert mine.keys() == its.keys()
     repacked = "TinyGemm" in type(them.weight).__name__
@@ -91,7 +68,7 @@ def test_rows_of_one_value_come_out_as_they_are(kind):
     weight[2] = 0
     weight[4] = 0.5
     shard = Shard("m.weight", (6, 64), "bfloat16")
-    found = ours(QuantoScheme(QuantoConfig(weights=kind)), shard, weight, 6).weight.dequantize()
+    found = filled(QuantoScheme(QuantoConfig(weights=kind)), shard, weight, 6).weight.dequantize()
     assert bool((found[2] == 0).all())
     assert torch.allclose(found[4], weight[4], rtol=2e-2)
 
@@ -118,7 +95,7 @@ def test_shards_dequantize_to_slices_of_the_whole(kind, rows, columns, dim, rank
     whole, stored = them.weight.dequantize(), them.state_dict()
     for rank in range(ranks):
         shard = Shard("m.weight", shape, "float32", dim, cut, rank)
-        module = ours(scheme, shard, weight, step)
+        module = filled(scheme, shard, weight, step)
         expected = torch.cat([whole.narrow(dim, a, b - a) for a, b in cut.segments(rank)], dim)
         assert torch.equal(module.weight.dequantize(), expected)
         if scheme.grouped:
@@ -160,7 +137,7 @@ def test_groups_are_those_of_quanto(columns):
 
 def test_a_copy_shares_no_memory():
     shard = Shard("m.weight", (8, 96), "bfloat16")
-    module = ours(QuantoScheme(QuantoConfig(weights="int4")), shard, torch.randn(8, 96).bfloat16(), 8)
+    module = filled(QuantoScheme(QuantoConfig(weights="int4")), shard, torch.randn(8, 96).bfloat16(), 8)
     twin = copy.deepcopy(module)
     before = module.weight.dequantize().clone()
     twin.weight._scale.zero_()

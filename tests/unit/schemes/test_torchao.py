@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from flowed import filled, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -66,37 +67,13 @@ def theirs(name: str, weight: torch.Tensor) -> Any:
     return linear
 
 
-def ours(scheme: TorchaoScheme, shard: Shard, weight: torch.Tensor, step: int) -> nn.Module:
-    """A shard's module, from rows that come `step` at a time."""
-    components = scheme.flowing(shard.name, shard.shape, shard.dtype)
-    whole = {c.name: torch.empty(c.shape(shard.shape), dtype=getattr(torch, c.dtype)) for c in components}
-    for at in range(0, len(weight), step):
-        rows = weight[at : at + step]
-        scheme.encode(shard.name, rows, {n: v[at : at + step].view(-1) for n, v in whole.items()}, None)
-    parts = {}
-    for component in components:
-        value = whole[component.name]
-        for dim, segments in enumerate((shard.rows, shard.columns)):
-            if component.name not in scheme.statistics(shard) and not (dim == 1 and value.shape[1] == 1):
-                span = max(component.spans[dim], 1)
-                value = torch.cat([value.narrow(dim, a // span, -(-b // span) - a // span) for a, b in segments], dim)
-        parts[component.name] = value.contiguous().view(-1)
-    module = scheme.module(nn.Linear(4, 4, bias=False), shard)
-    scheme.complete(shard, module, parts, None)
-    return module
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("name", NAMES)
 def test_bits_and_forward_equal_those_of_torchao(name, dtype):
     torch.manual_seed(0)
     weight = (torch.randn(48, 96) * torch.rand(48, 1)).to(getattr(torch, dtype))
     scheme, them = scheme_of(name), theirs(name, weight)
-    module = ours(scheme, Shard("m.weight", (48, 96), dtype), weight, step=7)
+    module = filled(scheme, Shard("m.weight", (48, 96), dtype), weight, step=7)
     assert type(module) is nn.Linear
     assert type(module.weight) is type(them.weight)
     for field in ("qdata", "scale", *(["zero_point"] if hasattr(them.weight, "zero_point") else [])):
@@ -113,7 +90,7 @@ def test_zeros_stay_zeros_in_float8(name):
     weight = torch.randn(8, 64, dtype=torch.bfloat16)
     weight[3] = 0
     weight = weight * 0 if name == "fp8-tensor" else weight
-    module = ours(scheme_of(name), Shard("m.weight", (8, 64), "bfloat16"), weight, step=8)
+    module = filled(scheme_of(name), Shard("m.weight", (8, 64), "bfloat16"), weight, step=8)
     found = module.weight.dequantize()
     assert bool(found.isfinite().all())
     assert bool((found[3] == 0).all())
@@ -140,7 +117,7 @@ def test_shards_dequantize_to_slices_of_the_whole(name, rows, groups, dim, ranks
     for rank in range(ranks):
         shard = Shard("m.weight", shape, "bfloat16", dim, cut, rank)
         expected = torch.cat([whole.narrow(dim, a, b - a) for a, b in cut.segments(rank)], dim)
-        assert torch.equal(ours(scheme, shard, weight, step).weight.dequantize(), expected)
+        assert torch.equal(filled(scheme, shard, weight, step).weight.dequantize(), expected)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

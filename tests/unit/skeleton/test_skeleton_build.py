@@ -46,7 +46,7 @@ def test_llama(tmp_path):
     assert skeleton.params["model.layers.0.self_attn.k_proj.weight"].shape == (16, 64)
     assert (skeleton.input_embedding, skeleton.output_embedding) == ("model.embed_tokens", "lm_head")
     assert skeleton.embeddings == ("model.embed_tokens",)
-    assert (skeleton.experts, skeleton.tied, skeleton.missing, skeleton.unexpected) == ((), {}, (), ())
+    assert (skeleton.experts, skeleton.tied, skeleton.missing, skeleton.unexpected) == ({}, {}, (), ())
     assert skeleton.default_skip == ("lm_head",)
     assert skeleton.tp_plan["model.layers.*.mlp.down_proj"] == "rowwise"
     assert skeleton.tp_plan["lm_head"] == "colwise_gather_output"
@@ -130,7 +130,7 @@ def test_gpt2_is_transposed(tmp_path):
 
 def test_mixtral_experts(tmp_path):
     skeleton = skeleton_of(tmp_path, "Mixtral", num_local_experts=4)
-    assert skeleton.experts == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    assert tuple(skeleton.experts) == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
     assert skeleton.params["model.layers.0.mlp.experts.down_proj"].shape == (4, 64, 96)
 
 

@@ -16,7 +16,7 @@ from transformers.core_model_loading import Concatenate, Transpose, WeightConver
 
 from distquant.errors import Problems
 from distquant.skeleton import Skeleton, Source, build, build_skeleton
-from distquant.skeleton.names import ignorable, map_names, natural, split_component
+from distquant.skeleton.names import ignorable, map_names, natural, split_component, tell_parts
 
 SMALL = {
     "hidden_size": 16,
@@ -115,7 +115,7 @@ def test_mixtral_offsets_by_hand(tmp_path):
     moe = "model.layers.1.block_sparse_moe.experts"
     assert f"{moe}.11.w1.weight" in tensors, "this checkpoint is not in Mixtral's own spelling"
     skeleton = described(tmp_path, tensors)
-    assert skeleton.experts == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    assert tuple(skeleton.experts) == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
     assert skeleton.params["model.layers.1.mlp.experts.gate_up_proj"].shape == (12, 48, 16)
     assert skeleton.sources["model.layers.1.mlp.experts.gate_up_proj"] == (
         *(Source(f"{moe}.{i}.w1.weight", "", (i, 0, 0)) for i in range(12)),
@@ -221,7 +221,7 @@ def test_base_model_prefix_is_stripped(tmp_path):
     params = {name: tuple(param.shape) for name, param in bare.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = Problems()
-    sources, unexpected = map_names(bare, params, shapes, {}, problems)
+    sources, _, unexpected = map_names(bare, params, shapes, {}, problems)
     assert not problems
     assert sources == {name: (Source(f"model.{name}"),) for name in params}
     assert unexpected == ("lm_head.weight",)
@@ -259,7 +259,7 @@ def test_component_of_a_converted_weight_is_a_problem(tmp_path):
     name = "model.layers.0.block_sparse_moe.experts.1.w2.weight.absmax"
     tensors[name] = torch.zeros(6)
     problems = Problems()
-    described(tmp_path, tensors, problems, **BNB)
+    tell_parts(described(tmp_path, tensors, **BNB).parts, problems)
     (problem,) = problems
     assert problem.where == name
     assert "'absmax'" in problem.what

@@ -8,8 +8,9 @@ from faulty import SIZE
 
 import distquant.stream.files as files_module
 from distquant.errors import InputError
+from distquant.planning.slots import SLACK
 from distquant.stream.arena import Arena
-from distquant.stream.files import SLACK, Files
+from distquant.stream.files import Files
 
 
 @pytest.fixture(scope="module")

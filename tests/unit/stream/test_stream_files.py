@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import distquant.stream.files as files_module
 from distquant.errors import InputError
-from distquant.stream.arena import PAGE
-from distquant.stream.files import SLACK, Files, ReadError, resident_share
+from distquant.planning.slots import PAGE, SLACK
+from distquant.stream.files import Files, ReadError, resident_share
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 

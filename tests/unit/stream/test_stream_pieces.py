@@ -16,12 +16,13 @@ from distquant.checkpoint import TensorInfo
 from distquant.errors import RankError
 from distquant.layout import ALL, Component
 from distquant.planning.reading import Part
+from distquant.planning.slots import PAGE, READ_SLOTS, SEND_SLOTS, SLACK
 from distquant.schemes.bands import band_of, row_step
 from distquant.skeleton.words import Source
-from distquant.stream.arena import PAGE, Arena, Board, Slots
-from distquant.stream.budget import READ_SLOTS, SEND_SLOTS, SLOT, Budget
+from distquant.stream.arena import Arena, Board, Slots
+from distquant.stream.budget import SLOT, Budget
 from distquant.stream.engine import cores_of_a_rank
-from distquant.stream.files import SLACK, Files, ReadError
+from distquant.stream.files import Files, ReadError
 from distquant.stream.reader import AHEAD, Reader
 from distquant.stream.rows import RowMap
 from distquant.stream.stages import Stages

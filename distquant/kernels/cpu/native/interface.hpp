@@ -11,7 +11,7 @@
 namespace distquant {
 
 // Raised whenever a function below changes, so that Python refuses a library of other sources.
-constexpr int32_t kInterface = 1;
+constexpr int32_t kInterface = 2;
 
 enum Status : int32_t { kDone = 0, kNoIsa = 1, kNoMemory = 2 };
 
@@ -62,3 +62,10 @@ DISTQUANT_EXPORT distquant_quantize_groups(int64_t isa, int64_t threads, const v
 DISTQUANT_EXPORT distquant_dequantize_groups(int64_t isa, int64_t threads, const int8_t *codes, const float *scale,
                                              const int8_t *zero, int64_t rows, int64_t columns, int64_t group_size,
                                              void *out, int64_t type);
+
+// `count` is a multiple of 32.
+DISTQUANT_EXPORT distquant_quantize_mxfp4(int64_t isa, int64_t threads, const void *weight, int64_t type, int64_t count,
+                                          uint8_t *codes, uint8_t *scale);
+
+DISTQUANT_EXPORT distquant_dequantize_mxfp4(int64_t isa, int64_t threads, const uint8_t *codes, const uint8_t *scale,
+                                            int64_t count, void *out, int64_t type);

@@ -124,6 +124,25 @@ struct DequantizeGroups {
     Float type;
 };
 
+// Elements that share a scale of MXFP4.
+constexpr int64_t kRun = 32;
+
+// Unit: a run.
+struct QuantizeMxfp4 {
+    const void *weight;
+    Float type;
+    uint8_t *codes;  // [runs, kRun / 2]
+    uint8_t *scale;  // [runs]
+};
+
+// Unit: a run.
+struct DequantizeMxfp4 {
+    const uint8_t *codes;
+    const uint8_t *scale;
+    void *out;
+    Float type;
+};
+
 struct Kernels {
     void (*quantize_4bit)(const Quantize4bit &, int64_t first, int64_t last);
     void (*dequantize_4bit)(const Dequantize4bit &, int64_t first, int64_t last);
@@ -137,6 +156,8 @@ struct Kernels {
     void (*dequantize_fp8)(const DequantizeFp8 &, int64_t first, int64_t last);
     void (*quantize_groups)(const QuantizeGroups &, int64_t first, int64_t last);
     void (*dequantize_groups)(const DequantizeGroups &, int64_t first, int64_t last);
+    void (*quantize_mxfp4)(const QuantizeMxfp4 &, int64_t first, int64_t last);
+    void (*dequantize_mxfp4)(const DequantizeMxfp4 &, int64_t first, int64_t last);
 };
 
 // Instruction sets in ascending order; the numbers are part of the interface to Python.

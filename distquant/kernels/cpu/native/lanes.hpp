@@ -231,5 +231,24 @@ DISTQUANT_INLINE bool all_of(Signed v) {
 #endif
 }
 
+// Sixteen words, one a code, for lookups by vectors of codes.
+struct Lookup {
+    Words part[16 / W];
+};
+
+DISTQUANT_INLINE Words look_up(const Lookup &table, Words code) {  // of each word the low four bits count
+#if defined(__AVX512F__)
+    return (Words)_mm512_permutexvar_epi32((__m512i)code, (__m512i)table.part[0]);
+#elif defined(__AVX2__)
+    const __m256 low = (__m256)_mm256_permutevar8x32_epi32((__m256i)table.part[0], (__m256i)code);
+    const __m256 high = (__m256)_mm256_permutevar8x32_epi32((__m256i)table.part[1], (__m256i)code);
+    return (Words)_mm256_blendv_ps(low, high, (__m256)(code << 28));
+#else
+    Words found;
+    for (int i = 0; i < W; ++i) found[i] = table.part[(code[i] & 15u) / W][code[i] % W];
+    return found;
+#endif
+}
+
 }  // namespace DISTQUANT_ISA
 }  // namespace distquant

@@ -168,3 +168,17 @@ DISTQUANT_EXPORT distquant_dequantize_groups(int64_t isa, int64_t threads, const
     const DequantizeGroups call = {codes, scale, zero, columns, group_size, out, (Float)type};
     return run(k->dequantize_groups, call, threads, rows, rows * columns);
 }
+
+DISTQUANT_EXPORT distquant_quantize_mxfp4(int64_t isa, int64_t threads, const void *weight, int64_t type, int64_t count,
+                                          uint8_t *codes, uint8_t *scale) {
+    DISTQUANT_KERNELS(isa);
+    const QuantizeMxfp4 call = {weight, (Float)type, codes, scale};
+    return run(k->quantize_mxfp4, call, threads, count / kRun, count);
+}
+
+DISTQUANT_EXPORT distquant_dequantize_mxfp4(int64_t isa, int64_t threads, const uint8_t *codes, const uint8_t *scale,
+                                            int64_t count, void *out, int64_t type) {
+    DISTQUANT_KERNELS(isa);
+    const DequantizeMxfp4 call = {codes, scale, out, (Float)type};
+    return run(k->dequantize_mxfp4, call, threads, count / kRun, count);
+}

@@ -230,6 +230,24 @@ void groups(int64_t rows, int64_t columns, int64_t group_size, int64_t bits, Flo
     });
 }
 
+void mxfp4(int64_t runs, Float type) {
+    const int64_t count = runs * kRun;
+    const Weight weight(count, type);
+    on_all("quantize_mxfp4", [&](int64_t isa, int64_t threads) {
+        Exact<uint8_t> codes(count / 2), scale(runs);
+        must(!distquant_quantize_mxfp4(isa, threads, weight.at(), type, count, codes.at(), scale.at()), "status");
+        return codes.bytes() + scale.bytes();
+    });
+    Exact<uint8_t> codes(count / 2), scale(runs);
+    fill_codes(codes.at(), count / 2);
+    for (int64_t i = 0; i < runs; ++i) scale.at()[i] = (uint8_t)(random_bits() % 255);  // not NaN, whose bits may differ
+    on_all("dequantize_mxfp4", [&](int64_t isa, int64_t threads) {
+        Exact<uint8_t> out(count * bytes_of(type), bytes_of(type));
+        must(!distquant_dequantize_mxfp4(isa, threads, codes.at(), scale.at(), count, out.at(), type), "status");
+        return out.bytes();
+    });
+}
+
 int overrun() {
     const Weight weight(64, kFloat32);
     Exact<int8_t> codes(65);
@@ -256,6 +274,7 @@ int main(int argc, char **argv) {
             for (const int64_t blocksize : {32, 34, 64, 256, 4096}) four_bit(size, blocksize, type);
             const int64_t rows = size < 1000 ? 3 : 401, columns = size < 1000 ? size - 1 : size / 400;
             int8_rows(rows, columns, type);
+            mxfp4(parts(size, kRun), type);
             fp8(rows, columns, rows, columns, type);
             fp8(rows, columns, 1, columns, type);
             fp8(rows, columns, 2, 16, type);

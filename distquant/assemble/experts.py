@@ -1,0 +1,346 @@
+"""The local experts of a module: one stack of stored components for each projection, and only hit experts dequantized.
+
+`Experts` takes the place of a model's own module of fused experts and is called as that is: with tokens, the router's
+choice and its weights (or, in Llama-4's form, with every token for every expert). Weights of quantized projections
+exist one expert at a time, in forward and again in backward; gradients flow to the tokens and to the router's weights,
+so adapters elsewhere train. Plain projections are ordinary parameters under the model's own names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial as bind
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distquant.assemble.parallel import copy_input, reduce_output
+from distquant.comm import Axis, Comm, SoloAxis
+from distquant.config import torch_dtype
+from distquant.mesh import REPLICA
+from distquant.planning.cuts import Cut
+from distquant.planning.experts import ALL_TO_ALL
+from distquant.planning.load_plan import LoadPlan
+from distquant.schemes import Scheme, Shard
+from distquant.schemes.product import ops_on, product
+from distquant.skeleton import Experts as Form
+from distquant.skeleton.words import Projection
+
+AT_ONCE = 256 << 20
+"""Bytes of dequantized weights of one projection that a grouped product may hold; one expert's at least."""
+
+
+class ExpertStack(nn.Module):
+    """One projection of this rank's experts, quantized: its components, `[experts, ...]` each, as buffers.
+
+    Args:
+        scheme: what knows the format.
+        shards: this rank's part of each of its experts, in order.
+    """
+
+    _is_hf_initialized = True
+
+    def __init__(self, scheme: Scheme, shards: list[Shard]):
+        super().__init__()
+        self.scheme, self.shards = scheme, shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def home(self, name: str, number: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for `count` elements of a component of a local expert, flat: a part of the stack's."""
+        if name not in self.__dict__.setdefault("homes", {}):
+            self.__dict__["homes"][name] = torch.empty((len(self), count), dtype=dtype, device=device)
+        memory: Tensor = self.__dict__["homes"][name][number]
+        return memory
+
+    def take(self, number: int, components: Mapping[str, Tensor]) -> None:
+        """Holds the components of a local expert; those that lie in the stack's own memory stay where they are."""
+        homes = self.__dict__.get("homes", {})
+        for name, value in components.items():
+            leaf = name or "weight"
+            home = homes.get(name)
+            there = home is not None and home[number].data_ptr() == value.data_ptr() and value.numel() == home.shape[1]
+            if leaf not in self._buffers:
+                shape = (len(self), *value.shape)
+                stack = home.view(value.dtype).view(shape) if there else value.new_empty(shape)
+                self.register_buffer(leaf, stack)
+            stack = self._buffers[leaf]
+            assert stack is not None
+            if stack[number].data_ptr() != value.data_ptr():
+                stack[number].copy_(value)
+
+    def settle(self) -> None:
+        """Lets go of memory that no component came to lie in; call it when all experts are there."""
+        self.__dict__.pop("homes", None)
+
+    def components(self, number: int) -> dict[str, Tensor]:
+        """What is stored of a local expert, by component."""
+        stored = ((name, value) for name, value in self._buffers.items() if value is not None)
+        return {"" if name == "weight" else name: value[number] for name, value in stored}
+
+    def dequantized(self, number: int) -> Tensor:
+        """A local expert's weight, `[local out, local in]` in the dtype that it was quantized from."""
+        shard, found = self.shards[number], self.components(number)
+        ops = ops_on(next(iter(found.values())).device)
+        return self.scheme.dequantize(shard, found, torch_dtype(shard.dtype), ops)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStack:
+        """Moves components to another device; casts of the model leave them alone, their dtypes are the format's."""
+        kept, self._buffers = self._buffers, {}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            moved = fn(value) if value is not None else None
+            same = moved is None or value is None or moved.dtype == value.dtype
+            self._buffers[name] = moved if same else value.to(moved.device)  # type: ignore[union-attr]
+        return self
+
+    def extra_repr(self) -> str:
+        rows, columns = self.shards[0].local_shape
+        return f"experts={len(self)}, in_features={columns}, out_features={rows}, scheme={self.scheme.name}"
+
+
+class Experts(nn.Module):
+    """This rank's experts of one module.
+
+    Args:
+        original: the model's own module; its activation is used, its parameters are not.
+        form: what projections it has.
+        dealt: cut of all experts over ep.
+        rank: this rank's position on ep.
+    """
+
+    _is_hf_initialized = True
+    axis: Axis
+    """Ranks among which the results are summed: over ep, and over tp if experts are cut inside."""
+    ep: Axis
+    """Ranks with other experts."""
+    tp: Axis
+    """Ranks with other parts of the same experts; of one rank where they are whole."""
+    first: int
+    last: int
+
+    def __init__(self, original: nn.Module, form: Form, dealt: Cut, rank: int):
+        super().__init__()
+        self.form, self.dealt, self.rank = form, dealt, rank
+        ((self.first, self.last),) = dealt.segments(rank)
+        self.num_experts = form.count
+        # Not a child: what it is asked for are functions, and none of its parameters is filled.
+        self.__dict__["original"] = original
+        self.__dict__["axis"] = self.__dict__["ep"] = self.__dict__["tp"] = SoloAxis()
+        self.__dict__["dispatch"] = ""
+        self.plain: dict[str, tuple[str, int, int]] = {}
+        """`<projection>.weight` (not quantized) or `.bias` -> the parameter here, its first and last row in that."""
+
+    def join(self, axis: Axis, ep: Axis, tp: Axis, dispatch: str) -> None:
+        """Makes experts of other ranks known; `dispatch` is how tokens reach them (`planning.experts.DISPATCH`)."""
+        self.__dict__.update(axis=axis, ep=ep, tp=tp, dispatch=dispatch)
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def weight(self, projection: str, number: int) -> Callable[[], Tensor] | Tensor:
+        """A local expert's weight `[out, in]`: the tensor, or what dequantizes it."""
+        if f"{projection}.weight" in self.plain:
+            return self.plain_value(f"{projection}.weight", number)
+        return bind(self.stack(projection).dequantized, number)
+
+    def stack(self, projection: str) -> ExpertStack:
+        """The stack of a projection that is quantized."""
+        found: Any = self._modules[projection]
+        assert isinstance(found, ExpertStack)
+        return found
+
+    def plain_value(self, name: str, number: int) -> Tensor:
+        """A local expert's plain weight or bias, by `<projection>.weight` or `.bias`."""
+        parameter, start, stop = self.plain[name]
+        found = self._parameters[parameter]
+        assert found is not None
+        return found[number, start:stop]
+
+    def add_plain(self, name: str, parameter: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Adds an expert's weight or bias of a local shape to a parameter, after those that are there, on `meta`."""
+        old = self._parameters.get(parameter)
+        start = 0 if old is None else old.shape[1]
+        whole = (self.last - self.first, start + shape[0], *shape[1:])
+        self.register_parameter(parameter, nn.Parameter(torch.empty(whole, dtype=dtype, device="meta")))
+        self.plain[name] = (parameter, start, start + shape[0])
+
+    def home(self, name: str, number: int, device: torch.device) -> Tensor:
+        """Memory of a local expert's plain weight or bias, flat."""
+        parameter = self.plain[name][0]
+        found = self._parameters[parameter]
+        assert found is not None
+        if found.is_meta:
+            made = torch.empty(found.shape, dtype=found.dtype, device=device)
+            self._parameters[parameter] = nn.Parameter(made, requires_grad=found.requires_grad)
+        return self.plain_value(name, number).detach().view(-1)
+
+    @classmethod
+    def around(cls, original: nn.Module, form: Form) -> Experts:
+        """The experts of a model's own module, with its parameters; what `give_back` undoes."""
+        module = cls(original, form, Cut(form.count, (((0, form.count),),)), 0)
+        for projection in form.projections:
+            for suffix, leaf in (("", "weight"), *((("_bias", "bias"),) if form.bias else ())):
+                name = projection.parameter + suffix
+                value = original._parameters[name]
+                assert value is not None
+                data = value.detach().transpose(1, 2) if form.transposed and value.dim() == 3 else value.detach()
+                module._parameters[name] = nn.Parameter(data, requires_grad=False)
+                start, stop = projection.start, projection.start + projection.out_features
+                module.plain[f"{projection.name}.{leaf}"] = (name, start, stop)
+        return module
+
+    def give_back(self) -> nn.Module:
+        """The model's own module, with the plain parameters of all experts in the form that it has them in."""
+        own: nn.Module = self.__dict__["original"]
+        for name, value in self._parameters.items():
+            assert value is not None
+            turned = self.form.transposed and value.dim() == 3
+            data = value.detach().transpose(1, 2) if turned else value.detach()
+            own._parameters[name] = nn.Parameter(data, requires_grad=value.requires_grad)
+        return own
+
+    def _bias(self, projection: Projection, number: int) -> Tensor | None:
+        """A local expert's bias; of a projection that is summed over tp, on the first of its ranks only."""
+        if not self.form.bias or (projection.dim == 1 and self.tp.rank > 0):
+            return None
+        return self.plain_value(f"{projection.name}.bias", number)
+
+    def _apply_gate(self, wide: Tensor) -> Tensor:
+        """The activation between the projections, by the model's own module."""
+        own: Any = self.__dict__["original"]
+        if self.form.projections[0].name == "up_proj":
+            found: Tensor = own.act_fn(wide)
+        elif hasattr(own, "_apply_gate"):
+            found = own._apply_gate(wide)
+        else:
+            gate, up = wide.chunk(2, dim=-1)
+            found = up * own.act_fn(gate)
+        return found
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """The weighted sum of the chosen experts' outputs for each token.
+
+        Args:
+            hidden_states: `[tokens, hidden]`; in the dense form `[experts * tokens, hidden]`.
+            top_k_index: int64 `[tokens, k]`, experts by their numbers in the model.
+            top_k_weights: `[tokens, k]`.
+        """
+        if top_k_index is None or top_k_weights is None:
+            return self._dense(hidden_states)
+        if self.dispatch == ALL_TO_ALL and self.ep.size > 1:
+            return self._sent(hidden_states, top_k_index, top_k_weights)
+        tokens, weights = copy_input(hidden_states, self.axis), copy_input(top_k_weights, self.axis)
+        each = top_k_index.shape[-1]
+        chosen = top_k_index.reshape(-1) - self.first
+        pairs = ((chosen >= 0) & (chosen < self.last - self.first)).nonzero().view(-1)
+        order = torch.argsort(chosen[pairs], stable=True)
+        pairs = pairs[order]
+        counts = torch.bincount(chosen[pairs], minlength=self.last - self.first).tolist()
+        outputs = self._run(tokens[pairs // each], counts)
+        weighted = outputs * weights.reshape(-1)[pairs].unsqueeze(-1)
+        summed = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+        summed = summed.index_add(0, pairs // each, weighted.float())
+        return reduce_output(summed.to(hidden_states.dtype), self.axis)
+
+    def _dense(self, hidden_states: Tensor) -> Tensor:
+        """Llama-4's form: rows of zeros are tokens that the router did not send there, and stay so."""
+        tokens = copy_input(hidden_states, self.axis)
+        rows = tokens.view(self.form.count, -1, tokens.shape[-1])[self.first : self.last].flatten(0, 1)
+        hit = rows.detach().ne(0).any(-1)
+        counts = hit.view(self.last - self.first, -1).sum(1).tolist()
+        places = hit.nonzero().view(-1)
+        outputs = self._run(rows[places], counts)
+        per_expert = len(tokens) // self.form.count
+        result = torch.zeros_like(hidden_states)
+        result = result.index_add(0, places + self.first * per_expert, outputs.to(result.dtype))
+        return reduce_output(result, self.axis)
+
+    def _sent(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Every rank of ep has tokens of its own: sends them to their experts' ranks, and takes the results back."""
+        tokens, weights = copy_input(hidden_states, self.tp), copy_input(top_k_weights, self.tp)
+        each, local = top_k_index.shape[-1], self.last - self.first
+        chosen = top_k_index.reshape(-1)
+        order = torch.argsort(chosen, stable=True)  # by expert, and so by rank
+        counts = torch.bincount(chosen, minlength=self.form.count)
+        held = self.dealt.lengths
+        theirs = self.ep.all_to_all(counts, held, [local] * self.ep.size).view(self.ep.size, local)
+        sent = [int(part.sum()) for part in counts.split(held)]
+        got = theirs.sum(1).tolist()
+        received = _Exchange.apply(tokens[order // each], self.ep, sent, got)
+        numbers = torch.arange(local, device=chosen.device).repeat(self.ep.size).repeat_interleave(theirs.view(-1))
+        by_expert = torch.argsort(numbers, stable=True)
+        outputs = self._run(received[by_expert], theirs.sum(0).tolist())
+        back = torch.empty_like(by_expert)
+        back[by_expert] = torch.arange(len(by_expert), device=back.device)
+        returned = _Exchange.apply(outputs[back], self.ep, got, sent)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        mixed = returned[place].view(*top_k_weights.shape, -1).float() * weights.unsqueeze(-1).float()
+        return reduce_output(mixed.sum(1).to(hidden_states.dtype), self.tp)
+
+    def _run(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """`[n, hidden]` outputs of rows `[n, hidden]` that lie expert after expert, `counts` of each local one."""
+        *columns, down = self.form.projections
+        wide = [self._project(projection, rows, counts) for projection in columns]
+        return self._project(down, self._apply_gate(torch.cat(wide, -1) if len(wide) > 1 else wide[0]), counts)
+
+    def _project(self, projection: Projection, rows: Tensor, counts: list[int]) -> Tensor:
+        """One projection of rows, expert after expert; without any, still a part of the graph."""
+        found = []
+        for number, part in _hit(rows, counts):
+            weight = self.weight(projection.name, number)
+            if callable(weight):
+                output = product(part, weight)
+            else:
+                output = nn.functional.linear(part, weight.to(part.dtype))
+            bias = self._bias(projection, number)
+            found.append(output if bias is None else output + bias.to(output.dtype))
+        if found:
+            return torch.cat(found)
+        return rows.sum(-1, keepdim=True).expand(-1, self._width(projection))
+
+    def _width(self, projection: Projection) -> int:
+        if f"{projection.name}.weight" in self.plain:
+            _, start, stop = self.plain[f"{projection.name}.weight"]
+            return stop - start
+        return self.stack(projection.name).shards[0].local_shape[0]
+
+    def extra_repr(self) -> str:
+        return f"experts={self.first} to {self.last - 1} of {self.form.count}"
+
+
+def join_experts(model: nn.Module, plan: LoadPlan, comm: Comm) -> None:
+    """Makes the experts of every rank known to the modules of the others; where all are here, to themselves."""
+    for name, shard in plan.experts.items():
+        module: Any = model.get_submodule(name)
+        tp = comm.axis("tp") if shard.cut is not None else SoloAxis()
+        axis = comm.axis(REPLICA) if shard.cut is not None else comm.axis("ep")
+        module.join(axis, comm.axis("ep"), tp, plan.dispatch)
+
+
+def _hit(rows: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
+    """Experts that were hit, with their rows."""
+    start = 0
+    for number, count in enumerate(counts):
+        if count:
+            yield number, rows[start : start + count]
+        start += count
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to other ranks and from them; gradients go back the way they came."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, axis: Axis, sent: list[int], got: list[int]) -> Tensor:
+        ctx.axis, ctx.sent, ctx.got = axis, sent, got
+        return axis.all_to_all(rows.contiguous(), sent, got)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.axis.all_to_all(grad.contiguous(), ctx.got, ctx.sent), None, None, None

@@ -1,0 +1,40 @@
+"""A product with a weight that is kept quantized: what all modules share that dequantize in forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distquant.kernels.choice import Kernel, choose
+
+
+@cache
+def ops_on(device: torch.device) -> Any:
+    """The kernels that run in forward on a device."""
+    return choose(Kernel.AUTO, device).ops
+
+
+def product(x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+    """`x @ W.T` in the dtype of `x`; the gradient flows to `x` alone.
+
+    Args:
+        x: `[..., in]`.
+        weight: gives `W`, `[out, in]` of any float dtype, whenever it is called: in forward, and again in backward, so
+            that nothing of it is kept in between.
+    """
+    return _Product.apply(x, weight)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+        ctx.weight = weight
+        return nn.functional.linear(x, weight().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.weight().to(grad.dtype), None
