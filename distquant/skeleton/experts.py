@@ -27,11 +27,17 @@ EXPECTED = (
 
 
 def experts_of(model: PreTrainedModel) -> tuple[dict[str, Experts], dict[str, str]]:
-    """Modules of fused experts by path, and those with 3-D parameters whose form is not known -> what was found."""
+    """Modules of fused experts by path, and those whose form is not known -> what was found.
+
+    Fused experts are modules with 3-D parameters; DBRX has all experts' rows in 2-D ones, which only the path tells.
+    """
+    from torch import nn
+
     known, unknown = {}, {}
     for name, module in model.named_modules():
         shapes = {leaf: tuple(p.shape) for leaf, p in module.named_parameters(recurse=False)}
-        if any(len(shape) == 3 for shape in shapes.values()):
+        dims = max((len(shape) for shape in shapes.values()), default=0)
+        if dims == 3 or (dims == 2 and "experts" in name.split(".") and not isinstance(module, nn.Linear)):
             found = form_of(name, module, shapes)
             if found is None:
                 unknown[name] = f"{type(module).__name__} with {_told(shapes)}"
