@@ -101,6 +101,22 @@ def test_unknown_experts_stay_as_they_are_on_one_rank(tmp_path: Path, kind: str,
     assert [note for note in plan.notes if "left unquantized" in note and "experts" in note]
 
 
+@pytest.mark.parametrize("kind", ["mamba", "rwkv"])
+def test_other_tensors_of_three_dims_are_no_experts(tmp_path: Path, kind: str) -> None:
+    """Kernels of convolutions `[channels, 1, width]`, vectors `[1, 1, hidden]`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
+    model = AutoModelForCausalLM.from_config(config)
+    assert [name for name, value in model.named_parameters() if value.dim() == 3]
+    model.save_pretrained(tmp_path / kind)
+    plan = dq.plan(tmp_path / kind, quantization_config="nf4-dq")
+    assert plan.converted
+    assert not [note for note in plan.notes if "experts" in note]
+    with pytest.raises(InputError, match="has no experts"):
+        dq.plan(tmp_path / kind, quantization_config="nf4-dq", mesh="ep=2")
+
+
 @pytest.mark.parametrize("family", ROUTERS)
 def test_router_is_missing(spoiled: Callable[..., str], family: str) -> None:
     path = spoiled(family, ROUTERS[family])
