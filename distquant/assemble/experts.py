@@ -8,13 +8,14 @@ so adapters elsewhere train. Plain projections are ordinary parameters under the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial as bind
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distquant.assemble.grouped import grouped_product, has_kernel
 from distquant.assemble.parallel import copy_input, reduce_output
 from distquant.comm import Axis, Comm, SoloAxis
 from distquant.config import torch_dtype
@@ -26,9 +27,6 @@ from distquant.schemes import Scheme, Shard
 from distquant.schemes.product import ops_on, product
 from distquant.skeleton import Experts as Form
 from distquant.skeleton.words import Projection
-
-AT_ONCE = 256 << 20
-"""Bytes of dequantized weights of one projection that a grouped product may hold; one expert's at least."""
 
 
 class ExpertStack(nn.Module):
@@ -292,18 +290,20 @@ class Experts(nn.Module):
 
     def _project(self, projection: Projection, rows: Tensor, counts: list[int]) -> Tensor:
         """One projection of rows, expert after expert; without any, still a part of the graph."""
-        found = []
-        for number, part in _hit(rows, counts):
-            weight = self.weight(projection.name, number)
-            if callable(weight):
-                output = product(part, weight)
-            else:
-                output = nn.functional.linear(part, weight.to(part.dtype))
-            bias = self._bias(projection, number)
-            found.append(output if bias is None else output + bias.to(output.dtype))
-        if found:
-            return torch.cat(found)
-        return rows.sum(-1, keepdim=True).expand(-1, self._width(projection))
+        hit = [number for number, count in enumerate(counts) if count]
+        if not hit:
+            return rows.sum(-1, keepdim=True).expand(-1, self._width(projection))
+        runs = rows.split([counts[number] for number in hit])
+        weights = [self.weight(projection.name, number) for number in hit]
+        lazy = [(weight, len(run)) for weight, run in zip(weights, runs, strict=True) if callable(weight)]
+        outputs: Sequence[Tensor]
+        if len(lazy) == len(hit) and has_kernel(rows, (self._width(projection), rows.shape[-1])):
+            outputs = grouped_product(rows, lazy).split([count for _, count in lazy])
+        else:
+            outputs = [_times(run, weight) for run, weight in zip(runs, weights, strict=True)]
+        biases = [self._bias(projection, number) for number in hit]
+        with_bias = (y if b is None else y + b.to(y.dtype) for y, b in zip(outputs, biases, strict=True))
+        return torch.cat(list(with_bias))
 
     def _width(self, projection: Projection) -> int:
         if f"{projection.name}.weight" in self.plain:
@@ -324,13 +324,9 @@ def join_experts(model: nn.Module, plan: LoadPlan, comm: Comm) -> None:
         module.join(axis, comm.axis("ep"), tp, plan.dispatch)
 
 
-def _hit(rows: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """Experts that were hit, with their rows."""
-    start = 0
-    for number, count in enumerate(counts):
-        if count:
-            yield number, rows[start : start + count]
-        start += count
+def _times(rows: Tensor, weight: Callable[[], Tensor] | Tensor) -> Tensor:
+    """`rows @ weight.T`, of a plain weight or of one that is dequantized for it."""
+    return product(rows, weight) if callable(weight) else nn.functional.linear(rows, weight.to(rows.dtype))
 
 
 class _Exchange(torch.autograd.Function):
