@@ -13,8 +13,9 @@ SANITIZE = $(BIN)/cmake -S $(NATIVE) -B build/$@ -DCMAKE_BUILD_TYPE=Debug -DDIST
 demo: venv
 	$(BIN)/distquant demo examples/models/kjv-tiny
 
+# Two files at a time: most of a test is one thread's work. A file's tests share their models and ranks.
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: venv
 	$(BIN)/ruff check .

@@ -96,7 +96,7 @@ def _check_experts(draft: Draft, problems: Problems) -> None:
     wanted = draft.scheme.stacks and not draft.prequantized
     for name, found in skeleton.unknown_experts.items():
         if draft.mesh.ep > 1 or (wanted and selection.selects(name)):
-            fix = f"Leave {name.rpartition('.')[2]!r} out of the modules to convert, and use ep=1"
+            fix = f"Leave '.*{name.rpartition('.')[2]}' out of the modules to convert, and use ep=1"
             problems.add(name, f"{found} is no form of experts that is known, which is {EXPECTED}", fix)
     for name in draft.stacked:
         if place_of(draft.device_map or {}, name) == "disk":
@@ -142,6 +142,12 @@ def _wrong_sources(draft: Draft, name: str, quantized: bool, kept: bool) -> Iter
         logical = param.shape[::-1] if quantized and linear is not None and linear.transposed else param.shape
         yield from _wrong(draft, param, logical, sources, quantized, kept)
         return
+    for source in sources:
+        shape = draft.shapes[source.tensor]
+        if source.offset is None and shape[:1] != (linear.experts,):
+            what = f"{source.tensor} has shape {list(shape)}, the config has {linear.experts} experts"
+            yield Problem(name, what, OTHER_CHECKPOINT)
+            return
     seen = set()
     for number, own in enumerate(sources_by_expert(sources, linear.experts, draft.shapes)):
         infos = [(s.component, s.take is None, draft.taken(s), draft.checkpoint.tensors[s.tensor]) for s in own]

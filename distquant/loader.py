@@ -232,13 +232,15 @@ class _Loading:
         if self.axis.size > 1:
             install_styles(model, plan, self.axis)
             watch_adapters(model, plan, self.axis)
-        if plan.dequantize and plan.mesh.ep * plan.mesh.tp == 1:
+        sharded = plan.mesh.ep * plan.mesh.tp > 1
+        if plan.dequantize and not sharded:
             for name in plan.experts:
                 model.set_submodule(name, model.get_submodule(name).give_back())
         else:
             join_experts(model, plan, self.comm)
+            sharded = sharded or bool(plan.experts)
         same_tokens = self.comm.axis(REPLICA if plan.dispatch == ALL_REDUCE else "tp")
-        finish(model, plan.model, same_tokens, sharded=plan.mesh.ep * plan.mesh.tp > 1)
+        finish(model, plan.model, same_tokens, sharded)
         if not plan.dequantize:
             self.scheme.finish_model(model)
         if plan.device_map is not None:

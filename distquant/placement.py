@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distquant.device_map import place_of
 from distquant.errors import InputError, Problems
 from distquant.facts import format_bytes, parse_bytes
+from distquant.skeleton import STAR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,9 +110,13 @@ def _with_quantized_sizes(model: PreTrainedModel, quantized: Mapping[str, int]) 
     import torch
 
     sized = copy.deepcopy(model)
+    fused = {name.partition(f".{STAR}.")[0] for name in quantized if STAR in name}
+    for name in fused:
+        sized.get_submodule(name)._parameters.clear()
     for name, nbytes in quantized.items():
-        weight = torch.empty(nbytes, dtype=torch.uint8, device="meta")
-        sized.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
+        module, _, projection = name.partition(f".{STAR}.")
+        weight = torch.nn.Parameter(torch.empty(nbytes, dtype=torch.uint8, device="meta"), requires_grad=False)
+        setattr(sized.get_submodule(module), projection or "weight", weight)
     sized.tie_weights()
     return sized
 

@@ -8,97 +8,27 @@ so adapters elsewhere train. Plain projections are ordinary parameters under the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial as bind
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distquant.assemble.expert_stack import ExpertStack
+from distquant.assemble.grouped import grouped_product, has_kernel
 from distquant.assemble.parallel import copy_input, reduce_output
 from distquant.comm import Axis, Comm, SoloAxis
-from distquant.config import torch_dtype
 from distquant.mesh import REPLICA
 from distquant.planning.cuts import Cut
 from distquant.planning.experts import ALL_TO_ALL
 from distquant.planning.load_plan import LoadPlan
-from distquant.schemes import Scheme, Shard
-from distquant.schemes.product import ops_on, product
+from distquant.schemes.product import product
 from distquant.skeleton import Experts as Form
 from distquant.skeleton.words import Projection
 
-AT_ONCE = 256 << 20
-"""Bytes of dequantized weights of one projection that a grouped product may hold; one expert's at least."""
-
-
-class ExpertStack(nn.Module):
-    """One projection of this rank's experts, quantized: its components, `[experts, ...]` each, as buffers.
-
-    Args:
-        scheme: what knows the format.
-        shards: this rank's part of each of its experts, in order.
-    """
-
-    _is_hf_initialized = True
-
-    def __init__(self, scheme: Scheme, shards: list[Shard]):
-        super().__init__()
-        self.scheme, self.shards = scheme, shards
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def home(self, name: str, number: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for `count` elements of a component of a local expert, flat: a part of the stack's."""
-        if name not in self.__dict__.setdefault("homes", {}):
-            self.__dict__["homes"][name] = torch.empty((len(self), count), dtype=dtype, device=device)
-        memory: Tensor = self.__dict__["homes"][name][number]
-        return memory
-
-    def take(self, number: int, components: Mapping[str, Tensor]) -> None:
-        """Holds the components of a local expert; those that lie in the stack's own memory stay where they are."""
-        homes = self.__dict__.get("homes", {})
-        for name, value in components.items():
-            leaf = name or "weight"
-            home = homes.get(name)
-            there = home is not None and home[number].data_ptr() == value.data_ptr() and value.numel() == home.shape[1]
-            if leaf not in self._buffers:
-                shape = (len(self), *value.shape)
-                stack = home.view(value.dtype).view(shape) if there else value.new_empty(shape)
-                self.register_buffer(leaf, stack)
-            stack = self._buffers[leaf]
-            assert stack is not None
-            if stack[number].data_ptr() != value.data_ptr():
-                stack[number].copy_(value)
-
-    def settle(self) -> None:
-        """Lets go of memory that no component came to lie in; call it when all experts are there."""
-        self.__dict__.pop("homes", None)
-
-    def components(self, number: int) -> dict[str, Tensor]:
-        """What is stored of a local expert, by component."""
-        stored = ((name, value) for name, value in self._buffers.items() if value is not None)
-        return {"" if name == "weight" else name: value[number] for name, value in stored}
-
-    def dequantized(self, number: int) -> Tensor:
-        """A local expert's weight, `[local out, local in]` in the dtype that it was quantized from."""
-        shard, found = self.shards[number], self.components(number)
-        ops = ops_on(next(iter(found.values())).device)
-        return self.scheme.dequantize(shard, found, torch_dtype(shard.dtype), ops)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStack:
-        """Moves components to another device; casts of the model leave them alone, their dtypes are the format's."""
-        kept, self._buffers = self._buffers, {}
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            moved = fn(value) if value is not None else None
-            same = moved is None or value is None or moved.dtype == value.dtype
-            self._buffers[name] = moved if same else value.to(moved.device)  # type: ignore[union-attr]
-        return self
-
-    def extra_repr(self) -> str:
-        rows, columns = self.shards[0].local_shape
-        return f"experts={len(self)}, in_features={columns}, out_features={rows}, scheme={self.scheme.name}"
+STACK = "_stack"
+"""What follows a projection's name in that of its stack: PEFT, told to adapt all `gate_proj`, must not find it."""
 
 
 class Experts(nn.Module):
@@ -147,9 +77,13 @@ class Experts(nn.Module):
 
     def stack(self, projection: str) -> ExpertStack:
         """The stack of a projection that is quantized."""
-        found: Any = self._modules[projection]
+        found = self._modules[projection + STACK]
         assert isinstance(found, ExpertStack)
         return found
+
+    def add_stack(self, projection: str, stack: ExpertStack) -> None:
+        """Adds the stack of a projection that is quantized."""
+        self.add_module(projection + STACK, stack)
 
     def plain_value(self, name: str, number: int) -> Tensor:
         """A local expert's plain weight or bias, by `<projection>.weight` or `.bias`."""
@@ -292,18 +226,20 @@ class Experts(nn.Module):
 
     def _project(self, projection: Projection, rows: Tensor, counts: list[int]) -> Tensor:
         """One projection of rows, expert after expert; without any, still a part of the graph."""
-        found = []
-        for number, part in _hit(rows, counts):
-            weight = self.weight(projection.name, number)
-            if callable(weight):
-                output = product(part, weight)
-            else:
-                output = nn.functional.linear(part, weight.to(part.dtype))
-            bias = self._bias(projection, number)
-            found.append(output if bias is None else output + bias.to(output.dtype))
-        if found:
-            return torch.cat(found)
-        return rows.sum(-1, keepdim=True).expand(-1, self._width(projection))
+        hit = [number for number, count in enumerate(counts) if count]
+        if not hit:
+            return rows.sum(-1, keepdim=True).expand(-1, self._width(projection))
+        runs = rows.split([counts[number] for number in hit])
+        weights = [self.weight(projection.name, number) for number in hit]
+        lazy = [(weight, len(run)) for weight, run in zip(weights, runs, strict=True) if callable(weight)]
+        outputs: Sequence[Tensor]
+        if len(lazy) == len(hit) and has_kernel(rows, (self._width(projection), rows.shape[-1])):
+            outputs = grouped_product(rows, lazy).split([count for _, count in lazy])
+        else:
+            outputs = [_times(run, weight) for run, weight in zip(runs, weights, strict=True)]
+        biases = [self._bias(projection, number) for number in hit]
+        with_bias = (y if b is None else y + b.to(y.dtype) for y, b in zip(outputs, biases, strict=True))
+        return torch.cat(list(with_bias))
 
     def _width(self, projection: Projection) -> int:
         if f"{projection.name}.weight" in self.plain:
@@ -324,13 +260,9 @@ def join_experts(model: nn.Module, plan: LoadPlan, comm: Comm) -> None:
         module.join(axis, comm.axis("ep"), tp, plan.dispatch)
 
 
-def _hit(rows: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """Experts that were hit, with their rows."""
-    start = 0
-    for number, count in enumerate(counts):
-        if count:
-            yield number, rows[start : start + count]
-        start += count
+def _times(rows: Tensor, weight: Callable[[], Tensor] | Tensor) -> Tensor:
+    """`rows @ weight.T`, of a plain weight or of one that is dequantized for it."""
+    return product(rows, weight) if callable(weight) else nn.functional.linear(rows, weight.to(rows.dtype))
 
 
 class _Exchange(torch.autograd.Function):

@@ -35,7 +35,7 @@ def finish(model: Any, path: str, axis: Axis, sharded: bool) -> None:
         model: the filled model.
         path: what it was loaded from.
         axis: the ranks that are given the same tokens.
-        sharded: whether other ranks hold parts of it.
+        sharded: whether other ranks hold parts of it, or experts are held in a form of their own.
     """
     model.name_or_path = model.config.name_or_path = path
     model.eval()
@@ -45,12 +45,14 @@ def finish(model: Any, path: str, axis: Axis, sharded: bool) -> None:
         model.generate = types.MethodType(_Generate(axis), model)
 
 
-def _refuse_save(model: nn.Module, *_: Any, **__: Any) -> None:
-    raise InputError.one(
-        "save_pretrained",
-        "the model is sharded, every rank would write its part as if it were the whole weight",
-        "Load it with tp=1 to save it",
-    )
+SHARDED = "the model is sharded, every rank would write its part as if it were the whole weight"
+STACKED = "its experts are held as stacks of quantized components, under names that transformers would not load again"
+
+
+def _refuse_save(model: Any, *_: Any, **__: Any) -> None:
+    stacked = model.distquant.plan.mesh.ep * model.distquant.plan.mesh.tp == 1
+    fix = "Keep the checkpoint that it was loaded from" if stacked else "Load it with tp=1 to save it"
+    raise InputError.one("save_pretrained", STACKED if stacked else SHARDED, fix)
 
 
 class _Generate:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distquant.assemble.experts import Experts, ExpertStack
+from distquant.assemble.expert_stack import ExpertStack
+from distquant.assemble.experts import Experts
 from distquant.planning.experts import expert_name, one_of
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.schemes import Scheme, Shard
@@ -82,7 +83,7 @@ def _add_stack(module: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, 
     if tensor.scheme != "none" and not plan.dequantize:
         numbers = range(module.first, module.last)
         shards = [shard_of(replace(one, name=expert_name(tensor.name, n)), plan, tp_rank) for n in numbers]
-        module.add_module(name, ExpertStack(scheme, shards))
+        module.add_stack(name, ExpertStack(scheme, shards))
         return
     parameter = projection.parameter + ("" if leaf == "weight" else "_bias")
     module.add_plain(path, parameter, local_shape(one, plan, tp_rank), getattr(torch, tensor.dtype))

@@ -190,7 +190,8 @@ def pieces_of(tensors: Iterable[TensorPlan], shapes: Mapping[str, tuple[int, ...
         return min((order[s.tensor], s.take[1] if s.take else 0) for s in piece.tensor.sources)
 
     pieces = (Piece(one, tensor, number) for tensor in tensors for number, one in enumerate(experts_of(tensor, shapes)))
-    return sorted(pieces, key=place)
+    # An expert that the checkpoint lacks is told elsewhere, together with every other problem.
+    return sorted((piece for piece in pieces if piece.tensor.sources), key=place)
 
 
 def owner_of(dealt: Cut, number: int) -> int:

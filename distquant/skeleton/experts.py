@@ -27,17 +27,31 @@ EXPECTED = (
 
 
 def experts_of(model: PreTrainedModel) -> tuple[dict[str, Experts], dict[str, str]]:
-    """Modules of fused experts by path, and those with 3-D parameters whose form is not known -> what was found."""
+    """Modules of fused experts by path, and those whose form is not known -> what was found."""
     known, unknown = {}, {}
     for name, module in model.named_modules():
         shapes = {leaf: tuple(p.shape) for leaf, p in module.named_parameters(recurse=False)}
-        if any(len(shape) == 3 for shape in shapes.values()):
+        if _holds_experts(name, module, shapes.values()):
             found = form_of(name, module, shapes)
             if found is None:
                 unknown[name] = f"{type(module).__name__} with {_told(shapes)}"
             else:
                 known[name] = found
     return known, unknown
+
+
+def _holds_experts(name: str, module: Any, shapes: Iterable[tuple[int, ...]]) -> bool:
+    """Whether a module owns weights of several experts: 3-D ones, or the rows of all in 2-D ones (DBRX), by its path.
+
+    Kernels of convolutions (Mamba) and vectors with dims of one element before them (RWKV) are none.
+    """
+    from torch import nn
+    from torch.nn.modules.conv import _ConvNd
+
+    if isinstance(module, nn.Linear | nn.Embedding | _ConvNd):
+        return False
+    inside = "experts" in name.split(".")
+    return any((len(shape) == 3 and min(shape) > 1) or (len(shape) == 2 and inside) for shape in shapes)
 
 
 def form_of(name: str, module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Experts | None:

@@ -88,15 +88,33 @@ def test_experts_of_a_form_that_is_not_known(tmp_path: Path, kind: str, quant: s
         dq.plan(path, quantization_config=quant, mesh="ep=2")
 
 
-def test_unknown_experts_stay_as_they_are_on_one_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "patterns"), [("jetmoe", [".*input_linear", ".*output_linear"]), ("dbrx", [".*mlp"])])
+def test_unknown_experts_stay_as_they_are_on_one_rank(tmp_path: Path, kind: str, patterns: list[str]) -> None:
     """They need no cut there. Quantization has to leave them out by name, and the plan says that it does."""
-    path, _ = of_another_form("jetmoe", tmp_path / "jetmoe")
+    path, module = of_another_form(kind, tmp_path / kind)
     assert dq.plan(path, quantization_config="none").memory[0].quantized == 0
-    with pytest.raises(InputError, match=r"mlp\.input_linear.*no form of experts that is known"):
+    with pytest.raises(InputError, match=rf"{module}.*no form of experts that is known") as caught:
         dq.plan(path, quantization_config="nf4-dq")
-    skip = {"llm_int8_skip_modules": ["input_linear", "output_linear"]}
-    plan = dq.plan(path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True, **skip})
+    assert all(any(repr(pattern) in problem.fix for pattern in patterns) for problem in caught.value.problems)
+    skip = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": patterns}
+    plan = dq.plan(path, quantization_config=skip)
     assert [note for note in plan.notes if "left unquantized" in note and "experts" in note]
+
+
+@pytest.mark.parametrize("kind", ["mamba", "rwkv"])
+def test_other_tensors_of_three_dims_are_no_experts(tmp_path: Path, kind: str) -> None:
+    """Kernels of convolutions `[channels, 1, width]`, vectors `[1, 1, hidden]`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
+    model = AutoModelForCausalLM.from_config(config)
+    assert [name for name, value in model.named_parameters() if value.dim() == 3]
+    model.save_pretrained(tmp_path / kind)
+    plan = dq.plan(tmp_path / kind, quantization_config="nf4-dq")
+    assert plan.converted
+    assert not [note for note in plan.notes if "experts" in note]
+    with pytest.raises(InputError, match="has no experts"):
+        dq.plan(tmp_path / kind, quantization_config="nf4-dq", mesh="ep=2")
 
 
 @pytest.mark.parametrize("family", ROUTERS)

@@ -1,0 +1,82 @@
+"""One projection of this rank's experts, quantized: the stored components of all of them as stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from distquant.config import torch_dtype
+from distquant.schemes import Scheme, Shard
+from distquant.schemes.product import ops_on
+
+
+class ExpertStack(nn.Module):
+    """One projection of this rank's experts, quantized: its components, `[experts, ...]` each, as buffers.
+
+    Args:
+        scheme: what knows the format.
+        shards: this rank's part of each of its experts, in order.
+    """
+
+    _is_hf_initialized = True
+
+    def __init__(self, scheme: Scheme, shards: list[Shard]):
+        super().__init__()
+        self.scheme, self.shards = scheme, shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def home(self, name: str, number: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for `count` elements of a component of a local expert, flat: a part of the stack's."""
+        if name not in self.__dict__.setdefault("homes", {}):
+            self.__dict__["homes"][name] = torch.empty((len(self), count), dtype=dtype, device=device)
+        memory: Tensor = self.__dict__["homes"][name][number]
+        return memory
+
+    def take(self, number: int, components: Mapping[str, Tensor]) -> None:
+        """Holds the components of a local expert; those that lie in the stack's own memory stay where they are."""
+        homes = self.__dict__.get("homes", {})
+        for name, value in components.items():
+            leaf = name or "weight"
+            home = homes.get(name)
+            there = home is not None and home[number].data_ptr() == value.data_ptr() and value.numel() == home.shape[1]
+            if leaf not in self._buffers:
+                shape = (len(self), *value.shape)
+                stack = home.view(value.dtype).view(shape) if there else value.new_empty(shape)
+                self.register_buffer(leaf, stack)
+            stack = self._buffers[leaf]
+            assert stack is not None
+            if stack[number].data_ptr() != value.data_ptr():
+                stack[number].copy_(value)
+
+    def settle(self) -> None:
+        """Lets go of memory that no component came to lie in; call it when all experts are there."""
+        self.__dict__.pop("homes", None)
+
+    def components(self, number: int) -> dict[str, Tensor]:
+        """What is stored of a local expert, by component."""
+        stored = ((name, value) for name, value in self._buffers.items() if value is not None)
+        return {"" if name == "weight" else name: value[number] for name, value in stored}
+
+    def dequantized(self, number: int) -> Tensor:
+        """A local expert's weight, `[local out, local in]` in the dtype that it was quantized from."""
+        shard, found = self.shards[number], self.components(number)
+        ops = ops_on(next(iter(found.values())).device)
+        return self.scheme.dequantize(shard, found, torch_dtype(shard.dtype), ops)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStack:
+        """Moves components to another device; casts of the model leave them alone, their dtypes are the format's."""
+        kept, self._buffers = self._buffers, {}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            moved = fn(value) if value is not None else None
+            same = moved is None or value is None or moved.dtype == value.dtype
+            self._buffers[name] = moved if same else value.to(moved.device)  # type: ignore[union-attr]
+        return self
+
+    def extra_repr(self) -> str:
+        rows, columns = self.shards[0].local_shape
+        return f"experts={len(self)}, in_features={columns}, out_features={rows}, scheme={self.scheme.name}"
