@@ -9,7 +9,7 @@ Stored components of a shard: "" (int8 `[out, in]`) and "SCB" (float32 `[out]`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -46,7 +46,7 @@ class Bnb8bitScheme(BitsandbytesScheme):
     def notes(self, converted: Iterable[str]) -> Iterator[str]:
         stacks = [name for name in converted if STAR in name]
         if stacks:
-            yield f"not applied: quantization of activations, in {len(stacks)} projections of experts (int8 weights only)"
+            yield f"not applied: quantization of activations, in {len(stacks)} projections of experts"
 
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         return []
