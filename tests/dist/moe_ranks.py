@@ -24,8 +24,10 @@ METHODS: dict[str, Any] = {
 }
 """Methods that experts can be kept in; tiles and groups small enough for the models here to be cut."""
 
-MESHES = {"ep=2": 2, "ep=3": 3, "ep=4": 4, "tp=2": 2, "tp=3": 3, "ep=2,tp=2": 4, "dp=2,ep=2": 4}
+MESHES = {"ep=2": 2, "ep=3": 3, "tp=2": 2, "tp=3": 3, "ep=2,tp=2": 4, "ep=4": 4, "dp=2,ep=2": 4}
 """Mesh -> ranks."""
+EVERY, MOST, SOME = tuple(MESHES), tuple(MESHES)[:5], ("ep=3", "tp=2", "ep=2,tp=2")
+"""Meshes for one family, for all, and for all methods: experts dealt out unevenly, cut, and both."""
 
 Job = tuple[str, Any]
 """Path of a checkpoint, and how it is quantized (None: as it says)."""
