@@ -102,7 +102,7 @@ def build_skeleton(
         unknown_experts=unknown,
         parts=parts,
         tp_plan=dict(getattr(model, "tp_plan", None) or {}),
-        ep_plan=dict(getattr(model, "ep_plan", None) or {}),
+        ep_plan=dict(getattr(model, "_ep_plan", None) or {}),  # 5.17 has no property for it
         default_skip=tuple(sorted(_default_skip(model))),
         no_split=tuple(sorted(getattr(model, "_no_split_modules", None) or ())),
         modules=tuple(name for name, _ in model.named_modules() if name),
