@@ -48,10 +48,10 @@ def logits(jobs: list[Job], mesh: str | None = None, kwargs: dict[str, Any] | No
 
 
 def sizes(jobs: list[Job], mesh: str | None = None) -> list[dict[str, int]]:
-    """What this rank's plan and its report say of bytes."""
+    """What this rank's plan and its report say of bytes, read through the page cache: past it, pages are read whole."""
     found = []
     for path, quant in jobs:
-        model = dq.load(path, quantization_config=quant, mesh=mesh)
+        model = dq.load(path, quantization_config=quant, mesh=mesh, io="buffered")
         planned, report = model.distquant.plan.memory[work.rank()], model.distquant.report
         row = {"planned": planned.finished, "planned quantized": planned.quantized, "planned read": planned.read}
         row |= {"reported": report.quantized_bytes + report.unquantized_bytes}

@@ -91,7 +91,7 @@ def test_nodes_read_their_own_experts(ranks, moe_of, mesh, quant, per_node):
     path = moe_of("mixtral")
     plan = dq.plan(path, quantization_config=quant, mesh=mesh, ranks_per_node=per_node)
     assert len(set(plan.nodes)) == 4 // per_node
-    found = ranks.run(4, work.loaded, plan)
+    found = ranks.run(4, work.loaded, plan, {"io": "buffered"})
     assert {fingerprint for fingerprint, _ in found} == {work.fingerprint(path, quant)}
     assert [report.bytes_read for _, report in found] == [row.read for row in plan.memory]
     if mesh == "ep=4":
