@@ -54,7 +54,8 @@ def test_one_fingerprint_over_meshes(ranks, stored, kind):
     whole = moe_ranks.fingerprints(jobs)
     for mesh in SOME:
         assert ranks.run(MESHES[mesh], moe_ranks.fingerprints, jobs, mesh) == [whole] * MESHES[mesh], mesh
-    assert ranks.run(2, moe_ranks.fingerprints, jobs, "tp=2", {"staging": "1KiB"}) == [whole] * 2
+    if kind in ("fp8", "gptq act order"):
+        assert ranks.run(2, moe_ranks.fingerprints, jobs, "tp=2", {"staging": "1KiB"}) == [whole] * 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
