@@ -9,9 +9,11 @@ MODEL and CHECKPOINT are folders of a bf16 model with safetensors files. A bench
 docs/quality.md (with `--out`, a page). It exits with 1 where a method failed or its fingerprints differ.
 
 `speed` times loads of distquant (tp=1 with a thread for each core, and tp=2 with the same threads divided) and of the
-method's own library, in alternation (A B C A B C ...), each in fresh processes that have loaded the small example model
-by the same call, with the files in the page cache. `stored:METHOD` loads a checkpoint that the library quantized and
-saved, once, below the folder of `--work`. It exits with 1 where distquant failed and the library did not.
+method's own library ("upstream"), in alternation (A B C A B C ...), each in fresh processes that have loaded the small
+example model by the same call, with the files in the page cache. A method's name quantizes CHECKPOINT on the way;
+`stored:METHOD` loads a checkpoint that the library quantized and saved, once, below the folder of `--work`. The page
+has a line for each method: median seconds, distquant's divided by upstream's, and peak memory; with the command, the
+machine and all versions. It exits with 1 where distquant failed and the library did not.
 """
 
 from __future__ import annotations
@@ -46,9 +48,19 @@ PACKAGES = (
 
 
 def about(path: str, load: float) -> str:
-    """Model, machine and versions."""
+    """Model, machine, versions and kernels."""
     found = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
-    return f"{describe(path)}\n\n{machine(load, tuple(name for name in PACKAGES if name in found))}"
+    known = tuple(name for name in PACKAGES if name in found)
+    return f"{describe(path)}\n\n{machine(load, known)}\nKernels of distquant: {kernels()}."
+
+
+def kernels() -> str:
+    """The kernels that `auto` takes here: seconds depend on them."""
+    import torch
+
+    from distquant.kernels.choice import choose
+
+    return choose("auto", torch.device("cpu")).reason.partition(",")[0]
 
 
 def today() -> str:
@@ -182,6 +194,7 @@ class Match:
 
 
 def match(name: str, path: str, work: str) -> Match:
+    """Who is compared under a name of `NAMES`; makes the stored checkpoints that it needs."""
     cores = os.cpu_count() or 1
     stored = name.startswith(STORED_PREFIX)
     method = name.removeprefix(STORED_PREFIX)
@@ -224,6 +237,7 @@ def alternate(matches: list[Match], count: int) -> tuple[Runs, dict[str, str]]:
 
 
 def speed_row(each: Match, runs: Runs, failed: dict[str, str]) -> list[str]:
+    """Cells of a method: medians, their ratios, the verdict, and memory; empty where a side failed."""
     found = [[] if c.name in failed else runs[c.name] for c in each.contestants]
     medians = [statistics.median(seconds_of(one)) if one else None for one in found]
     tp1, tp2, theirs = medians
@@ -239,14 +253,19 @@ def speed_row(each: Match, runs: Runs, failed: dict[str, str]) -> list[str]:
     ]
 
 
-def speed_page(path: str, command: str, matches: list[Match], runs: Runs, failed: dict[str, str], load: float) -> str:
-    heads = ["method", "distquant tp=1 s", "tp=2 s", "upstream s", "tp=1 / upstream", "tp=2 / upstream"]
-    heads += ["bar: not slower than upstream", "peak memory GB tp=1", "tp=2", "upstream", "upstream is"]
+def speed_page(
+    path: str, command: str, matches: list[Match], runs: Runs, failed: dict[str, str], load: float, count: int
+) -> str:
+    """The page: what was measured where, a line for each method, the spread, and what has no figures."""
+    heads = ["method", "distquant tp=1, median s", "tp=2, median s", "upstream, median s"]
+    heads += ["tp=1 / upstream", "tp=2 / upstream", "bar: not slower than upstream"]
+    heads += ["peak memory GB tp=1", "tp=2", "upstream", "upstream is"]
     cores = os.cpu_count() or 1
     parts = [
         f"# Loading {Path(path).name} by method, {today()}",
         about(path, load),
-        f"Command: `{command}`, in turns.",
+        f"Command: `{command}`; {count} of each, in turns.\n"
+        "A ratio below 1: distquant took less time than upstream, the method's own library.",
         table(heads, [speed_row(each, runs, failed) for each in matches]),
         ranges(matches, runs),
     ]
@@ -293,7 +312,7 @@ def speed(arguments: argparse.Namespace) -> int:
     failed |= not_made
     only = f" --only {shlex.join(arguments.only)}" if arguments.only else ""
     command = f"python benchmarks/methods.py speed {Path(path).name} --runs {arguments.runs}{only}"
-    page = speed_page(path, command, matches, runs, failed, load)
+    page = speed_page(path, command, matches, runs, failed, load, arguments.runs)
     write(page, f"methods-{slug(Path(path).name)}", arguments.out)
     names = [[contestant.name in failed for contestant in each.contestants] for each in matches]
     return 1 if any((tp1 or tp2) and not theirs for tp1, tp2, theirs in names) else 0
@@ -309,26 +328,36 @@ def refuse_unknown(only: list[str] | None, names: list[str] | tuple[str, ...]) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What every method costs, and how fast it loads.")
-    commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("quality", help="perplexity, fingerprint, bits, seconds and memory of every method")
-    one.add_argument("model", help="folder of a bf16 model")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="{quality,speed}")
+    one = commands.add_parser(
+        "quality",
+        help="perplexity, fingerprint, bits, seconds and memory of every method, of distquant alone",
+        description="What quantizing with every method costs, at tp=1 and tp=2.",
+        usage="%(prog)s MODEL --text FILE [--only NAME ...] [--out FILE]",
+    )
+    one.add_argument("model", metavar="MODEL", help="folder of a bf16 model with its tokenizer")
     one.add_argument("--text", required=True, metavar="FILE", help="text that perplexity is measured on")
-    one.add_argument("--out", help="page to write; default: the table of docs/quality.md")
+    one.add_argument("--only", nargs="+", metavar="NAME", help="only these of distquant's short names: nf4 int8 ...")
+    one.add_argument("--out", metavar="FILE", help="page to write; default: the table in docs/quality.md is replaced")
     one.set_defaults(run=quality)
-    two = commands.add_parser("speed", help="seconds of distquant and of each method's own library")
-    two.add_argument("checkpoint", help="folder of a bf16 model")
-    two.add_argument("--runs", type=int, default=5, help="measurements of each contestant")
-    two.add_argument("--out", help="page to write; default: benchmarks/results/WHAT_HARDWARE_DATE.md")
+    two = commands.add_parser(
+        "speed",
+        help="seconds of distquant, of each method's own library, and their ratio",
+        description="How long loading with every method takes, beside the library that the method comes from.",
+        usage="%(prog)s CHECKPOINT [--runs N] [--only NAME ...] [--work FOLDER] [--out FILE]",
+    )
+    two.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a bf16 model")
+    two.add_argument("--runs", type=int, default=5, metavar="N", help="loads of each, of which the median counts")
+    two.add_argument("--only", nargs="+", metavar="NAME", help=f"only these: {' '.join(NAMES)}")
+    two.add_argument("--out", metavar="FILE", help="page to write; default: benchmarks/results/WHAT_HARDWARE_DATE.md")
     two.add_argument(
         "--work",
         metavar="FOLDER",
         default=os.path.join(tempfile.gettempdir(), "distquant-methods"),
-        help="where quantized checkpoints are made once, and kept; default: %(default)s",
+        help="where quantized checkpoints are made once, and kept by the checkpoint's name; default: %(default)s",
     )
     two.set_defaults(run=speed)
-    for each in (one, two):
-        each.add_argument("--only", nargs="+", metavar="NAME", help="only these methods")
     arguments = parser.parse_args()
     path = os.path.abspath(getattr(arguments, "model", None) or arguments.checkpoint)
     if not shards(path) or not os.path.isfile(os.path.join(path, "config.json")):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distquant.checkpoint import open_checkpoint
+from distquant.checkpoint import Checkpoint, open_checkpoint
 from distquant.checks import check_draft, check_rank_memory
 from distquant.collector import without_collector
 from distquant.config import GgufConfig, Merged, NoneConfig, QuantizationConfig, detect
@@ -19,6 +19,7 @@ from distquant.draft import Draft
 from distquant.errors import InputError, Problems
 from distquant.facts import Facts, parse_bytes
 from distquant.layout import Layout, plain
+from distquant.mesh import Mesh
 from distquant.notes import notes_on
 from distquant.placement import check_memory, infer_device_map, read_memory
 from distquant.planning.experts import expert_rules, plan_experts
@@ -35,9 +36,10 @@ from distquant.planning.parallel import (
 )
 from distquant.planning.reading import nodes_of, way_of_reading
 from distquant.request import Request, collected, read_request
-from distquant.schemes import Shard, config_classes, scheme_for
+from distquant.schemes import Scheme, Shard, config_classes, scheme_for
 from distquant.skeleton import (
     STAR,
+    GgufNames,
     Linear,
     Skeleton,
     as_stored,
@@ -75,6 +77,64 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
         model = build(checkpoint.path, given.dtype, trust_remote_code=request.trust_remote_code)
     except InputError as error:
         raise InputError([*problems, *error.problems]) from error
+    described = _describe(request, checkpoint, model, merged, skipped, mesh, problems)
+    understood = not problems
+    scheme = described.scheme
+    draft = Draft(
+        checkpoint=checkpoint,
+        scheme=scheme,
+        mesh=mesh,
+        staging=given.staging,
+        nodes=facts.nodes if len(facts.nodes) == mesh.size else nodes_of(mesh.size, request.ranks_per_node),
+        prequantized=described.merged.prequantized,
+        dequantize=described.merged.dequantize and not scheme.delegated,
+        skeleton=described.split(described.stacked),
+        stacked=described.stacked,
+        skipped=described.skipped,
+        dispatch=given.dispatch,
+    )
+    draft.converted = _converted(draft, problems)
+    if mesh.ep * mesh.tp == 1:  # experts of which nothing is converted stay the model's own
+        needed = {name.partition(f".{STAR}.")[0] for name in draft.converted if STAR in name}
+        if needed != set(draft.stacked):
+            draft.stacked = tuple(name for name in draft.stacked if name in needed)
+            draft.skeleton = described.split(draft.stacked)
+    if described.names is not None:
+        draft.skeleton = with_gguf_sources(draft.skeleton, described.names)
+    if draft.skipped is not None or (scheme.delegated and draft.prequantized):
+        draft.skeleton, draft.kept = as_stored(draft.skeleton, checkpoint.tensors)
+        draft.converted = [name for name in draft.converted if name in draft.skeleton.linears]
+    return _Planner(request, facts, draft, problems, understood).plan(model)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A checkpoint, in the words of its method, or as it is stored where that is left out."""
+
+    scheme: Scheme
+    merged: Merged
+    skipped: dict[str, Any] | None
+    whole: Skeleton
+    """With experts as the model's own parameters."""
+    stacked: tuple[str, ...]
+    """Modules of experts that may be split into stacks."""
+    shapes: dict[str, tuple[int, ...]]
+    names: GgufNames | None
+
+    def split(self, modules: tuple[str, ...]) -> Skeleton:
+        return split_experts(self.whole, modules, self.shapes)
+
+
+def _describe(
+    request: Request,
+    checkpoint: Checkpoint,
+    model: Any,
+    merged: Merged,
+    skipped: dict[str, Any] | None,
+    mesh: Mesh,
+    problems: Problems,
+) -> _Described:
+    """Describes model and checkpoint; without the method if that is asked for and it cannot place its tensors."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     names, config = None, merged.config
     if isinstance(config, GgufConfig) and checkpoint.types:
@@ -86,42 +146,18 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
     unplaced = Problems()
     suffixes = {**scheme.suffixes, **scheme.fused_suffixes} if merged.prequantized else {}
     skeleton = build_skeleton(model, shapes, suffixes, unplaced)
-    stacked = tuple(skeleton.experts) if scheme.stacks or mesh.ep * mesh.tp > 1 else ()
-    stacks = split_experts(skeleton, stacked, shapes)
-    tell_parts(stacks.parts, unplaced)
-    if unplaced and merged.prequantized and request.on_unsupported == "skip":
-        scheme, merged, skipped = scheme_for(NoneConfig()), Merged(NoneConfig(), False), detect(checkpoint.config)
-        skeleton = build_skeleton(model, shapes, {}, problems)
-        stacked = tuple(skeleton.experts) if mesh.ep * mesh.tp > 1 else ()
-        stacks = split_experts(skeleton, stacked, shapes)
-    else:
+    divided = mesh.ep * mesh.tp > 1
+    stacked = tuple(skeleton.experts) if scheme.stacks or divided else ()
+    found = _Described(scheme, merged, skipped, skeleton, stacked, shapes, names)
+    whole = {name: parts for name, parts in skeleton.parts.items() if name.rpartition(".")[0] not in stacked}
+    tell_parts(whole, unplaced)
+    if not unplaced or not merged.prequantized or request.on_unsupported != "skip":
         problems.extend(unplaced)
-    understood = not problems
-    draft = Draft(
-        checkpoint=checkpoint,
-        scheme=scheme,
-        mesh=mesh,
-        staging=given.staging,
-        nodes=facts.nodes if len(facts.nodes) == mesh.size else nodes_of(mesh.size, request.ranks_per_node),
-        prequantized=merged.prequantized,
-        dequantize=merged.dequantize and not scheme.delegated,
-        skeleton=stacks,
-        stacked=stacked,
-        skipped=skipped,
-        dispatch=given.dispatch,
-    )
-    draft.converted = _converted(draft, problems)
-    if mesh.ep * mesh.tp == 1:
-        needed = {name.partition(f".{STAR}.")[0] for name in draft.converted if STAR in name}
-        if needed != set(stacked):
-            draft.stacked = tuple(name for name in stacked if name in needed)
-            draft.skeleton = split_experts(skeleton, draft.stacked, shapes)
-    if names is not None:
-        draft.skeleton = with_gguf_sources(draft.skeleton, names)
-    if skipped is not None or (scheme.delegated and merged.prequantized):
-        draft.skeleton, draft.kept = as_stored(draft.skeleton, checkpoint.tensors)
-        draft.converted = [name for name in draft.converted if name in draft.skeleton.linears]
-    return _Planner(request, facts, draft, problems, understood).plan(model)
+        return found
+    skeleton = build_skeleton(model, shapes, {}, problems)
+    stacked = tuple(skeleton.experts) if divided else ()
+    without = Merged(NoneConfig(), False)
+    return _Described(scheme_for(without.config), without, detect(checkpoint.config), skeleton, stacked, shapes, names)
 
 
 @dataclass

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distquant.config import torch_dtype
 from distquant.schemes import Scheme, Shard
+from distquant.schemes.keeps_dtypes import KeepsDtypes
 from distquant.schemes.product import ops_on
 
 
-class ExpertStack(nn.Module):
+class ExpertStack(KeepsDtypes):
     """One projection of this rank's experts, quantized: its components, `[experts, ...]` each, as buffers.
 
     Args:
@@ -66,16 +67,6 @@ class ExpertStack(nn.Module):
         shard, found = self.shards[number], self.components(number)
         ops = ops_on(next(iter(found.values())).device)
         return self.scheme.dequantize(shard, found, torch_dtype(shard.dtype), ops)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStack:
-        """Moves components to another device; casts of the model leave them alone, their dtypes are the format's."""
-        kept, self._buffers = self._buffers, {}
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            moved = fn(value) if value is not None else None
-            same = moved is None or value is None or moved.dtype == value.dtype
-            self._buffers[name] = moved if same else value.to(moved.device)  # type: ignore[union-attr]
-        return self
 
     def extra_repr(self) -> str:
         rows, columns = self.shards[0].local_shape

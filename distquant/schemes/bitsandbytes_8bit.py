@@ -9,7 +9,7 @@ Stored components of a shard: "" (int8 `[out, in]`) and "SCB" (float32 `[out]`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from distquant.schemes.base import Stream
 from distquant.schemes.bitsandbytes import BitsandbytesScheme
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
+from distquant.skeleton.words import STAR
 from distquant.tally import WHOLE_ROW
 
 ROW_FORMAT = 0
@@ -41,6 +42,11 @@ class Bnb8bitScheme(BitsandbytesScheme):
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         codes = Component(name="", dtype="int8", cuts=PLAIN_STEPS)
         return Layout((codes, Component(name="SCB", dtype="float32", spans=(1, ALL), cuts=PLAIN_STEPS)))
+
+    def notes(self, converted: Iterable[str]) -> Iterator[str]:
+        stacks = [name for name in converted if STAR in name]
+        if stacks:
+            yield f"not applied: quantization of activations, in {len(stacks)} projections of experts"
 
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         return []

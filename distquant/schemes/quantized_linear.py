@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distquant.config import torch_dtype
 from distquant.errors import DistquantError
+from distquant.schemes.keeps_dtypes import KeepsDtypes
 from distquant.schemes.product import ops_on, product
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Computed(Tensor):
         return found if views or not isinstance(found, Computed) else found.as_subclass(Tensor)
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(KeepsDtypes, nn.Linear):
     """A linear layer of a shard's size that keeps a weight as its format stores it.
 
     Components are buffers under the names that the format's checkpoints use. Gradients flow to the inputs (adapters
@@ -88,13 +89,3 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         output = product(x, self.dequantized)
         return output if self.bias is None else output + self.bias.to(output.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Moves components to another device; casts of the model leave them alone, their dtypes are the format's."""
-        kept, self._buffers = self._buffers, {}
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            moved = fn(value) if value is not None else None
-            same = moved is None or value is None or moved.dtype == value.dtype
-            self._buffers[name] = moved if same else value.to(moved.device)  # type: ignore[union-attr]
-        return self

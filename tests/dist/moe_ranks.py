@@ -24,8 +24,10 @@ METHODS: dict[str, Any] = {
 }
 """Methods that experts can be kept in; tiles and groups small enough for the models here to be cut."""
 
-MESHES = {"ep=2": 2, "ep=3": 3, "ep=4": 4, "tp=2": 2, "tp=3": 3, "ep=2,tp=2": 4, "dp=2,ep=2": 4}
+MESHES = {"ep=2": 2, "ep=3": 3, "tp=2": 2, "tp=3": 3, "ep=2,tp=2": 4, "ep=4": 4, "dp=2,ep=2": 4}
 """Mesh -> ranks."""
+EVERY, MOST, SOME = tuple(MESHES), tuple(MESHES)[:5], ("ep=3", "tp=2", "ep=2,tp=2")
+"""Meshes for one family, for all, and for all methods: experts dealt out unevenly, cut, and both."""
 
 Job = tuple[str, Any]
 """Path of a checkpoint, and how it is quantized (None: as it says)."""
@@ -46,10 +48,10 @@ def logits(jobs: list[Job], mesh: str | None = None, kwargs: dict[str, Any] | No
 
 
 def sizes(jobs: list[Job], mesh: str | None = None) -> list[dict[str, int]]:
-    """What this rank's plan and its report say of bytes."""
+    """What this rank's plan and its report say of bytes, read through the page cache: past it, pages are read whole."""
     found = []
     for path, quant in jobs:
-        model = dq.load(path, quantization_config=quant, mesh=mesh)
+        model = dq.load(path, quantization_config=quant, mesh=mesh, io="buffered")
         planned, report = model.distquant.plan.memory[work.rank()], model.distquant.report
         row = {"planned": planned.finished, "planned quantized": planned.quantized, "planned read": planned.read}
         row |= {"reported": report.quantized_bytes + report.unquantized_bytes}

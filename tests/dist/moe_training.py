@@ -7,6 +7,7 @@ from typing import Any
 import lora
 import torch
 import work
+from peft import prepare_model_for_kbit_training
 
 import distquant as dq
 
@@ -25,10 +26,17 @@ def own_batch(path: str, quant: Any, mesh: str | None, number: int | None, kwarg
     return logits.detach(), embedded.grad
 
 
-def train(path: str, quant: Any, mesh: str | None = None, steps: int = 3) -> Any:
-    """LoRA on attention: logits and adapter gradients of the first step, and the loss of every step."""
-    model = lora.wrap(dq.load(path, quantization_config=quant, mesh=mesh, dtype="float32"), ATTENTION)
+def train(path: str, quant: Any, mesh: str | None = None, checkpointing: bool = False, steps: int = 3) -> Any:
+    """LoRA on attention: logits and adapter gradients of the first step, and the loss of every step.
+
+    With `checkpointing` through PEFT's own preparation: layers run once more in backward.
+    """
+    model = dq.load(path, quantization_config=quant, mesh=mesh, dtype="float32")
+    if checkpointing:
+        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = lora.wrap(model, ATTENTION)
     lora.fill(model)
+    model.train(checkpointing)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.05)
     logits, loss, gradients = lora.step(model)

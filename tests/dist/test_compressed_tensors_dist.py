@@ -22,8 +22,12 @@ LEARNING = 5e-5
 """The same for gradients, see test_adapters.py."""
 
 
-@pytest.mark.parametrize("way", compressed.WAYS)
-@pytest.mark.parametrize("family", ["llama-352", "phi3-packed"])
+PACKED = ("int4-zeros", "fp8-tensor", "fp8-blocks", "mixed")
+"""Ways of packed projections: zero points, a statistic of the whole weight, tiles, and several groups."""
+CASES = [("llama-352", way) for way in compressed.WAYS] + [("phi3-packed", way) for way in PACKED]
+
+
+@pytest.mark.parametrize(("family", "way"), CASES)
 def test_fingerprint_and_bytes_on_the_way_at_every_width(ranks, model_of, family, way):
     path, quant = model_of(family), compressed.WAYS[way]
     whole, planned, held = compressed.loaded(path, quant)

@@ -25,6 +25,9 @@ METHODS: dict[str, Any] = {
     "fbgemm_fp8": "fbgemm_fp8",
 }
 FAMILIES = ("phi3-packed", "llama-352")
+ALIKE = ("tiles of 16 x 32 with ue8m0", "mxfp8")
+"""Tiles with scales of their own, as those of 16 x 32: they flow and are cut alike; sizes and rounding differ."""
+CASES = [(f, m) for f in FAMILIES for m in METHODS if f == "llama-352" or m not in ALIKE]
 GOLDEN = ("fp8/blocks", "fp8/ue8m0", "fp8/deepseek-v3", "fp8/tensor", "mxfp8", "fbgemm_fp8")
 
 
@@ -42,8 +45,7 @@ def saved(model_of, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), CASES)
 def test_fingerprint_is_the_same_at_every_width(ranks, model_of, saved, family, method):
     """Quantized on the way and stored."""
     path, quant = model_of(family), METHODS[method]
@@ -95,7 +97,7 @@ def test_finished_bytes_are_those_of_the_plan(ranks, model_of, saved, method):
         assert [report.quantized_bytes for report in reports] == [rank.quantized for rank in plan.memory]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ALIKE])
 def test_small_staging_leaves_no_trace(ranks, model_of, method):
     path, quant = model_of("llama-352"), METHODS[method]
     found = ranks.run(2, work.fingerprint_staged, path, quant, "tp=2", "1KiB")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
-from moe_ranks import MESHES, METHODS, held_experts
+from moe_ranks import MESHES, METHODS, SOME, held_experts
 from moe_reference import as_linear, weights_of
 from work import same_bits
 
@@ -64,7 +64,7 @@ def test_an_expert_means_what_a_linear_of_its_weight_does(moe_of, family, method
         assert same_bits(held[name][0], as_linear(scheme, name, weight)), name
 
 
-@pytest.mark.parametrize("mesh", ["ep=3", "tp=2", "ep=2,tp=2"])
+@pytest.mark.parametrize("mesh", SOME)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_hold_slices_of_the_whole(ranks, moe_of, family, mesh):
     path = moe_of(family)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import pytest
 from moe_models import FAMILIES, TURNED, changed
-from moe_ranks import MESHES, METHODS, fingerprints
+from moe_ranks import EVERY, MESHES, METHODS, MOST, SOME, fingerprints
 
 import distquant as dq
-
-SOME = ("ep=3", "tp=2", "ep=2,tp=2")
-"""Meshes of experts dealt out unevenly, cut, and both."""
-
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_fingerprint_over_all_meshes_and_forms(ranks, moe_of, family):
     jobs = [(moe_of(family, form), METHODS["nf4-dq"]) for form in ("hub", "fused")]
     whole = fingerprints(jobs)
     assert whole[0] == whole[1]
-    for mesh, world in MESHES.items():
-        assert ranks.run(world, fingerprints, jobs, mesh) == [whole] * world, mesh
+    for mesh in EVERY if family == "mixtral" else MOST:
+        count = 2 if mesh in SOME else 1  # in both forms where it is likely to matter
+        assert ranks.run(MESHES[mesh], fingerprints, jobs[:count], mesh) == [whole[:count]] * MESHES[mesh], mesh
 
 
 @pytest.mark.parametrize("mesh", SOME)
@@ -64,10 +61,9 @@ def test_experts_are_cut_and_dealt_out(moe_of, family):
         assert max(row.quantized for row in plan.memory) < 0.75 * whole.quantized
 
 
-@pytest.mark.parametrize("quant", ["none", "nf4-dq", "int8", "fp8"])
+@pytest.mark.parametrize("quant", ["none", "nf4-dq", "fp8"])
 def test_small_staging_leaves_no_trace(ranks, moe_of, quant):
-    jobs = [(moe_of("mixtral", form), METHODS[quant]) for form in ("hub", "fused")]
-    jobs.append((moe_of("gpt-oss"), METHODS[quant]))
+    jobs = [(path, METHODS[quant]) for path in (moe_of("mixtral", "fused"), moe_of("gpt-oss"))]
     found = ranks.run(4, fingerprints, jobs, "ep=2,tp=2", {"staging": "1KiB"})
     assert found == [fingerprints(jobs)] * 4
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import work
 from moe_models import FAMILIES
-from moe_ranks import MESHES, METHODS
+from moe_ranks import EVERY, MESHES, METHODS, MOST
 from moe_reference import reference_logits
 from test_logits import ROUNDING, distance
 from transformers import AutoTokenizer
@@ -50,18 +50,37 @@ def test_one_rank_computes_what_the_dequantized_model_does(moe_of, truth, family
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_mesh_computes_what_one_rank_does(ranks, moe_of, truth, family):
-    for mesh, world in MESHES.items():
-        for (found,) in ranks.run(world, moe_ranks.logits, [(moe_of(family), METHODS["nf4"])], mesh):
+    for mesh in EVERY if family == "gpt-oss" else MOST:
+        for (found,) in ranks.run(MESHES[mesh], moe_ranks.logits, [(moe_of(family), METHODS["nf4"])], mesh):
             assert distance(found, truth(family, "nf4")) < ROUNDING, mesh
 
 
-@pytest.mark.parametrize("mesh", ["ep=3", "tp=2", "ep=2,tp=2"])
-@pytest.mark.parametrize("family", ["qwen2-moe", "gpt-oss"])
+@pytest.mark.parametrize(("family", "mesh"), [("qwen2-moe", "ep=2,tp=2"), ("gpt-oss", "ep=3"), ("gpt-oss", "tp=2")])
 def test_every_method_computes_what_one_rank_does(ranks, moe_of, truth, family, mesh):
     jobs = [(moe_of(family), quant) for quant in EXPERTS_ONLY.values()]
     for found in ranks.run(MESHES[mesh], moe_ranks.logits, jobs, mesh):
         for method, logits in zip(EXPERTS_ONLY, found, strict=True):
             assert distance(logits, truth(family, method)) < ROUNDING, method
+
+
+LARGE_TILES = "fp8"
+"""128 x 128: 96 features cannot be cut, so every rank of tp holds its experts whole; 352 can."""
+ONE_PROJECTION = {**METHODS["nf4"], "include_modules": [r".*\.experts\..*down_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "quant"), [("mixtral", LARGE_TILES), ("qwen2-moe", LARGE_TILES), ("olmoe", ONE_PROJECTION)]
+)
+def test_experts_that_are_whole_or_plain_in_part(ranks, moe_of, family, quant):
+    jobs = [(moe_of(family), quant)]
+    expected, whole = reference_logits(*jobs[0]), moe_ranks.fingerprints(jobs)
+    for mesh in ("tp=2", "ep=2,tp=2"):
+        for (found,) in ranks.run(MESHES[mesh], moe_ranks.logits, jobs, mesh):
+            assert distance(found, expected) < ROUNDING, mesh
+        assert ranks.run(MESHES[mesh], moe_ranks.fingerprints, jobs, mesh) == [whole] * MESHES[mesh]
+        stacks = {t.name: t for t in dq.plan(moe_of(family), quantization_config=quant, mesh=mesh).tensors if t.experts}
+        assert any(stack.cut is None for stack in stacks.values()) == (family == "mixtral")
+        assert {stack.scheme == "none" for stack in stacks.values()} == ({True, False} if family == "olmoe" else {False})
 
 
 def test_the_reference_is_not_the_unquantized_model(moe_of, truth):
@@ -75,8 +94,8 @@ def test_experts_that_are_neither_quantized_nor_cut_stay_the_models_own(moe_of):
     assert type(model.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
 
 
-QUANTIZED_COSTS = 0.25
-"""Perplexity of nf4-dq above that of bfloat16, measured: see the test."""
+QUANTIZED_COSTS = 0.2
+"""Perplexity of nf4-dq above that of bfloat16: 19.855 and 19.716 measured here, 21.003 and 20.877 on all of the text."""
 
 
 def test_perplexity_of_a_trained_mixture(ranks, kjv_mixtral):

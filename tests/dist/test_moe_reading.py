@@ -11,7 +11,7 @@ import pytest
 import torch
 import work
 from moe_models import FAMILIES
-from moe_ranks import MESHES, METHODS, bytes_of_experts, own_fingerprint, sizes
+from moe_ranks import EVERY, MESHES, METHODS, SOME, bytes_of_experts, own_fingerprint, sizes
 from safetensors.torch import load_file, save_file
 
 import distquant as dq
@@ -26,12 +26,13 @@ def weight_bytes(path: str) -> int:
     return sum(info.nbytes for info in open_checkpoint(path).tensors.values())
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
-def test_each_byte_is_read_once_and_kept_as_planned(ranks, moe_of, family, mesh):
+@pytest.mark.parametrize("mesh", EVERY)
+def test_each_byte_is_read_once_and_kept_as_planned(ranks, moe_of, mesh):
     """Replicas (dp, and dense weights over ep) read a share each."""
-    forms = ("hub", "fused") if family == "mixtral" else ("hub",)
-    jobs = [(moe_of(family, form), METHODS[quant]) for form in forms for quant in ("none", "nf4-dq", "int8")]
+    jobs = [(moe_of("mixtral"), METHODS["nf4-dq"]), (moe_of("mixtral", "fused"), METHODS["none"])]
+    if mesh in SOME:
+        jobs += [(moe_of("mixtral"), METHODS["none"]), (moe_of("mixtral", "fused"), METHODS["int8"])]
+        jobs += [(moe_of("gpt-oss"), METHODS[quant]) for quant in ("none", "nf4-dq", "int8")]
     found = ranks.run(MESHES[mesh], sizes, jobs, mesh)
     for number, (path, _) in enumerate(jobs):
         rows = [rank[number] for rank in found]
@@ -80,6 +81,30 @@ def test_each_rank_reads_only_its_experts(ranks, moe_of, tmp_path, form, quant):
         plans.append(dataclasses.replace(plan, model=others_spoiled(path, tmp_path / str(rank), mine)))
         first += count
     assert ranks.run(3, own_fingerprint, plans) == [work.fingerprint(path, quant)] * 3
+
+
+@pytest.mark.parametrize("per_node", [1, 2])
+@pytest.mark.parametrize("quant", ["nf4-dq", "fp8-tensor"])
+@pytest.mark.parametrize("mesh", ["ep=2,tp=2", "ep=4"])
+def test_nodes_read_their_own_experts(ranks, moe_of, mesh, quant, per_node):
+    """Ranks of one row on two nodes bring their statistics together, and only they."""
+    path = moe_of("mixtral")
+    plan = dq.plan(path, quantization_config=quant, mesh=mesh, ranks_per_node=per_node)
+    assert len(set(plan.nodes)) == 4 // per_node
+    found = ranks.run(4, work.loaded, plan, {"io": "buffered"})
+    assert {fingerprint for fingerprint, _ in found} == {work.fingerprint(path, quant)}
+    assert [report.bytes_read for _, report in found] == [row.read for row in plan.memory]
+    if mesh == "ep=4":
+        assert max(row.read for row in plan.memory) < 0.5 * weight_bytes(path)
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, {"model.layers.0": "cpu", "": "cpu"}])
+def test_experts_by_device_map(moe_of, device_map):
+    path = moe_of("gpt-oss")
+    model = dq.load(path, quantization_config="nf4-dq", device_map=device_map, max_memory={"cpu": "1GiB"})
+    assert dq.fingerprint(model) == work.fingerprint(path, "nf4-dq")
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.tensor(work.IDS)).logits).all()
 
 
 def others_spoiled(path: str, target: Path, mine: range) -> str:

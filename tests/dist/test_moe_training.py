@@ -71,16 +71,20 @@ def test_the_choice_is_in_the_plan(moe_of):
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "method"), [("mixtral", "nf4"), ("qwen2-moe", "int4"), ("gpt-oss", "mxfp4")])
-def test_adapters_on_attention_learn_as_on_one_rank(ranks, moe_of, family, method):
+@pytest.mark.parametrize(
+    ("family", "method", "checkpointing"),
+    [("mixtral", "nf4", False), ("mixtral", "nf4-dq", True), ("qwen2-moe", "int4", False), ("gpt-oss", "mxfp4", False)],
+)
+def test_adapters_on_attention_learn_as_on_one_rank(ranks, moe_of, family, method, checkpointing):
     """Gradients of the first layer pass through the experts of all above it."""
     path, quant = moe_of(family), METHODS[method]
-    logits, losses, gradients = moe_training.train(path, quant)
+    logits, losses, gradients = moe_training.train(path, quant, None, checkpointing)
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 1e-2
     for mesh in ("ep=2", "tp=2"):
         plan = dq.plan(path, quantization_config=quant, mesh=mesh)
-        for rank, (theirs, their_losses, found) in enumerate(ranks.run(2, moe_training.train, path, quant, mesh)):
+        results = ranks.run(2, moe_training.train, path, quant, mesh, checkpointing)
+        for rank, (theirs, their_losses, found) in enumerate(results):
             assert distance(theirs, logits) < ROUNDING
             assert their_losses == pytest.approx(losses, rel=1e-4)
             for (module, side), truth in gradients.items():
@@ -91,6 +95,29 @@ def test_adapters_on_attention_learn_as_on_one_rank(ranks, moe_of, family, metho
                 expected = torch.cat(parts, cut[0] if cut else 0)
                 error = (found[module, side] - expected).abs().max() / truth.abs().max()
                 assert float(error) < ROUNDING, f"{module} {side} at {mesh} on rank {rank}"
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "gate_proj", "up_proj", "down_proj"), "all-linear"])
+@pytest.mark.parametrize("method", ["none", "nf4"])
+def test_usual_targets_find_the_linears_and_pass_experts_by(moe_of, method, targets):
+    """Names that a shared expert's linears have too; what is fused in the model's own module is no target either."""
+    from peft import LoraConfig, get_peft_model
+
+    model = dq.load(moe_of("qwen2-moe"), quantization_config=METHODS[method], dtype="float32")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets if targets == "all-linear" else [*targets]))
+    paths = {name.rpartition(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
+    assert {path.rpartition(".")[2] for path in paths} >= {"q_proj", "gate_proj", "up_proj", "down_proj"}
+    assert not [path for path in paths if ".experts" in path]
+    with torch.no_grad():
+        adapted(torch.tensor(work.IDS))
+
+
+@pytest.mark.parametrize("method", ["nf4-dq", "int4", "mxfp4"])
+def test_quantized_experts_are_not_saved_in_a_form_that_nothing_reads(moe_of, tmp_path, method):
+    model = dq.load(moe_of("mixtral"), quantization_config=METHODS[method])
+    with pytest.raises(dq.InputError, match="experts"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_training_step_leaves_the_fingerprint(ranks, moe_of):

@@ -115,8 +115,12 @@ ON_THE_WAY = {
 }
 
 
-@pytest.mark.parametrize("name", ON_THE_WAY)
-@pytest.mark.parametrize(("family", "widths"), [("llama-352", (2, 3, 4)), ("phi3-packed", (3,))])
+PACKED = ("g32", "asymmetric v2", "3 bits", "awq g32")
+"""Of packed projections: cuts within qkv and gate_up meet each packing; other widths and groups are packed alike."""
+ROUNDED = [("llama-352", (2, 3, 4), name) for name in ON_THE_WAY] + [("phi3-packed", (3,), name) for name in PACKED]
+
+
+@pytest.mark.parametrize(("family", "widths", "name"), ROUNDED)
 def test_rounding_on_the_way_has_one_fingerprint_at_every_width(ranks, model_of, family, widths, name):
     path, quant = model_of(family), ON_THE_WAY[name]
     whole = work.fingerprint(path, quant)

@@ -19,7 +19,7 @@ from distquant.tally import Tally
 
 QUANTS = (
     "nf4", "nf4-dq", "fp4", "int8", "fp8", "fp8-tensor", "fp8-row", "fbgemm_fp8", "mxfp8", "int4", "gptq-rtn",
-    "awq-rtn", "quanto-int8", "quanto-int4", "torchao-int8", "torchao-fp8",
+    "awq-rtn", "mxfp4", "quanto-int8", "quanto-int4", "torchao-int8", "torchao-fp8",
 )  # fmt: skip
 OUT, INTO = 128, 256
 
