@@ -191,7 +191,8 @@ WITHOUT = {
         "transformers loads them on GPUs, or (fp8 on a CPU) as dequantized bfloat16, or (hqq) not at all in 5.23"
     ),
     "gguf files": "no library here writes one from a safetensors checkpoint; transformers loads them dequantized",
-    "mxfp4, nvfp4": "loaded by transformers on both sides",
+    "mxfp4": "transformers quantizes nothing but experts with it, by kernels that the package `kernels` would download",
+    "nvfp4": "loaded by transformers on both sides",
 }
 """What has no row in the table of speeds, and why."""
 
