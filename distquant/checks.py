@@ -201,7 +201,7 @@ def _taken_shape(source: Source, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape
     dim, start, stop = source.take
     if dim == ROWS:
-        return (stop - start, shape[-1])
+        return (stop - start, *shape[2:])
     if dim == 0 and stop - start == 1 and len(shape) > 1:
         return shape[1:]
     return (*shape[:dim], stop - start, *shape[dim + 1 :])

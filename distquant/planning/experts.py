@@ -98,8 +98,11 @@ def _tell(
     tp, ep = (expert_rules(skeleton, plan) for plan in plans)
     for (pattern, story), count in told.items():
         became, reason = story.split("\0")
-        asked = {**(tp[pattern] if mesh.tp > 1 else {}), **(ep[pattern] if mesh.ep > 1 else {})}
-        styles = ", ".join(f"{rule.rpartition('.')[2]}: {style}" for rule, style in asked.items()) or "no rule"
+        asked: dict[str, list[str]] = {}
+        for wanted, size in ((ep, mesh.ep), (tp, mesh.tp)):
+            for rule, style in wanted[pattern].items() if size > 1 else ():
+                asked.setdefault(rule.rpartition(".")[2], []).append(style)
+        styles = ", ".join(f"{leaf}: {' + '.join(dict.fromkeys(found))}" for leaf, found in asked.items()) or "no rule"
         whole = "whole experts" if mesh.ep > 1 else ""
         why = "; ".join(part for part in (whole, reason) if part) or "as asked"
         parallel.rules.append(Rule(pattern, styles, became, why, count))
@@ -111,7 +114,7 @@ def _cut_inside(experts: Experts, layouts: Mapping[Projection, Layout], ranks: i
     barred = [p.name for p, steps in units.items() if not steps]
     if barred:
         return None, f"{experts.intermediate} features, which the quantization blocks of {barred[0]} do not divide"
-    unit = 1
+    unit, enough = 1, False
     for level in range(max(map(len, units.values()))):
         steps = {p: each[min(level, len(each) - 1)] for p, each in units.items()}
         unit = math.lcm(*(step for p, step in steps.items() if p.dim == 1 or p.out_features == experts.intermediate))
@@ -120,8 +123,12 @@ def _cut_inside(experts: Experts, layouts: Mapping[Projection, Layout], ranks: i
             cut = even_cut(experts.intermediate, unit * multiple, ranks)
             if cut is None:
                 break
+            enough = True
             if all(whole is None or whole.legal(steps[p]) for p in steps for whole in [cut_of(experts, p, cut)]):
                 return cut, f"features in units of {unit * multiple}"
+    if enough:
+        packed = next(p for p in units if p.dim == 0)
+        return None, f"no cut of gate and up, {experts.intermediate} features each, falls on the units of {packed.name}"
     return None, f"{experts.intermediate} features are fewer than {ranks} units of {unit}"
 
 

@@ -10,7 +10,7 @@ STAR = "*"
 """Stands for an expert's number in the name of a stack of experts."""
 
 ROWS = -1
-"""As the dim of a `Source.take`: all dims but the last, taken together."""
+"""As the dim of a `Source.take`: the first two dims, experts and their rows, taken together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,8 @@ class Source:
         tensor: name in the checkpoint.
         component: "" for the weight itself, else the component of a quantized weight that it stores.
         offset: where its first element lies in the parameter, one index a dim; None = it fills the parameter.
-        take: (dim, start, stop) of the checkpoint tensor that is meant; None = all of it. `ROWS` for dim takes all
-            dims but the last together.
+        take: (dim, start, stop) of the checkpoint tensor that is meant; None = all of it. `ROWS` for dim takes
+            the first two together.
 
     Sources of a stack of experts have the expert's number first in `offset`; without an offset they hold all experts.
     """
@@ -38,7 +38,7 @@ def taken(source: Source, shape: tuple[int, ...]) -> int:
     if source.take is None:
         return math.prod(shape)
     dim, start, stop = source.take
-    whole = math.prod(shape[:-1]) if dim == ROWS else shape[dim]
+    whole = math.prod(shape[:2]) if dim == ROWS else shape[dim]
     return math.prod(shape) // whole * (stop - start)
 
 

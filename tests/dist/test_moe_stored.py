@@ -9,7 +9,7 @@ import pytest
 import torch
 import work
 from moe_ranks import MESHES, SOME
-from moe_stored import KINDS, save_stored
+from moe_stored import KINDS, save_stored, write_mxfp4
 from test_logits import ROUNDING, distance
 from upstream import their_model
 
@@ -88,6 +88,17 @@ def test_each_byte_of_stored_experts_is_read_once(ranks, stored, kind):
             assert row["read"] == row["planned read"]
             assert row["quantized"] == row["planned quantized"]
             assert row["reported"] == row["planned"]
+
+
+def test_fused_components_are_split_into_gate_and_up(ranks, moe_of, tmp_path):
+    """MXFP4 under the names of fused parameters, of a model that keeps gate and up apart."""
+    stored, twin = tmp_path / "stored", tmp_path / "twin"
+    write_mxfp4(tmp_path.__class__(moe_of("mixtral", "fused")), stored, twin, turned=False)
+    jobs = [(str(stored), None)]
+    (found,) = moe_ranks.logits(jobs)
+    with torch.no_grad():
+        assert distance(found, their_model(str(twin), dtype=torch.float32)(torch.tensor(work.IDS)).logits) < ROUNDING
+    assert ranks.run(4, moe_ranks.fingerprints, jobs, "ep=2,tp=2") == [moe_ranks.fingerprints(jobs)] * 4
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])

@@ -38,4 +38,5 @@ def test_small_vocabulary_is_cut_finely_or_kept(make):
     plan = rewrite(skeleton, 11)
     assert not {"lm_head", "model.embed_tokens"} & set(plan.modules)
     assert told(plan, "lm_head") == [("colwise_gather_output", "replicate", "fewer units than ranks", 1)]
-    assert told(plan, "embed_tokens") == [("embedding_rowwise", "replicate", "fewer units than ranks", 1)]
+    asked = skeleton.tp_plan.get("model.embed_tokens", "no rule")  # since transformers 5.23 it has one
+    assert told(plan, "embed_tokens") == [(asked, "replicate", "fewer units than ranks", 1)]
