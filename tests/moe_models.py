@@ -73,6 +73,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 32,
         },
     ),
+    "nemotron-h": (  # no gate, experts of a smaller hidden size, layers of one kind each
+        "nemotron_h",
+        {
+            "hidden_size": 96,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 16,
+            "layer_types": ["full_attention", "moe", "mlp", "full_attention", "moe"],
+            "num_hidden_layers": 5,
+            "n_routed_experts": 7,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 352,
+            "moe_shared_expert_intermediate_size": 96,
+            "moe_latent_size": 64,
+        },
+    ),
     "gpt-oss": (  # `[expert, in, out]`, gate and up interleaved, biases
         "gpt_oss",
         {

@@ -40,12 +40,13 @@ def weights_of(model: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         return
     owner, _, leaf = name.partition(".*.")
     experts, projection = model.get_submodule(owner), leaf.removesuffix(".weight")
-    for number, (gate_up, down) in enumerate(zip(experts.gate_up_proj.data, experts.down_proj.data, strict=True)):
-        half = len(gate_up) // 2
-        turned = gate_up.shape[1] == 2 * down.shape[0]
-        parts = {"gate_proj": gate_up[:half], "up_proj": gate_up[half:], "down_proj": down}
-        if turned:
-            parts = {"gate_up_proj": gate_up.t(), "down_proj": down.t()}
+    for number in range(len(experts.down_proj)):
+        parts = {part: value.data[number] for part, value in experts.named_parameters() if part.endswith("_proj")}
+        wide, down = parts.get("gate_up_proj"), parts["down_proj"]
+        if wide is not None and wide.shape[1] == 2 * down.shape[0]:
+            parts = {part: value.t() for part, value in parts.items()}
+        elif wide is not None:
+            parts["gate_proj"], parts["up_proj"] = wide.chunk(2)
         yield name.replace("*", str(number), 1), parts[projection]
 
 
