@@ -74,11 +74,13 @@ def packed_form(name: str, count: int, intermediate: int, hidden: int, **more: b
     return Experts(name, count, intermediate, (both, down), transposed=True, **more)
 
 
+UNGATED = (Projection("up_proj", "up_proj", 352, 64), Projection("down_proj", "down_proj", 64, 352, dim=1))
 EXPECTED = {
     "mixtral": [split_form(f"model.layers.{n}.mlp.experts", 8, 96, 64) for n in range(2)],
     "qwen2-moe": [split_form(f"model.layers.{n}.mlp.experts", 8, 352, 64) for n in range(2)],
     "olmoe": [split_form(f"model.layers.{n}.mlp.experts", 11, 96, 96) for n in range(2)],
     "deepseek-v3": [split_form(f"model.layers.{n}.mlp.experts", 8, 160, 192) for n in (1, 2)],
+    "nemotron-h": [Experts(f"model.layers.{n}.mixer.experts", 7, 352, UNGATED) for n in (1, 4)],
     "gpt-oss": [packed_form(f"model.layers.{n}.mlp.experts", 5, 96, 64, interleaved=True, bias=True) for n in range(2)],
     "llama4": [packed_form(f"model.layers.{n}.feed_forward.experts", 4, 96, 64, dense=True) for n in (1, 2)],
 }
