@@ -144,7 +144,8 @@ def _describe(
         shapes = {names.params.get(name, name): shape for name, shape in shapes.items()}
     scheme = scheme_for(config)
     unplaced = Problems()
-    suffixes = {**scheme.suffixes, **scheme.fused_suffixes} if merged.prequantized else {}
+    glued = {STAR + suffix: component for suffix, component in scheme.fused_suffixes.items()}
+    suffixes = {**scheme.suffixes, **glued} if merged.prequantized else {}
     skeleton = build_skeleton(model, shapes, suffixes, unplaced)
     divided = mesh.ep * mesh.tp > 1
     stacked = tuple(skeleton.experts) if scheme.stacks or divided else ()

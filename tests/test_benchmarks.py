@@ -12,6 +12,10 @@ import pytest
 
 pytest.importorskip("optimum.quanto")
 
+MEASURED = pytest.mark.skipif(
+    "DISTQUANT_BENCHMARKS" not in os.environ, reason="runs whole benchmarks for minutes: set DISTQUANT_BENCHMARKS=1"
+)
+
 ROOT = Path(__file__).resolve().parents[1]
 KJV = ROOT / "examples" / "models" / "kjv-tiny"
 NUMBER = re.compile(r"\d+(\.\d+)?")
@@ -34,6 +38,7 @@ def row(page: str, name: str) -> list[str]:
     return line.group(1).split(" | ")
 
 
+@MEASURED
 def test_quality(kjv_tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((KJV / "validation.txt").read_text()[:3000])
@@ -53,6 +58,7 @@ def test_quality(kjv_tiny, tmp_path):
     assert "- `torchao-int4`: quantization_config.quant_type Int4WeightOnlyConfig: " in page
 
 
+@MEASURED
 def test_speed(kjv_tiny, tmp_path):
     names = ("stored:quanto-int8",)
     options = ("--runs", "1", "--work", tmp_path / "work", "--only", *names)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from distquant.errors import Problems
-from distquant.skeleton.words import Part, Source
+from distquant.skeleton.words import STAR, Part, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,12 +28,12 @@ def natural(key: str) -> list[tuple[int, Any]]:
 def split_component(name: str, suffixes: Mapping[str, str]) -> tuple[str, str]:
     """Checkpoint name -> (name of the weight, component); `suffixes` maps e.g. `weight.absmax` to `absmax`.
 
-    A suffix that starts with an underscore follows the name of a parameter of fused experts.
+    A suffix that starts with a star is glued to the name of a parameter of fused experts, as `*_scales`.
     """
     for suffix, component in suffixes.items():
-        if suffix.startswith("_"):
-            if name.endswith(suffix):
-                return name[: -len(suffix)], component
+        if suffix.startswith(STAR):
+            if name.endswith(suffix[1:]):
+                return name[: 1 - len(suffix)], component
         elif name.endswith("." + suffix):
             return name[: -len(suffix)] + "weight", component
     return name, ""

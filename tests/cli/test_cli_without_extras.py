@@ -66,5 +66,5 @@ def test_without_extras_doctor_tells_what_is_missing(without_extras: dict[str, R
     assert done.code == 0
     assert re.search(r"^bitsandbytes +missing$", done.out, re.MULTILINE)
     assert re.search(r"^bitsandbytes_4bit: bitsandbytes is not installed, .*pip install", done.out, re.MULTILINE)
-    assert re.search(r"^none +none +no +yes +yes +no +adapters +ready$", done.out, re.MULTILINE)
+    assert re.search(r"^none +none +no +yes +yes +yes +plain +adapters +ready$", done.out, re.MULTILINE)
     assert "without ray, --runtime ray is not available" in done.out

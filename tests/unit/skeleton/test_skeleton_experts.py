@@ -18,7 +18,7 @@ from distquant.skeleton import Skeleton, Source, build, build_skeleton, sources_
 from distquant.skeleton.experts import experts_of, form_of
 from distquant.skeleton.words import ROWS, Experts, Projection
 
-MX = {"_blocks": "", "_scales": "scales"}
+MX = {"*_blocks": "", "*_scales": "scales"}
 FP8 = {"weight_scale_inv": "weight_scale_inv"}
 
 

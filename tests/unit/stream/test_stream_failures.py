@@ -160,6 +160,15 @@ def run_here(world: World) -> None:
     world.load(0, world.outcomes[0])
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own answer to SIGINT, which processes that run tests side by side ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("place", ["encode", "finish", "progress"])
 def test_ctrl_c_while_working(tmp_path, place):
     world = alone(tmp_path, lambda rank, at, tensor: signal.raise_signal(signal.SIGINT) if at == place else None)
@@ -168,6 +177,7 @@ def test_ctrl_c_while_working(tmp_path, place):
     caught.value.with_traceback(None)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_waiting_for_a_read(tmp_path):
     """The read is waited for, as its memory must not vanish under it; nothing else is done any more."""
     back, finished = threading.Event(), []
