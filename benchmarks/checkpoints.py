@@ -8,12 +8,18 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 CHUNK = 8 << 20
 """Bytes of a read."""
+DIMENSIONS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_local_experts", "num_attention_heads",
+    "num_key_value_heads", "vocab_size",
+)  # fmt: skip
+"""Fields of a model's configuration that describe its size."""
 
 
 def shards(path: str) -> list[str]:
@@ -25,25 +31,41 @@ def total_bytes(path: str) -> int:
     return sum(map(os.path.getsize, shards(path)))
 
 
+def headers(path: str) -> Iterator[tuple[str, int, dict[str, dict[str, Any]]]]:
+    """(file, its first byte of data, entry of every tensor by name) of every file."""
+    for file in shards(path):
+        with open(file, "rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            entries = json.loads(opened.read(size))
+        entries.pop("__metadata__", None)
+        yield file, 8 + size, entries
+
+
 def tensors(path: str) -> dict[str, tuple[tuple[int, ...], int]]:
     """(shape, bytes) of every tensor, by name, from the headers."""
     found = {}
-    for file in shards(path):
-        with open(file, "rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, stop = entry["data_offsets"]
-                found[name] = (tuple(entry["shape"]), stop - start)
+    for _, _, entries in headers(path):
+        for name, entry in entries.items():
+            start, stop = entry["data_offsets"]
+            found[name] = (tuple(entry["shape"]), stop - start)
     return found
+
+
+def places(path: str) -> dict[str, list[tuple[int, int, str]]]:
+    """(first byte, byte after the last, name) of every tensor in the order of its file, by the file's real path."""
+    return {
+        os.path.realpath(file): sorted(
+            (data + entry["data_offsets"][0], data + entry["data_offsets"][1], name) for name, entry in entries.items()
+        )
+        for file, data, entries in headers(path)
+    }
 
 
 def describe(path: str) -> str:
     """Model, size and dimensions in a line."""
     config = json.loads((Path(path) / "config.json").read_text())
     parameters = sum(math.prod(shape) for shape, _ in tensors(path).values())
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    known = ", ".join(f"{name} {config[name]}" for name in (*fields, "vocab_size") if name in config)
+    known = ", ".join(f"{name} {config[name]}" for name in DIMENSIONS if name in config)
     what = f"{config.get('architectures', ['?'])[0]}, {parameters / 1e9:.2f} B parameters"
     return f"{what}, {total_bytes(path) / 1e9:.2f} GB in {len(shards(path))} files ({known})."
 

@@ -60,8 +60,11 @@ class Measured:
         read: bytes read from files; `direct` of them past the page cache.
         needed: bytes of the checkpoint's tensors that fill the model, each once.
         finished: bytes of the finished shard.
+        quantized, planned: bytes of its quantized weights, as they are and as the plan says.
+        held: bytes of all tensors of the model.
         staging: bytes that weights may pass through.
         parts: seconds of the parts of a floor.
+        reads: bytes of a mixture of experts that were read, by what they are of (`reads.KINDS`).
     """
 
     seconds: float = 0.0
@@ -71,8 +74,12 @@ class Measured:
     direct: int | None = None
     needed: int | None = None
     finished: int | None = None
+    quantized: int | None = None
+    planned: int | None = None
+    held: int | None = None
     staging: int | None = None
     parts: dict[str, float] = field(default_factory=dict)
+    reads: dict[str, int] = field(default_factory=dict)
 
 
 BNB_NF4, BNB_INT8 = "transformers + bitsandbytes nf4-dq", "transformers + bitsandbytes int8"
@@ -146,6 +153,9 @@ def distquant(path: str, contestant: Contestant, rank: int) -> Run:
             direct=report.direct_bytes,
             needed=sum(sizes[name] for name in sources),
             finished=report.quantized_bytes + report.unquantized_bytes,
+            quantized=report.quantized_bytes,
+            planned=plan.memory[rank].quantized,
+            held=held(model),
             staging=plan.staging,
         )
 
@@ -177,9 +187,16 @@ def transformers(path: str, contestant: Contestant, rank: int) -> Run:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
         if contestant.quant == "none":
             touch(model)
-        return Measured(own=own_memory())
+        return Measured(own=own_memory(), held=held(model))
 
     return run
+
+
+def recorded(path: str, contestant: Contestant, rank: int) -> Run:
+    """distquant again, with every read of a file written down."""
+    from reads import recording
+
+    return recording(path, contestant, rank, distquant(path, contestant, rank))
 
 
 def upstream(path: str, contestant: Contestant, rank: int) -> Run:
@@ -293,6 +310,7 @@ def read_files(path: str, contestant: Contestant, rank: int) -> Run:
 
 SYSTEMS: dict[str, Callable[[str, Contestant, int], Run]] = {
     "distquant": distquant,
+    "recorded": recorded,
     "transformers": transformers,
     "upstream": upstream,
     "floor": floor,
@@ -319,6 +337,18 @@ def touch(model: Any) -> None:
             words = plain.reshape(-1).view(torch.uint8)
             aligned = words.numel() // 8 * 8
             words[:aligned].view(torch.int64).sum()
+
+
+def held(model: Any) -> int:
+    """Bytes of a model's tensors, and of what bitsandbytes keeps beside them; what several share counts once."""
+    found = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        state = getattr(tensor, "quant_state", None)
+        inner = [value for each in (state, getattr(state, "state2", None)) if each for value in vars(each).values()]
+        for plain in (*plain_tensors(tensor), *inner):
+            if hasattr(plain, "data_ptr"):
+                found[plain.data_ptr()] = plain.nbytes
+    return sum(found.values())
 
 
 def plain_tensors(tensor: Any) -> Iterator[Any]:

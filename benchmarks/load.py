@@ -22,6 +22,7 @@ import json
 import os
 import shlex
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from contestants import BARS, CONTESTANTS, MEMORY_BAR, Bar, Contestant, Measured
 from ranks import one_run
 
 PACKAGES = ("distquant", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors")
+OURS = ("distquant", "recorded")
+"""Systems that are loads by distquant."""
 
 Runs = dict[str, list[list[Measured]]]
 """Figures of every rank of every run, by the contestant's name."""
@@ -41,8 +44,8 @@ def seconds_of(runs: list[list[Measured]]) -> list[float]:
     return [max(rank.seconds for rank in ranks) for ranks in runs]
 
 
-def chosen(runs: Runs) -> list[Contestant]:
-    return [contestant for contestant in CONTESTANTS if runs.get(contestant.name)]
+def chosen(runs: Runs, contestants: Sequence[Contestant] = CONTESTANTS) -> list[Contestant]:
+    return [contestant for contestant in contestants if runs.get(contestant.name)]
 
 
 def gigabytes(runs: list[list[Measured]], figure: str) -> str:
@@ -110,11 +113,11 @@ def floors(runs: Runs) -> str | None:
     return table(heads, rows) if rows else None
 
 
-def memory(runs: Runs) -> str | None:
+def memory(runs: Runs, contestants: Sequence[Contestant] = CONTESTANTS) -> str | None:
     """The rank that had most resident beyond its shard, in any run."""
     rows = []
-    for contestant in chosen(runs):
-        if contestant.system != "distquant" or contestant.cold or contestant.once:
+    for contestant in chosen(runs, contestants):
+        if contestant.system not in OURS or contestant.cold or contestant.once:
             continue
         ranks = [rank for each in runs[contestant.name] for rank in each]
         worst = max(ranks, key=lambda rank: rank.memory - (rank.finished or 0))
@@ -126,10 +129,10 @@ def memory(runs: Runs) -> str | None:
     return table([*heads, "bar: staging + 100", ""], rows) if rows else None
 
 
-def bytes_read(runs: Runs) -> str | None:
+def bytes_read(runs: Runs, contestants: Sequence[Contestant] = CONTESTANTS) -> str | None:
     rows = []
-    for contestant in chosen(runs):
-        if contestant.system != "distquant" or contestant.ranks == 1 or contestant.staging or contestant.cold:
+    for contestant in chosen(runs, contestants):
+        if contestant.system not in OURS or contestant.ranks == 1 or contestant.staging or contestant.cold:
             continue
         for ranks in runs[contestant.name][:1]:
             read, needed = sum(rank.read or 0 for rank in ranks), ranks[0].needed or 1

@@ -186,6 +186,8 @@ class _Loading:
         self.at = self.plan.mesh.coordinates(self.comm.rank)
         self.stacks = {tensor.name: 0 for tensor in self.plan.tensors if tensor.experts is not None}
         """Experts that have come, of each stack."""
+        self.experts: dict[str, Experts] = {}
+        """Modules of experts, by name; each is asked for many times."""
         self.filled: list[str] = []
         self.whole: set[str] = set()
         self.devices = Devices(self.device, self.plan.device_map)
@@ -303,7 +305,9 @@ class _Loading:
     def _expert(self, model: Any, piece: Piece) -> tuple[Experts, int, str]:
         """The module that an expert belongs to, its number there, and the rest of its path."""
         owner, _, path = piece.stack.name.partition(f".{STAR}.")
-        module = model.get_submodule(owner)
+        if owner not in self.experts:
+            self.experts[owner] = model.get_submodule(owner)
+        module = self.experts[owner]
         return module, piece.number - module.first, path
 
     def _join_statistics(self, task: Task, sink: BandSink) -> None:

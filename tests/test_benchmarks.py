@@ -1,4 +1,4 @@
-"""The benchmark of methods runs from end to end on the small example: numbers in every cell, and the same bits."""
+"""Benchmarks run from end to end on small models: numbers in every cell, and what must not depend on the machine."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ KJV = ROOT / "examples" / "models" / "kjv-tiny"
 NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
-def page_of(page: Path, *arguments: str | Path) -> str:
-    """What `benchmarks/methods.py` writes."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "methods.py"), *map(str, arguments), "--out", str(page)]
+def page_of(page: Path, *arguments: str | Path, script: str = "methods.py") -> str:
+    """What a benchmark writes."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments), "--out", str(page)]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
     )
@@ -31,8 +31,9 @@ def page_of(page: Path, *arguments: str | Path) -> str:
     return page.read_text()
 
 
-def row(page: str, name: str) -> list[str]:
-    """Cells of a method's line in the first table."""
+def row(page: str, name: str, table: str = "") -> list[str]:
+    """Cells of a line in the first table, or in that whose head begins so."""
+    page = page[page.index(f"| {table}") :]
     line = re.search(rf"^\| {re.escape(name)} \| (.+) \|$", page, re.M)
     assert line is not None, page
     return line.group(1).split(" | ")
@@ -77,3 +78,28 @@ def test_unknown_names_are_refused(kjv_tiny):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert re.match(r"--only: nf5 not among nf4, ", done.stderr)
+
+
+@MEASURED
+def test_experts(moe_of, kjv_tiny, tmp_path):
+    page = page_of(tmp_path / "page.md", moe_of("mixtral"), kjv_tiny, "--runs", "1", script="experts.py")
+    for name in ("experts tp=2", "experts ep=2", "dense tp=2"):
+        name = f"distquant nf4-dq {name}"
+        cells = row(page, name)
+        assert all(NUMBER.fullmatch(cell) for cell in (*cells[1:3], *cells[4:6])), cells
+        assert row(page, name, "bytes |")[2:] == ["1.0000", "1.00", "met"]
+        assert row(page, name, "memory of the worst rank")[-1] == "met"
+        for rank in range(2):
+            assert row(page, f"{name}, rank {rank}", "bytes of quantized weights")[2:] == [
+                "1.0000",
+                "1.00 within 1%",
+                "met",
+            ]
+    for rank in range(2):
+        own, others, *_, verdict = row(page, f"rank {rank}", "bytes read at ep=2")
+        # 4 of 8 experts, 3 projections of 96 x 64 bfloat16 in each of 2 layers
+        assert own == f"{4 * 3 * 96 * 64 * 2 * 2:,}"
+        assert (others, verdict) == ("0", "met")
+    assert row(page, "both", "bytes read at ep=2")[-1] == "1.0000 of the file's tensors"
+    # transformers with bitsandbytes leaves the experts as they are
+    assert float(row(page, "distquant nf4-dq experts tp=2", "resident")[-1]) > 1

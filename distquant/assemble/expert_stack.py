@@ -39,19 +39,22 @@ class ExpertStack(KeepsDtypes):
 
     def take(self, number: int, components: Mapping[str, Tensor]) -> None:
         """Holds the components of a local expert; those that lie in the stack's own memory stay where they are."""
-        homes = self.__dict__.get("homes", {})
         for name, value in components.items():
             leaf = name or "weight"
-            home = homes.get(name)
-            there = home is not None and home[number].data_ptr() == value.data_ptr() and value.numel() == home.shape[1]
             if leaf not in self._buffers:
-                shape = (len(self), *value.shape)
-                stack = home.view(value.dtype).view(shape) if there else value.new_empty(shape)
-                self.register_buffer(leaf, stack)
+                self.register_buffer(leaf, self._stack_like(name, number, value))
             stack = self._buffers[leaf]
             assert stack is not None
-            if stack[number].data_ptr() != value.data_ptr():
-                stack[number].copy_(value)
+            mine = stack[number]
+            if mine.data_ptr() != value.data_ptr():
+                mine.copy_(value)
+
+    def _stack_like(self, name: str, number: int, value: Tensor) -> Tensor:
+        """Memory of a component of all experts: where that of one lies in the stack's own memory, just this."""
+        home = self.__dict__.get("homes", {}).get(name)
+        shape = (len(self), *value.shape)
+        there = home is not None and home[number].data_ptr() == value.data_ptr() and value.numel() == home.shape[1]
+        return home.view(value.dtype).view(shape) if there else value.new_empty(shape)
 
     def settle(self) -> None:
         """Lets go of memory that no component came to lie in; call it when all experts are there."""

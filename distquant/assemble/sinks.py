@@ -48,7 +48,8 @@ class BandSink:
         self.own = {}
         for band in bands:
             own_rows, own_width = (band.rows, width) if band.whole else (local_rows, local_width)
-            self.own[band.name] = replace(band, rows=own_rows, width=own_width)
+            same = (own_rows, own_width) == (band.rows, band.width)
+            self.own[band.name] = band if same else replace(band, rows=own_rows, width=own_width)
         self.memory = {name: self._memory(band, device, partial, home) for name, band in self.own.items()}
 
     @staticmethod
