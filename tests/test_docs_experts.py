@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -36,12 +37,17 @@ def table(title: str) -> dict[str, list[str]]:
     return {mesh: cells.split(" | ") for mesh, cells in ROW.findall(found)}
 
 
+MEASURED = pytest.mark.skipif(
+    "DISTQUANT_BENCHMARKS" not in os.environ, reason="plans 90,000 tensors once more: set DISTQUANT_BENCHMARKS=1"
+)
+
+
 @pytest.mark.parametrize(
     ("name", "quant", "meshes"),
     [
         ("gpt-oss-120b", None, ("tp=1", "ep=2", "tp=2", "ep=4", "ep=2,tp=2", "ep=8", "ep=4,tp=2", "tp=8")),
         ("deepseek-v3", None, ("ep=32,tp=8",)),
-        ("deepseek-v3-bf16", "nf4-dq", ("ep=4,tp=2",)),
+        pytest.param("deepseek-v3-bf16", "nf4-dq", ("ep=4,tp=2",), marks=MEASURED),
     ],
 )
 def test_memory_tables_are_up_to_date(shape, name: str, quant: str | None, meshes: tuple[str, ...]) -> None:
