@@ -13,9 +13,10 @@ SANITIZE = $(BIN)/cmake -S $(NATIVE) -B build/$@ -DCMAKE_BUILD_TYPE=Debug -DDIST
 demo: venv
 	$(BIN)/distquant demo examples/models/kjv-tiny
 
-# Two files at a time: most of a test is one thread's work. A file's tests share their models and ranks.
+# Two files at a time: most of a test is one thread's work. A file's tests share their models and ranks. In the order of
+# their names, so that the small ones at the end fill the time of both workers.
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: venv
 	$(BIN)/ruff check .
@@ -43,10 +44,11 @@ format: venv
 
 venv: $(READY)
 
-# torch comes first and pinned: without it other packages would pull the newest build with all of CUDA.
+# torch comes first and pinned: without it other packages would pull the newest build with all of CUDA. Modules are
+# compiled when they are first imported: most of them never are.
 $(READY): pyproject.toml constraints.txt $(NATIVE)/CMakeLists.txt $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.hpp)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch -e '.[dev]'
 	touch $@
 
 clean:
