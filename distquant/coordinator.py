@@ -6,8 +6,10 @@ them is raised together, before a weight byte moves.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from distquant.checkpoint import Checkpoint, open_checkpoint
@@ -55,9 +57,34 @@ CUT_DIM = {COLWISE: 0, COLWISE_GATHER: 0, VOCAB_EMBEDDING: 0, ROWWISE: 1, ROWWIS
 """The weight's dim that each style cuts."""
 
 
-@without_collector()
 def make_plan(request: Request, facts: Facts) -> LoadPlan:
     """Plans a load; raises `InputError` with every problem found."""
+    return plan_with_model(request, facts)[0]
+
+
+def build_early(request: Request) -> Any:
+    """The model of a request on `meta`, for a rank that waits for the plan; None where the plan must come first.
+
+    What is wrong with the request is for the planner to tell.
+    """
+    given = read_request(request, Problems())
+    try:
+        local = os.path.exists(request.model)
+        return build(Path(request.model), given.dtype, trust_remote_code=request.trust_remote_code) if local else None
+    except (InputError, TypeError):
+        return None
+
+
+def is_built_for(plan: LoadPlan, request: Request, model: Any) -> bool:
+    """Whether the model that was built early is the one that was planned: another rank's request was taken for it."""
+    if model is None or request.trust_remote_code != plan.trust_remote_code:
+        return False
+    return str(model.dtype) == f"torch.{plan.dtype}" and os.path.abspath(request.model) == os.path.abspath(plan.model)
+
+
+@without_collector()
+def plan_with_model(request: Request, facts: Facts) -> tuple[LoadPlan, Any]:
+    """As `make_plan`; also gives the model on `meta` that was planned, for whoever loads it next."""
     problems = Problems()
     given = read_request(request, problems)
     mesh = given.mesh
@@ -104,7 +131,7 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
     if draft.skipped is not None or (scheme.delegated and draft.prequantized):
         draft.skeleton, draft.kept = as_stored(draft.skeleton, checkpoint.tensors)
         draft.converted = [name for name in draft.converted if name in draft.skeleton.linears]
-    return _Planner(request, facts, draft, problems, understood).plan(model)
+    return _Planner(request, facts, draft, problems, understood).plan(model), model
 
 
 @dataclass(frozen=True)

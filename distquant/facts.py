@@ -57,9 +57,15 @@ class Facts:
     """Installed versions by package name."""
 
 
+_VERSIONS: dict[str, str] = {}
+"""Of packages that were found: reading their metadata takes milliseconds each. One that is missing may come."""
+
+
 def installed(package: str) -> str | None:
     """Version of an installed package, or None; nothing is imported."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    if package not in _VERSIONS:
+        try:
+            _VERSIONS[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+    return _VERSIONS[package]

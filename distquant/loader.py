@@ -75,6 +75,7 @@ def load_shard(
     device: torch.device | str,
     options: Options | None = None,
     progress: Progress | None = None,
+    model: Any = None,
 ) -> Any:
     """Loads this rank's part of the model.
 
@@ -84,6 +85,7 @@ def load_shard(
         device: where this rank's weights go, unless the plan has a device map.
         options: how to run; the same on every rank.
         progress: called as rows arrive.
+        model: the plan's, on `meta`, where it has been built already; it becomes the result.
 
     Raises:
         InputError: this rank's (or another's) files are not those that were planned.
@@ -100,7 +102,7 @@ def load_shard(
     comm.collect(None)  # ranks that import slowly are not counted as loading
     start = time.perf_counter()
     checkpoint = _same_files(plan, comm)
-    loading = _Loading(plan, comm, checkpoint, device, options, progress)
+    loading = _Loading(plan, comm, checkpoint, device, options, progress, model)
     try:
         model = loading.run()
     except ReadError as error:
@@ -176,6 +178,8 @@ class _Loading:
     device: torch.device
     options: Options
     progress: Progress | None
+    model: Any = None
+    """On `meta`, if it has been built already."""
     report: RankReport = field(init=False)
     scheme: Scheme = field(init=False)
 
@@ -198,7 +202,9 @@ class _Loading:
 
     def run(self) -> Any:
         plan = self.plan
-        model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
+        model, self.model = self.model, None
+        if model is None:
+            model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
         localize(model, plan, self.scheme, self.at["tp"], self.at["ep"])
         files = Files(self.checkpoint.folder, self.options.io)
         try:
@@ -281,6 +287,7 @@ class _Loading:
             finished,
             progress if self.progress is not None else None,
             pinned=self.device.type == "cuda",
+            joined=partial,
         ) as engine:
             if self.comm.world_size > 1:
                 engine.peers.connect(self.comm, node)

@@ -8,7 +8,7 @@ import torch
 
 from distquant.collector import without_collector
 from distquant.comm import SoloComm
-from distquant.coordinator import Request, make_plan
+from distquant.coordinator import Request, plan_with_model
 from distquant.loader import load_shard
 from distquant.options import Options, Progress
 from distquant.planning import LoadPlan
@@ -30,5 +30,9 @@ def load(
     progress: Progress | None = None,
 ) -> Any:
     """Plans (unless that is done) and loads in this process."""
-    plan = request if isinstance(request, LoadPlan) else make_plan(request, measure(device(), max_memory))
-    return load_shard(plan, SoloComm(), device(), options, progress)
+    own, model = device(), None
+    if isinstance(request, LoadPlan):
+        plan = request
+    else:
+        plan, model = plan_with_model(request, measure(own, max_memory))
+    return load_shard(plan, SoloComm(), own, options, progress, model)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from distquant.collector import without_collector
-from distquant.coordinator import Request, make_plan
+from distquant.coordinator import Request, build_early, is_built_for, plan_with_model
 from distquant.errors import InputError, RankError
 from distquant.loader import load_shard
 from distquant.mesh import Mesh
@@ -49,19 +49,22 @@ def load(
     own, timeout = device(), options.timeout if options else None
     if not dist.is_initialized():
         process_group.init(timeout=timeout)
-    plan = request if isinstance(request, LoadPlan) else agree(request, own, max_memory)
+    plan, model = (request, None) if isinstance(request, LoadPlan) else agree(request, own, max_memory)
     check_world(plan.mesh, dist.get_world_size())
     comm = process_group.GroupComm(plan.mesh, timeout)
-    return load_shard(plan, comm, own, options, progress)
+    return load_shard(plan, comm, own, options, progress, model)
 
 
-def agree(request: Request, own: torch.device, max_memory: int | None) -> LoadPlan:
-    """Rank 0's plan, on every rank; its error too."""
+def agree(request: Request, own: torch.device, max_memory: int | None) -> tuple[LoadPlan, Any]:
+    """Rank 0's plan, on every rank; its error too. With it the model on `meta`, where this rank has built it."""
     outcome: Any = None
     nodes = numbered(process_group.collect(node_name()))
-    if dist.get_rank() == 0:
+    if dist.get_rank() != 0:
+        model = build_early(request)
+    else:
         try:
-            outcome = make_plan(request, measure(own, max_memory, nodes)).to_json()
+            plan, model = plan_with_model(request, measure(own, max_memory, nodes))
+            outcome = plan.to_json()
         except InputError as error:
             outcome = error
         except Exception as error:  # the others must not wait for a plan that never comes
@@ -70,7 +73,8 @@ def agree(request: Request, own: torch.device, max_memory: int | None) -> LoadPl
     outcome = process_group.share(outcome)
     if isinstance(outcome, Exception):
         raise outcome
-    return LoadPlan.from_json(outcome)
+    plan = LoadPlan.from_json(outcome)
+    return plan, model if is_built_for(plan, request, model) else None
 
 
 def check_world(mesh: Mesh, world: int | None = None) -> None:

@@ -106,11 +106,17 @@ def quantize_absmax(absmax: Tensor, shard: Shard, ops: Any) -> Statistics:
     parts = [nested(first, last) for first, last in runs]
     if keeps_nesting(shard):
         kept = [codes[: b - a] for (a, b), (codes, _) in zip(segments, parts, strict=True)]
-        return Statistics(None, torch.cat(kept), torch.cat([second for _, second in parts]), offset)
+        return Statistics(None, _joined(kept), _joined([second for _, second in parts]), offset)
     found = []
     for (a, b), (first, _), (codes, second) in zip(segments, runs, parts, strict=True):
         found.append(Statistics(None, codes, second, offset).effective(ops)[a - first : b - first])
-    return Statistics(torch.cat(found))
+    return Statistics(_joined(found))
+
+
+def _joined(runs: list[Tensor]) -> Tensor:
+    """Runs one after the other; a single one that fills its memory as it is."""
+    alone = len(runs) == 1 and runs[0].untyped_storage().nbytes() == runs[0].nbytes
+    return runs[0] if alone else torch.cat(runs)
 
 
 def local_block(shard: Shard) -> int:

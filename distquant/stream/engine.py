@@ -29,6 +29,7 @@ from distquant.stream.files import Files
 from distquant.stream.ledger import Ledger
 from distquant.stream.peers import PIECE, Message, Peer, Peers
 from distquant.stream.reader import Reader
+from distquant.stream.sender import Sender
 from distquant.stream.stages import Stages
 from distquant.stream.tasks import TORCH_DTYPE, Chunk, Sink, Task, batches, chunks_of
 
@@ -52,7 +53,21 @@ class Moved:
 
 
 class Engine:
-    """Streams tasks. Use as a context manager; leaving it ends all threads and gives back all memory."""
+    """Streams tasks. Use as a context manager; leaving it ends all threads and gives back all memory.
+
+    Args:
+        rank: this rank.
+        tasks: of its node, the same on each of the node's ranks.
+        files: to read from.
+        staging: bytes that weights may pass through.
+        board: of the load.
+        stages: where the time goes.
+        sink: makes the memory that a task ends in.
+        finish: called with a task and its sink when all its rows are there; in the same order on every rank.
+        progress: called with the bytes that are done, and all of them.
+        pinned: whether to pin the staging memory for copies to a GPU.
+        joined: whether `finish` waits for ranks of other nodes.
+    """
 
     def __init__(
         self,
@@ -66,22 +81,24 @@ class Engine:
         finish: Callable[[Task, Sink], None],
         progress: Callable[[int, int], None] | None = None,
         pinned: bool = False,
+        joined: bool = False,
     ):
         self.rank, self.tasks, self.files = rank, tasks, files
         self.board, self.stages, self.moved = board, stages, Moved()
-        self._make_sink, self._finish, self._progress = sink, finish, progress
+        self._make_sink, self._finish, self._progress, self._joined = sink, finish, progress, joined
         self.budget = Budget.of(staging, tasks)
         self.arena = Arena(READ_SLOTS + SEND_SLOTS, self.budget.slot)
         if pinned:
             self.arena.pin()
         self._reads = Slots(range(READ_SLOTS), board.watch)
         self._sends = Slots(range(READ_SLOTS, READ_SLOTS + SEND_SLOTS), board.watch)
+        self.ledger = Ledger(tasks, rank, board)
         self.peers = Peers(rank, self.arena, board)
+        self._sender = Sender(self.arena, self._sends, self.peers, board, self.ledger.late)
         self.copier = Copier(pinned)
         self._sinks: dict[int, Sink] = {}
         self._turning: dict[int, Tensor] = {}
         self._sink_lock = threading.Lock()
-        self.ledger = Ledger(tasks, rank, board)
         self._reader: Reader | None = None
 
     def __enter__(self) -> Engine:
@@ -116,6 +133,9 @@ class Engine:
                 self._finish_arrived()
                 if self._progress is not None:
                     self._progress(done, total)
+            if not self._reader.ready:
+                self._sender.flush()
+        self._sender.flush()
         while not self.ledger.ended:
             self.ledger.await_next()
             self._finish_arrived()
@@ -140,7 +160,7 @@ class Engine:
             for part in task.parts:
                 if part.reader == self.rank:
                     rows = task.rows.rows if task.turned else part.rows[1] - part.rows[0]
-                    total += task.row_bytes() * rows
+                    total += task.row_bytes * rows
         return total
 
     def _chunks(self) -> Iterator[Chunk]:
@@ -179,33 +199,35 @@ class Engine:
         raw = chunk.raw if on_grid else chunk.raw.clone()
         rows = raw.view(kind).view(chunk.stop - chunk.start, -1)
         as_it_is = on_grid and task.encode is None and rows.dtype == task.dtype and not task.turned
-        if as_it_is and (task.device.type == "cpu" or self._receivers(chunk)):
-            self._pass_on(chunk, rows.view(-1))
+        receivers = self._receivers(chunk)
+        if as_it_is and (task.device.type == "cpu" or receivers):
+            self._pass_on(chunk, rows.view(-1), receivers)
             self._reads.release(chunk.slot)
             return
         moved = self.copier.to_device(rows, task.device, lambda: self._reads.release(chunk.slot))
         moved = moved.to(task.dtype)
         self.stages.add("copy", start, task.name, chunk.nbytes)
         if task.turned:
-            self._turn(chunk, moved)
+            self._turn(chunk, moved, receivers)
         else:
-            self._emit(chunk, moved, chunk.start, chunk.stop)
+            self._emit(chunk, moved, chunk.start, chunk.stop, receivers)
         if task.device.type == "cpu":
             self._reads.release(chunk.slot)
 
-    def _pass_on(self, chunk: Chunk, values: Tensor) -> None:
+    def _pass_on(self, chunk: Chunk, values: Tensor, receivers: tuple[int, ...]) -> None:
         """Rows that stay as they are: the slot that they were read into is what others copy from."""
-        task, receivers = chunk.task, self._receivers(chunk)
+        task = chunk.task
         if receivers:
             self._reads.hold(chunk.slot, len(receivers))
             offset = values.data_ptr() - self.arena.memory.data_ptr()
             self._tell(receivers, Message(PIECE, chunk.slot, task.index, 1, chunk.start, chunk.stop, offset))
+            self._sender.flush()  # what others copy from is a slot to read into, and there are few
         start = perf_counter()
         nbytes = self._sink(task).place(task.bands[0], values, chunk.start, chunk.stop)
         self.stages.add("place", start, task.name, nbytes)
         self.ledger.count(task, chunk.start, chunk.stop)
 
-    def _turn(self, chunk: Chunk, rows: Tensor) -> None:
+    def _turn(self, chunk: Chunk, rows: Tensor, receivers: tuple[int, ...]) -> None:
         """Gathers a tensor that is stored `[in, out]`; its last row sends it on the right way round."""
         task = chunk.task
         if task.index not in self._turning:
@@ -219,20 +241,20 @@ class Engine:
         most = task.rows_within(self.budget.piece)
         for first in range(0, task.bands[0].rows, most):
             last = min(first + most, task.bands[0].rows)
-            self._emit(chunk, whole[:, first:last].t().contiguous(), first, last)
+            self._emit(chunk, whole[:, first:last].t().contiguous(), first, last, receivers)
 
-    def _emit(self, chunk: Chunk, rows: Tensor, start: int, stop: int) -> None:
+    def _emit(self, chunk: Chunk, rows: Tensor, start: int, stop: int, receivers: tuple[int, ...]) -> None:
         """Quantizes rows into their final place or a slot, and tells the ranks that keep something of them."""
-        task, receivers = chunk.task, self._receivers(chunk)
+        task = chunk.task
         if start % task.step or (stop % task.step and stop < task.bands[0].rows):
             what = f"its parts start at row {start}, quantization blocks need multiples of {task.step}"
             raise InputError.one(task.name, what, "Skip the module, or convert the checkpoint first")
-        mask = self._wanted(chunk)
+        mask = self._wanted(chunk) if receivers else 0
         payload, nbytes = task.payload(start, stop, mask)
-        slot, views = -1, {}
+        slot, offset, views = -1, 0, {}
         if payload:
-            slot = self._take_slot(len(receivers))
-            memory = self.arena.slot(slot)
+            slot, offset = self._room(nbytes, len(receivers))
+            memory = self.arena.memory[offset : offset + nbytes]
             views = {band.name: memory[at : at + size].view(band.dtype) for band, at, size in payload}
         begun = perf_counter()
         sink = self._sink(task)
@@ -251,7 +273,6 @@ class Engine:
                 sink.place(band, out[band.name], start, stop)
         self.stages.add("place", begun, task.name, nbytes)
         if payload:
-            offset = slot * self.arena.slot_bytes
             self._tell(receivers, Message(PIECE, slot, task.index, mask, start, stop, offset))
         self.ledger.count(task, start, stop)
 
@@ -266,25 +287,20 @@ class Engine:
 
     def _wanted(self, chunk: Chunk) -> int:
         """Mask of the components that other ranks need of these rows."""
-        if not self._receivers(chunk):
-            return 0
         shared = len(chunk.part.holders) > 1
         return sum(1 << i for i, band in enumerate(chunk.task.bands) if band.whole or shared)
 
     def _tell(self, receivers: tuple[int, ...], message: Message) -> None:
         start = perf_counter()
-        for rank in receivers:
-            self.peers.send(rank, message)
+        self._sender.tell(receivers, message)
         self.stages.add("exchange", start, self.tasks[message.tensor].name)
 
-    def _take_slot(self, count: int) -> int:
-        """A slot to send from; waits for the ranks that still copy from all of them."""
+    def _room(self, nbytes: int, receivers: int) -> tuple[int, int]:
+        """Slot and offset to send from; waits for the ranks that still copy from all of them."""
         start = perf_counter()
-        with self.board.watch:
-            self.board.wait(lambda: self._sends.any_free, self.ledger.late)
-            slot = self._sends.take(count)
+        found = self._sender.room(nbytes, receivers)
         self.stages.add("exchange", start)
-        return slot
+        return found
 
     # -- order and completion --------------------------------------------------------------------------------------
 
@@ -293,6 +309,7 @@ class Engine:
         ledger = self.ledger
         while ledger.next < task.index and ledger.unfinished_statistics(task) > self.budget.statistics:
             start = perf_counter()
+            self._sender.flush()
             ledger.await_next()
             self.stages.add("exchange", start)
             self._finish_arrived()
@@ -306,6 +323,8 @@ class Engine:
                 continue
             sink = self._sink(task)
             start = perf_counter()
+            if self._joined:
+                self._sender.flush()
             self._finish(task, sink)
             self.stages.add("quantize" if task.encode is not None else "place", start, task.name)
             with self._sink_lock:
@@ -340,4 +359,4 @@ class Engine:
 
     def freed(self, message: Message) -> None:
         self.moved.sent += message.offset
-        (self._reads if message.slot < READ_SLOTS else self._sends).release(message.slot)
+        (self._reads if message.slot < READ_SLOTS else self._sends).release(message.slot, message.stop)

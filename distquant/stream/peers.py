@@ -15,7 +15,7 @@ import struct
 import tempfile
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -29,6 +29,9 @@ PIECE, DONE_WITH, FAILED, BYE = range(4)
 HEADER = struct.Struct("<BxxxIIIQQQ")
 """Kind, slot, tensor, mask of components, first row, row after the last, offset in the sender's memory."""
 
+AT_ONCE = 256 * HEADER.size
+"""Bytes of messages that are taken from a socket at once."""
+
 HELLO = struct.Struct("<IQ")
 """Rank, and bytes of its shared memory."""
 
@@ -38,7 +41,11 @@ CONNECT = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Rows of a tensor that lie in the sender's memory."""
+    """Rows of a tensor that lie in the sender's memory.
+
+    Of `DONE_WITH`, `stop` is how many pieces of a slot it is about, `offset` how many bytes were taken of them; of
+    `FAILED`, `stop` is how many bytes of text follow.
+    """
 
     kind: int
     slot: int = 0
@@ -61,6 +68,10 @@ class Peer:
     memory: Tensor
     lock: threading.Lock
     left: bool = False
+    posted: bytearray = field(default_factory=bytearray)
+    """What is still to be sent."""
+    heard: bytearray = field(default_factory=bytearray)
+    """What has come of the next message."""
 
     def send(self, data: bytes) -> None:
         with self.lock:
@@ -77,7 +88,7 @@ class Ears(Protocol):
         """The piece is in its place, and its sender knows it."""
 
     def freed(self, message: Message) -> None:
-        """A peer is done with a slot of this rank's; `offset` is how many bytes it took."""
+        """A peer is done with pieces in a slot of this rank's: `stop` of them, of which it took `offset` bytes."""
 
 
 class Peers:
@@ -158,14 +169,30 @@ class Peers:
             self._thread.start()
 
     def send(self, rank: int, message: Message) -> None:
-        peer = self.peers[rank]
+        """Sends a message now, after all that were posted."""
+        self.post(rank, message)
+        self._send_posted(self.peers[rank])
+
+    def post(self, rank: int, message: Message) -> None:
+        """Keeps a message until `flush`; messages to a rank arrive in the order in which they were posted."""
+        self.peers[rank].posted += message.pack()
+
+    def flush(self) -> None:
+        """Sends what was posted."""
+        for peer in self.peers.values():
+            if peer.posted:
+                self._send_posted(peer)
+
+    def _send_posted(self, peer: Peer) -> None:
+        data = bytes(peer.posted)
+        peer.posted.clear()
         try:
-            peer.send(message.pack())
+            peer.send(data)
         except OSError as error:
             with self.board.watch:  # what the peer said before it left is still to be read
                 self.board.watch.wait_for(lambda: self.board.failure is not None or self.board.stopped, 5.0)
                 failure = self.board.failure
-            raise failure or RankError(rank, "ended during the load") from error
+            raise failure or RankError(peer.rank, "ended during the load") from error
 
     def leave(self) -> None:
         """Says that this rank has sent all it had to, and waits until the others have said so."""
@@ -214,28 +241,49 @@ class Peers:
                         selector.unregister(peer.socket)
 
     def _hear(self, peer: Peer, ears: Ears) -> bool:
-        """Takes one message; False when the peer has hung up."""
-        data = _receive(peer.socket, HEADER.size)
-        if data is None:
+        """Takes the messages that are there; False when the peer has hung up."""
+        try:
+            data = peer.socket.recv(AT_ONCE)
+        except OSError:
+            data = b""
+        if not data:
             if not peer.left and not self.board.stopped:
                 self.board.fail(RankError(peer.rank, "ended during the load"))
             return False
-        message = Message(*HEADER.unpack(data))
-        if message.kind == PIECE:
-            taken = ears.copy(peer, message)
+        peer.heard += data
+        pieces: list[Message] = []
+        done: dict[int, list[int]] = {}
+        while len(peer.heard) >= HEADER.size:
+            message = Message(*HEADER.unpack_from(peer.heard))
+            del peer.heard[: HEADER.size]
+            if message.kind == PIECE:
+                counted = done.setdefault(message.slot, [0, 0])
+                counted[0] += 1
+                counted[1] += ears.copy(peer, message)
+                pieces.append(message)
+            elif message.kind == DONE_WITH:
+                ears.freed(message)
+            elif message.kind == FAILED:
+                self._failed(peer, message.stop)
+            else:
+                with self.board.watch:
+                    peer.left = True
+                    self.board.watch.notify_all()
+        if pieces:
+            answers = (Message(DONE_WITH, slot=slot, stop=n, offset=taken) for slot, (n, taken) in done.items())
             with suppress(OSError):  # it may have left, and needs no slot any more
-                peer.send(Message(DONE_WITH, slot=message.slot, offset=taken).pack())
-            ears.arrived(message)
-        elif message.kind == DONE_WITH:
-            ears.freed(message)
-        elif message.kind == FAILED:
-            said = _receive(peer.socket, message.stop) or b"ended during the load"
-            self.board.fail(_failure_of(peer.rank, said.decode()))
-        else:
-            with self.board.watch:
-                peer.left = True
-                self.board.watch.notify_all()
+                peer.send(b"".join(answer.pack() for answer in answers))
+            for message in pieces:
+                ears.arrived(message)
         return True
+
+    def _failed(self, peer: Peer, length: int) -> None:
+        """What a peer says that failed; the last that it says."""
+        rest = max(length - len(peer.heard), 0)
+        said = bytes(peer.heard[:length]) + (_receive(peer.socket, rest) or b"")
+        peer.heard.clear()
+        text = said if len(said) == length else b"ended during the load"
+        self.board.fail(_failure_of(peer.rank, text.decode()))
 
 
 def _failure_of(rank: int, said: str) -> RankError:

@@ -82,6 +82,11 @@ class Reader:
             self._stages.waited += time.perf_counter() - start
             yield batch
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next batch is there, or is read by whoever asks for it."""
+        return not self._threads or self._taken in self._ready
+
     def join(self) -> None:
         for thread in self._threads:
             thread.join()

@@ -70,15 +70,23 @@ class Task:
     turned: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     keepers: tuple[int, ...] | None = None
+    gathered: bool = field(init=False)
+    """Whether a component is needed by every rank that keeps something, for all rows."""
+    statistics_bytes: int = field(init=False)
+    """Bytes of the components that every rank holds whole until the tensor is finished."""
+    row_bytes: int = field(init=False)
+    """Bytes that are read of a row."""
+
+    def __post_init__(self) -> None:
+        whole = [band for band in self.bands if band.whole]
+        self.gathered = bool(whole)
+        self.statistics_bytes = sum(band.nbytes(0, band.rows) for band in whole)
+        width = self.columns[1] - self.columns[0]
+        self.row_bytes = self.rows.row_bytes() // max(self.rows.width, 1) * width
 
     def is_for(self, rank: int) -> bool:
         """Whether a rank of the node keeps something of it."""
         return self.keepers is None or rank in self.keepers
-
-    @property
-    def gathered(self) -> bool:
-        """Whether a component is needed by every rank that keeps something, for all rows."""
-        return any(band.whole for band in self.bands)
 
     def expected(self, rank: int) -> int:
         """Rows that come to a rank of this node."""
@@ -86,15 +94,6 @@ class Task:
             return 0
         mine = (part for part in self.parts if self.gathered or rank in part.holders)
         return sum(part.rows[1] - part.rows[0] for part in mine)
-
-    @property
-    def statistics_bytes(self) -> int:
-        """Bytes of the components that every rank holds whole until the tensor is finished."""
-        return sum(band.nbytes(0, band.rows) for band in self.bands if band.whole)
-
-    def row_bytes(self) -> int:
-        """Bytes that are read of a row."""
-        return self.rows.row_bytes() // max(self.rows.width, 1) * (self.columns[1] - self.columns[0])
 
     def payload(self, start: int, stop: int, mask: int) -> tuple[list[tuple[Band, int, int]], int]:
         """How the components in a mask lie one after the other: (band, byte offset, bytes), and all bytes."""
@@ -108,7 +107,7 @@ class Task:
 
     def rows_within(self, capacity: int) -> int:
         """Rows that fit into `capacity` bytes, read as well as encoded; at least one step."""
-        read = self.row_bytes() * self.step
+        read = self.row_bytes * self.step
         encoded = sum(band.nbytes(0, min(self.step, band.rows)) for band in self.bands)
         room = capacity - len(self.bands) * ALIGN
         return max(room // max(read, encoded, 1), 1) * self.step
@@ -137,20 +136,24 @@ class Chunk:
     raw: Tensor | None = None
     slot: int = -1
 
-    @property
-    def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.ranges)
+    nbytes: int = field(init=False)
+    """Bytes that are read."""
+    span: tuple[str, int, int] | None = field(init=False)
+    """(file, first byte, last byte) if the rows are one run of bytes in one file."""
 
-    @property
-    def span(self) -> tuple[str, int, int] | None:
-        """(file, first byte, last byte) if the rows are one run of bytes in one file."""
-        first = self.ranges[0]
-        end = first.offset
-        for piece in self.ranges:
-            if not piece.contiguous or piece.file != first.file or piece.offset != end:
-                return None
-            end += piece.nbytes
-        return first.file, first.offset, end
+    def __post_init__(self) -> None:
+        self.nbytes = sum(piece.nbytes for piece in self.ranges)
+        self.span = _span(self.ranges)
+
+
+def _span(ranges: Sequence[RowRange]) -> tuple[str, int, int] | None:
+    first = ranges[0]
+    end = first.offset
+    for piece in ranges:
+        if not piece.contiguous or piece.file != first.file or piece.offset != end:
+            return None
+        end += piece.nbytes
+    return first.file, first.offset, end
 
 
 def chunks_of(task: Task, rank: int, capacity: int) -> Iterator[Chunk]:

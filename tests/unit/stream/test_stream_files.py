@@ -104,10 +104,10 @@ def test_files_with_holes(request, tmp_path, slot, mode):
 
 def test_resident_share(tmp_path):
     path = tmp_path / "data.bin"
-    path.write_bytes(os.urandom(64 * PAGE))
+    path.write_bytes(os.urandom(4096 * PAGE))
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
-    os.pread(fd, 64 * PAGE, 0)
+    os.pread(fd, 4096 * PAGE, 0)
     assert resident_share(fd) == 1.0
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     share = resident_share(fd)

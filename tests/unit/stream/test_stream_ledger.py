@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from test_stream_pieces import task_of
 
@@ -17,7 +19,9 @@ from distquant.stream.tasks import Task
 def task(index: int, *parts: Part, whole: bool = False) -> Task:
     found = task_of(index, (12, 4), "F32", 0, [Component(name="", dtype="uint8")], list(parts))
     if whole:
-        found.bands = (*found.bands, band_of(Component(name="s", dtype="float32", flat=4), (12, 4), True))
+        found = replace(
+            found, bands=(*found.bands, band_of(Component(name="s", dtype="float32", flat=4), (12, 4), True))
+        )
     return found
 
 

@@ -14,7 +14,7 @@ from world import Meeting, ThreadComm, nothing_left_behind
 import distquant.stream.peers as peers_module
 from distquant.errors import InputError, RankError
 from distquant.stream.arena import Arena, Board
-from distquant.stream.peers import FAILED, HELLO, PIECE, Message, Peer, Peers
+from distquant.stream.peers import DONE_WITH, FAILED, HEADER, HELLO, PIECE, Message, Peer, Peers
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ class Notes(Deaf):
     def __init__(self) -> None:
         self.got: dict[int, list[int]] = {}
         self.settled = 0
-        self.back: list[tuple[int, int]] = []
+        self.back: list[tuple[int, int, int]] = []
 
     def copy(self, peer: Peer, message: Message) -> int:
         self.got[peer.rank] = peer.memory[message.offset : message.offset + 8].tolist()
@@ -69,7 +69,7 @@ class Notes(Deaf):
         self.settled += 1
 
     def freed(self, message: Message) -> None:
-        self.back.append((message.slot, message.offset))
+        self.back.append((message.slot, message.stop, message.offset))
 
 
 def test_piece_is_seen_by_all_and_its_slot_comes_back():
@@ -93,7 +93,10 @@ def test_piece_is_seen_by_all_and_its_slot_comes_back():
         return notes.got, notes.back
 
     for number, found in enumerate(on_threads(*(lambda n=n: rank(n) for n in range(count)))):
-        assert found == ({n: [10 * n + i for i in range(8)] for n in range(count) if n != number}, [(1, 8), (1, 8)])
+        assert found == (
+            {n: [10 * n + i for i in range(8)] for n in range(count) if n != number},
+            [(1, 1, 8), (1, 1, 8)],
+        )
 
 
 def test_rank_that_does_not_come_is_named(monkeypatch):
@@ -125,6 +128,63 @@ def pair(rank: int, board: Board) -> tuple[Peers, socket.socket]:
     peers = Peers(1, Arena(1, 10), board)
     peers.peers[rank] = Peer(rank, ours, torch.empty(0, dtype=torch.uint8), threading.Lock())
     return peers, theirs
+
+
+def within_ten_seconds(condition) -> bool:
+    give_up = time.monotonic() + 10
+    while not condition() and time.monotonic() < give_up:
+        time.sleep(0.002)
+    return condition()
+
+
+def test_pieces_that_come_together_are_answered_together():
+    """One answer for each slot: how many pieces of it, and how many bytes were taken."""
+    peers, theirs = pair(0, Board(20))
+    notes = Notes()
+    pieces = [Message(PIECE, slot=slot, start=i) for i, slot in enumerate((2, 2, 3, 2))]
+    theirs.sendall(b"".join(piece.pack() for piece in pieces))
+    peers.start(notes)
+    assert within_ten_seconds(lambda: notes.settled == 4)
+    answers = theirs.recv(1000)
+    found = [Message(*HEADER.unpack_from(answers, at)) for at in range(0, len(answers), HEADER.size)]
+    assert [(m.kind, m.slot, m.stop, m.offset) for m in found] == [(DONE_WITH, 2, 3, 24), (DONE_WITH, 3, 1, 8)]
+    theirs.close()
+    peers.close()
+    peers.arena.close()
+
+
+def test_messages_may_come_byte_by_byte():
+    board = Board(20)
+    peers, theirs = pair(0, board)
+    notes = Notes()
+    peers.start(notes)
+    said = b"OSError: no disk"
+    for byte in Message(PIECE, slot=1).pack() + Message(FAILED, stop=len(said)).pack() + said:
+        theirs.sendall(bytes([byte]))
+        time.sleep(0.0005)
+    assert within_ten_seconds(lambda: board.failure is not None)
+    assert str(board.failure) == "rank 0 failed: OSError: no disk"
+    assert notes.settled == 1
+    theirs.close()
+    peers.close()
+    peers.arena.close()
+
+
+def test_what_is_posted_is_sent_by_flush_and_before_anything_that_follows():
+    peers, theirs = pair(0, Board(20))
+    theirs.settimeout(10)
+    peers.post(0, Message(PIECE, tensor=1))
+    peers.post(0, Message(PIECE, tensor=2))
+    peers.flush()
+    peers.flush()
+    assert len(theirs.recv(1000)) == 2 * HEADER.size
+    peers.post(0, Message(PIECE, tensor=3))
+    peers.send(0, Message(PIECE, tensor=4))
+    sent = theirs.recv(1000)
+    assert [Message(*HEADER.unpack_from(sent, at)).tensor for at in (0, HEADER.size)] == [3, 4]
+    theirs.close()
+    peers.close()
+    peers.arena.close()
 
 
 def test_rank_that_dies_is_named():

@@ -180,7 +180,10 @@ class World:
 
         board, tasks = Board(self.timeout), self.tasks(rank)
         try:
-            with Engine(rank, tasks, files, self.staging, board, Stages(), sink, finish, progress) as engine:
+            stages = Stages()
+            with Engine(
+                rank, tasks, files, self.staging, board, stages, sink, finish, progress, joined=partial
+            ) as engine:
                 if self.mesh.size > 1:
                     comm = ThreadComm(rank, self.meeting, self.timeout)
                     engine.peers.connect(comm, node_ranks(self.nodes, rank))
