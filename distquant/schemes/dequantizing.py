@@ -135,15 +135,3 @@ def unpacked(words: Tensor, bits: int, dim: int, order: tuple[int, ...] | None =
     shifts = (slots * bits).to(words.device, torch.int32)
     spread = words.movedim(dim, -1).to(torch.int32).unsqueeze(-1) >> shifts & ((1 << bits) - 1)
     return spread.flatten(-2).movedim(-1, dim)
-
-
-def packed(values: Tensor, bits: int, dim: int, dtype: torch.dtype, order: tuple[int, ...] | None = None) -> Tensor:
-    """The inverse of `unpacked`: values in `[0, 2^bits)`, as many along `dim` as fill whole words of `dtype`."""
-    per_word = dtype.itemsize * 8 // bits
-    slots = torch.arange(per_word) if order is None else torch.tensor(order)
-    shifts = (slots * bits).to(values.device)
-    grouped = values.movedim(dim, -1).to(torch.int64).unflatten(-1, (-1, per_word)) << shifts
-    words = grouped.sum(-1)
-    if dtype == torch.int32:
-        words = torch.where(words >= 1 << 31, words - (1 << 32), words)
-    return words.to(dtype).movedim(-1, dim).contiguous()

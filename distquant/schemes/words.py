@@ -66,9 +66,14 @@ def pack_words(values: Tensor, bits: int, dim: int, order: tuple[int, ...] | Non
 
 
 def pack_bytes(values: Tensor, bits: int) -> Tensor:
-    """uint8 `[rows, columns * bits / 8]` from uint8 values of 2, 4 or 8 bits: four bytes are one word of a row."""
-    per = 8 // bits
-    packed = values[:, ::per]
-    for slot in range(1, per):
-        packed = packed | values[:, slot::per] << (slot * bits)
-    return packed
+    """uint8 `[rows, columns * bits / 8]` from uint8 values of 2, 4 or 8 bits: four bytes are one word of a row.
+
+    The bytes that become one are seen as one integer, so that values are read in order.
+    """
+    if bits == 8:
+        return values
+    wide = values.reshape(-1).view(torch.int16 if bits == 4 else torch.int32)
+    found = wide >> 8 - bits
+    for slot in range(2, 8 // bits):
+        found |= wide >> slot * (8 - bits)
+    return found.bitwise_or_(wide).to(torch.uint8).view(len(values), -1)

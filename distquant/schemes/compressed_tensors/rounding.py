@@ -13,7 +13,8 @@ from torch import Tensor
 from distquant.config import QuantizationArgs
 from distquant.layout import ALL
 from distquant.schemes.compressed_tensors.storage import WORD
-from distquant.schemes.dequantizing import packed, unpacked
+from distquant.schemes.dequantizing import unpacked
+from distquant.schemes.words import pack_bytes
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
@@ -73,6 +74,7 @@ def from_words(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def to_words(values: Tensor, bits: int) -> Tensor:
-    """The inverse, for 4 and 8 bits; what is left of the last word is 0."""
-    shifted = values.to(torch.int32) + (1 << bits - 1)
-    return packed(torch.nn.functional.pad(shifted, (0, -values.shape[1] % (WORD // bits))), bits, 1, torch.int32)
+    """The inverse, for int8 values of 4 and 8 bits; what is left of the last word is 0."""
+    shifted = values.view(torch.uint8) + (1 << bits - 1)
+    padded = torch.nn.functional.pad(shifted, (0, -values.shape[1] % (WORD // bits)))
+    return pack_bytes(padded, bits).reshape(-1).view(torch.int32).view(len(values), -1)
