@@ -38,6 +38,7 @@ from distquant.layout import ALL, DTYPE_BYTES, PLAIN_STEPS, Component, Layout
 from distquant.schemes.base import Context, Stream
 from distquant.schemes.dequantizing import DequantizingScheme
 from distquant.schemes.registry import register
+from distquant.schemes.row_blocks import row_blocks
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW
 
@@ -152,22 +153,27 @@ class QuantoScheme(DequantizingScheme):
     # -- executing -------------------------------------------------------------------------------------------------
 
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
-        if not self.grouped:
-            low, top = (-128.0, 127.0) if self.config.weights == "int8" else (-FLOAT8_MAX, FLOAT8_MAX)
-            scale = rows.abs().amax(1, keepdim=True) / _number(top, rows)
-            codes = rows / scale
-            if self.config.weights == "int8":
-                codes = codes.round_()
-            codes.clamp_(low, top).masked_fill_(scale == 0, 0)
-        else:
-            groups = rows.reshape(out[SCALE].numel(), -1)
-            least, most = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-            steps = 2**self.bits - 1
-            scale, shift = (most - least) / _number(steps, rows), -least
-            codes = ((groups + shift) / scale).round_().clamp_(0, steps).masked_fill_(scale == 0, 0)
-            out[SHIFT].view(shift.shape).copy_(shift)
-        out[""].view(codes.shape).copy_(codes)
-        out[SCALE].view(scale.shape).copy_(scale)
+        rows = rows.reshape(out[SCALE].numel(), -1)
+        codes, scales = out[""].view(rows.shape), out[SCALE].view(-1, 1)
+        low, top = {"int8": (-128.0, 127.0), "float8": (-FLOAT8_MAX, FLOAT8_MAX)}.get(
+            self.config.weights, (0.0, 2.0**self.bits - 1)
+        )
+        for block in row_blocks(rows):
+            some = rows[block]
+            if self.grouped:
+                least = some.amin(1, keepdim=True)
+                scale = (some.amax(1, keepdim=True) - least) / _number(top, rows)
+                values = (some - least).div_(scale)
+                out[SHIFT].view(-1, 1)[block] = -least
+            else:
+                scale = some.abs().amax(1, keepdim=True) / _number(top, rows)
+                values = some / scale
+            if self.config.weights != "float8":
+                values = values.round_()
+            values.clamp_(low, top)
+            if bool((empty := scale == 0).any()):
+                values.masked_fill_(empty, 0)
+            codes[block], scales[block] = values, scale
 
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
         one = torch.ones((), dtype=torch_dtype(shard.dtype), device=parts[""].device)
