@@ -38,7 +38,6 @@ from distquant.layout import ALL, DTYPE_BYTES, PLAIN_STEPS, Component, Layout
 from distquant.schemes.base import Context, Stream
 from distquant.schemes.dequantizing import DequantizingScheme
 from distquant.schemes.registry import register
-from distquant.schemes.row_blocks import row_blocks
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW
 
@@ -158,22 +157,21 @@ class QuantoScheme(DequantizingScheme):
         low, top = {"int8": (-128.0, 127.0), "float8": (-FLOAT8_MAX, FLOAT8_MAX)}.get(
             self.config.weights, (0.0, 2.0**self.bits - 1)
         )
-        for block in row_blocks(rows):
-            some = rows[block]
-            if self.grouped:
-                least = some.amin(1, keepdim=True)
-                scale = (some.amax(1, keepdim=True) - least) / _number(top, rows)
-                values = (some - least).div_(scale)
-                out[SHIFT].view(-1, 1)[block] = -least
-            else:
-                scale = some.abs().amax(1, keepdim=True) / _number(top, rows)
-                values = some / scale
-            if self.config.weights != "float8":
-                values = values.round_()
-            values.clamp_(low, top)
-            if bool((empty := scale == 0).any()):
-                values.masked_fill_(empty, 0)
-            codes[block], scales[block] = values, scale
+        if self.grouped:
+            least = rows.amin(1, keepdim=True)
+            scale = (rows.amax(1, keepdim=True) - least) / _number(top, rows)
+            values = (rows - least).div_(scale)
+            out[SHIFT].view(-1, 1).copy_(-least)
+        else:
+            scale = rows.abs().amax(1, keepdim=True) / _number(top, rows)
+            values = rows / scale
+        if self.config.weights != "float8":
+            values = values.round_()
+        values.clamp_(low, top)
+        if bool((empty := scale == 0).any()):
+            values.masked_fill_(empty, 0)
+        codes.copy_(values)
+        scales.copy_(scale)
 
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
         one = torch.ones((), dtype=torch_dtype(shard.dtype), device=parts[""].device)

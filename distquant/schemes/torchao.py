@@ -45,7 +45,6 @@ from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.schemes.base import Context, Stream
 from distquant.schemes.dequantizing import DequantizingScheme
 from distquant.schemes.registry import register
-from distquant.schemes.row_blocks import row_blocks
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW
 
@@ -231,23 +230,21 @@ class TorchaoScheme(DequantizingScheme):
 
         The bits of `Float8Tensor.from_hp` and `Int8Tensor.from_hp` of torchao 0.18, with their operations
         (`_choose_scale_float8` and `_quantize_affine_float8`, `choose_qparams_affine` and `quantize_affine` in
-        `quantization/quant_primitives.py`), done in place on a few rows at a time.
+        `quantization/quant_primitives.py`), done in place.
         """
-        half = 2 if self.kind == INT8 and getattr(self.torchao_config, "reduce_range", False) else 1
-        for block in row_blocks(rows):
-            some = rows[block]
-            extreme = some.abs().amax(1, keepdim=True)
-            if self.kind == FLOAT8:
-                top = torch.finfo(codes.dtype).max
-                scale = (extreme / top).float()
-                codes[block] = some.float().div_(scale).clamp_(-top, top)
-                if (known := _without_nan(codes[block], scale)).data_ptr() != codes[block].data_ptr():
-                    codes[block] = known
-            else:
-                low, high = -128 // half, 127 // half
-                scale = (extreme / ((high - low) / 2)).clamp(min=torch.finfo(torch.float32).eps).float()
-                codes[block] = (some * (1.0 / scale)).round_().clamp_(low, high)
-            scales[block] = scale
+        extreme = rows.abs().amax(1, keepdim=True)
+        if self.kind == FLOAT8:
+            top = torch.finfo(codes.dtype).max
+            scale = scales.copy_(extreme / top)
+            codes.copy_(rows.float().div_(scale).clamp_(-top, top))
+            if (known := _without_nan(codes, scale)) is not codes:
+                codes.copy_(known)
+            return
+        half = 2 if getattr(self.torchao_config, "reduce_range", False) else 1
+        low, high = -128 // half, 127 // half
+        smallest = torch.finfo(torch.float32).eps
+        scale = scales.copy_((extreme / ((high - low) / 2)).clamp_(min=smallest))
+        codes.copy_((rows * (1.0 / scale)).round_().clamp_(low, high))
 
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
         if self.group != "tensor":
