@@ -13,10 +13,9 @@ SANITIZE = $(BIN)/cmake -S $(NATIVE) -B build/$@ -DCMAKE_BUILD_TYPE=Debug -DDIST
 demo: venv
 	$(BIN)/distquant demo examples/models/kjv-tiny
 
-# Two files at a time: most of a test is one thread's work. A file's tests share their models and ranks. In the order of
-# their names, so that the small ones at the end fill the time of both workers.
+# Two files at a time: most of a test is one thread's work. A file's tests share their models and ranks.
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: venv
 	$(BIN)/ruff check .

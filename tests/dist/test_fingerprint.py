@@ -24,6 +24,16 @@ def test_fingerprint_is_the_same_at_every_width(ranks, model_of, family, quant):
         assert ranks.run(width, work.fingerprint, path, quant, f"tp={width}") == [whole] * width
 
 
+@pytest.mark.parametrize("other", [("llama-gqa", "bfloat16"), ("qwen2-biases", "float16")])
+def test_rank_0_decides_what_is_loaded(ranks, model_of, other):
+    """The other ranks build their model while it plans; what they built is not used where it is not what it planned."""
+    path = model_of("llama-gqa")
+    requests = [(path, "float16"), (model_of(other[0]), other[1])]
+    whole = work.fingerprint(path, "nf4-dq", dtype="float16")
+    assert whole != work.fingerprint(path, "nf4-dq", dtype="bfloat16")
+    assert ranks.run(2, work.fingerprint_of_rank, requests, "nf4-dq", "tp=2") == [whole] * 2
+
+
 @pytest.mark.parametrize("quant", ["none", "nf4-dq", "int8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_projection_is_cut_over_two_ranks(model_of, family, quant):

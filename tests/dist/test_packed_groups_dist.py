@@ -117,7 +117,7 @@ ON_THE_WAY = {
 
 PACKED = ("g32", "asymmetric v2", "3 bits", "awq g32")
 """Of packed projections: cuts within qkv and gate_up meet each packing; other widths and groups are packed alike."""
-ROUNDED = [("llama-352", (2, 3, 4), name) for name in ON_THE_WAY] + [("phi3-packed", (3,), name) for name in PACKED]
+ROUNDED = [("llama-352", (3, 4), name) for name in ON_THE_WAY] + [("phi3-packed", (3,), name) for name in PACKED]
 
 
 @pytest.mark.parametrize(("family", "widths", "name"), ROUNDED)

@@ -49,6 +49,12 @@ def fingerprint(path: str, quant: Any, mesh: str | None = None, **kwargs: Any) -
     return dq.fingerprint(dq.load(path, quantization_config=quant, mesh=mesh, **kwargs))
 
 
+def fingerprint_of_rank(requests: list[tuple[str, str]], quant: Any, mesh: str) -> str:
+    """Of what is loaded where every rank asks for a path and a dtype of its own."""
+    path, dtype = requests[torch.distributed.get_rank()]
+    return fingerprint(path, quant, mesh, dtype=dtype)
+
+
 def logits(path: str, name: str, mesh: str | None = None) -> Tensor:
     with torch.no_grad():
         return exact(path, name, mesh)(torch.tensor(IDS)).logits
