@@ -244,7 +244,7 @@ class TorchaoScheme(DequantizingScheme):
         low, high = -128 // half, 127 // half
         smallest = torch.finfo(torch.float32).eps
         scale = scales.copy_((extreme / ((high - low) / 2)).clamp_(min=smallest))
-        codes.copy_((rows * (1.0 / scale)).round_().clamp_(low, high))
+        codes.copy_(rows.float().mul_(1.0 / scale).round_().clamp_(low, high))
 
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
         if self.group != "tensor":
