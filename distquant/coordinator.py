@@ -63,15 +63,17 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
 
 
 def build_early(request: Request) -> Any:
-    """The model of a request on `meta`, for a rank that waits for the plan; None where the plan must come first.
+    """The model of a request on `meta`, for a rank that waits for the plan; None where it must wait.
 
-    What is wrong with the request is for the planner to tell.
+    Nothing is told here: rank 0 builds the same and tells what is wrong, and what fails on this rank alone fails again
+    when it loads.
     """
+    if not isinstance(request.model, str | os.PathLike) or not os.path.exists(request.model):
+        return None
     given = read_request(request, Problems())
     try:
-        local = os.path.exists(request.model)
-        return build(Path(request.model), given.dtype, trust_remote_code=request.trust_remote_code) if local else None
-    except (InputError, TypeError):
+        return build(Path(request.model), given.dtype, trust_remote_code=request.trust_remote_code)
+    except Exception:
         return None
 
 

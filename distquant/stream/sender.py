@@ -51,7 +51,7 @@ class Sender:
         self._filled = 0
 
     def tell(self, receivers: Sequence[int], message: Message) -> None:
-        """Tells ranks of a piece; with others, unless it is the last of `TOGETHER`."""
+        """Tells ranks of a piece: together with others, at the latest with the next `flush`."""
         for rank in receivers:
             self._peers.post(rank, message)
         self._told += 1

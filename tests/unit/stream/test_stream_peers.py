@@ -6,6 +6,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -122,12 +124,18 @@ def test_ranks_that_share_no_folder_are_told():
     arena.close()
 
 
-def pair(rank: int, board: Board) -> tuple[Peers, socket.socket]:
+@contextmanager
+def pair(rank: int, board: Board) -> Iterator[tuple[Peers, socket.socket]]:
     """Rank 1 with one peer, and that peer's end of the socket."""
     ours, theirs = socket.socketpair()
     peers = Peers(1, Arena(1, 10), board)
     peers.peers[rank] = Peer(rank, ours, torch.empty(0, dtype=torch.uint8), threading.Lock())
-    return peers, theirs
+    try:
+        yield peers, theirs
+    finally:
+        theirs.close()
+        peers.close()
+        peers.arena.close()
 
 
 def within_ten_seconds(condition) -> bool:
@@ -139,77 +147,63 @@ def within_ten_seconds(condition) -> bool:
 
 def test_pieces_that_come_together_are_answered_together():
     """One answer for each slot: how many pieces of it, and how many bytes were taken."""
-    peers, theirs = pair(0, Board(20))
-    notes = Notes()
-    pieces = [Message(PIECE, slot=slot, start=i) for i, slot in enumerate((2, 2, 3, 2))]
-    theirs.sendall(b"".join(piece.pack() for piece in pieces))
-    peers.start(notes)
-    assert within_ten_seconds(lambda: notes.settled == 4)
-    answers = theirs.recv(1000)
-    found = [Message(*HEADER.unpack_from(answers, at)) for at in range(0, len(answers), HEADER.size)]
-    assert [(m.kind, m.slot, m.stop, m.offset) for m in found] == [(DONE_WITH, 2, 3, 24), (DONE_WITH, 3, 1, 8)]
-    theirs.close()
-    peers.close()
-    peers.arena.close()
+    with pair(0, Board(20)) as (peers, theirs):
+        notes = Notes()
+        pieces = [Message(PIECE, slot=slot, start=i) for i, slot in enumerate((2, 2, 3, 2))]
+        theirs.sendall(b"".join(piece.pack() for piece in pieces))
+        peers.start(notes)
+        assert within_ten_seconds(lambda: notes.settled == 4)
+        answers = theirs.recv(1000)
+        found = [Message(*HEADER.unpack_from(answers, at)) for at in range(0, len(answers), HEADER.size)]
+        assert [(m.kind, m.slot, m.stop, m.offset) for m in found] == [(DONE_WITH, 2, 3, 24), (DONE_WITH, 3, 1, 8)]
 
 
 def test_messages_may_come_byte_by_byte():
     board = Board(20)
-    peers, theirs = pair(0, board)
-    notes = Notes()
-    peers.start(notes)
-    said = b"OSError: no disk"
-    for byte in Message(PIECE, slot=1).pack() + Message(FAILED, stop=len(said)).pack() + said:
-        theirs.sendall(bytes([byte]))
-        time.sleep(0.0005)
-    assert within_ten_seconds(lambda: board.failure is not None)
-    assert str(board.failure) == "rank 0 failed: OSError: no disk"
-    assert notes.settled == 1
-    theirs.close()
-    peers.close()
-    peers.arena.close()
+    with pair(0, board) as (peers, theirs):
+        notes = Notes()
+        peers.start(notes)
+        said = b"OSError: no disk"
+        for byte in Message(PIECE, slot=1).pack() + Message(FAILED, stop=len(said)).pack() + said:
+            theirs.sendall(bytes([byte]))
+            time.sleep(0.0005)
+        assert within_ten_seconds(lambda: board.failure is not None)
+        assert str(board.failure) == "rank 0 failed: OSError: no disk"
+        assert notes.settled == 1
 
 
 def test_what_is_posted_is_sent_by_flush_and_before_anything_that_follows():
-    peers, theirs = pair(0, Board(20))
-    theirs.settimeout(10)
-    peers.post(0, Message(PIECE, tensor=1))
-    peers.post(0, Message(PIECE, tensor=2))
-    peers.flush()
-    peers.flush()
-    assert len(theirs.recv(1000)) == 2 * HEADER.size
-    peers.post(0, Message(PIECE, tensor=3))
-    peers.send(0, Message(PIECE, tensor=4))
-    sent = theirs.recv(1000)
-    assert [Message(*HEADER.unpack_from(sent, at)).tensor for at in (0, HEADER.size)] == [3, 4]
-    theirs.close()
-    peers.close()
-    peers.arena.close()
+    with pair(0, Board(20)) as (peers, theirs):
+        theirs.settimeout(10)
+        peers.post(0, Message(PIECE, tensor=1))
+        peers.post(0, Message(PIECE, tensor=2))
+        peers.flush()
+        peers.flush()
+        assert len(theirs.recv(1000)) == 2 * HEADER.size
+        peers.post(0, Message(PIECE, tensor=3))
+        peers.send(0, Message(PIECE, tensor=4))
+        sent = theirs.recv(1000)
+        assert [Message(*HEADER.unpack_from(sent, at)).tensor for at in (0, HEADER.size)] == [3, 4]
 
 
 def test_rank_that_dies_is_named():
     board = Board(20)
-    peers, theirs = pair(4, board)
-    peers.start(Deaf())
-    theirs.close()
-    with pytest.raises(RankError, match="rank 4 failed: ended during the load"), board.watch:
-        board.wait(lambda: False, TimeoutError)
-    peers.close()
-    peers.arena.close()
+    with pair(4, board) as (peers, theirs):
+        peers.start(Deaf())
+        theirs.close()
+        with pytest.raises(RankError, match="rank 4 failed: ended during the load"), board.watch:
+            board.wait(lambda: False, TimeoutError)
 
 
 def test_failure_is_told_with_the_rank_that_failed_first():
     """Rank 0 stops because rank 2 failed; so does whoever hears it from rank 0."""
     board = Board(20)
-    peers, theirs = pair(0, board)
-    peers.start(Deaf())
-    said = str(RankError(2, "ValueError: boom")).encode()
-    theirs.sendall(Message(FAILED, stop=len(said)).pack() + said)
-    with pytest.raises(RankError, match="rank 2 failed: ValueError: boom"), board.watch:
-        board.wait(lambda: False, TimeoutError)
-    theirs.close()
-    peers.close()
-    peers.arena.close()
+    with pair(0, board) as (peers, theirs):
+        peers.start(Deaf())
+        said = str(RankError(2, "ValueError: boom")).encode()
+        theirs.sendall(Message(FAILED, stop=len(said)).pack() + said)
+        with pytest.raises(RankError, match="rank 2 failed: ValueError: boom"), board.watch:
+            board.wait(lambda: False, TimeoutError)
 
 
 def test_rank_that_left_is_not_blamed_for_what_it_said(monkeypatch):
@@ -217,18 +211,13 @@ def test_rank_that_left_is_not_blamed_for_what_it_said(monkeypatch):
     hear = Peers._hear
     monkeypatch.setattr(Peers, "_hear", lambda *arguments: time.sleep(0.2) or hear(*arguments))
     board = Board(20)
-    peers, theirs = pair(0, board)
-    peers.start(Deaf())
-    said = str(RankError(2, "ValueError: boom")).encode()
-    theirs.sendall(Message(FAILED, stop=len(said)).pack() + said)
-    theirs.shutdown(socket.SHUT_RDWR)
-    try:
+    with pair(0, board) as (peers, theirs):
+        peers.start(Deaf())
+        said = str(RankError(2, "ValueError: boom")).encode()
+        theirs.sendall(Message(FAILED, stop=len(said)).pack() + said)
+        theirs.shutdown(socket.SHUT_RDWR)
         with pytest.raises(RankError, match="rank 2 failed: ValueError: boom"):
             peers.send(0, Message(PIECE))
-    finally:
-        theirs.close()
-        peers.close()
-        peers.arena.close()
 
 
 def test_rank_that_ends_while_meeting_is_named():
