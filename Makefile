@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Hundreds of processes import torch and transformers here; without compiled modules each takes seconds longer.
+export PYTHONDONTWRITEBYTECODE :=
+
 NATIVE := distquant/kernels/cpu/native
 SANITIZE = $(BIN)/cmake -S $(NATIVE) -B build/$@ -DCMAKE_BUILD_TYPE=Debug -DDISTQUANT_NATIVE=ON \
 	-DDISTQUANT_DRIVER=$(CURDIR)/tests/unit/kernels/native/driver.cpp -DDISTQUANT_SANITIZE=

@@ -1,13 +1,15 @@
 """Reads bytes of checkpoint files: explicitly, through the page cache or past it, again where that makes sense.
 
 A file whose pages are mostly in memory is read through the page cache; another is read with O_DIRECT, which saves a
-copy and leaves the machine's memory alone. Which it is, is measured once a file: `RWF_NOWAIT` reads of a few pages
-answer at once whether they are there. Nothing is mapped into memory, so a file on a network may vanish without a crash.
+copy and leaves the machine's memory alone. Which it is, is measured once a file, on a sample of its pages. Nothing is
+read through a mapping, so a file on a network may vanish without a crash.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import random
 import threading
@@ -15,6 +17,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from distquant.errors import DistquantError, InputError
@@ -200,27 +203,41 @@ class Files:
     @staticmethod
     def _probe(fd: int) -> None:
         """Raises OSError where the file system does not take direct reads."""
-        import mmap
-
         with mmap.mmap(-1, PAGE) as page:
             os.preadv(fd, (page,), 0)
 
 
 def resident_share(fd: int) -> float:
-    """Share of a file's pages that lie in memory, from a sample; 1.0 where that cannot be asked.
+    """Share of a file's pages that lie in memory, from a random sample; 1.0 where that cannot be asked."""
+    size = os.fstat(fd).st_size
+    offsets = [random.randrange(max(size, 1)) // PAGE * PAGE for _ in range(SAMPLES)]
+    if size and _may_ask(fd):
+        return sum(_resident(fd, size, offsets)) / SAMPLES
+    return sum(_answers_at_once(fd, offset) for offset in offsets) / SAMPLES
 
-    A page that is asked for and is not there is read ahead, with its neighbours, so the next to ask must ask for
-    others: the sample is random.
-    """
-    if not hasattr(os, "RWF_NOWAIT"):
-        return 1.0
-    size, buffer, found = os.fstat(fd).st_size, bytearray(1), 0
-    for _ in range(SAMPLES):
-        try:
-            os.preadv(fd, (buffer,), random.randrange(max(size, 1)), os.RWF_NOWAIT)
-            found += 1
-        except BlockingIOError:
-            continue
-        except OSError:
-            return 1.0
-    return found / SAMPLES
+
+def _may_ask(fd: int) -> bool:
+    """Whether the kernel says what of a file is in memory: to its owner, and to who may write it."""
+    return os.fstat(fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)
+
+
+def _resident(fd: int, size: int, offsets: list[int]) -> list[bool]:
+    """By mincore(2), which reads nothing; the mapping is only asked about."""
+    known, page = ctypes.CDLL(None, use_errno=True), ctypes.c_ubyte()
+    with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapped:
+        start = np.frombuffer(mapped, np.uint8).ctypes.data
+        found = []
+        for offset in offsets:
+            failed = known.mincore(ctypes.c_void_p(start + offset), ctypes.c_size_t(PAGE), ctypes.byref(page))
+            found.append(bool(failed or page.value & 1))
+    return found
+
+
+def _answers_at_once(fd: int, offset: int) -> bool:
+    """By a read that may not wait. One that must is begun all the same, so a very fast disk looks like memory."""
+    try:
+        return bool(os.preadv(fd, (bytearray(1),), offset, os.RWF_NOWAIT))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

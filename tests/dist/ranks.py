@@ -1,8 +1,9 @@
-"""A pool of spawned processes that act as ranks over gloo, kept alive through the session.
+"""A pool of processes that act as ranks over gloo, kept alive through the session.
 
-Importing torch and transformers costs seconds a process, so ranks are started once; every job gets a fresh process
-group over a file store. A rank that fails, or a job that hangs, fails the test and takes the whole pool with it: the
-next job starts a new one, and nothing is orphaned (ranks are daemons, and end with their pipe).
+Importing torch and transformers costs seconds, so one process does it, before it has a thread or a model, and ranks are
+its forks, started once; every job gets a fresh process group over a file store. A rank that fails, or a job that hangs,
+fails the test and takes the whole pool with it: the next job starts a new one, and nothing is orphaned (ranks are
+daemons, and end with their pipe).
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ def _serve(pipe: Connection) -> None:
             pipe.send((False, (RuntimeError(f"unpicklable result: {error}"), "")))
 
 
+IMPORTED = ["distquant", "transformers.modeling_utils", "transformers.models.auto.modeling_auto", "bitsandbytes", "peft"]
+"""What the process that ranks are forked from has imported."""
+
+
 class RankFailed(AssertionError):
     """A rank raised; `error` is its exception."""
 
@@ -58,7 +63,8 @@ class Ranks:
     """`run(world, function, *arguments)` calls a module-level function on every rank and returns their results."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(IMPORTED)
         self._workers: list[tuple[Any, Connection]] = []
 
     def _start(self, count: int) -> None:

@@ -86,20 +86,16 @@ def test_worker_that_dies_while_loading_is_named(cluster, kjv_tiny, monkeypatch)
                 os._exit(3)
 
     monkeypatch.setattr(runtime, "Worker", Dying)
-    start = time.monotonic()
     with pytest.raises(RankError) as caught:
         dq.ray.load(kjv_tiny, quantization_config="int8", mesh="tp=2")
     assert caught.value.rank == 1
-    assert time.monotonic() - start < 60
     assert free_cpus() == cluster
 
 
 @pytest.mark.parametrize("cluster", [1], indirect=True)
 def test_group_that_cannot_be_scheduled_names_the_shortage(cluster, kjv_tiny):
-    start = time.monotonic()
     with pytest.raises(InputError, match=r"could not be scheduled within 3 s .*CPU: 2 needed, 1 free"):
         dq.ray.load(kjv_tiny, quantization_config="nf4", mesh="tp=2", schedule_timeout=3)
-    assert time.monotonic() - start < 30
     assert free_cpus() == cluster
 
 

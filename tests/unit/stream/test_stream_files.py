@@ -103,18 +103,28 @@ def test_files_with_holes(request, tmp_path, slot, mode):
 
 
 def test_resident_share(tmp_path):
-    path = tmp_path / "data.bin"
-    path.write_bytes(os.urandom(4096 * PAGE))
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.pread(fd, 4096 * PAGE, 0)
-    assert resident_share(fd) == 1.0
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    share = resident_share(fd)
-    os.close(fd)
-    if share == 1.0:
-        pytest.skip("this file system keeps pages, or cannot be asked")
-    assert share <= 0.25
+    with open(tmp_path / "data.bin", "wb+") as file:
+        file.write(os.urandom(4096 * PAGE + 7))
+        file.flush()
+        fd = file.fileno()
+        os.fsync(fd)
+        os.pread(fd, 4096 * PAGE + 7, 0)
+        assert resident_share(fd) == 1.0
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        share = resident_share(fd)
+        if share == 1.0:
+            pytest.skip("this file system keeps pages, or cannot be asked")
+        assert share <= 0.25
+        assert resident_share(fd) <= 0.25, "asking reads nothing"
+
+
+def test_resident_share_of_a_file_that_others_own(tmp_path, monkeypatch):
+    """Only the owner, or who may write, is told; others see whether a read of a page answers at once."""
+    monkeypatch.setattr(files_module, "_may_ask", lambda fd: False)
+    with open(tmp_path / "data.bin", "wb+") as file:
+        file.write(os.urandom(64 * PAGE))
+        file.flush()
+        assert resident_share(file.fileno()) == 1.0
 
 
 # -- how files are read ------------------------------------------------------------------------------------------------
