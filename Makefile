@@ -16,7 +16,9 @@ SANITIZE = $(BIN)/cmake -S $(NATIVE) -B build/$@ -DCMAKE_BUILD_TYPE=Debug -DDIST
 demo: venv
 	$(BIN)/distquant demo examples/models/kjv-tiny
 
-# Two files at a time: most of a test is one thread's work. A file's tests share their models and ranks.
+# Two files at a time: most of a test is one thread's work. A file's tests share their models and ranks. Threads of
+# OpenMP that wait give way, because there are more of them than cores.
+test: export OMP_WAIT_POLICY := passive
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 

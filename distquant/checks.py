@@ -12,9 +12,10 @@ from distquant.device_map import place_of
 from distquant.draft import Draft
 from distquant.errors import InputError, Problem, Problems
 from distquant.facts import Facts, format_bytes
+from distquant.kernels.choice import Kernel
 from distquant.planning.experts import ALL_REDUCE, expert_name
 from distquant.planning.load_plan import LoadPlan, RankMemory
-from distquant.schemes import Context, config_classes
+from distquant.schemes import Context, Scheme, config_classes
 from distquant.schemes.registry import discover
 from distquant.skeleton import EXPECTED, FLOATS, ROWS, STAR, Param, Skeleton, Source, sources_by_expert
 
@@ -223,6 +224,13 @@ def check_rank_memory(draft: Draft, memory: tuple[RankMemory, ...], facts: Facts
         others = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
         fix = "Use more ranks, a smaller staging, fewer bits, or more memory"
         problems.add(f"rank {worst.rank}{others}", what, fix)
+
+
+def refuse_kernel(plan: LoadPlan, scheme: Scheme, kernel: Kernel) -> None:
+    """Raises `InputError` where the library bitsandbytes shall quantize by a method that it does not know."""
+    if kernel is Kernel.BITSANDBYTES and plan.converted and not plan.prequantized and not scheme.by_bitsandbytes:
+        what = f"'bitsandbytes' has no kernels for {scheme.name}"
+        raise InputError.one("kernel", what, "Take 'auto', 'cpu', 'triton' or 'reference'")
 
 
 def refuse_unsupported(plan: LoadPlan) -> None:

@@ -23,7 +23,7 @@ from distquant.assemble.local import local_shape, shard_of, stored_turned
 from distquant.assemble.sinks import BandSink, Home
 from distquant.assemble.tasks import Job, jobs_of, sink_of
 from distquant.checkpoint import Checkpoint, open_checkpoint
-from distquant.checks import refuse_unsupported
+from distquant.checks import refuse_kernel, refuse_unsupported
 from distquant.collector import without_collector
 from distquant.comm import Comm
 from distquant.config import parse
@@ -97,7 +97,8 @@ def load_shard(
     device = torch.device(device)
     if scheme_of(plan).delegated:
         return _delegate(plan, comm, device)
-    choose(options.kernel, device)  # what cannot run here is told before anything is read
+    # What cannot run here is told before anything is read.
+    refuse_kernel(plan, scheme_of(plan), choose(options.kernel, device).kernel)
     _import_libraries(plan)
     comm.collect(None)  # ranks that import slowly are not counted as loading
     start = time.perf_counter()

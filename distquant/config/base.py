@@ -10,13 +10,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from distquant.config.checks import where
 from distquant.config.frozen import FrozenDict, thaw
 from distquant.config.plain import plain
 from distquant.config.selection import ModuleSelection
-from distquant.config.values import coerce, describe, did_you_mean, read_json
+from distquant.config.values import coerce, describe, did_you_mean, hints_of, read_json
 from distquant.config.vocabulary import Precision
 from distquant.errors import InputError, Problem, Problems
 
@@ -84,7 +84,7 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        hints = get_type_hints(type(self))
+        hints = hints_of(type(self))
         checkable = True
         for field in fields(self):
             given = getattr(self, field.name)
@@ -174,7 +174,7 @@ class QuantizationConfig:
                 problems.add(where(str(key)), f"is unknown (given {value!r})", fix)
         missing = [name for name, field in declared.items() if default_of(field) is MISSING and name not in given]
         for name in missing:
-            problems.add(where(name), "is missing", f"Give {describe(get_type_hints(cls)[name])}.")
+            problems.add(where(name), "is missing", f"Give {describe(hints_of(cls)[name])}.")
         if not missing:
             try:
                 values = {key: value for key, value in given.items() if key in declared}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
-from distquant.config.values import coerce, describe, did_you_mean
+from distquant.config.values import coerce, describe, did_you_mean, hints_of
 from distquant.errors import Problems
 
 Record = TypeVar("Record")
@@ -18,7 +18,7 @@ def read_record(cls: type[Record], given: Any, at: str, problems: Problems) -> R
         problems.add(at, f"{given!r} is not allowed", "Give an object.")
         return None
     declared = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
-    hints, before, values = get_type_hints(cls), len(list(problems)), {}
+    hints, before, values = hints_of(cls), len(list(problems)), {}
     for key, value in given.items():
         if key not in declared:
             fix = did_you_mean(key, declared) or f"It knows {', '.join(declared)}."

@@ -11,7 +11,7 @@ import json
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from distquant.config.frozen import FrozenDict, freeze
 from distquant.config.plain import plain
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 
 _SIMPLE = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
 _MAPPINGS = (dict, Mapping)
+
+
+_hints: dict[type, dict[str, Any]] = {}
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    """The declared types of a class's fields; they are text, which is evaluated once."""
+    if cls not in _hints:
+        _hints[cls] = get_type_hints(cls)
+    return _hints[cls]
 
 
 def coerce(value: Any, hint: Any) -> Any:

@@ -37,6 +37,7 @@ __all__ = [
     "encode_4bit",
     "encode_fp8",
     "encode_int8_rows",
+    "encode_scaled_rows",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp8",
@@ -139,6 +140,7 @@ def _absent(name: str) -> Callable[..., NoReturn]:
 
 encode_4bit = _absent("encode_4bit")
 encode_int8_rows = _absent("encode_int8_rows")
+encode_scaled_rows = _absent("encode_scaled_rows")
 encode_fp8 = _absent("encode_fp8")
 quantize_fp8 = _absent("quantize_fp8")
 quantize_fp8_rows = _absent("quantize_fp8_rows")

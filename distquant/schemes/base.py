@@ -66,6 +66,8 @@ class Scheme(ABC):
     """The same beside a parameter of fused experts: what is glued to its name, such as `_scales`."""
     unsliced: ClassVar[frozenset[str]] = frozenset()
     """Components of stored weights that have no slice for a slice of the weight, and so go whole to every rank."""
+    by_bitsandbytes: ClassVar[bool] = False
+    """Whether the library bitsandbytes has kernels for it."""
     stacks: ClassVar[bool] = False
     """Whether experts can be kept in it: it has the four functions of stored components, and the components of equal
     shards have equal names, shapes and dtypes."""

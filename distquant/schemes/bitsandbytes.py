@@ -17,6 +17,7 @@ class BitsandbytesScheme(Scheme):
     """Hooks of both: device maps, memory, and the mark that PEFT and transformers look for."""
 
     requires: ClassVar[Mapping[str, str]] = {"bitsandbytes": "0.46.1"}
+    by_bitsandbytes: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
     mark: ClassVar[str]
     config: Bnb4bitConfig | Bnb8bitConfig

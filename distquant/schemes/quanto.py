@@ -154,24 +154,21 @@ class QuantoScheme(DequantizingScheme):
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         rows = rows.reshape(out[SCALE].numel(), -1)
         codes, scales = out[""].view(rows.shape), out[SCALE].view(-1, 1)
-        low, top = {"int8": (-128.0, 127.0), "float8": (-FLOAT8_MAX, FLOAT8_MAX)}.get(
-            self.config.weights, (0.0, 2.0**self.bits - 1)
-        )
-        if self.grouped:
-            least = rows.amin(1, keepdim=True)
-            scale = (rows.amax(1, keepdim=True) - least) / _number(top, rows)
-            values = (rows - least).div_(scale)
-            out[SHIFT].view(-1, 1).copy_(-least)
-        else:
-            scale = rows.abs().amax(1, keepdim=True) / _number(top, rows)
-            values = rows / scale
-        if self.config.weights != "float8":
-            values = values.round_()
-        values.clamp_(low, top)
+        if not self.grouped:
+            top = 127.0 if self.config.weights == "int8" else FLOAT8_MAX
+            scale = ops.block_amax(rows, (1, None)).to(rows.dtype) / _number(top, rows)
+            scales.copy_(scale)
+            ops.encode_scaled_rows(rows, scale.float(), codes.dtype, rounded=True, codes=codes)
+            return
+        top = 2.0**self.bits - 1
+        least = rows.amin(1, keepdim=True)
+        scale = (rows.amax(1, keepdim=True) - least) / _number(top, rows)
+        values = (rows - least).div_(scale).round_().clamp_(0.0, top)
         if bool((empty := scale == 0).any()):
             values.masked_fill_(empty, 0)
         codes.copy_(values)
         scales.copy_(scale)
+        out[SHIFT].view(-1, 1).copy_(-least)
 
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
         one = torch.ones((), dtype=torch_dtype(shard.dtype), device=parts[""].device)

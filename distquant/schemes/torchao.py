@@ -216,35 +216,32 @@ class TorchaoScheme(DequantizingScheme):
 
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         if self.group == "tensor":
-            found = {"": rows, AMAX: rows.abs().amax(1)}
+            found = {"": rows, AMAX: ops.block_amax(rows, (1, None))}
         elif self.group == "row" and self.kind in (FLOAT8, INT8):
-            self._encode_rows(rows, out[""].view(rows.shape), out[SCALE].view(-1, 1))
+            self._encode_rows(rows, out[""].view(rows.shape), out[SCALE].view(-1, 1), ops)
             found = {ZERO: torch.zeros_like(out[ZERO])} if ZERO in out else {}
         else:
             found = self.quantized(rows.contiguous())
         for component, values in found.items():
             out[component].view(values.shape).copy_(values)
 
-    def _encode_rows(self, rows: Tensor, codes: Tensor, scales: Tensor) -> None:
+    def _encode_rows(self, rows: Tensor, codes: Tensor, scales: Tensor, ops: Any) -> None:
         """Fills codes `[rows, columns]` and scales, float32 `[rows, 1]`, of rows with a scale each.
 
-        The bits of `Float8Tensor.from_hp` and `Int8Tensor.from_hp` of torchao 0.18, with their operations
-        (`_choose_scale_float8` and `_quantize_affine_float8`, `choose_qparams_affine` and `quantize_affine` in
-        `quantization/quant_primitives.py`), done in place.
+        The bits of `Float8Tensor.from_hp` and `Int8Tensor.from_hp` of torchao 0.18 (`_choose_scale_float8` and
+        `_quantize_affine_float8`, `choose_qparams_affine` and `quantize_affine` in `quantization/quant_primitives.py`):
+        scales are computed in the weight's dtype, quotients in float32.
         """
-        extreme = rows.abs().amax(1, keepdim=True)
+        extreme = ops.block_amax(rows, (1, None)).to(rows.dtype)
         if self.kind == FLOAT8:
-            top = torch.finfo(codes.dtype).max
-            scale = scales.copy_(extreme / top)
-            codes.copy_(rows.float().div_(scale).clamp_(-top, top))
-            if (known := _without_nan(codes, scale)) is not codes:
-                codes.copy_(known)
+            scales.copy_(extreme / torch.finfo(codes.dtype).max)
+            ops.encode_scaled_rows(rows, scales, codes.dtype, codes=codes)
             return
         half = 2 if getattr(self.torchao_config, "reduce_range", False) else 1
         low, high = -128 // half, 127 // half
         smallest = torch.finfo(torch.float32).eps
-        scale = scales.copy_((extreme / ((high - low) / 2)).clamp_(min=smallest))
-        codes.copy_(rows.float().mul_(1.0 / scale).round_().clamp_(low, high))
+        scales.copy_((extreme / ((high - low) / 2)).clamp_(min=smallest))
+        ops.encode_scaled_rows(rows, scales, codes.dtype, inverse=True, low=low, high=high, codes=codes)
 
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
         if self.group != "tensor":

@@ -82,6 +82,13 @@ def test_checkpoint_quantized_as_asked_for_is_loaded(quant: str | None, llama_nf
     assert "as the checkpoint stores it" in done.out
 
 
+def test_kernel_that_does_not_know_the_method(kjv_tiny: str, refused: Command) -> None:
+    tells(
+        refused("load", kjv_tiny, "--quant", "quanto-int8", "--kernel", "bitsandbytes"),
+        r"^kernel: 'bitsandbytes' has no kernels for quanto\. Take 'auto', 'cpu', 'triton' or 'reference'",
+    )
+
+
 @COMMANDS
 def test_method_of_the_checkpoint_is_not_supported(name: str, kjv_tiny: str, tmp_path: Path, refused: Command) -> None:
     folder = Path(shutil.copytree(kjv_tiny, tmp_path / "eights"))

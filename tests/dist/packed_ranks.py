@@ -17,9 +17,9 @@ def logits(path: str, mesh: str | None = None) -> Tensor:
         return dq.load(path, mesh=mesh, dtype="float32")(torch.tensor(work.IDS)).logits
 
 
-def stored(path: str, quant: Any, mesh: str | None = None) -> tuple[dict[str, dict[str, Tensor]], int, int]:
-    """This rank's components by module, the bytes that it says it holds quantized, and the planned ones."""
+def stored(path: str, quant: Any, mesh: str | None = None) -> tuple[dict[str, dict[str, Tensor]], int, int, str]:
+    """This rank's components by module, the bytes that it says it holds quantized, the planned ones, fingerprint."""
     model = dq.load(path, quantization_config=quant, mesh=mesh)
     plan = model.distquant.plan
     found = {name: model.get_submodule(name).components for name in plan.converted}
-    return found, model.distquant.report.quantized_bytes, plan.memory[work.rank()].quantized
+    return found, model.distquant.report.quantized_bytes, plan.memory[work.rank()].quantized, dq.fingerprint(model)

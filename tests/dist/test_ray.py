@@ -43,6 +43,7 @@ def free_cpus() -> float:
 
 @pytest.mark.parametrize("cluster", [2], indirect=True)
 def test_two_workers_have_the_bits_and_the_answer_of_one_process(cluster, kjv_tiny):
+    """And at last one of them dies, and is named."""
     from distquant.runtime.job import generate
 
     whole = work.exact(kjv_tiny, "nf4-dq")
@@ -60,18 +61,12 @@ def test_two_workers_have_the_bits_and_the_answer_of_one_process(cluster, kjv_ti
         assert (report["runtime"], report["world_size"]) == ("ray", 2)
         assert [row["rank"] for row in report["ranks"]] == [0, 1]
         assert sharded.call(lambda model, more: model.distquant.comm.rank + more, 10) == [10, 11]
-    assert ray.is_initialized(), "a Ray that was there before is left running"
-    assert free_cpus() == cluster
-
-
-@pytest.mark.parametrize("cluster", [2], indirect=True)
-def test_worker_that_dies_is_named(cluster, kjv_tiny):
-    with dq.ray.load(kjv_tiny, quantization_config="nf4", mesh="tp=2") as sharded:
         with pytest.raises(RankError, match="rank 0 failed: ZeroDivisionError"):
             sharded.call(lambda model: 1 // model.distquant.comm.rank)
         with pytest.raises(RankError, match="rank 1 failed") as caught:
             sharded.call(lambda model: os._exit(3) if model.distquant.comm.rank == 1 else None)
         assert caught.value.rank == 1
+    assert ray.is_initialized(), "a Ray that was there before is left running"
     assert free_cpus() == cluster
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quanto_unpack  # noqa: F401
 import torch
 import work
 from lora import step, wrap

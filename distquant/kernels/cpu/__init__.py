@@ -7,7 +7,7 @@ environment variable `DISTQUANT_CPU_ISA` (`portable`, `avx2`, `avx512`) forces o
 All tensors lie on the CPU. Weights may be bfloat16, float16 or float32 and are made contiguous where they are not;
 outputs (`codes=`, `absmax=`, `scale=`, `zero=`) must be contiguous and are written in place. Work is shared among
 `torch.get_num_threads()` threads at block or row boundaries, which changes no result; the interpreter's lock is
-released meanwhile. Functions that only reduce or look up, and FBGEMM's rows, are the reference's own. What does not fit
+released meanwhile. Other functions that only reduce or look up are the reference's own. What does not fit
 raises ValueError.
 
 Raises:
@@ -16,12 +16,15 @@ Raises:
 
 from distquant.kernels.cpu.library import ISAS, isa
 from distquant.kernels.cpu.matrices import (
+    block_amax,
     dequantize_fp8,
     dequantize_groups,
     dequantize_mxfp4,
     encode_fp8,
     encode_int8_rows,
+    encode_scaled_rows,
     quantize_fp8,
+    quantize_fp8_rows,
     quantize_fp8_ue8m0,
     quantize_groups,
     quantize_int8_rows,
@@ -36,10 +39,8 @@ from distquant.kernels.cpu.runs import (
 )
 from distquant.kernels.reference import (
     block_absmax,
-    block_amax,
     blockwise_absmax,
     code_values,
-    quantize_fp8_rows,
     row_absmax,
     unpack_4bit,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "encode_4bit",
     "encode_fp8",
     "encode_int8_rows",
+    "encode_scaled_rows",
     "isa",
     "quantize_4bit",
     "quantize_blockwise",

@@ -25,10 +25,13 @@ FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FOUND, GIVEN = 0, 1
 """Where statistics come from (`Statistics` in `kernels.hpp`)."""
 
+CODES = {torch.int8: 0, torch.float8_e4m3fn: 1}
+"""The library's number for what scaled rows become (`Codes` in `kernels.hpp`)."""
+
 NO_ISA, NO_MEMORY = 1, 2
 """What a function of the library returns where it did nothing (`Status` in `interface.hpp`)."""
 
-INTERFACE = 2
+INTERFACE = 3
 """The library's functions as they are called here (`kInterface` in `interface.hpp`)."""
 
 BYTES = 2**63 - 1

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distquant.kernels import reference
-from distquant.kernels.cpu.library import FLOATS, FOUND, GIVEN, call, matrix, on_cpu, positive
+from distquant.kernels.cpu.library import CODES, FLOATS, FOUND, GIVEN, call, matrix, on_cpu, positive
 from distquant.kernels.cpu.runs import CPU, output
 from distquant.kernels.outputs import prepared
 from distquant.kernels.reference.mxfp4 import RUN, check_columns
@@ -55,6 +55,47 @@ def encode_int8_rows(weight: Tensor, absmax: Tensor, out: Tensor | None = None) 
     given = on_cpu(absmax, "absmax", torch.float32, rows)
     call("quantize_int8_rows", source, FLOATS[source.dtype], rows, columns, packed, given, GIVEN)
     return packed
+
+
+def encode_scaled_rows(
+    weight: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    *,
+    inverse: bool = False,
+    rounded: bool = False,
+    low: int = -128,
+    high: int = 127,
+    codes: Tensor | None = None,
+) -> Tensor:
+    """`dtype` `[rows, columns]`: as `reference.encode_scaled_rows`, which also does the float8 that are not e4m3.
+
+    Raises:
+        ValueError: an argument is not as said there.
+    """
+    if dtype not in CODES:
+        rounding = {"inverse": inverse, "rounded": rounded}
+        return reference.encode_scaled_rows(weight, scale, dtype, low=low, high=high, codes=codes, **rounding)
+    source, rows, columns = matrix(weight)
+    packed = prepared(codes, (rows, columns), dtype, CPU)
+    given, kind = on_cpu(scale, "scale", torch.float32, rows), (CODES[dtype], inverse, rounded, low, high)
+    call("encode_scaled_rows", source, FLOATS[source.dtype], rows, columns, given, packed, *kind)
+    return packed
+
+
+def block_amax(weight: Tensor, block: Block) -> Tensor:
+    """float32 `[ceil(rows / br), ceil(columns / bc)]`: each tile's largest magnitude; NaN where it has a NaN.
+
+    As `reference.block_amax`.
+
+    Raises:
+        ValueError: an argument is not as said here.
+    """
+    source, rows, columns = matrix(weight)
+    height, width, grid = _tile(rows, columns, block)
+    found = torch.empty(rows, grid[1], dtype=torch.float32)
+    call("row_amax", source, FLOATS[source.dtype], rows, columns, width, found)
+    return found if height == 1 else reference.block_amax(found, (height, 1))
 
 
 def _tile(rows: int, columns: int, block: Block) -> tuple[int, int, tuple[int, int]]:
@@ -120,12 +161,27 @@ def quantize_fp8_ue8m0(
     grid = _tile(rows, columns, block)[2]
     packed = prepared(codes, (rows, columns), torch.float8_e4m3fn, CPU)
     stored = prepared(scale, grid, torch.float8_e8m0fnu, CPU)
-    powers = reference.ue8m0_scales(reference.block_amax(source, block))
+    powers = reference.ue8m0_scales(block_amax(source, block))
     exponents = powers.view(torch.uint8)
     if exponents.numel() and not POWERS[0] <= exponents.min() <= exponents.max() <= POWERS[1]:
         return reference.quantize_fp8_ue8m0(source, block, codes=packed, scale=stored)
     encode_fp8(source, powers.float() * reference.FP8_MAX, block, codes=packed)
     return packed, stored.copy_(powers)
+
+
+def quantize_fp8_rows(
+    weight: Tensor, *, codes: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes (float8_e4m3fn `[rows, columns]`) and scales (float32 `[rows, 1]`) as FBGEMM has them.
+
+    As `reference.quantize_fp8_rows`.
+
+    Raises:
+        ValueError: an argument is not as said there.
+    """
+    stored = prepared(scale, (len(weight), 1), torch.float32, CPU)
+    reference.fbgemm_scales(block_amax(weight, (1, None)), stored)
+    return encode_scaled_rows(weight, stored, torch.float8_e4m3fn, codes=codes), stored
 
 
 def dequantize_fp8(codes: Tensor, scale: Tensor, block: Block, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,8 +5,8 @@ Bit-equal to `distquant.kernels.reference`, whose docstrings hold the definition
 over the bits of magnitudes (which order like the floats and keep a NaN), roundings to e4m3 and bfloat16 are integer
 arithmetic. The same source runs in Triton's interpreter on a CPU (`TRITON_INTERPRET=1`), where its tests compare it.
 
-Functions that only look up or reduce, and the rarer forms of float8, are the reference's own: plain torch runs them on
-the device. This is the only package that imports Triton.
+Functions that only look up or reduce, the rarer forms of float8 and rows under given scales are the reference's own:
+plain torch runs them on the device. This is the only package that imports Triton.
 """
 
 from distquant.kernels.gpu.blockwise import quantize_blockwise
@@ -22,6 +22,7 @@ from distquant.kernels.reference import (
     blockwise_table,
     code_values,
     dequantize_blockwise,
+    encode_scaled_rows,
     fp8_factors,
     quantize_fp8_rows,
     quantize_fp8_ue8m0,
@@ -43,6 +44,7 @@ __all__ = [
     "encode_4bit",
     "encode_fp8",
     "encode_int8_rows",
+    "encode_scaled_rows",
     "fp8_factors",
     "quantize_4bit",
     "quantize_blockwise",

@@ -31,6 +31,7 @@ from distquant.kernels.reference.fp8 import (
     block_amax,
     dequantize_fp8,
     encode_fp8,
+    fbgemm_scales,
     fp8_factors,
     quantize_fp8,
     quantize_fp8_rows,
@@ -40,6 +41,7 @@ from distquant.kernels.reference.fp8 import (
 from distquant.kernels.reference.groups import dequantize_groups, quantize_groups
 from distquant.kernels.reference.int8 import encode_int8_rows, quantize_int8_rows, row_absmax
 from distquant.kernels.reference.mxfp4 import dequantize_mxfp4, quantize_mxfp4
+from distquant.kernels.reference.scaled_rows import encode_scaled_rows
 
 __all__ = [
     "FP4",
@@ -62,6 +64,8 @@ __all__ = [
     "encode_4bit",
     "encode_fp8",
     "encode_int8_rows",
+    "encode_scaled_rows",
+    "fbgemm_scales",
     "fp8_factors",
     "quantize_4bit",
     "quantize_blockwise",

@@ -31,11 +31,10 @@ from torch import Tensor
 
 from distquant.kernels.outputs import prepared
 from distquant.kernels.reference.four_bit import TILE
+from distquant.kernels.reference.scaled_rows import E4M3_NAN, encode_scaled_rows
 
 FP8_MAX = 448.0
 """Largest finite e4m3 value."""
-NAN = 0x7F
-"""The one e4m3 NaN that is ever stored."""
 MANTISSA = 23
 """Bits of a float32's fraction."""
 SMALLEST_POWER = torch.finfo(torch.float32).tiny
@@ -103,7 +102,7 @@ def _cast(weight: Tensor, values: Tensor, tile: tuple[int, int], scaled: Callabl
         result = scaled(weight[at : at + step].float(), value)
         packed[at : at + step] = result.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     found = packed.view(torch.uint8)
-    found.masked_fill_(found == (NAN | 0x80), NAN)
+    found.masked_fill_(found == (E4M3_NAN | 0x80), E4M3_NAN)
 
 
 def quantize_fp8(
@@ -156,6 +155,13 @@ def quantize_fp8_ue8m0(
     return packed, stored
 
 
+def fbgemm_scales(amax: Tensor, out: Tensor) -> None:
+    """Fills `out` (float32 like `amax`) with what FBGEMM divides rows of that amax by."""
+    # Tensors, because torch on CUDA multiplies by the reciprocal of a plain number.
+    largest, least = (torch.tensor(v, device=amax.device) for v in (FP8_MAX, 1 / (FP8_MAX * 512)))
+    torch.maximum(amax / largest, least, out=out)
+
+
 def quantize_fp8_rows(
     weight: Tensor, *, codes: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -169,12 +175,8 @@ def quantize_fp8_rows(
     elements zeros, under an infinite scale.
     """
     stored = prepared(scale, (len(weight), 1), torch.float32, weight.device)
-    # Tensors, because torch on CUDA multiplies by the reciprocal of a plain number.
-    largest, least = (torch.tensor(v, device=weight.device) for v in (FP8_MAX, 1 / (FP8_MAX * 512)))
-    torch.maximum(block_amax(weight, (1, None)) / largest, least, out=stored)
-    packed = prepared(codes, tuple(weight.shape), torch.float8_e4m3fn, weight.device)
-    _cast(weight, stored, (1, max(weight.shape[1], 1)), torch.div, packed)
-    return packed, stored
+    fbgemm_scales(block_amax(weight, (1, None)), stored)
+    return encode_scaled_rows(weight, stored, torch.float8_e4m3fn, codes=codes), stored
 
 
 def dequantize_fp8(codes: Tensor, scale: Tensor, block: Block, dtype: torch.dtype = torch.float32) -> Tensor:

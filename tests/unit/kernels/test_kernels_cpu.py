@@ -176,6 +176,35 @@ def test_fp8(kind, shape, block):
         on_every_isa("dequantize_fp8", codes, scale, block, dtype)
 
 
+@PROPERTY
+@given(weights, shapes, st.sampled_from([(1, None), (1, 32), (3, 7), (None, None)]))
+def test_block_amax(kind, shape, block):
+    on_every_isa("block_amax", weight(shape, *kind), block)
+
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@PROPERTY
+@given(weights, shapes, st.booleans(), st.booleans(), st.sampled_from([(-128, 127), (-64, 63), (-1, 0)]), st.data())
+def test_scaled_rows(kind, shape, inverse, rounded, bounds, data):
+    """Under scales that leave nothing to clamp, clamp nearly all, and are none."""
+    source = weight(shape, *kind)
+    ordinary = reference.block_amax(source, (1, None)).view(-1) / 127
+    odd = [0.0, 1e-45, 1e-38, math.inf, math.nan, 1.0]
+    scale = torch.tensor([data.draw(st.sampled_from([s, s, s / 3, *odd])) for s in ordinary.tolist()])
+    named = {"inverse": inverse, "rounded": rounded}
+    on_every_isa("encode_scaled_rows", source, scale, torch.int8, low=bounds[0], high=bounds[1], **named)
+    for dtype in FLOAT8:
+        on_every_isa("encode_scaled_rows", source, scale, dtype, **named)
+
+
+@PROPERTY
+@given(weights, shapes)
+def test_fp8_rows_of_fbgemm(kind, shape):
+    on_every_isa("quantize_fp8_rows", weight(shape, *kind))
+
+
 def test_every_code_of_fp8_and_what_lies_between():
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, -1)
     on_every_isa("dequantize_fp8", codes, torch.ones(1, 1), (None, None))

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distquant.kernels.choice import choose
 from distquant.schemes import Scheme, Shard
+
+OPS = choose("auto", torch.device("cpu")).ops
 
 
 def filled(scheme: Scheme, shard: Shard, weight: Tensor, step: int) -> Any:
@@ -16,7 +19,7 @@ def filled(scheme: Scheme, shard: Shard, weight: Tensor, step: int) -> Any:
     whole = {c.name: torch.empty(c.shape(shard.shape), dtype=getattr(torch, c.dtype)) for c in components}
     for at in range(0, len(weight), step):
         out = {name: value[at : at + step].view(-1) for name, value in whole.items()}
-        scheme.encode(shard.name, weight[at : at + step], out, None)
+        scheme.encode(shard.name, weight[at : at + step], out, OPS)
     parts = {}
     for component in components:
         value = whole[component.name]
@@ -26,7 +29,7 @@ def filled(scheme: Scheme, shard: Shard, weight: Tensor, step: int) -> Any:
                 value = torch.cat([value.narrow(dim, a // span, -(-b // span) - a // span) for a, b in segments], dim)
         parts[component.name] = value.contiguous().view(-1)
     module = scheme.module(nn.Linear(4, 4, bias=False), shard)
-    scheme.complete(shard, module, parts, None)
+    scheme.complete(shard, module, parts, OPS)
     return module
 
 

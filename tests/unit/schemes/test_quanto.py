@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quanto_unpack  # noqa: F401
 import torch
 from flowed import filled, same
 from hypothesis import given, settings

@@ -1,4 +1,5 @@
 // float8 e4m3 (no infinities, one NaN) under one scale a tile.
+#include "e4m3.hpp"
 #include "formats.hpp"
 #include "isa.hpp"
 
@@ -7,29 +8,11 @@ namespace DISTQUANT_ISA {
 namespace {
 
 constexpr float kLargest = 448.0f;
-constexpr uint32_t kNan = 0x7f;
 
 // What a tile's elements are multiplied by. An infinite amax gives 0 and so an infinite scale.
 inline float factor_of(float amax) {
     const float factor = 1.0f / amax * kLargest;  // two roundings, as the reference has them
     return amax > 0.0f && factor < __builtin_inff() ? factor : 1.0f;
-}
-
-// float32 -> e4m3 in the low byte, clamped, to nearest even.
-DISTQUANT_INLINE Words to_e4m3(Floats x) {
-    const Words magnitude = (Words)x & 0x7fffffffu;
-    const Words largest = all_bits(0x43e00000);  // 448
-    const Words u = select((Signed)(magnitude > largest), largest, magnitude);
-    const Words normal = ((u + 0x7ffffu + ((u >> 20) & 1u)) >> 20) - (120u << 3);
-    const Words denormal = (Words)((Floats)u + 0x1p14f) - 0x46800000u;  // the sum rounds at 2^-9, the smallest e4m3
-    const Words code = select((Signed)(u < 0x3c800000u), denormal, normal) | (((Words)x >> 24) & 0x80u);
-    return select((Signed)(magnitude > 0x7f800000u), all_bits(kNan), code);
-}
-
-DISTQUANT_INLINE Floats from_e4m3(Words code) {
-    const Words magnitude = code & 0x7fu;
-    const Words value = (Words)((Floats)(magnitude << 20) * 0x1p120f);  // moves the exponent's bias, denormals too
-    return (Floats)(select((Signed)(magnitude == kNan), all_bits(0x7fc00000), value) | ((code & 0x80u) << 24));
 }
 
 template <class T>

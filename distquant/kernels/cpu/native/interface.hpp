@@ -11,7 +11,7 @@
 namespace distquant {
 
 // Raised whenever a function below changes, so that Python refuses a library of other sources.
-constexpr int32_t kInterface = 2;
+constexpr int32_t kInterface = 3;
 
 enum Status : int32_t { kDone = 0, kNoIsa = 1, kNoMemory = 2 };
 
@@ -53,6 +53,16 @@ DISTQUANT_EXPORT distquant_encode_fp8(int64_t isa, int64_t threads, const void *
 DISTQUANT_EXPORT distquant_dequantize_fp8(int64_t isa, int64_t threads, const uint8_t *codes, const float *scale,
                                           int64_t rows, int64_t columns, int64_t tile_rows, int64_t tile_columns,
                                           void *out, int64_t type);
+
+// `amax` is [rows, ceil(columns / tile_columns)]: each row's share of the amax of its tiles.
+DISTQUANT_EXPORT distquant_row_amax(int64_t isa, int64_t threads, const void *weight, int64_t type, int64_t rows,
+                                    int64_t columns, int64_t tile_columns, float *amax);
+
+// `kind` is a `Codes`; `low` and `high` bound int8.
+DISTQUANT_EXPORT distquant_encode_scaled_rows(int64_t isa, int64_t threads, const void *weight, int64_t type,
+                                              int64_t rows, int64_t columns, const float *scale, uint8_t *codes,
+                                              int64_t kind, int64_t inverse, int64_t rounded, int64_t low,
+                                              int64_t high);
 
 // `zero` null: symmetric.
 DISTQUANT_EXPORT distquant_quantize_groups(int64_t isa, int64_t threads, const void *weight, int64_t type, int64_t rows,

@@ -16,6 +16,7 @@ void amax_fp8(const QuantizeFp8 &, int64_t first, int64_t last);
 void factors_fp8(const QuantizeFp8 &, int64_t first, int64_t last);
 void encode_fp8(const QuantizeFp8 &, int64_t first, int64_t last);
 void dequantize_fp8(const DequantizeFp8 &, int64_t first, int64_t last);
+void encode_scaled_rows(const EncodeScaledRows &, int64_t first, int64_t last);
 void quantize_groups(const QuantizeGroups &, int64_t first, int64_t last);
 void dequantize_groups(const DequantizeGroups &, int64_t first, int64_t last);
 void quantize_mxfp4(const QuantizeMxfp4 &, int64_t first, int64_t last);

@@ -101,6 +101,22 @@ struct DequantizeFp8 {
     Float type;
 };
 
+// What scaled rows become.
+enum Codes : int32_t { kInt8 = 0, kE4m3 = 1 };
+
+// Unit: a row. A row whose scale is 0 has codes of 0.
+struct EncodeScaledRows {
+    const void *weight;
+    Float type;
+    int64_t columns;
+    const float *scale;  // [rows]
+    uint8_t *codes;
+    Codes type_of_codes;
+    bool inverse;     // times the scale's reciprocal, not divided by the scale
+    bool rounded;     // the quotient is rounded to `type` first
+    float low, high;  // integers; bounds of int8
+};
+
 // Unit: a row.
 struct QuantizeGroups {
     const void *weight;
@@ -154,6 +170,7 @@ struct Kernels {
     void (*factors_fp8)(const QuantizeFp8 &, int64_t first, int64_t last);
     void (*encode_fp8)(const QuantizeFp8 &, int64_t first, int64_t last);
     void (*dequantize_fp8)(const DequantizeFp8 &, int64_t first, int64_t last);
+    void (*encode_scaled_rows)(const EncodeScaledRows &, int64_t first, int64_t last);
     void (*quantize_groups)(const QuantizeGroups &, int64_t first, int64_t last);
     void (*dequantize_groups)(const DequantizeGroups &, int64_t first, int64_t last);
     void (*quantize_mxfp4)(const QuantizeMxfp4 &, int64_t first, int64_t last);

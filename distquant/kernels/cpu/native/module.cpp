@@ -153,6 +153,23 @@ DISTQUANT_EXPORT distquant_dequantize_fp8(int64_t isa, int64_t threads, const ui
     return run(k->dequantize_fp8, call, threads, rows, rows * columns);
 }
 
+DISTQUANT_EXPORT distquant_row_amax(int64_t isa, int64_t threads, const void *weight, int64_t type, int64_t rows,
+                                    int64_t columns, int64_t tile_columns, float *amax) {
+    DISTQUANT_KERNELS(isa);
+    const QuantizeFp8 call = {weight, (Float)type, {rows, columns, 1, tile_columns}, nullptr, nullptr, amax, nullptr};
+    return run(k->amax_fp8, call, threads, rows, rows * columns);
+}
+
+DISTQUANT_EXPORT distquant_encode_scaled_rows(int64_t isa, int64_t threads, const void *weight, int64_t type,
+                                              int64_t rows, int64_t columns, const float *scale, uint8_t *codes,
+                                              int64_t kind, int64_t inverse, int64_t rounded, int64_t low,
+                                              int64_t high) {
+    DISTQUANT_KERNELS(isa);
+    const EncodeScaledRows call = {weight, (Float)type, columns,      scale,      codes, (Codes)kind,
+                                   inverse != 0, rounded != 0, (float)low, (float)high};
+    return run(k->encode_scaled_rows, call, threads, rows, rows * columns);
+}
+
 DISTQUANT_EXPORT distquant_quantize_groups(int64_t isa, int64_t threads, const void *weight, int64_t type, int64_t rows,
                                            int64_t columns, int64_t group_size, int64_t bits, int8_t *codes,
                                            void *scale, int8_t *zero) {

@@ -204,6 +204,26 @@ void fp8(int64_t rows, int64_t columns, int64_t tile_rows, int64_t tile_columns,
     });
 }
 
+void scaled_rows(int64_t rows, int64_t columns, Float type) {
+    const Weight weight(rows * columns, type);
+    Exact<float> scale(rows);
+    fill_scales(scale.at(), rows);
+    for (int64_t options = 0; options < 8; ++options)
+        on_all("encode_scaled_rows", [&](int64_t isa, int64_t threads) {
+            Exact<uint8_t> codes(rows * columns);
+            must(!distquant_encode_scaled_rows(isa, threads, weight.at(), type, rows, columns, scale.at(), codes.at(),
+                                               options & 1, options >> 1 & 1, options >> 2, -64, 63),
+                 "status");
+            return codes.bytes();
+        });
+    for (const int64_t width : {(int64_t)1, (int64_t)32, columns})
+        on_all("row_amax", [&](int64_t isa, int64_t threads) {
+            Exact<float> amax(rows * parts(columns, width));
+            must(!distquant_row_amax(isa, threads, weight.at(), type, rows, columns, width, amax.at()), "status");
+            return amax.bytes();
+        });
+}
+
 void groups(int64_t rows, int64_t columns, int64_t group_size, int64_t bits, Float type) {
     const Weight weight(rows * columns, type);
     const int64_t count = rows * parts(columns, group_size);
@@ -274,6 +294,7 @@ int main(int argc, char **argv) {
             for (const int64_t blocksize : {32, 34, 64, 256, 4096}) four_bit(size, blocksize, type);
             const int64_t rows = size < 1000 ? 3 : 401, columns = size < 1000 ? size - 1 : size / 400;
             int8_rows(rows, columns, type);
+            scaled_rows(rows, columns, type);
             mxfp4(parts(size, kRun), type);
             fp8(rows, columns, rows, columns, type);
             fp8(rows, columns, 1, columns, type);

@@ -1,0 +1,62 @@
+"""Codes of rows under scales that the caller has chosen: what torchao, optimum-quanto and FBGEMM share.
+
+They differ in how a scale is chosen, which is little work and each method's own, and in how the quotient is rounded
+before it becomes a code, which is said here by two words:
+
+    inverse     the weight is multiplied by the float32 reciprocal of the scale: two roundings, not one division
+    rounded     the quotient is rounded to the weight's dtype first, as arithmetic in that dtype does
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distquant.kernels.outputs import prepared
+from distquant.kernels.reference.four_bit import TILE
+
+E4M3_NAN = 0x7F
+"""The one e4m3 NaN that is ever stored."""
+
+
+def encode_scaled_rows(
+    weight: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    *,
+    inverse: bool = False,
+    rounded: bool = False,
+    low: int = -128,
+    high: int = 127,
+    codes: Tensor | None = None,
+) -> Tensor:
+    """`dtype` `[rows, columns]`: the quotients of `weight` and its rows' scales.
+
+    Args:
+        weight: bfloat16, float16 or float32 `[rows, columns]`.
+        scale: float32 `[rows]`.
+        dtype: int8 or a float8 of torch.
+        inverse, rounded: see above.
+        low, high: bounds of int8 codes; those of float8 are its largest finite values.
+        codes: written into where given.
+
+    int8 is rounded half to even, and NaN is 0. A row whose scale is 0 has codes of 0, NaN or not.
+    """
+    packed = prepared(codes, tuple(weight.shape), dtype, weight.device)
+    by, empty = scale.view(-1, 1), (scale == 0).view(-1, 1)
+    integer = not dtype.is_floating_point
+    top = 0.0 if integer else torch.finfo(dtype).max
+    if inverse:
+        by = by.reciprocal()
+    step = max(TILE // max(weight.shape[1], 1), 1)
+    for at in range(0, len(weight), step):
+        tile = weight[at : at + step].float()
+        value = tile * by[at : at + step] if inverse else tile / by[at : at + step]
+        if rounded:
+            value = value.to(weight.dtype).float()
+        value = value.round_().clamp_(low, high).nan_to_num_(nan=0.0) if integer else value.clamp_(-top, top)
+        packed[at : at + step] = value.masked_fill_(empty[at : at + step], 0.0).to(dtype)
+    if dtype is torch.float8_e4m3fn:
+        found = packed.view(torch.uint8)
+        found.masked_fill_(found == (E4M3_NAN | 0x80), E4M3_NAN)
+    return packed
