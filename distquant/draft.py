@@ -124,7 +124,7 @@ class Draft:
     def memory(self) -> Iterator[RankMemory]:
         """The memory table, a row a rank. Ranks at the same place on tp and ep share their sizes."""
         alike, read = self.alike(), self._reads()
-        staging = self.staging + max((nbytes for _, nbytes in self.entire()), default=0)
+        staging = self.staging + max([nbytes for _, nbytes in self.entire()] + self._unfinished(alike), default=0)
         rows: dict[tuple[int, int], RankMemory] = {}
         for rank in range(self.mesh.size):
             at = self.mesh.coordinates(rank)
@@ -132,6 +132,25 @@ class Draft:
             if place not in rows:
                 rows[place] = replace(self._row(*place, alike), staging=staging)
             yield replace(rows[place], rank=rank, read=read[rank])
+
+    def _unfinished(self, alike: list[tuple[TensorPlan, int]]) -> list[int]:
+        """Bytes that weights take as they arrive, where they become something else once they are there."""
+        found = []
+        for tensor, _ in alike:
+            if tensor.scheme == "none" or self.prequantized:
+                continue
+            one = one_of(tensor)
+            shape = (one.shape[0], one.shape[1])
+            stored = {c.name: c.nbytes(shape) for c in self.scheme.layout(one.name, shape, one.dtype).components}
+            statistics = self.scheme.statistics(Shard(one.name, shape, one.dtype))
+            arriving = sum(
+                component.nbytes(shape)
+                for component in self.scheme.flowing(one.name, shape, one.dtype)
+                if component.name not in statistics and component.nbytes(shape) != stored.get(component.name)
+            )
+            largest = max(self.local(one, tp)[0] for tp in range(self.mesh.tp))
+            found.append(arriving * largest // math.prod(shape))
+        return found
 
     def _row(self, tp: int, ep: int, alike: list[tuple[TensorPlan, int]]) -> RankMemory:
         """Sizes of a place on tp and ep; what is read depends on the rank."""

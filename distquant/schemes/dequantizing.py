@@ -20,6 +20,12 @@ from distquant.errors import Problem
 from distquant.schemes.base import Scheme, Stream
 from distquant.schemes.quantized_linear import QuantizedLinear
 from distquant.schemes.shard import Shard
+from distquant.skeleton.stored import TORCH_NAMES
+
+FLOATS = ("F32", "BF16", "F16")
+"""Safetensors' dtypes that scales may have."""
+SPELLED = {name: spelled for spelled, name in TORCH_NAMES.items()}
+"""Safetensors' name of a torch dtype."""
 
 
 class DequantizingScheme(Scheme):
@@ -108,6 +114,19 @@ class DequantizingScheme(Scheme):
     @staticmethod
     def _local(shard: Shard) -> tuple[str, tuple[int, int], str]:
         return shard.name, shard.local_shape, shard.dtype
+
+
+def wrong_dtypes(name: str, dtypes: Mapping[str, str], allowed: Mapping[str, tuple[str, ...]]) -> list[Problem]:
+    """Stored components whose dtype (safetensors' spelling) is none of those allowed."""
+    return [
+        Problem(
+            name,
+            f"{component or 'weight'} is stored as {dtypes[component]}, and must be {' or '.join(kinds)}",
+            "The checkpoint is of another method or damaged; check config.json",
+        )
+        for component, kinds in allowed.items()
+        if component in dtypes and dtypes[component] not in kinds
+    ]
 
 
 def mark_quantized(model: Any, config: QuantizationConfig) -> None:

@@ -21,8 +21,7 @@ from distquant.config import FbgemmFp8Config
 from distquant.errors import Problem
 from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.schemes.base import Stream
-from distquant.schemes.dequantizing import DequantizingScheme
-from distquant.schemes.fp8 import FLOATS, wrong_dtypes
+from distquant.schemes.dequantizing import FLOATS, DequantizingScheme, wrong_dtypes
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW

@@ -33,7 +33,7 @@ from distquant.config import Fp8Config, torch_dtype
 from distquant.errors import InputError, Problem
 from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.schemes.base import Context, Stream
-from distquant.schemes.dequantizing import DequantizingScheme
+from distquant.schemes.dequantizing import FLOATS, DequantizingScheme, wrong_dtypes
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from distquant.skeleton.words import Skeleton
 
 SCALE, ACTIVATION, AMAX = "weight_scale_inv", "activation_scale", "amax"
-FLOATS = ("F32", "BF16", "F16")
 POWERS = ("F8_E8M0", "U8")
 """Safetensors' dtypes of scales that are exponents."""
 
@@ -181,16 +180,3 @@ class Fp8Scheme(DequantizingScheme):
 
 def _problem(field: str, what: str, fix: str) -> Problem:
     return Problem(f"quantization_config.{field}", what, fix)
-
-
-def wrong_dtypes(name: str, dtypes: Mapping[str, str], allowed: Mapping[str, tuple[str, ...]]) -> list[Problem]:
-    """Stored components whose dtype (safetensors' spelling) is none of those allowed."""
-    return [
-        Problem(
-            name,
-            f"{component or 'weight'} is stored as {dtypes[component]}, and must be {' or '.join(kinds)}",
-            "The checkpoint is of another method or damaged; check config.json",
-        )
-        for component, kinds in allowed.items()
-        if component in dtypes and dtypes[component] not in kinds
-    ]

@@ -26,8 +26,7 @@ from torch import Tensor
 from distquant.config import Mxfp4Config
 from distquant.errors import Problem
 from distquant.layout import PLAIN_STEPS, Component, Layout
-from distquant.schemes.dequantizing import DequantizingScheme, Stream
-from distquant.schemes.fp8 import wrong_dtypes
+from distquant.schemes.dequantizing import DequantizingScheme, Stream, wrong_dtypes
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 

@@ -28,7 +28,7 @@ from distquant.config.checks import where
 from distquant.errors import InputError, Problem
 from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.schemes.base import Stream
-from distquant.schemes.dequantizing import DequantizingScheme
+from distquant.schemes.dequantizing import FLOATS, DequantizingScheme, wrong_dtypes
 from distquant.schemes.min_max import Grid, quantize_min_max, rows_at_once
 from distquant.schemes.selecting import one_of
 from distquant.schemes.shard import Shard
@@ -195,16 +195,13 @@ class PackedGroupsScheme(DequantizingScheme):
                 found.append(Problem(name, what, OTHER_CHECKPOINT))
         return found
 
+    def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
+        words = {"qweight": ("I32",), "qzeros": ("I32",), "g_idx": ("I32", "I64")}
+        return wrong_dtypes(name, dtypes, {**words, "scales": FLOATS})
+
     # -- pre-quantized ---------------------------------------------------------------------------------------------
 
     def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
-        for name in ("qweight", "qzeros"):
-            if parts[name].dtype != torch.int32:
-                what = f"{name} is stored as {parts[name].dtype}, only int32 words are supported"
-                raise InputError.one(shard.name, what, "Convert the checkpoint")
-        if not parts["scales"].is_floating_point():
-            what = f"scales are stored as {parts['scales'].dtype}, and must be floats"
-            raise InputError.one(shard.name, what, "Convert the checkpoint")
         packing, index = self.packing(shard.name), parts.get("g_idx")
         if index is not None:
             self._check_index(shard, index.long(), "g_idx" in whole)

@@ -33,10 +33,10 @@ import torch
 from torch import Tensor, nn
 
 from distquant.config import QuantoConfig, torch_dtype
-from distquant.errors import InputError, Problem
+from distquant.errors import Problem
 from distquant.layout import ALL, DTYPE_BYTES, PLAIN_STEPS, Component, Layout
 from distquant.schemes.base import Context, Stream
-from distquant.schemes.dequantizing import DequantizingScheme
+from distquant.schemes.dequantizing import FLOATS, SPELLED, DequantizingScheme, wrong_dtypes
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW
@@ -100,6 +100,10 @@ class QuantoScheme(DequantizingScheme):
         return self.bits < 8
 
     @property
+    def unsliced(self) -> frozenset[str]:
+        return frozenset(("",)) if self.grouped else frozenset()
+
+    @property
     def codes_dtype(self) -> str:
         return {"int8": "int8", "float8": "float8_e4m3fn"}.get(self.config.weights, "uint8")
 
@@ -145,6 +149,10 @@ class QuantoScheme(DequantizingScheme):
             stored = {**stored, "": self.layout(name, shape, "float32").component("").shape(shape)}
         return super().check_stored(name, shape, stored)
 
+    def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
+        floats = dict.fromkeys((SCALE, SHIFT, *OF_ACTIVATIONS), FLOATS)
+        return wrong_dtypes(name, dtypes, {"": (SPELLED[self.codes_dtype],), **floats})
+
     def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         codes = Component(name="", dtype=self.codes_dtype)
         return codes, *(c for c in self.layout(name, shape, dtype).components if c.name in (SCALE, SHIFT))
@@ -176,9 +184,6 @@ class QuantoScheme(DequantizingScheme):
 
     def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         codes, dtype = parts[""], torch_dtype(shard.dtype)
-        if codes.dtype != torch_dtype(self.codes_dtype):
-            what = f"its codes are {codes.dtype}, weights={self.config.weights!r} has {self.codes_dtype}"
-            raise InputError.one(shard.name, what, "Check that config.json belongs to the checkpoint")
         if self.grouped:
             packed = codes.view(self.packed_shape(shard.shape, group_of(shard.shape[1])))
             rows = shard.shape[0] * shard.shape[1] // packed.shape[1]

@@ -40,10 +40,10 @@ from torch import Tensor, nn
 
 from distquant.config import TorchaoConfig, torch_dtype
 from distquant.config.frozen import thaw
-from distquant.errors import InputError, Problem
+from distquant.errors import Problem
 from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.schemes.base import Context, Stream
-from distquant.schemes.dequantizing import DequantizingScheme
+from distquant.schemes.dequantizing import FLOATS, SPELLED, DequantizingScheme, wrong_dtypes
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW
@@ -185,6 +185,9 @@ class TorchaoScheme(DequantizingScheme):
             found.append(Problem(name, what, "Only weights without scales for activations can be loaded"))
         return found
 
+    def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
+        return wrong_dtypes(name, dtypes, {"": (SPELLED[self.codes_dtype],), SCALE: FLOATS, ZERO: ("I8",)})
+
     def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         if self.group == "tensor":
             return Component(name="", dtype=dtype), Component(name=AMAX, dtype="float32", spans=(1, ALL))
@@ -267,10 +270,6 @@ class TorchaoScheme(DequantizingScheme):
 
     def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         found = self.shaped(shard, parts)
-        expected = torch_dtype(self.codes_dtype)
-        if found[""].dtype != expected:
-            what = f"its qdata is {found[''].dtype}, {self.config.type_name} has {expected}"
-            raise InputError.one(shard.name, what, "Check that config.json belongs to the checkpoint")
         if self.kind == INTX:
             found[SCALE] = found[SCALE].to(torch_dtype(shard.dtype))
         return found

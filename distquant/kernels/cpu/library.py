@@ -31,7 +31,7 @@ CODES = {torch.int8: 0, torch.float8_e4m3fn: 1}
 NO_ISA, NO_MEMORY = 1, 2
 """What a function of the library returns where it did nothing (`Status` in `interface.hpp`)."""
 
-INTERFACE = 3
+INTERFACE = 4
 """The library's functions as they are called here (`kInterface` in `interface.hpp`)."""
 
 BYTES = 2**63 - 1

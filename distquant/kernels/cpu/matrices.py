@@ -13,10 +13,6 @@ from distquant.kernels.reference.mxfp4 import RUN, check_columns
 
 Block = tuple["int | None", "int | None"]
 
-POWERS = (27, 227)
-"""Bytes of the ue8m0 scales from 2^-100 to 2^100, under which neither an amax of 448 times it nor its reciprocal is
-rounded."""
-
 
 def quantize_int8_rows(
     weight: Tensor, *, codes: Tensor | None = None, absmax: Tensor | None = None
@@ -146,8 +142,7 @@ def quantize_fp8_ue8m0(
 ) -> tuple[Tensor, Tensor]:
     """Codes (float8_e4m3fn `[rows, columns]`) and scales (float8_e8m0fnu `[ceil(rows / br), ceil(columns / bc)]`).
 
-    As `reference.quantize_fp8_ue8m0`. Under an amax of 448 * 2^k, the factor of `encode_fp8` is exactly 2^-k, so its
-    native code serves here; scales outside `POWERS` are left to the reference.
+    As `reference.quantize_fp8_ue8m0`.
 
     Args:
         weight: bfloat16, float16 or float32 `[rows, columns]`.
@@ -158,15 +153,11 @@ def quantize_fp8_ue8m0(
         ValueError: an argument is not as said here.
     """
     source, rows, columns = matrix(weight)
-    grid = _tile(rows, columns, block)[2]
+    height, width, grid = _tile(rows, columns, block)
     packed = prepared(codes, (rows, columns), torch.float8_e4m3fn, CPU)
     stored = prepared(scale, grid, torch.float8_e8m0fnu, CPU)
-    powers = reference.ue8m0_scales(block_amax(source, block))
-    exponents = powers.view(torch.uint8)
-    if exponents.numel() and not POWERS[0] <= exponents.min() <= exponents.max() <= POWERS[1]:
-        return reference.quantize_fp8_ue8m0(source, block, codes=packed, scale=stored)
-    encode_fp8(source, powers.float() * reference.FP8_MAX, block, codes=packed)
-    return packed, stored.copy_(powers)
+    call("quantize_fp8_ue8m0", source, FLOATS[source.dtype], rows, columns, height, width, packed, stored)
+    return packed, stored
 
 
 def quantize_fp8_rows(

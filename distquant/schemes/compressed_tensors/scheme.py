@@ -32,7 +32,7 @@ from distquant.schemes.compressed_tensors.rounding import (
     to_words,
 )
 from distquant.schemes.compressed_tensors.storage import WORD, Storage, storages, target_of
-from distquant.schemes.dequantizing import DequantizingScheme
+from distquant.schemes.dequantizing import FLOATS, SPELLED, DequantizingScheme, wrong_dtypes
 from distquant.schemes.registry import register
 from distquant.schemes.selecting import STAR, members, one_of, unlike
 from distquant.schemes.shard import Shard
@@ -139,6 +139,10 @@ class CompressedTensorsScheme(DequantizingScheme):
                 found.append(Problem(name, what, f"Only multiples of {WORD} are supported with {bits} bits"))
         return found
 
+    def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
+        storage = self.storage(name)
+        return wrong_dtypes(name, dtypes, {storage.codes: (SPELLED[storage.dtype],), "weight_scale": FLOATS})
+
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         found = [*self.check_weight(name, shape), *super().check_stored(name, shape, stored)]
         storage = self.storage(name)
@@ -240,18 +244,11 @@ class CompressedTensorsScheme(DequantizingScheme):
         return found
 
     def _check_values(self, stored: Storage, shard: Shard, parts: dict[str, Tensor]) -> None:
-        """What headers do not tell: dtypes, and statistics that must be trivial.
+        """What headers do not tell: statistics that must be trivial.
 
         Raises:
             InputError: one is not as the configuration says.
         """
-        codes, scale = parts[stored.codes], parts["weight_scale"]
-        if codes.dtype != torch_dtype(stored.dtype):
-            what = f"{stored.codes or 'weight'} is stored as {codes.dtype}, {stored.format!r} means {stored.dtype}"
-            raise InputError.one(shard.name, what, OTHER)
-        if scale.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            what = f"weight_scale is stored as {scale.dtype}, only float32, bfloat16 and float16 are supported"
-            raise InputError.one(shard.name, what, OTHER)
         if SHAPE in parts and tuple(parts[SHAPE].tolist()) != shard.shape:
             what = f"weight_shape says {parts[SHAPE].tolist()}, the model has {list(shard.shape)}"
             raise InputError.one(shard.name, what, OTHER)
@@ -261,7 +258,8 @@ class CompressedTensorsScheme(DequantizingScheme):
             if not (torch.equal(index, own) or bool((index == -1).all())):
                 what = f"{GROUPS} gives columns a group of their own choice, which is not supported"
                 raise InputError.one(shard.name, what, "Quantize the original again with actorder='weight' or none")
-        if stored.weights.symmetric and bool(parts.get("weight_zero_point", scale[:0]).float().any()):
+        zeros = parts.get("weight_zero_point")
+        if stored.weights.symmetric and zeros is not None and bool(zeros.float().any()):
             raise InputError.one(shard.name, "it has zero points, and its group is symmetric", OTHER)
 
     # -- using -----------------------------------------------------------------------------------------------------

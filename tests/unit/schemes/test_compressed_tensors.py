@@ -264,7 +264,6 @@ def test_missing_and_unexplained_components_are_told_together(tmp_path):
         ("weight_shape", torch.tensor([96, 32]), r"weight_shape says \[96, 32\], the model has \[96, 64\]"),
         ("weight_g_idx", torch.arange(64) % 2, "weight_g_idx gives columns a group of their own choice"),
         ("weight_zero_point", torch.ones(96, 2, dtype=torch.int8), "it has zero points, and its group is symmetric"),
-        ("weight_packed", torch.zeros(96, 8, dtype=torch.float32), "stored as torch.float32, .* means int32"),
     ],
 )  # fmt: skip
 def test_values_that_contradict_the_config_are_refused(tmp_path, component, value, expected):
@@ -273,6 +272,16 @@ def test_values_that_contradict_the_config_are_refused(tmp_path, component, valu
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(dq.InputError, match=f"layers.0.mlp.up_proj.weight: .*{expected}"):
         dq.load(folder)
+
+
+def test_other_dtypes_than_the_config_means_are_told_together(tmp_path):
+    folder, tensors = golden("int4", tmp_path / "model")
+    tensors["model.layers.0.mlp.up_proj.weight_packed"] = torch.zeros(96, 8)
+    tensors["model.layers.0.mlp.gate_proj.weight_scale"] = torch.ones(96, 2, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    told = refusal(folder)
+    assert "up_proj.weight: weight_packed is stored as F32, and must be I32" in told
+    assert "gate_proj.weight: weight_scale is stored as I32, and must be F32 or BF16 or F16" in told
 
 
 def test_trivial_leftovers_of_older_files_are_taken(tmp_path):

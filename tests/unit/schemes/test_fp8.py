@@ -346,3 +346,13 @@ def test_slicing_what_is_stored_slices_the_weight(config, rows, columns, dim, ra
         assert all(value.shape == scheme.stored_shape(name, shard) for name, value in local.items())
         expected = torch.cat([truth.narrow(dim, a, b - a) for a, b in cut.segments(rank)], dim)
         assert torch.equal(scheme.dequantize(shard, local, torch.float32, reference), expected)
+
+
+def test_the_plan_counts_what_a_scale_of_the_tensor_waits_for(model_of) -> None:
+    """Rows stay in 16 bits until the last one has told its largest magnitude."""
+    tiles, whole = (
+        dq.plan(model_of("llama-352"), quantization_config=quant, mesh="tp=2", dtype="bfloat16", staging="1MiB")
+        for quant in ("fp8", "fp8-tensor")
+    )
+    assert [row.staging for row in tiles.memory] == [2**20] * 2
+    assert [row.staging for row in whole.memory] == [2**20 + 2 * 176 * 128] * 2

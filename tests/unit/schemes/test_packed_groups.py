@@ -319,6 +319,24 @@ def test_what_cannot_work_is_told_before_weights_move(golden: Any, name: str, ch
     assert message in told(lambda: dq.plan(str(golden(name, **changed))))
 
 
+@pytest.mark.parametrize(
+    ("name", "component", "dtype", "message"),
+    [
+        ("gptq/v1-4bit", "qweight", torch.float32, "qweight is stored as F32, and must be I32"),
+        ("awq/gemm", "qzeros", torch.int16, "qzeros is stored as I16, and must be I32"),
+        ("gptq/v2-3bit-act-order", "scales", torch.int32, "scales is stored as I32, and must be F32 or BF16 or F16"),
+    ],
+)
+def test_other_dtypes_are_told_before_weights_move(
+    golden: Any, name: str, component: str, dtype: torch.dtype, message: str
+) -> None:
+    folder = golden(name)
+    stored = load_file(folder / "model.safetensors")
+    key = next(key for key in stored if key.endswith(f"up_proj.{component}"))
+    save_file({**stored, key: stored[key].to(dtype)}, folder / "model.safetensors", {"format": "pt"})
+    assert f"up_proj.weight: {message}" in told(lambda: dq.plan(str(folder)))
+
+
 def test_an_index_that_is_missing_is_made_where_groups_lie_in_order(golden: Any) -> None:
     for name, act_order in (("gptq/v1-4bit", False), ("gptq/v2-3bit-act-order", True)):
         folder = golden(name)

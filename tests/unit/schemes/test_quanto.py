@@ -14,7 +14,7 @@ import torch
 from flowed import filled, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import distquant as dq
@@ -178,6 +178,21 @@ def test_mixed_kinds_and_activations_are_refused(tmp_path, model_of):
     quant = {"quant_method": "quanto", "weights": "int8", "activations": "int8"}
     with pytest.raises(dq.InputError, match=r"activations.*calibration"):
         dq.plan(model_of("llama-352"), quantization_config=quant)
+
+
+@pytest.mark.parametrize(("kind", "whole"), [("int8", False), ("int4", True)])
+def test_the_plan_says_that_packed_weights_go_whole(kind, whole):
+    notes = dq.plan(DATA / kind, mesh="tp=2").notes
+    assert any(note.startswith("taken whole by every rank") for note in notes) == whole
+
+
+def test_other_codes_than_the_map_says_are_refused(tmp_path):
+    folder = shutil.copytree(DATA / "int8", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight._data"] = tensors["model.layers.0.mlp.up_proj.weight._data"].short()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(dq.InputError, match=r"up_proj.weight: weight is stored as I16, and must be I8"):
+        dq.plan(folder)
 
 
 def test_a_broken_map_is_refused(tmp_path):

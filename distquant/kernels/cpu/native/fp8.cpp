@@ -15,6 +15,20 @@ inline float factor_of(float amax) {
     return amax > 0.0f && factor < __builtin_inff() ? factor : 1.0f;
 }
 
+// Exponent of the power of two that a tile of that amax is divided by, as ue8m0 has it; an infinite amax gives NaN.
+inline uint8_t power_of(float amax) {
+    const float factor = amax > 0.0f ? 1.0f / amax * kLargest : 1.0f;
+    const float exact = 1.0f / factor, scale = exact < 0x1p-126f ? 0x1p-126f : exact;
+    uint32_t bits;
+    std::memcpy(&bits, &scale, sizeof bits);
+    return (uint8_t)((bits + 0x7fffffu) >> 23);  // a fraction that is not 0 carries into the exponent
+}
+
+// What is multiplied with in place of a division: exact.
+inline float reciprocal_of(uint8_t power) {
+    return power == 0xff ? __builtin_nanf("") : 1.0f / as_float((uint32_t)power << 23);
+}
+
 template <class T>
 DISTQUANT_INLINE void encode_run(const uint8_t *from, int64_t count, float by, uint8_t *to) {
     const Floats factor = all(by);
@@ -46,8 +60,15 @@ void quantize(const QuantizeFp8 &a, int64_t first, int64_t last) {
                 const uint8_t *from = (const uint8_t *)a.weight + (row * t.columns + left) * T::bytes;
                 amax = larger_magnitude(absmax_of<T>(from, width), amax);
             }
-            const float factor = factor_of(amax);
-            a.scale[band * across + tile] = 1.0f / factor;
+            float factor;
+            if (a.powers) {
+                const uint8_t power = power_of(amax);
+                a.powers[band * across + tile] = power;
+                factor = reciprocal_of(power);
+            } else {
+                factor = factor_of(amax);
+                a.scale[band * across + tile] = 1.0f / factor;
+            }
             for (int64_t row = top; row < bottom; ++row) {
                 const int64_t at = row * t.columns + left;
                 encode_run<T>((const uint8_t *)a.weight + at * T::bytes, width, factor, a.codes + at);

@@ -11,7 +11,7 @@
 namespace distquant {
 
 // Raised whenever a function below changes, so that Python refuses a library of other sources.
-constexpr int32_t kInterface = 3;
+constexpr int32_t kInterface = 4;
 
 enum Status : int32_t { kDone = 0, kNoIsa = 1, kNoMemory = 2 };
 
@@ -44,6 +44,11 @@ DISTQUANT_EXPORT distquant_quantize_int8_rows(int64_t isa, int64_t threads, cons
 DISTQUANT_EXPORT distquant_quantize_fp8(int64_t isa, int64_t threads, const void *weight, int64_t type, int64_t rows,
                                         int64_t columns, int64_t tile_rows, int64_t tile_columns, uint8_t *codes,
                                         float *scale);
+
+// `powers` (as `scale`) are exponents, ue8m0.
+DISTQUANT_EXPORT distquant_quantize_fp8_ue8m0(int64_t isa, int64_t threads, const void *weight, int64_t type,
+                                              int64_t rows, int64_t columns, int64_t tile_rows, int64_t tile_columns,
+                                              uint8_t *codes, uint8_t *powers);
 
 // `factors` (as `scale`) holds the amax and is overwritten.
 DISTQUANT_EXPORT distquant_encode_fp8(int64_t isa, int64_t threads, const void *weight, int64_t type, int64_t rows,

@@ -132,8 +132,17 @@ DISTQUANT_EXPORT distquant_quantize_fp8(int64_t isa, int64_t threads, const void
                                         float *scale) {
     DISTQUANT_KERNELS(isa);
     const Tiles tiles = {rows, columns, tile_rows, tile_columns};
-    QuantizeFp8 call = {weight, (Float)type, tiles, codes, scale, nullptr, nullptr};
+    QuantizeFp8 call = {weight, (Float)type, tiles, codes, scale, nullptr, nullptr, nullptr};
     if (rows > 1 && tile_rows >= rows) return quantize_one_band(*k, call, threads);
+    return run(k->quantize_fp8, call, threads, tiles.down(), rows * columns);
+}
+
+DISTQUANT_EXPORT distquant_quantize_fp8_ue8m0(int64_t isa, int64_t threads, const void *weight, int64_t type,
+                                              int64_t rows, int64_t columns, int64_t tile_rows, int64_t tile_columns,
+                                              uint8_t *codes, uint8_t *powers) {
+    DISTQUANT_KERNELS(isa);
+    const Tiles tiles = {rows, columns, tile_rows, tile_columns};
+    const QuantizeFp8 call = {weight, (Float)type, tiles, codes, nullptr, powers, nullptr, nullptr};
     return run(k->quantize_fp8, call, threads, tiles.down(), rows * columns);
 }
 
@@ -142,7 +151,7 @@ DISTQUANT_EXPORT distquant_encode_fp8(int64_t isa, int64_t threads, const void *
                                       float *scale, float *factors) {
     DISTQUANT_KERNELS(isa);
     const Tiles tiles = {rows, columns, tile_rows, tile_columns};
-    return encode_fp8(*k, {weight, (Float)type, tiles, codes, scale, nullptr, factors}, threads);
+    return encode_fp8(*k, {weight, (Float)type, tiles, codes, scale, nullptr, nullptr, factors}, threads);
 }
 
 DISTQUANT_EXPORT distquant_dequantize_fp8(int64_t isa, int64_t threads, const uint8_t *codes, const float *scale,
@@ -156,7 +165,8 @@ DISTQUANT_EXPORT distquant_dequantize_fp8(int64_t isa, int64_t threads, const ui
 DISTQUANT_EXPORT distquant_row_amax(int64_t isa, int64_t threads, const void *weight, int64_t type, int64_t rows,
                                     int64_t columns, int64_t tile_columns, float *amax) {
     DISTQUANT_KERNELS(isa);
-    const QuantizeFp8 call = {weight, (Float)type, {rows, columns, 1, tile_columns}, nullptr, nullptr, amax, nullptr};
+    const Tiles tiles = {rows, columns, 1, tile_columns};
+    const QuantizeFp8 call = {weight, (Float)type, tiles, nullptr, nullptr, nullptr, amax, nullptr};
     return run(k->amax_fp8, call, threads, rows, rows * columns);
 }
 

@@ -182,6 +182,13 @@ void fp8(int64_t rows, int64_t columns, int64_t tile_rows, int64_t tile_columns,
              "status");
         return codes.bytes() + scale.bytes();
     });
+    on_all("quantize_fp8_ue8m0", [&](int64_t isa, int64_t threads) {
+        Exact<uint8_t> codes(rows * columns), powers(tiles);
+        must(!distquant_quantize_fp8_ue8m0(isa, threads, weight.at(), type, rows, columns, tile_rows, tile_columns,
+                                           codes.at(), powers.at()),
+             "status");
+        return codes.bytes() + powers.bytes();
+    });
     on_all("encode_fp8", [&](int64_t isa, int64_t threads) {
         Exact<uint8_t> codes(rows * columns);
         Exact<float> scale(tiles), factors(tiles);
