@@ -126,11 +126,19 @@ def _entire(draft: Draft) -> Iterator[str]:
         what = f"quantized whole by one rank of a node: {len(found)} weights; the largest ({tensor.name}) takes"
         yield f"{what} {format_bytes(nbytes)} while it is, counted as staging"
     uncut = [t for t in draft.tensors if t.scheme != "none" and t.cut and draft.prequantized]
-    whole = [t for t in uncut if any(s.component in draft.scheme.unsliced for s in t.sources)]
+    whole = [t for t in uncut if _goes_whole(draft, t)]
     if whole:
         yield (
             f"taken whole by every rank, which keeps its part: {len(whole)} weights (their packed form has no slices)"
         )
+
+
+def _goes_whole(draft: Draft, tensor: TensorPlan) -> bool:
+    """Whether every rank gets all codes of a stored weight, because they have no slices."""
+    if any(source.component in draft.scheme.unsliced for source in tensor.sources):
+        return True
+    one = one_of(tensor)
+    return any(c.gathered and not c.name for c in draft.scheme.layout(one.name, one.shape, one.dtype).components)
 
 
 def _nbytes(draft: Draft, modules: set[str]) -> int:

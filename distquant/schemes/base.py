@@ -64,6 +64,8 @@ class Scheme(ABC):
     """How checkpoints name the components beside `<module>.weight`: suffix after `<module>.` -> component."""
     fused_suffixes: ClassVar[Mapping[str, str]] = {}
     """The same beside a parameter of fused experts: what is glued to its name, such as `_scales`."""
+    unsliced: ClassVar[frozenset[str]] = frozenset()
+    """Components of stored weights that have no slice for a slice of the weight, and so go whole to every rank."""
     by_bitsandbytes: ClassVar[bool] = False
     """Whether the library bitsandbytes has kernels for it."""
     stacks: ClassVar[bool] = False
@@ -134,11 +136,6 @@ class Scheme(ABC):
     def notes(self, converted: Iterable[str]) -> Iterable[str]:
         """What to know of the conversion of these modules though nothing is wrong."""
         return ()
-
-    @property
-    def unsliced(self) -> frozenset[str]:
-        """Components of stored weights that have no slice for a slice of the weight, and so go whole to every rank."""
-        return frozenset()
 
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
         """What is wrong with the dtypes of these components (name -> safetensors' spelling)."""

@@ -132,12 +132,9 @@ class HqqScheme(Scheme):
     requires: ClassVar[Mapping[str, str]] = {"hqq": "0.2.8"}
     stacks: ClassVar[bool] = False  # what packed codes mean is in `HQQLinear`'s own metadata
     suffixes: ClassVar[Mapping[str, str]] = {key: key for key in ("W_q", "scale", "zero", *FIXED)}
+    unsliced: ClassVar[frozenset[str]] = frozenset(("W_q", "scale", "zero"))
     constants: ClassVar[frozenset[str]] = frozenset(FIXED)
     config: HqqConfig
-
-    @property
-    def unsliced(self) -> frozenset[str]:
-        return frozenset(("W_q", "scale", "zero"))
 
     # -- deciding --------------------------------------------------------------------------------------------------
 

@@ -100,10 +100,6 @@ class QuantoScheme(DequantizingScheme):
         return self.bits < 8
 
     @property
-    def unsliced(self) -> frozenset[str]:
-        return frozenset(("",)) if self.grouped else frozenset()
-
-    @property
     def codes_dtype(self) -> str:
         return {"int8": "int8", "float8": "float8_e4m3fn"}.get(self.config.weights, "uint8")
 
