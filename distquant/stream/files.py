@@ -14,6 +14,7 @@ import os
 import random
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -209,10 +210,13 @@ class Files:
 
 def resident_share(fd: int) -> float:
     """Share of a file's pages that lie in memory, from a random sample; 1.0 where that cannot be asked."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return 1.0
     size = os.fstat(fd).st_size
-    offsets = [random.randrange(max(size, 1)) // PAGE * PAGE for _ in range(SAMPLES)]
+    offsets = [random.randrange(max(size, 1)) // mmap.PAGESIZE * mmap.PAGESIZE for _ in range(SAMPLES)]
     if size and _may_ask(fd):
-        return sum(_resident(fd, size, offsets)) / SAMPLES
+        with suppress(OSError):  # some file systems cannot be mapped
+            return sum(_resident(fd, size, offsets)) / SAMPLES
     return sum(_answers_at_once(fd, offset) for offset in offsets) / SAMPLES
 
 
@@ -228,8 +232,9 @@ def _resident(fd: int, size: int, offsets: list[int]) -> list[bool]:
         start = np.frombuffer(mapped, np.uint8).ctypes.data
         found = []
         for offset in offsets:
-            failed = known.mincore(ctypes.c_void_p(start + offset), ctypes.c_size_t(PAGE), ctypes.byref(page))
-            found.append(bool(failed or page.value & 1))
+            if known.mincore(ctypes.c_void_p(start + offset), ctypes.c_size_t(mmap.PAGESIZE), ctypes.byref(page)):
+                raise OSError(ctypes.get_errno(), "mincore")
+            found.append(bool(page.value & 1))
     return found
 
 

@@ -118,9 +118,14 @@ def test_resident_share(tmp_path):
         assert resident_share(fd) <= 0.25, "asking reads nothing"
 
 
-def test_resident_share_of_a_file_that_others_own(tmp_path, monkeypatch):
-    """Only the owner, or who may write, is told; others see whether a read of a page answers at once."""
-    monkeypatch.setattr(files_module, "_may_ask", lambda fd: False)
+@pytest.mark.parametrize("reason", ["_may_ask", "_resident"])
+def test_resident_share_where_the_kernel_does_not_tell(tmp_path, monkeypatch, reason):
+    """Only the owner is told, or who may write, and not of all file systems; else a read tells."""
+
+    def cannot_be_mapped(*_):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(files_module, reason, (lambda fd: False) if reason == "_may_ask" else cannot_be_mapped)
     with open(tmp_path / "data.bin", "wb+") as file:
         file.write(os.urandom(64 * PAGE))
         file.flush()

@@ -88,7 +88,7 @@ struct QuantizeFp8 {
     Tiles tiles;
     uint8_t *codes;
     float *scale;    // [down, across], or null: `powers`
-    uint8_t *powers; // the same, of `quantize_fp8`: scales that are powers of two, as their exponents (ue8m0)
+    uint8_t *powers;  // the same, of `quantize_fp8`: scales that are powers of two, as their exponents (ue8m0)
     float *amax;     // [rows, across], of `amax_fp8`
     float *factors;  // [down, across], `factors_fp8` finds the amax in it
 };
