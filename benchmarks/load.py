@@ -7,8 +7,10 @@ CHECKPOINT is a folder of a bf16 model with safetensors files. A benchmark of CP
 What is timed: from the call of the load to the assembled model (bf16: every byte of its parameters read once). Each
 measurement has fresh processes. They have imported everything, joined their process group and, by the same call,
 loaded the small example model before the clock starts; the checkpoint's files have just been read, so they lie in the
-page cache where it has room (for a cold contestant they have just been dropped from it). The seconds of a run are those
-of its slowest rank. Contestants take turns (A B C A B C ...), so that a slow minute of the machine meets all of them.
+page cache where it has room (for a cold contestant they have just been dropped from it); and memory of the checkpoint's
+size and a quarter more has just been taken and given back, so that no virtual machine waits for its host to back it.
+The seconds of a run are those of its slowest rank. Contestants take turns (A B C A B C ...), so that a slow minute of
+the machine meets all of them.
 
 Writes a page and, beside it under the same name, all measurements as JSON (for `plot.py peers`).
 """
@@ -154,7 +156,8 @@ def page(path: str, command: str, runs: Runs, load: float, count: int) -> str:
         bytes_read(runs),
         "Seconds are medians of those of the slowest rank, from the call of the load to the assembled model (bf16:\n"
         "with every byte of its parameters read once); processes started, imports done, process group up, files in\n"
-        "the page cache (cold: dropped from it). GB/s: bytes of the files by those seconds. Peak memory: resident\n"
+        "the page cache (cold: dropped from it), memory taken and given back just before (a guest's host may have had\n"
+        "it). GB/s: bytes of the files by those seconds. Peak memory: resident\n"
         "memory over that before the load, summed over the processes (pages of mapped files count). Own memory: at\n"
         "the end, without mapped files; a peer that has less of it than its model is large still lives in the page\n"
         "cache. Read: what distquant reports or the floor counts; direct: of it, past the page cache. A floor is two\n"

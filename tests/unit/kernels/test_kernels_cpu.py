@@ -100,6 +100,35 @@ def test_4bit_on_the_thresholds_and_beside_them(quant_type, dtype):
     same((codes, absmax), (theirs.view(-1), state.absmax), "bitsandbytes")
 
 
+BFLOATS = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+"""All of them."""
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("exponent", [-133, -127, -126, -101, -100, -99, -20, -1, 0, 7, 60, 99, 100, 101, 127])
+def test_every_bfloat16_of_many_blocks(quant_type, exponent):
+    """Codes of bfloat16 are found on its grid, to which the thresholds are brought down, a block at a time."""
+    for step in range(0, 128, 9):
+        absmax = torch.tensor((1 + step / 128) * 2.0**exponent).bfloat16()
+        rest = BFLOATS[BFLOATS.abs() <= absmax]
+        rest = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(step))]
+        rest = rest[: len(rest) // 63 * 63].view(-1, 63)
+        source = torch.cat([rest, absmax.expand(len(rest), 1)], dim=1)
+        if len(source):
+            on_every_isa("quantize_4bit", source, 64, quant_type)
+
+
+def test_thresholds_on_the_grid_of_bfloat16():
+    """Given absmax that bring a threshold exactly to a bfloat16, and the ones beside them."""
+    thresholds = torch.tensor(reference._tables("nf4", torch.device("cpu"))[0])
+    grid = torch.arange(1, 2, 2.0**-7)
+    on_it = (grid.view(-1, 1) / thresholds.abs()).view(-1)
+    absmax = torch.cat([torch.nextafter(on_it, torch.tensor(way)) for way in (0.0, math.inf)] + [on_it])
+    values = torch.cat([grid, -grid])[None, :].expand(len(absmax), -1)[:, :192]
+    source = torch.nn.functional.pad(values, (0, 256 - values.shape[1]), value=1.0).bfloat16()
+    on_every_isa("encode_4bit", source, absmax, 256, "nf4")
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_the_ragged_tail_is_divided(quant_type):
     """Just above a threshold times the absmax, where a division and a product with the reciprocal may part."""
@@ -155,6 +184,17 @@ def test_int8_factors_are_rounded_twice():
     codes, found = on_every_isa("quantize_int8_rows", source)
     once = (source.float() * (127.0 / found.double()).float().view(-1, 1)).round()
     assert not torch.equal(codes.float(), once), "nothing tells one rounding from two"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_int8_of_every_value_in_rows_of_many_absmax(dtype):
+    """The cast to float16 is left out where it changes nothing: beyond 2^-17, and under an absmax of 2^-8 or more."""
+    values = BFLOATS if dtype == "bfloat16" else BFLOATS.view(torch.float16)
+    for exponent in (-24, -17, -10, -9, -8, -7, 0, 9, 15, 16, 127):
+        limit = torch.tensor(1.5 * 2.0 ** min(exponent, 15 if dtype == "float16" else 127)).to(values.dtype)
+        row = values[values.abs() <= limit]
+        _, absmax = on_every_isa("quantize_int8_rows", row.view(1, -1))
+        on_every_isa("encode_int8_rows", torch.cat([row, values[values.isnan()]]).view(1, -1), absmax)
 
 
 @PROPERTY

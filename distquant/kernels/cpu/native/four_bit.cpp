@@ -1,4 +1,6 @@
 // NF4 and FP4: one code path; the two differ by their tables only.
+#include <type_traits>
+
 #include "formats.hpp"
 #include "isa.hpp"
 
@@ -111,9 +113,109 @@ DISTQUANT_INLINE void encode(const Search &s, const uint8_t *from, int64_t count
     }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+// Blocks of bfloat16, sixteen elements a vector: instead of every element being scaled, the thresholds are brought down
+// to the grid of bfloat16, once a block, and ranks are found among 16-bit integers that are ordered as the floats are.
+//
+// `x * reciprocal > t`, rounded as it is, holds if x lies above `t * absmax` by more than 3 parts in 2^24 and not if it
+// lies below by as much: three roundings. So where no threshold comes within that distance of the grid, comparing with
+// the grid's next point below it decides every x as the product does; where one does (two blocks in a thousand), the
+// block is left to `encode`, as are absmax at the ends of float32's range.
+struct Grid {
+    static constexpr int64_t run = 64;                       // elements that are packed at once
+    static constexpr float lowest = 0x1p-100f, highest = 0x1p100f;  // no product near a threshold is a denormal
+
+    // Every second threshold, for the last step of the search; the others where the third step looks them up, in between
+    // those of the first and the second.
+    __m256 even, rest, even_flip, rest_flip;
+    __m256i even_below, rest_below;
+    bool usable = true;
+
+    explicit Grid(const Quantize4bit &a) {
+        static constexpr int kRest[8] = {1, 7, 5, 3, 9, 11, 13, 13};
+        float at_even[8], at_rest[8];
+        for (int i = 0; i < 8; ++i) {
+            at_even[i] = a.thresholds[2 * i];
+            at_rest[i] = a.thresholds[kRest[i]];
+            usable = usable && at_even[i] != 0 && at_rest[i] != 0;
+        }
+        even = _mm256_loadu_ps(at_even);
+        rest = _mm256_loadu_ps(at_rest);
+        even_below = _mm256_srai_epi32(_mm256_castps_si256(even), 31);
+        rest_below = _mm256_srai_epi32(_mm256_castps_si256(rest), 31);
+        even_flip = _mm256_castsi256_ps(_mm256_srli_epi32(even_below, 1));
+        rest_flip = _mm256_castsi256_ps(_mm256_srli_epi32(rest_below, 1));
+    }
+};
+
+// Points of the grid as integers: negative ones have their magnitude turned round.
+DISTQUANT_INLINE __m256i to_grid(__m256 scaled, __m256 flip, __m256i below) {
+    return _mm256_add_epi32(_mm256_srai_epi32(_mm256_castps_si256(_mm256_xor_ps(scaled, flip)), 16), below);
+}
+
+DISTQUANT_INLINE __m256i off_grid(__m256 scaled) {  // 0 in a lane that is within 4 units of the grid
+    const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(scaled), _mm256_set1_epi32(4));
+    return _mm256_and_si256(bits, _mm256_set1_epi32(0xfff8));
+}
+
+// `rank(x) * 0x101 + 0x100` without the last bit of the upper byte, which only `low` of it is used of.
+struct GridTables {
+    __m256i first, second_low, second_high, third, fourth;
+};
+
+DISTQUANT_INLINE __m256i rank(const GridTables &t, __m256i x) {
+    const __m256i sign = _mm256_srli_epi16(_mm256_srai_epi16(x, 15), 1);
+    x = _mm256_xor_si256(x, sign);
+    __m256i up = _mm256_cmpgt_epi16(x, t.first);
+    __m256i at = _mm256_or_si256(_mm256_and_si256(up, _mm256_set1_epi16(0x0808)), _mm256_set1_epi16(0x0100));
+    up = _mm256_cmpgt_epi16(x, _mm256_blendv_epi8(t.second_low, t.second_high, up));
+    at = _mm256_or_si256(at, _mm256_and_si256(up, _mm256_set1_epi16(0x0404)));
+    up = _mm256_cmpgt_epi16(x, _mm256_shuffle_epi8(t.third, at));
+    at = _mm256_or_si256(at, _mm256_and_si256(up, _mm256_set1_epi16(0x0202)));
+    up = _mm256_cmpgt_epi16(x, _mm256_shuffle_epi8(t.fourth, at));
+    return _mm256_sub_epi16(at, up);
+}
+
+// Whether it could: codes of whole runs of a block.
+DISTQUANT_INLINE bool encode_on_grid(const Grid &g, const uint8_t *from, int64_t count, float absmax, uint8_t *to) {
+    if (!g.usable || count % Grid::run || !(absmax >= Grid::lowest && absmax <= Grid::highest)) return false;
+    const __m256 scale = _mm256_set1_ps(absmax);
+    const __m256 even = _mm256_mul_ps(g.even, scale), rest = _mm256_mul_ps(g.rest, scale);
+    const __m256i near = _mm256_cmpeq_epi32(_mm256_min_epu32(off_grid(even), off_grid(rest)), _mm256_setzero_si256());
+    if (!_mm256_testz_si256(near, near)) return false;
+
+    // To 16 bits, all eight in each half of a vector.
+    const __m256i fourth = to_grid(even, g.even_flip, g.even_below), third = to_grid(rest, g.rest_flip, g.rest_below);
+    GridTables t;
+    t.fourth = _mm256_permute4x64_epi64(_mm256_packs_epi32(fourth, fourth), 0x88);
+    t.third = _mm256_permute4x64_epi64(_mm256_packs_epi32(third, third), 0x88);
+    t.first = _mm256_shuffle_epi8(t.third, _mm256_set1_epi16(0x0302));
+    t.second_low = _mm256_shuffle_epi8(t.third, _mm256_set1_epi16(0x0706));
+    t.second_high = _mm256_shuffle_epi8(t.third, _mm256_set1_epi16(0x0b0a));
+
+    const __m256i low = _mm256_set1_epi16(15), pair = _mm256_set1_epi32(0x00010010);
+    for (int64_t i = 0; i < count; i += Grid::run) {
+        __m256i code[4];  // 32 bits each
+        for (int j = 0; j < 4; ++j) {
+            const __m256i x = _mm256_loadu_si256((const __m256i *)(from + 2 * i) + j);
+            code[j] = _mm256_madd_epi16(_mm256_and_si256(rank(t, x), low), pair);
+        }
+        const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(code[0], code[1]), _mm256_packus_epi32(code[2], code[3]));
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing goes by halves
+        _mm256_storeu_si256((__m256i *)(to + i / 2), _mm256_permutevar8x32_epi32(bytes, order));
+    }
+    return true;
+}
+
+#endif
+
 template <class T, bool ordered>
 void quantize(const Quantize4bit &a, int64_t first, int64_t last) {
     const Search s(a);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const Grid grid(a);
+#endif
     const uint8_t *weight = (const uint8_t *)a.weight;
     for (int64_t block = first; block < last; ++block) {
         const int64_t start = block * a.blocksize, left = a.count - start;
@@ -126,6 +228,11 @@ void quantize(const Quantize4bit &a, int64_t first, int64_t last) {
             a.absmax[block] = ragged ? at_least_tiny(found) : found;
         }
         const float absmax = a.absmax[block];
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        if constexpr (ordered && std::is_same<T, BF16>::value) {
+            if (!ragged && encode_on_grid(grid, from, count, absmax, to)) continue;
+        }
+#endif
         if (ragged)
             encode<T, ordered, true>(s, from, count, absmax, to);
         else

@@ -72,6 +72,17 @@ DISTQUANT_INLINE void store_low_bytes(void *to, Words v) {
 #endif
 }
 
+// The low bytes of even and odd elements in turn.
+DISTQUANT_INLINE void store_low_bytes(void *to, Words even, Words odd) {
+    const Words both = (even & 255u) | ((odd & 255u) << 8);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i words = (__m256i)both;
+    _mm_storeu_si128((__m128i *)to, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+#else
+    store(to, __builtin_convertvector(both, Halves));
+#endif
+}
+
 // float16 in the low half of each word -> float32. Exact.
 DISTQUANT_INLINE Floats from_half(Words half) {
 #if defined(__AVX512F__)

@@ -1,0 +1,80 @@
+"""Memory of the machine for what a load keeps: taken at once, and in huge pages where these come quickly.
+
+A page fault for each 4 KiB costs more than what is written there. Linux gives many pages in one call, and 2 MiB a page
+where it is asked to: several times faster, unless the machine is a guest whose host has taken free memory back (it does
+so in large blocks, and has to give it again). Which it is shows in the time that a page takes, so that is measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+
+import torch
+from torch import Tensor
+
+HUGE_PAGE = 2 << 20
+POPULATE_WRITE = 23
+"""Linux' MADV_POPULATE_WRITE, which `mmap` does not name."""
+
+SMALLEST = 1 << 20
+"""Bytes from which memory is mapped by itself; anything smaller is the allocator's."""
+
+SLOW = 2e-3
+"""Seconds from which on a huge page costs more than as many bytes in small ones."""
+
+PAUSE = 32
+"""Huge pages that are left out after a slow one; twice as many after each that is slow again."""
+
+
+class Memory:
+    """Gives memory for tensors, and keeps in mind whether huge pages pay. One a load; any thread may ask."""
+
+    def __init__(self) -> None:
+        self._asks = hasattr(mmap, "MADV_HUGEPAGE")
+        self._pause = PAUSE
+        self._left_out = 0
+        """Huge pages that are still to be left out."""
+
+    def empty(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A new tensor of `count` elements, not initialized. Its memory is given back with the last view of it."""
+        nbytes = count * dtype.itemsize
+        if device.type != "cpu" or nbytes < SMALLEST or not self._asks:
+            return torch.empty(count, dtype=dtype, device=device)
+        mapped = mmap.mmap(-1, nbytes + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        start = -torch.frombuffer(mapped, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+        made = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
+        try:
+            self._take(made.data_ptr(), nbytes)
+        except OSError:
+            self._asks = False  # a Linux that knows none of this: pages come when they are written to
+        return made
+
+    def _take(self, address: int, nbytes: int) -> None:
+        """Takes the pages of memory that begins on a huge page."""
+        huge = 0
+        while nbytes - huge >= HUGE_PAGE and self._left_out <= 0:
+            _advise(address + huge, HUGE_PAGE, mmap.MADV_HUGEPAGE)
+            begun = time.perf_counter()
+            _advise(address + huge, HUGE_PAGE, POPULATE_WRITE)
+            self._took(time.perf_counter() - begun)
+            huge += HUGE_PAGE
+        if huge < nbytes:
+            _advise(address + huge, nbytes - huge, POPULATE_WRITE)
+            self._left_out -= (nbytes - huge) // HUGE_PAGE
+
+    def _took(self, seconds: float) -> None:
+        """Counts a huge page."""
+        if seconds < SLOW:
+            self._pause = PAUSE
+        else:
+            self._left_out, self._pause = self._pause, 2 * self._pause
+
+
+def _advise(address: int, nbytes: int, advice: int) -> None:
+    """madvise(2) without Python's lock, which `mmap.madvise` keeps."""
+    known = ctypes.CDLL(None, use_errno=True)
+    if known.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
