@@ -357,4 +357,6 @@ def plain_tensors(tensor: Any) -> Iterator[Any]:
         yield tensor.data
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from plain_tensors(getattr(tensor, name))
+        inner = getattr(tensor, name)
+        if hasattr(inner, "data_ptr"):  # a shard also names the mesh that it lies on
+            yield from plain_tensors(inner)
