@@ -97,6 +97,7 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     kernel: str = "auto",
+    forward: str = "auto",
     io: str = "auto",
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
@@ -108,6 +109,8 @@ def load(
 
     Args:
         kernel: which kernels quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`. All give the same bits.
+        forward: how weights are multiplied that are kept as their format stores them: `dequantize`, `float8` (with
+            activations rounded to float8, where the method is meant so), or `auto`: in float8 on a GPU that has it.
         io: how files are read: `buffered` (through the page cache), `direct` (past it), or `auto`: what is in memory
             through the page cache, the rest past it.
         trace: file to write a trace of all ranks' stages to, for Perfetto.
@@ -141,7 +144,8 @@ def load(
             revision=revision,
         )
         size = _mesh_size(request)
-    options = Options(kernel=kernel, io=io, trace=None if trace is None else os.fspath(trace), timeout=timeout)
+    written = None if trace is None else os.fspath(trace)
+    options = Options(kernel=kernel, forward=forward, io=io, trace=written, timeout=timeout)
     if torchrun.joined():
         return torchrun.load(request, _rank_memory(max_memory), options, progress)
     if size > 1:

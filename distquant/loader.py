@@ -19,6 +19,7 @@ from distquant.assemble.adapters import watch_adapters
 from distquant.assemble.devices import Devices
 from distquant.assemble.experts import Experts, join_experts
 from distquant.assemble.finish import fill_computed_buffers
+from distquant.assemble.forward import refuse_forward, set_forward
 from distquant.assemble.local import local_shape, shard_of, stored_turned
 from distquant.assemble.sinks import BandSink, Home
 from distquant.assemble.tasks import Job, jobs_of, sink_of
@@ -30,7 +31,7 @@ from distquant.config import parse
 from distquant.errors import DistquantError, InputError, Problem, RankError
 from distquant.kernels.choice import Choice, choose
 from distquant.mesh import REPLICA
-from distquant.options import Options, Progress, Seen
+from distquant.options import Forward, Options, Progress, Seen
 from distquant.planning.experts import ALL_REDUCE, Piece
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.planning.reading import node_ranks
@@ -100,6 +101,7 @@ def load_shard(
         return _delegate(plan, comm, device)
     # What cannot run here is told before anything is read.
     refuse_kernel(plan, scheme_of(plan), choose(options.kernel, device).kernel)
+    refuse_forward(plan, scheme_of(plan), Forward(options.forward), device)
     _import_libraries(plan)
     comm.collect(None)  # ranks that import slowly are not counted as loading
     start = time.perf_counter()
@@ -253,6 +255,7 @@ class _Loading:
         finish(model, plan.model, same_tokens, sharded)
         if not plan.dequantize:
             self.scheme.finish_model(model)
+            self.report.forward = set_forward(model, self.scheme, Forward(self.options.forward))
         if plan.device_map is not None:
             self.devices.dispatch(model)
 

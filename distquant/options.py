@@ -5,12 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 from distquant.errors import Problems
 
 IO_MODES = ("auto", "buffered", "direct")
 """By measurement, through the page cache, past it."""
+
+
+class Forward(str, Enum):
+    """How weights are multiplied that are kept as their format stores them."""
+
+    AUTO = "auto"
+    """In float8 on a GPU that has it, where the method means activations to be float8, too; else dequantized."""
+    DEQUANTIZE = "dequantize"
+    """The weight is dequantized, and multiplied with the activations as they are."""
+    FLOAT8 = "float8"
+    """In float8 on any device (on a CPU torch computes the same, slowly)."""
+
+
+FORWARDS = tuple(each.value for each in Forward)
 
 
 class Seen(NamedTuple):
@@ -34,6 +49,8 @@ class Options:
 
     kernel: str = "auto"
     """Which kernels quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`."""
+    forward: str = "auto"
+    """How stored weights are multiplied: `auto`, `dequantize` or `float8`; of no consequence to them."""
     io: str = "auto"
     """How files are read: through the page cache (`buffered`), past it (`direct`), or by measurement (`auto`)."""
     trace: str | None = None
@@ -44,6 +61,8 @@ class Options:
     def __post_init__(self) -> None:
         """Raises `InputError` with every option that cannot work."""
         problems = Problems()
+        if self.forward not in FORWARDS:
+            problems.add("forward", f"{self.forward!r} is no way to multiply", f"Choose one of: {', '.join(FORWARDS)}")
         if self.io not in IO_MODES:
             problems.add("io", f"{self.io!r} is no way to read", f"Choose one of: {', '.join(IO_MODES)}")
         if self.trace is not None and not os.path.isdir(os.path.dirname(os.path.abspath(self.trace))):

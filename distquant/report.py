@@ -32,6 +32,8 @@ class RankReport:
     peak_device_bytes: int = 0
     kernel: str = ""
     """Which kernels quantized, and why these."""
+    forward: str = ""
+    """What multiplies the quantized weights."""
     limit: str = ""
     """The stage that held the rank back."""
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))

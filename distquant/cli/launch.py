@@ -124,7 +124,7 @@ def load_options(arguments: argparse.Namespace, mesh: str | None) -> dict[str, A
 
 def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """How the load runs: arguments of `distquant.load` that are no part of the plan."""
-    return {name: getattr(arguments, name) for name in ("kernel", "io", "trace", "timeout")}
+    return {name: getattr(arguments, name) for name in ("kernel", "forward", "io", "trace", "timeout")}
 
 
 def text_or_json(text: str | None, where: str, example: str) -> Any:

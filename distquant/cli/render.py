@@ -97,10 +97,14 @@ def report_text(report: dict[str, Any]) -> str:
         for r in report["ranks"]
     ]
     header = ("rank", "loaded in", "read", "quantized", "unquantized", "peak memory", "busy (s)")
-    kernels = "; ".join(dict.fromkeys(r["kernel"] for r in report["ranks"] if r["kernel"]))
+    said = [
+        f"{label} {'; '.join(told)}"
+        for label, field in (("kernels", "kernel"), ("forward", "forward"))
+        if (told := dict.fromkeys(r[field] for r in report["ranks"] if r[field]))
+    ]
     what = f"{report['runtime']}, mesh {report['mesh']}, fingerprint {report['fingerprint']}"
     limits = ", ".join(dict.fromkeys(r["limit"] for r in report["ranks"]))
-    return "\n".join([table(header, rows), *([f"kernels {kernels}"] if kernels else []), f"limited by {limits}", what])
+    return "\n".join([table(header, rows), *said, f"limited by {limits}", what])
 
 
 def inspect_text(checkpoint: Checkpoint) -> str:

@@ -234,6 +234,7 @@ def load(
     threads: int = 1,
     schedule_timeout: float = SCHEDULE_TIMEOUT,
     kernel: str = "auto",
+    forward: str = "auto",
     io: str = "auto",
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
@@ -248,7 +249,7 @@ def load(
         resources: what one worker asks for; None: one CPU, and one GPU where the cluster has any.
         threads: torch threads of a worker.
         schedule_timeout: seconds until a placement group that cannot be scheduled is given up.
-        kernel, io, trace, timeout: as in `distquant.load`; the worker of rank 0 writes the trace.
+        kernel, forward, io, trace, timeout: as in `distquant.load`; the worker of rank 0 writes the trace.
         progress: called with how far every rank is.
 
     Raises:
@@ -267,7 +268,8 @@ def load(
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
-    options = Options(kernel=kernel, io=io, trace=None if trace is None else os.path.abspath(trace), timeout=timeout)
+    written = None if trace is None else os.path.abspath(trace)
+    options = Options(kernel=kernel, forward=forward, io=io, trace=written, timeout=timeout)
     memory = _rank_memory(max_memory)
     source = "max_memory" if memory is not None else "unknown"
     first = make_plan(request, Facts(memory=memory, memory_source=source, packages=packages()))

@@ -98,6 +98,10 @@ class Scheme(ABC):
             )
         return found
 
+    def multiplies_float8(self, name: str) -> bool:
+        """Whether a parameter's method has float8 weights with a scale for each row or for all, and float8 inputs."""
+        return False
+
     def converts(self, skeleton: Skeleton) -> list[str]:
         """Modules to convert: all linears that the configuration's selection takes."""
         selection = self.config.selection

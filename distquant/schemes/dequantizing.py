@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distquant.config import QuantizationConfig
 from distquant.errors import Problem
 from distquant.schemes.base import Scheme, Stream
+from distquant.schemes.float8_product import Float8Rows
 from distquant.schemes.quantized_linear import QuantizedLinear
 from distquant.schemes.shard import Shard
 from distquant.skeleton.stored import TORCH_NAMES
@@ -50,6 +51,10 @@ class DequantizingScheme(Scheme):
     def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         """The local components, from those of a pre-quantized weight (flat); `whole` are those that were not cut."""
         return self.shaped(shard, parts)
+
+    def float8_rows(self, shard: Shard, components: Mapping[str, Tensor]) -> Float8Rows:
+        """The components of a weight that `multiplies_float8`, for the kernel."""
+        raise NotImplementedError(f"{self.name} has no weights for products in float8")
 
     # -- what follows ----------------------------------------------------------------------------------------------
 

@@ -5,8 +5,9 @@ Stored as transformers 5.23 does (`integrations/fbgemm_fp8.py`, `FbgemmFp8Linear
 (see `kernels/reference/fp8.py`), which takes bfloat16 only and exists for GPUs only: `fbgemm-gpu-cpu` lacks it.
 
 A row's scale reaches over `in`, so rows are quantized whole, by whichever rank reads them, and a shard that is cut
-along `in` keeps the scale of every row. In forward the weight is dequantized and multiplied with the activations as
-they are: FBGEMM quantizes these per row, within `activation_scale_ub`, so its logits differ by the method's own error.
+along `in` keeps the scale of every row. In forward activations are float8, too, on a GPU that has it (see
+`float8_product.py`; FBGEMM bounds their scale by `activation_scale_ub`, which is not done here). Elsewhere the weight
+is dequantized and multiplied with the activations as they are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from distquant.errors import Problem
 from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.schemes.base import Stream
 from distquant.schemes.dequantizing import FLOATS, DequantizingScheme, wrong_dtypes
+from distquant.schemes.float8_product import Float8Rows
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW
@@ -62,6 +64,12 @@ class FbgemmFp8Scheme(DequantizingScheme):
 
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
         return ops.dequantize_fp8(components[""], components[SCALE], ROWS, dtype)
+
+    def multiplies_float8(self, name: str) -> bool:
+        return True
+
+    def float8_rows(self, shard: Shard, components: Mapping[str, Tensor]) -> Float8Rows:
+        return Float8Rows(components[""], components[SCALE])
 
     def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         yield "code", components[""], 1

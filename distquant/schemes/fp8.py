@@ -16,9 +16,10 @@ Quantized on the way, tiles have the bits of `Fp8Quantize` where they divide the
 unquantized, are defined in `kernels/reference/fp8.py`. With one scale for the tensor, rows flow as they are, with each
 row's amax; every rank then casts its part under the largest.
 
-In forward the weight is dequantized and multiplied with the activations as they are. transformers quantizes these on a
-GPU, too, so its logits differ by the method's own error; what it computes on a CPU, from dequantized weights, is the
-same. `activation_scale` is kept, and read by nothing here.
+In forward the weight is dequantized and multiplied with the activations as they are, except on a GPU with float8 and
+with one scale for the tensor: there activations are float8, too (`float8_product.py`), under `activation_scale` where
+it is stored. For tiles transformers quantizes activations on a GPU by a kernel from the hub, so its logits differ there
+by the method's own error; what it computes on a CPU, from dequantized weights, is the same.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from distquant.errors import InputError, Problem
 from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.schemes.base import Context, Stream
 from distquant.schemes.dequantizing import FLOATS, DequantizingScheme, wrong_dtypes
+from distquant.schemes.float8_product import Float8Rows
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW
@@ -165,6 +167,12 @@ class Fp8Scheme(DequantizingScheme):
         if self.block is None:
             return ops.dequantize_fp8(components[""], scale.view(1, 1), (None, None), dtype)
         return ops.dequantize_fp8(components[""], scale, self.block, dtype)
+
+    def multiplies_float8(self, name: str) -> bool:
+        return self.block is None
+
+    def float8_rows(self, shard: Shard, components: Mapping[str, Tensor]) -> Float8Rows:
+        return Float8Rows(components[""], components[SCALE].view(1, 1), components.get(ACTIVATION))
 
     def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         codes = components[""]

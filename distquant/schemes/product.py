@@ -18,23 +18,28 @@ def ops_on(device: torch.device) -> Any:
     return choose(Kernel.AUTO, device).ops
 
 
-def product(x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
-    """`x @ W.T` in the dtype of `x`; the gradient flows to `x` alone.
+def product(x: Tensor, weight: Callable[[], Tensor], forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """`x @ W.T` in the dtype of `x`; the gradient flows to `x` alone, through `W`.
 
     Args:
         x: `[..., in]`.
         weight: gives `W`, `[out, in]` of any float dtype, whenever it is called: in forward, and again in backward, so
             that nothing of it is kept in between.
+        forward: gives the product of `x` where a kernel computes it without `W`.
     """
-    return _Product.apply(x, weight)
+    return _Product.apply(x, weight, forward)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Callable[[], Tensor], forward: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
         ctx.weight = weight
+        if forward is not None:
+            return forward(x)
         return nn.functional.linear(x, weight().to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.weight().to(grad.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad @ ctx.weight().to(grad.dtype), None, None

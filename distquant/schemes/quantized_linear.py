@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distquant.config import torch_dtype
 from distquant.errors import DistquantError
+from distquant.schemes.float8_product import multiply
 from distquant.schemes.keeps_dtypes import KeepsDtypes
 from distquant.schemes.product import ops_on, product
 
@@ -54,6 +55,9 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
         scheme: what knows the format.
         shard: this rank's part; `shard.local_shape` is `[out_features, in_features]`.
         bias: the linear's own, or None.
+
+    Attributes:
+        float8: whether inputs are rounded to float8 and multiplied so (see `float8_product.py`).
     """
 
     _is_hf_initialized = True
@@ -61,7 +65,7 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
     def __init__(self, scheme: DequantizingScheme, shard: Shard, bias: nn.Parameter | None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = shard.local_shape
-        self.scheme, self.shard = scheme, shard
+        self.scheme, self.shard, self.float8 = scheme, shard, False
         self.register_parameter("bias", bias)
 
     def take(self, components: Mapping[str, Tensor]) -> None:
@@ -86,6 +90,9 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
         ops, dtype = ops_on(next(iter(found.values())).device), torch_dtype(self.shard.dtype)
         return self.scheme.dequantize(self.shard, found, dtype, ops)
 
+    def _multiplied(self, x: Tensor) -> Tensor:
+        return multiply(x, self.scheme.float8_rows(self.shard, self.components))
+
     def forward(self, x: Tensor) -> Tensor:
-        output = product(x, self.dequantized)
+        output = product(x, self.dequantized, self._multiplied if self.float8 and x.numel() else None)
         return output if self.bias is None else output + self.bias.to(output.dtype)

@@ -24,7 +24,7 @@ RANK = {
 }  # fmt: skip
 """The keys of one rank that the design promises."""
 
-MORE_OF_RANK = {"unquantized_bytes", "staging_bytes", "direct_bytes", "retries", "kernel", "limit"}
+MORE_OF_RANK = {"unquantized_bytes", "staging_bytes", "direct_bytes", "retries", "kernel", "forward", "limit"}
 """What each rank tells beyond them."""
 
 

@@ -82,6 +82,14 @@ def test_checkpoint_quantized_as_asked_for_is_loaded(quant: str | None, llama_nf
     assert "as the checkpoint stores it" in done.out
 
 
+def test_products_in_float8_of_other_codes(kjv_tiny: str, refused: Command) -> None:
+    tells(
+        refused("load", kjv_tiny, "--quant", "nf4", "--forward", "float8"),
+        r"^forward: 'float8' is for float8 weights .*; bitsandbytes_4bit as it is configured has none\. "
+        r"Take 'auto' or 'dequantize'",
+    )
+
+
 def test_kernel_that_does_not_know_the_method(kjv_tiny: str, refused: Command) -> None:
     tells(
         refused("load", kjv_tiny, "--quant", "quanto-int8", "--kernel", "bitsandbytes"),

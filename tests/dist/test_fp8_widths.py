@@ -122,6 +122,18 @@ def test_logits_equal_those_of_one_rank(ranks, model_of, family, method):
     assert distance(found[0], work.logits(model_of(family), method)) < ROUNDING
 
 
+@pytest.mark.parametrize("method", ["fp8-tensor", "fbgemm_fp8"])
+def test_products_in_float8_differ_by_their_own_error(ranks, model_of, method):
+    """Ranks that hold part of the inputs round their part of the activations; weights are the same bits."""
+    path = model_of("llama-gqa")
+    found = ranks.run(2, work.logits_in_float8, path, method, "tp=2")
+    assert torch.equal(found[0], found[1])
+    whole, exact = work.logits_in_float8(path, method), work.logits(path, method)
+    error = distance(whole, exact)
+    assert ROUNDING < error < 0.2
+    assert distance(found[0], exact) < 2 * error
+
+
 @pytest.mark.parametrize("method", ["fp8-tensor", "mxfp8", "fbgemm_fp8"])
 def test_adapters_learn_as_on_one_rank(ranks, model_of, method):
     path = model_of("llama-gqa")

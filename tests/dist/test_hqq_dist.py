@@ -101,7 +101,7 @@ def test_finished_bytes_are_planned(ranks, model_of, kind):
 def test_the_plan_says_what_quantizing_whole_costs(ranks, model_of):
     plan = dq.plan(model_of("llama-352"), quantization_config=config("4 bits"), mesh="tp=2", staging="1KiB")
     largest = 352 * 128
-    assert [row.staging for row in plan.memory] == [8 * (2 * largest + 16384) + 36 * largest] * 2
+    assert [row.staging for row in plan.memory] == [8 * (2 * largest + 16384) + 10 * largest] * 2
     assert any(note.startswith("quantized whole by one rank of a node: 14 weights") for note in plan.notes)
     for _, report in ranks.run(2, work.loaded, plan):
         assert 1024 < report.staging_bytes <= 8 * (2 * largest + 16384)

@@ -60,6 +60,12 @@ def logits(path: str, name: str, mesh: str | None = None) -> Tensor:
         return exact(path, name, mesh)(torch.tensor(IDS)).logits
 
 
+def logits_in_float8(path: str, name: str, mesh: str | None = None) -> Tensor:
+    model = dq.load(path, quantization_config=name, mesh=mesh, dtype="float32", forward="float8")
+    with torch.no_grad():
+        return model(torch.tensor(IDS)).logits
+
+
 def config_after_load(path: str, mesh: str | None = None) -> dict[str, Any]:
     """The shared config after a load and a forward."""
     model = exact(path, "nf4", mesh)

@@ -33,6 +33,7 @@ from distquant.schemes.compressed_tensors.rounding import (
 )
 from distquant.schemes.compressed_tensors.storage import WORD, Storage, storages, target_of
 from distquant.schemes.dequantizing import FLOATS, SPELLED, DequantizingScheme, wrong_dtypes
+from distquant.schemes.float8_product import Float8Rows
 from distquant.schemes.registry import register
 from distquant.schemes.selecting import STAR, members, one_of, unlike
 from distquant.schemes.shard import Shard
@@ -282,6 +283,12 @@ class CompressedTensorsScheme(DequantizingScheme):
             return ops.dequantize_fp8(codes, scale.float(), (rows, columns), dtype)
         scale, zero = (_by_row(values, stored, shape) for values in (scale, zero))
         return ops.dequantize_groups(codes, scale, zero, columns or max(shape[1], 1), dtype)
+
+    def multiplies_float8(self, name: str) -> bool:
+        return self.storage(name if name.endswith(".weight") else f"{name}.weight").multiplies_float8
+
+    def float8_rows(self, shard: Shard, components: Mapping[str, Tensor]) -> Float8Rows:
+        return Float8Rows(components[""], components["weight_scale"].float().view(-1, 1))
 
     def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         codes, scale, zero = self.unpacked(shard, components)
