@@ -13,10 +13,9 @@ from distquant.errors import InputError
 from distquant.options import Forward
 from distquant.planning.load_plan import LoadPlan
 from distquant.schemes import Scheme
-from distquant.schemes.float8_product import CAPABILITY, is_float8, runs_float8
+from distquant.schemes.float8_product import is_float8, missing
 from distquant.schemes.quantized_linear import QuantizedLinear
 
-FLOAT8 = "torch's scaled_mm with float8 activations"
 DEQUANTIZED = "dequantized and multiplied"
 
 PACKAGES = {"optimum": "optimum-quanto"}
@@ -28,12 +27,13 @@ def refuse_forward(plan: LoadPlan, scheme: Scheme, forward: Forward, device: tor
     if forward is not Forward.FLOAT8:
         return
     fix = "Take 'auto' or 'dequantize'"
-    if plan.dequantize or not any(map(scheme.multiplies_float8, plan.converted)):
-        what = "'float8' is for float8 weights with a scale for each row or for all, and activations meant to be float8"
+    kernels = set() if plan.dequantize else {scheme.float8_kernel(f"{name}.weight") for name in plan.converted}
+    reasons = [missing(kernel, device) for kernel in kernels if kernel is not None]
+    if not reasons:
+        what = "'float8' is for float8 weights with float8 inputs, with a scale for each row, for all, or for 128 x 128"
         raise InputError.one("forward", f"{what}; {scheme.name} as it is configured has none", fix)
-    if device.type != "cpu" and not runs_float8(device):
-        what = f"'float8' does not run on {device}, it needs compute capability {'.'.join(map(str, CAPABILITY))}"
-        raise InputError.one("forward", what, fix)
+    if None not in reasons:
+        raise InputError.one("forward", f"'float8' cannot be: {'; '.join(map(str, reasons))}", fix)
 
 
 def set_forward(model: nn.Module, scheme: Scheme, forward: Forward) -> str:
@@ -41,18 +41,18 @@ def set_forward(model: nn.Module, scheme: Scheme, forward: Forward) -> str:
     counts: Counter[str] = Counter()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            device = next(iter(module.components.values())).device
-            able = scheme.multiplies_float8(module.shard.name)
-            module.float8 = able and is_float8(forward, module.shard.local_shape, device)
-        if (name := _multiplied_by(module)) is not None:
+            device, kernel = next(iter(module.components.values())).device, scheme.float8_kernel(module.shard.name)
+            module.float8 = kernel is not None and is_float8(forward, kernel, module.shard.local_shape, device)
+        if (name := _multiplied_by(module, scheme)) is not None:
             counts[name] += 1
     return "; ".join(f"{name}: {count} modules" for name, count in counts.items())
 
 
-def _multiplied_by(module: Any) -> str | None:
+def _multiplied_by(module: Any, scheme: Scheme) -> str | None:
     """What multiplies a module's weights, where they are quantized."""
     if isinstance(module, QuantizedLinear):
-        return FLOAT8 if module.float8 else DEQUANTIZED
+        kernel = scheme.float8_kernel(module.shard.name) if module.float8 else None
+        return f"{kernel.value} with float8 activations" if kernel is not None else DEQUANTIZED
     if isinstance(module, ExpertStack):
         return "experts, dequantized and multiplied"
     weight = module._parameters.get("weight", getattr(module, "W_q", None))

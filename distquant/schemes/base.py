@@ -24,6 +24,7 @@ from distquant.errors import Problem
 from distquant.facts import Facts
 from distquant.layout import Component, Layout
 from distquant.mesh import Mesh
+from distquant.schemes.float8_product import Float8Kernel
 from distquant.schemes.shard import Shard
 from distquant.skeleton.words import Skeleton
 
@@ -98,9 +99,9 @@ class Scheme(ABC):
             )
         return found
 
-    def multiplies_float8(self, name: str) -> bool:
-        """Whether a parameter's method has float8 weights with a scale for each row or for all, and float8 inputs."""
-        return False
+    def float8_kernel(self, name: str) -> Float8Kernel | None:
+        """What could multiply a parameter in float8, where its method means inputs to be float8, too."""
+        return None
 
     def converts(self, skeleton: Skeleton) -> list[str]:
         """Modules to convert: all linears that the configuration's selection takes."""

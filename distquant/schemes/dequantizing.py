@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from distquant.config import QuantizationConfig
 from distquant.errors import Problem
 from distquant.schemes.base import Scheme, Stream
-from distquant.schemes.float8_product import Float8Rows
 from distquant.schemes.quantized_linear import QuantizedLinear
 from distquant.schemes.shard import Shard
 from distquant.skeleton.stored import TORCH_NAMES
@@ -52,8 +51,8 @@ class DequantizingScheme(Scheme):
         """The local components, from those of a pre-quantized weight (flat); `whole` are those that were not cut."""
         return self.shaped(shard, parts)
 
-    def float8_rows(self, shard: Shard, components: Mapping[str, Tensor]) -> Float8Rows:
-        """The components of a weight that `multiplies_float8`, for the kernel."""
+    def float8_product(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """`x @ W.T` by the weight's `float8_kernel`, `[..., out]` from `[..., in]`."""
         raise NotImplementedError(f"{self.name} has no weights for products in float8")
 
     # -- what follows ----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from distquant.errors import Problem
 from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.schemes.base import Stream
 from distquant.schemes.dequantizing import FLOATS, DequantizingScheme, wrong_dtypes
-from distquant.schemes.float8_product import Float8Rows
+from distquant.schemes.float8_product import Float8Kernel, Float8Rows, multiply
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW
@@ -65,11 +65,11 @@ class FbgemmFp8Scheme(DequantizingScheme):
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
         return ops.dequantize_fp8(components[""], components[SCALE], ROWS, dtype)
 
-    def multiplies_float8(self, name: str) -> bool:
-        return True
+    def float8_kernel(self, name: str) -> Float8Kernel | None:
+        return Float8Kernel.SCALED_MM
 
-    def float8_rows(self, shard: Shard, components: Mapping[str, Tensor]) -> Float8Rows:
-        return Float8Rows(components[""], components[SCALE])
+    def float8_product(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return multiply(x, Float8Rows(components[""], components[SCALE]))
 
     def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         yield "code", components[""], 1

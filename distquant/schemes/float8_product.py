@@ -1,17 +1,22 @@
-"""Products in float8, by torch's own kernel, for weights in float8 e4m3 with a scale for each row or for all.
+"""Products in float8 e4m3, by kernels of torch and transformers, of weights that are kept in it.
 
-What transformers 5.23 computes on a GPU for compressed-tensors (`integrations/compressed_tensors.py`,
-`CompressedTensorsFP8Linear`): every row of activations becomes float8 under its own amax / 448, found in float32, or
-under the scale that the checkpoint gives; `torch.nn.functional.scaled_mm` multiplies and applies both scales. FBGEMM's
-`f8f8bf16_rowwise` is the same product.
+A scale for each row, or one for all: what transformers 5.23 computes on a GPU for compressed-tensors
+(`integrations/compressed_tensors.py`, `CompressedTensorsFP8Linear`). Every row of activations becomes float8 under
+its own amax / 448, found in float32, or under the scale that the checkpoint gives; `torch.nn.functional.scaled_mm`
+multiplies and applies both scales. FBGEMM's `f8f8bf16_rowwise` is the same product.
 
-A rank that holds part of the inputs quantizes its part of each row of activations under that part's amax: logits then
-differ from those of another width by the method's own error. Weights are the same bits, as everywhere.
+Tiles of 128 x 128: transformers' own `fp8_linear` (`integrations/finegrained_fp8.py`, DeepGEMM or Triton), where the
+package `kernels` is installed, which fetches them. Activations become float8 under a scale for each 128 of a row.
+
+A rank that holds part of the inputs quantizes its part of each row of activations under that part's amax: where a scale
+is for the row, logits differ from those of another width by the method's own error. Weights are the same bits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +30,15 @@ CAPABILITY = (8, 9)
 
 MULTIPLE = 16
 """What inputs and outputs must be multiples of on a GPU (cuBLASLt's and CUTLASS' alignment of float8)."""
+
+TILE = (128, 128)
+
+
+class Float8Kernel(Enum):
+    """What multiplies, as reports name it."""
+
+    SCALED_MM = "torch's scaled_mm"
+    TILES = "transformers' fp8_linear"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +63,34 @@ def runs_float8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
-def is_float8(forward: Forward, shape: tuple[int, int], device: torch.device) -> bool:
-    """Whether a weight `[out, in]` on a device is multiplied in float8, where its method could be."""
-    if forward is Forward.DEQUANTIZE or (forward is Forward.AUTO and not runs_float8(device)):
+def missing(kernel: Float8Kernel, device: torch.device) -> str | None:
+    """Why a kernel cannot run on a device; None where it can."""
+    if device.type == "cpu" and kernel is Float8Kernel.SCALED_MM:
+        return None
+    if not runs_float8(device):
+        return f"{kernel.value} does not run on {device}, it needs compute capability {'.'.join(map(str, CAPABILITY))}"
+    return _why_no_tiles() if kernel is Float8Kernel.TILES else None
+
+
+@cache
+def _why_no_tiles() -> str | None:
+    try:
+        from transformers.integrations.finegrained_fp8 import load_finegrained_fp8_kernel
+
+        load_finegrained_fp8_kernel()
+    except Exception as error:  # no package, no network, no build: what it is, is told
+        return f"{Float8Kernel.TILES.value} lacks its kernel ({error})"
+    return None
+
+
+def is_float8(forward: Forward, kernel: Float8Kernel, shape: tuple[int, int], device: torch.device) -> bool:
+    """Whether a kernel multiplies a weight `[out, in]` on a device."""
+    if forward is Forward.DEQUANTIZE or (forward is Forward.AUTO and device.type != "cuda"):
         return False
-    return device.type != "cuda" or not (shape[0] % MULTIPLE or shape[1] % MULTIPLE)
+    if missing(kernel, device) is not None:
+        return False
+    multiple = TILE[0] if kernel is Float8Kernel.TILES else MULTIPLE if device.type == "cuda" else 1
+    return not (shape[0] % multiple or shape[1] % multiple)
 
 
 def multiply(x: Tensor, weight: Float8Rows) -> Tensor:
@@ -74,3 +111,11 @@ def _scale(rows: Tensor, given: Tensor | None) -> Tensor:
         return given.float().reshape(1, 1).expand(len(rows), 1).contiguous()
     amax = rows.abs().amax(dim=-1, keepdim=True).float()
     return torch.where(amax > 0, amax, 1.0) / LARGEST
+
+
+def multiply_tiles(x: Tensor, codes: Tensor, scale: Tensor, activation: Tensor | None) -> Tensor:
+    """The same for float8 `[out, in]` with a scale for each tile, float32 or float8_e8m0fnu `[out / 128, in / 128]`."""
+    from transformers.integrations.finegrained_fp8 import fp8_linear
+
+    half = x if x.dtype in (torch.bfloat16, torch.float16) else x.bfloat16()
+    return fp8_linear(half, codes, scale, list(TILE), None, activation).to(x.dtype)

@@ -16,10 +16,9 @@ Quantized on the way, tiles have the bits of `Fp8Quantize` where they divide the
 unquantized, are defined in `kernels/reference/fp8.py`. With one scale for the tensor, rows flow as they are, with each
 row's amax; every rank then casts its part under the largest.
 
-In forward the weight is dequantized and multiplied with the activations as they are, except on a GPU with float8 and
-with one scale for the tensor: there activations are float8, too (`float8_product.py`), under `activation_scale` where
-it is stored. For tiles transformers quantizes activations on a GPU by a kernel from the hub, so its logits differ there
-by the method's own error; what it computes on a CPU, from dequantized weights, is the same.
+In forward the weight is dequantized and multiplied with the activations as they are, as transformers does on a CPU.
+On a GPU with float8 and the kernel, activations are float8, too (`float8_product.py`), under `activation_scale` where
+it is stored: with one scale for the tensor, and with tiles of 128 x 128.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from distquant.errors import InputError, Problem
 from distquant.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.schemes.base import Context, Stream
 from distquant.schemes.dequantizing import FLOATS, DequantizingScheme, wrong_dtypes
-from distquant.schemes.float8_product import Float8Rows
+from distquant.schemes.float8_product import TILE, Float8Kernel, Float8Rows, multiply, multiply_tiles
 from distquant.schemes.registry import register
 from distquant.schemes.shard import Shard
 from distquant.tally import WHOLE_ROW
@@ -168,11 +167,16 @@ class Fp8Scheme(DequantizingScheme):
             return ops.dequantize_fp8(components[""], scale.view(1, 1), (None, None), dtype)
         return ops.dequantize_fp8(components[""], scale, self.block, dtype)
 
-    def multiplies_float8(self, name: str) -> bool:
-        return self.block is None
+    def float8_kernel(self, name: str) -> Float8Kernel | None:
+        if self.block is None:
+            return Float8Kernel.SCALED_MM
+        return Float8Kernel.TILES if self.block == TILE else None
 
-    def float8_rows(self, shard: Shard, components: Mapping[str, Tensor]) -> Float8Rows:
-        return Float8Rows(components[""], components[SCALE].view(1, 1), components.get(ACTIVATION))
+    def float8_product(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        codes, scale, activation = components[""], components[SCALE], components.get(ACTIVATION)
+        if self.block is None:
+            return multiply(x, Float8Rows(codes, scale.view(1, 1), activation))
+        return multiply_tiles(x, codes, scale, activation)
 
     def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         codes = components[""]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from distquant.config import torch_dtype
 from distquant.errors import DistquantError
-from distquant.schemes.float8_product import multiply
 from distquant.schemes.keeps_dtypes import KeepsDtypes
 from distquant.schemes.product import ops_on, product
 
@@ -91,7 +90,7 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
         return self.scheme.dequantize(self.shard, found, dtype, ops)
 
     def _multiplied(self, x: Tensor) -> Tensor:
-        return multiply(x, self.scheme.float8_rows(self.shard, self.components))
+        return self.scheme.float8_product(self.shard, self.components, x)
 
     def forward(self, x: Tensor) -> Tensor:
         output = product(x, self.dequantized, self._multiplied if self.float8 and x.numel() else None)

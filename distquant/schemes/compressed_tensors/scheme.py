@@ -33,7 +33,7 @@ from distquant.schemes.compressed_tensors.rounding import (
 )
 from distquant.schemes.compressed_tensors.storage import WORD, Storage, storages, target_of
 from distquant.schemes.dequantizing import FLOATS, SPELLED, DequantizingScheme, wrong_dtypes
-from distquant.schemes.float8_product import Float8Rows
+from distquant.schemes.float8_product import Float8Kernel, Float8Rows, multiply
 from distquant.schemes.registry import register
 from distquant.schemes.selecting import STAR, members, one_of, unlike
 from distquant.schemes.shard import Shard
@@ -284,11 +284,11 @@ class CompressedTensorsScheme(DequantizingScheme):
         scale, zero = (_by_row(values, stored, shape) for values in (scale, zero))
         return ops.dequantize_groups(codes, scale, zero, columns or max(shape[1], 1), dtype)
 
-    def multiplies_float8(self, name: str) -> bool:
-        return self.storage(name if name.endswith(".weight") else f"{name}.weight").multiplies_float8
+    def float8_kernel(self, name: str) -> Float8Kernel | None:
+        return Float8Kernel.SCALED_MM if self.storage(name).by_rows_in_float8 else None
 
-    def float8_rows(self, shard: Shard, components: Mapping[str, Tensor]) -> Float8Rows:
-        return Float8Rows(components[""], components["weight_scale"].float().view(-1, 1))
+    def float8_product(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return multiply(x, Float8Rows(components[""], components["weight_scale"].float().view(-1, 1)))
 
     def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         codes, scale, zero = self.unpacked(shard, components)

@@ -68,8 +68,8 @@ class Storage:
         return self.packed and self.weights.scope in ("channel", "group")
 
     @property
-    def multiplies_float8(self) -> bool:
-        """Whether weights are float8 with a scale for each row or for all, and inputs float8."""
+    def by_rows_in_float8(self) -> bool:
+        """Whether weights are float8 with a scale for each row or for all, and inputs are meant to be float8."""
         inputs = self.inputs is not None and self.inputs.type == "float" and self.inputs.num_bits == 8
         return self.floating and self.weights.scope in ("tensor", "channel") and inputs
 

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
+from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 import distquant as dq
 from distquant.errors import InputError
 from distquant.options import Forward
-from distquant.schemes.float8_product import LARGEST, Float8Rows, is_float8, multiply
+from distquant.schemes import float8_product
+from distquant.schemes.float8_product import LARGEST, Float8Kernel, Float8Rows, is_float8, multiply
 from distquant.schemes.quantized_linear import QuantizedLinear
 
 CPU = torch.device("cpu")
@@ -110,7 +112,7 @@ def test_the_report_names_what_multiplies(kjv_tiny: str, quant: Any, told: str) 
     "quant",
     [
         "nf4",
-        "fp8",
+        {"quant_method": "fp8", "weight_block_size": [16, 32]},
         {
             "quant_method": "compressed-tensors",
             "config_groups": {
@@ -141,9 +143,42 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert [is_float8(f, (64, 64), gpu) for f in Forward] == [True, False, True]
-    assert [is_float8(f, (64, 64), CPU) for f in Forward] == [False, False, True]
+    rows, tiles = Float8Kernel.SCALED_MM, Float8Kernel.TILES
+    assert [is_float8(f, rows, (64, 64), gpu) for f in Forward] == [True, False, True]
+    assert [is_float8(f, rows, (64, 64), CPU) for f in Forward] == [False, False, True]
     for ragged in ((60, 64), (64, 60)):  # no kernel: dequantized
-        assert not is_float8(Forward.AUTO, ragged, gpu)
+        assert not is_float8(Forward.AUTO, rows, ragged, gpu)
+    monkeypatch.setattr(float8_product, "_why_no_tiles", lambda: None)
+    assert is_float8(Forward.AUTO, tiles, (256, 128), gpu)
+    assert not is_float8(Forward.AUTO, tiles, (256, 64), gpu)
+    assert not is_float8(Forward.FLOAT8, tiles, (256, 128), CPU)
     capability = (8, 0)
-    assert not is_float8(Forward.AUTO, (64, 64), gpu)
+    assert not is_float8(Forward.AUTO, rows, (64, 64), gpu)
+
+
+def test_why_tiles_are_not_multiplied_in_float8(kjv_tiny: str) -> None:
+    """Here: the kernel is not there, and this is no GPU."""
+    reason = float8_product._why_no_tiles()
+    assert reason is not None
+    assert reason.startswith("transformers' fp8_linear lacks its kernel (")
+    with pytest.raises(InputError, match=r"forward: 'float8' cannot be: transformers' fp8_linear does not run on cpu"):
+        dq.load(kjv_tiny, quantization_config="fp8", forward="float8")
+
+
+def test_tiles_are_given_to_transformers(monkeypatch: pytest.MonkeyPatch, kjv_tiny: str) -> None:
+    """Its kernel is for GPUs; in its place stands what it computes, from the arguments that it was given."""
+    model = dq.load(kjv_tiny, quantization_config="fp8", dtype="float32")
+    linear = next(module for module in model.modules() if isinstance(module, QuantizedLinear))
+    given: list[Any] = []
+
+    def fp8_linear(x: Any, weight: Any, scale: Any, block: Any, bias: Any, activation: Any) -> Any:
+        given.append((x.dtype, weight.dtype, scale.dtype, block, bias, activation))
+        return x @ _dequantize_fp8_weight(weight, scale, block, x.dtype).t()
+
+    monkeypatch.setattr("transformers.integrations.finegrained_fp8.fp8_linear", fp8_linear)
+    x = made(3, linear.in_features, 7)
+    exact = linear(x)
+    linear.float8 = True
+    found = linear(x)
+    assert given == [(torch.bfloat16, torch.float8_e4m3fn, torch.float32, [128, 128], None, None)]
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.02)
