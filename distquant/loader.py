@@ -41,7 +41,6 @@ from distquant.skeleton import STAR, build
 from distquant.stream.arena import Board
 from distquant.stream.engine import Engine
 from distquant.stream.files import Files, ReadError
-from distquant.stream.memory import Memory
 from distquant.stream.stages import Stages
 from distquant.stream.tasks import Task
 from distquant.stream.trace import write_trace
@@ -267,11 +266,10 @@ class _Loading:
         jobs = list(jobs_of(plan, self.scheme, node, self.checkpoint.tensors, self.devices.of, self._ops))
         partial = any(plan.nodes[rank] != plan.nodes[self.comm.rank] for rank in plan.mesh.peers(self.comm.rank, "tp"))
         stored: dict[str, Tensor] = {}
-        memory = Memory()
 
         def sink(task: Task) -> BandSink:
             job = jobs[task.index]
-            return sink_of(job, self.at["tp"], partial, self._home(model, job), memory)
+            return sink_of(job, self.at["tp"], partial, self._home(model, job))
 
         def finished(task: Task, filled: Any) -> None:
             if partial:

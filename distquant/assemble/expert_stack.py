@@ -11,6 +11,7 @@ from distquant.config import torch_dtype
 from distquant.schemes import Scheme, Shard
 from distquant.schemes.keeps_dtypes import KeepsDtypes
 from distquant.schemes.product import ops_on
+from distquant.stream.memory import MEMORY
 
 
 class ExpertStack(KeepsDtypes):
@@ -33,7 +34,7 @@ class ExpertStack(KeepsDtypes):
     def home(self, name: str, number: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for `count` elements of a component of a local expert, flat: a part of the stack's."""
         if name not in self.__dict__.setdefault("homes", {}):
-            self.__dict__["homes"][name] = torch.empty((len(self), count), dtype=dtype, device=device)
+            self.__dict__["homes"][name] = MEMORY.empty(len(self) * count, dtype, device).view(len(self), count)
         memory: Tensor = self.__dict__["homes"][name][number]
         return memory
 

@@ -26,6 +26,7 @@ from distquant.planning.load_plan import LoadPlan
 from distquant.schemes.product import product
 from distquant.skeleton import Experts as Form
 from distquant.skeleton.words import Projection
+from distquant.stream.memory import MEMORY
 
 STACK = "_stack"
 """What follows a projection's name in that of its stack: PEFT, told to adapt all `gate_proj`, must not find it."""
@@ -106,7 +107,7 @@ class Experts(nn.Module):
         found = self._parameters[parameter]
         assert found is not None
         if found.is_meta:
-            made = torch.empty(found.shape, dtype=found.dtype, device=device)
+            made = MEMORY.empty(found.numel(), found.dtype, device).view(found.shape)
             self._parameters[parameter] = nn.Parameter(made, requires_grad=found.requires_grad)
         return self.plain_value(name, number).detach().view(-1)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distquant.planning.cuts import Segment
 from distquant.schemes.bands import Band
-from distquant.stream.memory import Memory
+from distquant.stream.memory import MEMORY
 
 Home = Callable[[str, int, torch.dtype], Tensor | None]
 """Memory for a component of so many elements of a dtype, flat."""
@@ -28,7 +28,6 @@ class BandSink:
         device: where the memory lies.
         partial: whether other nodes hold statistics that this one does not see.
         home: gives the memory that is there for a component (flat), or None for it to be made here.
-        memory: what it is made by.
     """
 
     def __init__(
@@ -41,7 +40,6 @@ class BandSink:
         device: torch.device,
         partial: bool = False,
         home: Home | None = None,
-        memory: Memory | None = None,
     ):
         self.columns, self.kept = columns, tuple(kept)
         self.windows = _windows(rows)
@@ -53,18 +51,17 @@ class BandSink:
             own_rows, own_width = (band.rows, width) if band.whole else (local_rows, local_width)
             same = (own_rows, own_width) == (band.rows, band.width)
             self.own[band.name] = band if same else replace(band, rows=own_rows, width=own_width)
-        memory = memory or Memory()
-        self.memory = {name: self._memory(band, device, partial, home, memory) for name, band in self.own.items()}
+        self.memory = {name: self._memory(band, device, partial, home) for name, band in self.own.items()}
 
     @staticmethod
-    def _memory(band: Band, device: torch.device, partial: bool, home: Home | None, memory: Memory) -> Tensor:
+    def _memory(band: Band, device: torch.device, partial: bool, home: Home | None) -> Tensor:
         count = band.before(band.rows)
         there = home(band.name, count, band.dtype) if home is not None and not band.whole else None
         if there is not None:
             return there
         if band.whole and partial:
             return torch.zeros(count, dtype=band.dtype, device=device)
-        return memory.empty(count, band.dtype, device)
+        return MEMORY.empty(count, band.dtype, device)
 
     def direct(self, band: Band, start: int, stop: int) -> Tensor | None:
         """Final memory of all of rows `[start, stop)`, flat; None where they do not go to one run of it."""

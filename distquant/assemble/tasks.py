@@ -17,7 +17,6 @@ from distquant.planning.reading import Dealer, column_segments, node_columns, ro
 from distquant.schemes import Scheme
 from distquant.schemes.bands import band_of
 from distquant.schemes.flow import Flow, flows_of
-from distquant.stream.memory import Memory
 from distquant.stream.rows import RowMap
 from distquant.stream.tasks import TORCH_DTYPE, Task
 
@@ -119,7 +118,7 @@ def _task(
     )
 
 
-def sink_of(job: Job, tp: int, partial: bool, home: Home | None, memory: Memory) -> BandSink:
+def sink_of(job: Job, tp: int, partial: bool, home: Home | None) -> BandSink:
     """Memory for what a position on tp keeps.
 
     Args:
@@ -127,11 +126,10 @@ def sink_of(job: Job, tp: int, partial: bool, home: Home | None, memory: Memory)
         tp: position on the tp axis.
         partial: whether other nodes read rows of it, too.
         home: gives the memory that is there for a component.
-        memory: gives what is not.
     """
     task, flow = job.task, job.flow
     rows = row_segments(flow.shape, flow.dim, flow.cut, tp)
     kept = column_segments(flow.shape, flow.dim, flow.cut, tp)
     width = rows_and_width(flow.shape)[1]
     columns = (0, width) if task.turned or flow.decoded else task.columns
-    return BandSink(task.bands, columns, width, rows, kept, task.device, partial, home, memory)
+    return BandSink(task.bands, columns, width, rows, kept, task.device, partial, home)

@@ -25,12 +25,12 @@ SMALLEST = 1 << 20
 SLOW = 2e-3
 """Seconds from which on a huge page costs more than as many bytes in small ones."""
 
-PAUSE = 32
-"""Huge pages that are left out after a slow one; twice as many after each that is slow again."""
+PAUSE, LONGEST = 16, 1024
+"""Huge pages that are left out after a slow one; twice as many after each that is slow again, up to the longest."""
 
 
 class Memory:
-    """Gives memory for tensors, and keeps in mind whether huge pages pay. One a load; any thread may ask."""
+    """Gives memory for tensors, and keeps in mind whether huge pages pay. Any thread may ask."""
 
     def __init__(self) -> None:
         self._asks = hasattr(mmap, "MADV_HUGEPAGE")
@@ -57,9 +57,9 @@ class Memory:
         huge = 0
         while nbytes - huge >= HUGE_PAGE and self._left_out <= 0:
             _advise(address + huge, HUGE_PAGE, mmap.MADV_HUGEPAGE)
-            begun = time.perf_counter()
+            begun = time.thread_time()  # what other threads of the core take does not count
             _advise(address + huge, HUGE_PAGE, POPULATE_WRITE)
-            self._took(time.perf_counter() - begun)
+            self._took(time.thread_time() - begun)
             huge += HUGE_PAGE
         if huge < nbytes:
             _advise(address + huge, nbytes - huge, POPULATE_WRITE)
@@ -70,7 +70,11 @@ class Memory:
         if seconds < SLOW:
             self._pause = PAUSE
         else:
-            self._left_out, self._pause = self._pause, 2 * self._pause
+            self._left_out, self._pause = self._pause, min(2 * self._pause, LONGEST)
+
+
+MEMORY = Memory()
+"""The process's: what one load finds out of huge pages holds for the next."""
 
 
 def _advise(address: int, nbytes: int, advice: int) -> None:

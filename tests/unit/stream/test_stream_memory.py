@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distquant.stream import memory
-from distquant.stream.memory import HUGE_PAGE, PAUSE, SLOW, SMALLEST, Memory
+from distquant.stream.memory import HUGE_PAGE, LONGEST, PAUSE, SLOW, SMALLEST, Memory
 
 CPU = torch.device("cpu")
 LINUX = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="huge pages are asked for on Linux only")
@@ -61,7 +61,7 @@ def test_slow_huge_pages_are_left_out_ever_longer(monkeypatch: pytest.MonkeyPatc
 
     clock = [0.0]
     monkeypatch.setattr(memory, "_advise", advise)
-    monkeypatch.setattr(memory.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(memory.time, "thread_time", lambda: clock[0])
     source = Memory()
 
     def huge_pages_of(pages: int) -> int:
@@ -77,6 +77,11 @@ def test_slow_huge_pages_are_left_out_ever_longer(monkeypatch: pytest.MonkeyPatc
     assert huge_pages_of(PAUSE - 3) == 0
     assert huge_pages_of(1) == 1
     assert huge_pages_of(2 * PAUSE) == 0
+    for _ in range(20):
+        huge_pages_of(1)
+        source._left_out = 0
+    assert huge_pages_of(1) == 1
+    assert huge_pages_of(LONGEST) == 0, "and no longer than that"
     slow[0] = False
     assert huge_pages_of(8) == 8
 
