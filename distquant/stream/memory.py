@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import time
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -77,8 +78,12 @@ MEMORY = Memory()
 """The process's: what one load finds out of huge pages holds for the next."""
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _advise(address: int, nbytes: int, advice: int) -> None:
     """madvise(2) without Python's lock, which `mmap.madvise` keeps."""
-    known = ctypes.CDLL(None, use_errno=True)
-    if known.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice)):
+    if _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice)):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
