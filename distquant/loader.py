@@ -6,13 +6,11 @@ import dataclasses
 import importlib
 import resource
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import Tensor
 
 from distquant.assemble import check_complete, delegated, finish, install_styles, localize, set_tensor
 from distquant.assemble.adapters import watch_adapters
@@ -37,6 +35,7 @@ from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.planning.reading import node_ranks
 from distquant.report import RankReport
 from distquant.schemes import Scheme, Shard, config_classes, scheme_for
+from distquant.schemes.state import state_of
 from distquant.skeleton import STAR, build
 from distquant.stream.arena import Board
 from distquant.stream.engine import Engine
@@ -125,7 +124,7 @@ def _delegate(plan: LoadPlan, comm: Comm, device: torch.device) -> Any:
     report = RankReport(rank=comm.rank, kernel=f"transformers: its own quantizer for {scheme.config.quant_method!r}")
     model = delegated.load(plan, scheme, device)
     report.seconds = time.perf_counter() - start
-    report.quantized_bytes = sum(value.nbytes for _, value in _state(model))
+    report.quantized_bytes = sum(value.nbytes for _, value in state_of(model))
     report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model.distquant = Loaded(plan, scheme, comm, report)
     return model
@@ -358,9 +357,7 @@ class _Loading:
         else:
             self.scheme.complete(shard, module, memory, self._ops(self.devices.of(tensor.name)))
         self.filled.append(tensor.name)
-        self.report.quantized_bytes += sum(
-            p.nbytes for n, p in _state(module) if n not in self.scheme.constants and n != "bias"
-        )
+        self.report.quantized_bytes += self.scheme.held_nbytes(module)
 
     def _fill_expert(self, model: Any, job: Job, sink: BandSink, stored: dict[str, Tensor]) -> None:
         """Puts one expert's components into its stack, or what they mean into a plain parameter."""
@@ -422,12 +419,3 @@ class _Loading:
             self.devices.offload(tensor.name, value)
         else:
             set_tensor(model, tensor.name, value, self.plan.tied)
-
-
-def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a quantized module stores, as `state_dict` would list it, without constants."""
-    for name, value in module.state_dict().items():
-        if is_traceable_wrapper_subclass(value):  # torchao's; its size would be that of what it stands for
-            yield from ((f"{name}.{inner}", getattr(value, inner)) for inner in value.__tensor_flatten__()[0])
-        elif not name.endswith(("quant_map", "weight_format")) and "quant_state" not in name:
-            yield name, value

@@ -26,6 +26,7 @@ from distquant.layout import Component, Layout
 from distquant.mesh import Mesh
 from distquant.schemes.float8_product import Float8Kernel
 from distquant.schemes.shard import Shard
+from distquant.schemes.state import state_of
 from distquant.skeleton.words import Skeleton
 
 if TYPE_CHECKING:
@@ -232,6 +233,10 @@ class Scheme(ABC):
                 their elements: `parts` has all of them.
         """
         raise NotImplementedError(f"{self.name} has no pre-quantized checkpoints")
+
+    def held_nbytes(self, module: nn.Module) -> int:
+        """Bytes that a module holds of its weight."""
+        return sum(p.nbytes for n, p in state_of(module) if n not in self.constants and n != "bias")
 
     def components(self, module: Any) -> dict[str, Tensor]:
         """What a filled module stores, for `dequantize` and `streams`."""

@@ -235,6 +235,11 @@ class Bnb4bitScheme(BitsandbytesScheme):
     def components(self, module: Any) -> dict[str, Tensor]:
         return components_of(module)
 
+    def held_nbytes(self, module: nn.Module) -> int:
+        """As any method's, without the state dict, for which bitsandbytes writes each quantization state as JSON."""
+        found = components_of(module).items()
+        return sum(v.nbytes for name, v in found if name not in self.constants and not name.endswith("quant_map"))
+
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
         """By the flat definition, in float32 and then rounded to `dtype`."""
         absmax, quant_type = Statistics.of(components).effective(ops), self.config.bnb_4bit_quant_type
