@@ -59,8 +59,9 @@ class BandSink:
         there = home(band.name, count, band.dtype) if home is not None and not band.whole else None
         if there is not None:
             return there
-        if band.whole and partial:
-            return torch.zeros(count, dtype=band.dtype, device=device)
+        if band.whole:  # gone when the tensor is finished: the allocator's, which has it for the next one again
+            make = torch.zeros if partial else torch.empty
+            return make(count, dtype=band.dtype, device=device)
         return MEMORY.empty(count, band.dtype, device)
 
     def direct(self, band: Band, start: int, stop: int) -> Tensor | None:

@@ -81,8 +81,11 @@ def flows_of(
         return
     shard = Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype, tensor.dim, cut)
     if prequantized:
+        layout = {part.name: part for part in scheme.layout(tensor.name, shard.shape, tensor.dtype).components}
+        whole = scheme.statistics(shard)
         for source in sorted(tensor.sources, key=lambda s: (infos[s.tensor].file, infos[s.tensor].offset)):
-            yield _stored(source, infos[source.tensor], scheme, shard)
+            component = None if source.component in whole else layout.get(source.component)
+            yield _stored(source, infos[source.tensor], component, shard)
         return
     components = scheme.flowing(tensor.name, shard.shape, tensor.dtype)
     entire = scheme.entire(tensor.name, shard.shape)
@@ -102,15 +105,14 @@ def flows_of(
     )
 
 
-def _stored(source: Source, info: TensorInfo, scheme: Scheme, shard: Shard) -> Flow:
-    """A stored component: cut like the weight where its layout lets it, whole for every rank where not."""
+def _stored(source: Source, info: TensorInfo, component: Component | None, shard: Shard) -> Flow:
+    """A stored component: cut like the weight where its layout lets it, whole for every rank where not.
+
+    `component` is None where the layout does not know it, and where every rank needs all of it.
+    """
     name, count = source.component, taken(source, info.shape)
     flowing = Component(name=name, dtype="uint8")  # its dtype is that of the file
-    known = {component.name: component for component in scheme.layout(shard.name, shard.shape, shard.dtype).components}
-    component = known.get(name)
-    part = None
-    if component is not None and not component.gathered and name not in scheme.statistics(shard):
-        part = _cut_part(component, shard)
+    part = None if component is None or component.gathered else _cut_part(component, shard)
     if part is None:
         return Flow(name, (count,), None, (source,), None, None, (flowing,), frozenset((name,)))
     shape, dim, cut = part

@@ -94,13 +94,13 @@ class TorchaoScheme(DequantizingScheme):
         """Which tensor weights become; `Int8Tensor` for configurations that `validate` refuses."""
         return KINDS.get(self.config.type_name, INT8)
 
-    @property
+    @cached_property
     def group(self) -> str | int:
         """Weights that share a scale: `"row"`, `"tensor"`, or as many of a row."""
         found = self.config.vocabulary()[0].group if self.config.type_name in KINDS else "row"
         return found if isinstance(found, int) or found == "tensor" else "row"
 
-    @property
+    @cached_property
     def codes_dtype(self) -> str:
         if self.kind != FLOAT8:
             return "int8"

@@ -36,6 +36,9 @@ from distquant.stream.tasks import TORCH_DTYPE, Chunk, Sink, Task, batches, chun
 READERS = 2
 """Reads in flight, where they may wait for a disk or a network."""
 
+HANDED = 1 << 20
+"""Bytes that are read from memory in the time that it takes to hand a piece from one thread to another."""
+
 
 def cores_of_a_rank(ranks: int) -> int:
     """Cores that each of a node's ranks has: those that it is bound to, else its share of the machine's."""
@@ -123,7 +126,8 @@ class Engine:
         total = self.bytes_to_read()
         done = 0
         chunks = batches(self._chunks(), self.budget.largest)
-        self._reader = Reader(self.files, self.arena, self._reads, self.board, self.stages, chunks, self._readers())
+        threads = self._readers(total)
+        self._reader = Reader(self.files, self.arena, self._reads, self.board, self.stages, chunks, threads)
         for batch in self._reader:
             for chunk in batch:
                 done += chunk.nbytes
@@ -142,11 +146,15 @@ class Engine:
         self.copier.drain()
         self.peers.leave()
 
-    def _readers(self) -> int:
-        """Threads that read ahead. Reads from memory are work for a core: one has it, or none, as there are cores."""
+    def _readers(self, total: int) -> int:
+        """Threads that read ahead. Reads from memory are work for a core: one has it, or none, as there are cores.
+
+        Of many small tensors (as stored weights have them) reading costs less than handing them from thread to thread.
+        """
         if not all(map(self.files.in_memory, self._files())):
             return READERS
-        return 1 if cores_of_a_rank(len(self.peers.peers) + 1) > 1 else 0
+        pieces = sum(part.reader == self.rank for task in self.tasks for part in task.parts)
+        return 1 if total > pieces * HANDED and cores_of_a_rank(len(self.peers.peers) + 1) > 1 else 0
 
     def _files(self) -> set[str]:
         """Files that this rank reads of."""
