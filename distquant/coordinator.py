@@ -6,10 +6,8 @@ them is raised together, before a weight byte moves.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from distquant.checkpoint import Checkpoint, open_checkpoint
@@ -23,6 +21,7 @@ from distquant.facts import Facts, parse_bytes
 from distquant.layout import Layout, plain
 from distquant.mesh import Mesh
 from distquant.notes import notes_on
+from distquant.opened import Opened
 from distquant.placement import check_memory, infer_device_map, read_memory
 from distquant.planning.experts import expert_rules, plan_experts
 from distquant.planning.load_plan import LoadPlan, ModuleShard, RankMemory, TensorPlan
@@ -59,34 +58,12 @@ CUT_DIM = {COLWISE: 0, COLWISE_GATHER: 0, VOCAB_EMBEDDING: 0, ROWWISE: 1, ROWWIS
 
 def make_plan(request: Request, facts: Facts) -> LoadPlan:
     """Plans a load; raises `InputError` with every problem found."""
-    return plan_with_model(request, facts)[0]
-
-
-def build_early(request: Request) -> Any:
-    """The model of a request on `meta`, for a rank that waits for the plan; None where it must wait.
-
-    Nothing is told here: rank 0 builds the same and tells what is wrong, and what fails on this rank alone fails again
-    when it loads.
-    """
-    if not isinstance(request.model, str | os.PathLike) or not os.path.exists(request.model):
-        return None
-    given = read_request(request, Problems())
-    try:
-        return build(Path(request.model), given.dtype, trust_remote_code=request.trust_remote_code)
-    except Exception:
-        return None
-
-
-def is_built_for(plan: LoadPlan, request: Request, model: Any) -> bool:
-    """Whether the model that was built early is the one that was planned: another rank's request was taken for it."""
-    if model is None or request.trust_remote_code != plan.trust_remote_code:
-        return False
-    return str(model.dtype) == f"torch.{plan.dtype}" and os.path.abspath(request.model) == os.path.abspath(plan.model)
+    return plan_and_open(request, facts)[0]
 
 
 @without_collector()
-def plan_with_model(request: Request, facts: Facts) -> tuple[LoadPlan, Any]:
-    """As `make_plan`; also gives the model on `meta` that was planned, for whoever loads it next."""
+def plan_and_open(request: Request, facts: Facts) -> tuple[LoadPlan, Opened]:
+    """As `make_plan`; also gives what was planned, for whoever loads it next."""
     problems = Problems()
     given = read_request(request, problems)
     mesh = given.mesh
@@ -133,7 +110,7 @@ def plan_with_model(request: Request, facts: Facts) -> tuple[LoadPlan, Any]:
     if draft.skipped is not None or (scheme.delegated and draft.prequantized):
         draft.skeleton, draft.kept = as_stored(draft.skeleton, checkpoint.tensors)
         draft.converted = [name for name in draft.converted if name in draft.skeleton.linears]
-    return _Planner(request, facts, draft, problems, understood).plan(model), model
+    return _Planner(request, facts, draft, problems, understood).plan(model), Opened(checkpoint, model)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from distquant.config import parse
 from distquant.errors import DistquantError, InputError, Problem, RankError
 from distquant.kernels.choice import Choice, choose
 from distquant.mesh import REPLICA
+from distquant.opened import Opened
 from distquant.options import Forward, Options, Progress, Seen
 from distquant.planning.experts import ALL_REDUCE, Piece
 from distquant.planning.load_plan import LoadPlan, TensorPlan
@@ -75,7 +76,7 @@ def load_shard(
     device: torch.device | str,
     options: Options | None = None,
     progress: Progress | None = None,
-    model: Any = None,
+    opened: Opened | None = None,
 ) -> Any:
     """Loads this rank's part of the model.
 
@@ -85,7 +86,7 @@ def load_shard(
         device: where this rank's weights go, unless the plan has a device map.
         options: how to run; the same on every rank.
         progress: called as rows arrive.
-        model: the plan's, on `meta`, where it has been built already; it becomes the result.
+        opened: the plan's checkpoint and model, where they have been opened already; the model becomes the result.
 
     Raises:
         InputError: this rank's (or another's) files are not those that were planned.
@@ -103,8 +104,8 @@ def load_shard(
     _import_libraries(plan)
     comm.collect(None)  # ranks that import slowly are not counted as loading
     start = time.perf_counter()
-    checkpoint = _same_files(plan, comm)
-    loading = _Loading(plan, comm, checkpoint, device, options, progress, model)
+    checkpoint = _same_files(plan, comm, opened)
+    loading = _Loading(plan, comm, checkpoint, device, options, progress, opened.model if opened else None)
     try:
         model = loading.run()
     except ReadError as error:
@@ -142,7 +143,7 @@ def _import_libraries(plan: LoadPlan) -> None:
         importlib.import_module(MODULES.get(package, package))
 
 
-def _same_files(plan: LoadPlan, comm: Comm) -> Checkpoint:
+def _same_files(plan: LoadPlan, comm: Comm, opened: Opened | None) -> Checkpoint:
     """Opens the checkpoint on this rank and compares it with the plan; a difference on any rank stops all.
 
     Ranks that were given different plans stop, too; only the folder may have another path on another machine.
@@ -155,7 +156,7 @@ def _same_files(plan: LoadPlan, comm: Comm) -> Checkpoint:
             what = f"rank {rank} has the plan {theirs[:16]}, rank {comm.rank} has {decided[:16]}"
             raise InputError.one("plan", what, "Give every rank the same arguments, or the same plan")
     try:
-        checkpoint = open_checkpoint(plan.model)
+        checkpoint = opened.checkpoint if opened is not None else open_checkpoint(plan.model)
         mine = checkpoint.digests()
         for file in sorted(plan.shards.keys() | mine.keys()):
             if plan.shards.get(file) != tuple(mine.get(file, ())):

@@ -8,7 +8,7 @@ import torch
 
 from distquant.collector import without_collector
 from distquant.comm import SoloComm
-from distquant.coordinator import Request, plan_with_model
+from distquant.coordinator import Request, plan_and_open
 from distquant.loader import load_shard
 from distquant.options import Options, Progress
 from distquant.planning import LoadPlan
@@ -30,9 +30,9 @@ def load(
     progress: Progress | None = None,
 ) -> Any:
     """Plans (unless that is done) and loads in this process."""
-    own, model = device(), None
+    own, opened = device(), None
     if isinstance(request, LoadPlan):
         plan = request
     else:
-        plan, model = plan_with_model(request, measure(own, max_memory))
-    return load_shard(plan, SoloComm(), own, options, progress, model)
+        plan, opened = plan_and_open(request, measure(own, max_memory))
+    return load_shard(plan, SoloComm(), own, options, progress, opened)

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 
 from distquant.collector import without_collector
-from distquant.coordinator import Request, build_early, is_built_for, plan_with_model
+from distquant.coordinator import Request, plan_and_open
 from distquant.errors import InputError, RankError
 from distquant.loader import load_shard
 from distquant.mesh import Mesh
+from distquant.opened import Opened, open_early
 from distquant.options import Options, Progress
 from distquant.planning import LoadPlan
 from distquant.runtime import process_group
@@ -49,21 +50,21 @@ def load(
     own, timeout = device(), options.timeout if options else None
     if not dist.is_initialized():
         process_group.init(timeout=timeout)
-    plan, model = (request, None) if isinstance(request, LoadPlan) else agree(request, own, max_memory)
+    plan, opened = (request, None) if isinstance(request, LoadPlan) else agree(request, own, max_memory)
     check_world(plan.mesh, dist.get_world_size())
     comm = process_group.GroupComm(plan.mesh, timeout)
-    return load_shard(plan, comm, own, options, progress, model)
+    return load_shard(plan, comm, own, options, progress, opened)
 
 
-def agree(request: Request, own: torch.device, max_memory: int | None) -> tuple[LoadPlan, Any]:
-    """Rank 0's plan, on every rank; its error too. With it the model on `meta`, where this rank has built it."""
+def agree(request: Request, own: torch.device, max_memory: int | None) -> tuple[LoadPlan, Opened | None]:
+    """Rank 0's plan, on every rank; its error too. With it what this rank has opened of it already."""
     outcome: Any = None
     nodes = numbered(process_group.collect(node_name()))
     if dist.get_rank() != 0:
-        model = build_early(request)
+        opened = open_early(request)
     else:
         try:
-            plan, model = plan_with_model(request, measure(own, max_memory, nodes))
+            plan, opened = plan_and_open(request, measure(own, max_memory, nodes))
             outcome = plan.to_json()
         except InputError as error:
             outcome = error
@@ -74,7 +75,7 @@ def agree(request: Request, own: torch.device, max_memory: int | None) -> tuple[
     if isinstance(outcome, Exception):
         raise outcome
     plan = LoadPlan.from_json(outcome)
-    return plan, model if is_built_for(plan, request, model) else None
+    return plan, opened if opened is not None and opened.fits(plan, request) else None
 
 
 def check_world(mesh: Mesh, world: int | None = None) -> None:

@@ -81,11 +81,11 @@ def flows_of(
         return
     shard = Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype, tensor.dim, cut)
     if prequantized:
-        layout = {part.name: part for part in scheme.layout(tensor.name, shard.shape, tensor.dtype).components}
+        layout = {each.name: each for each in scheme.layout(tensor.name, shard.shape, tensor.dtype).components}
         whole = scheme.statistics(shard)
         for source in sorted(tensor.sources, key=lambda s: (infos[s.tensor].file, infos[s.tensor].offset)):
-            component = None if source.component in whole else layout.get(source.component)
-            yield _stored(source, infos[source.tensor], component, shard)
+            part = None if source.component in whole else layout.get(source.component)
+            yield _stored(source, infos[source.tensor], part, shard)
         return
     components = scheme.flowing(tensor.name, shard.shape, tensor.dtype)
     entire = scheme.entire(tensor.name, shard.shape)
