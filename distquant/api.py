@@ -110,7 +110,9 @@ def load(
     Args:
         kernel: which kernels quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`. All give the same bits.
         forward: how weights are multiplied that are kept as their format stores them: `dequantize`, `float8` (with
-            activations rounded to float8, where the method is meant so), or `auto`: in float8 on a GPU that has it.
+            activations rounded to float8, where the method is meant so), `gptqmodel` (by its fastest kernel for GPTQ's
+            and AWQ's layouts, which may rearrange the words: no saving then, and no training), or `auto`: on a GPU in
+            float8, or by those of gptqmodel's kernels that leave the words alone.
         io: how files are read: `buffered` (through the page cache), `direct` (past it), or `auto`: what is in memory
             through the page cache, the rest past it.
         trace: file to write a trace of all ranks' stages to, for Perfetto.

@@ -18,11 +18,14 @@ class Forward(str, Enum):
     """How weights are multiplied that are kept as their format stores them."""
 
     AUTO = "auto"
-    """In float8 on a GPU that has it, where the method means activations to be float8, too; else dequantized."""
+    """On a GPU in float8, where the method means activations to be float8, too, and by those of gptqmodel's kernels
+    that leave the stored words as they are; else dequantized."""
     DEQUANTIZE = "dequantize"
     """The weight is dequantized, and multiplied with the activations as they are."""
     FLOAT8 = "float8"
     """In float8 on any device (on a CPU torch computes the same, slowly)."""
+    GPTQMODEL = "gptqmodel"
+    """By the fastest of gptqmodel's kernels for the layouts of GPTQ and AWQ; it may keep the stored words to itself."""
 
 
 FORWARDS = tuple(each.value for each in Forward)
@@ -50,7 +53,7 @@ class Options:
     kernel: str = "auto"
     """Which kernels quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`."""
     forward: str = "auto"
-    """How stored weights are multiplied: `auto`, `dequantize` or `float8`; of no consequence to them."""
+    """How stored weights are multiplied: `auto`, `dequantize`, `float8` or `gptqmodel`; of no consequence to them."""
     io: str = "auto"
     """How files are read: through the page cache (`buffered`), past it (`direct`), or by measurement (`auto`)."""
     trace: str | None = None

@@ -115,6 +115,10 @@ class Tally:
             else:
                 self.add("code", _bits(flat[:, local : local + length]), (0, flat.shape[0]), (start, stop))
 
+    def again(self, lanes: list[int]) -> None:
+        """Counts what another tally of this parameter has counted."""
+        self.lanes = [(mine + theirs) & MASK for mine, theirs in zip(self.lanes, lanes, strict=True)]
+
     def constant(self, text: str) -> None:
         """Counts a fact about the whole parameter (scheme, shape, dtype); call it on one rank only."""
         digest = hashlib.blake2b(f"{self.name}\0{text}".encode(), digest_size=8 * LANES).digest()

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from distquant.assemble.expert_stack import ExpertStack
-from distquant.errors import InputError
+from distquant.assemble.local import shard_of
+from distquant.errors import InputError, Problem
 from distquant.options import Forward
 from distquant.planning.load_plan import LoadPlan
-from distquant.schemes import Scheme
+from distquant.schemes import Scheme, gptqmodel_product
 from distquant.schemes.float8_product import is_float8, missing
+from distquant.schemes.packed_groups import PackedGroupsScheme
 from distquant.schemes.quantized_linear import QuantizedLinear
 
 DEQUANTIZED = "dequantized and multiplied"
@@ -22,35 +24,87 @@ PACKAGES = {"optimum": "optimum-quanto"}
 """Packages by the first part of their modules' path, where the two differ."""
 
 
+FIX = "Take 'auto' or 'dequantize'"
+
+
 def refuse_forward(plan: LoadPlan, scheme: Scheme, forward: Forward, device: torch.device) -> None:
-    """Raises `InputError` where products in float8 are asked for that cannot be."""
-    if forward is not Forward.FLOAT8:
-        return
-    fix = "Take 'auto' or 'dequantize'"
+    """Raises `InputError` where another way to multiply is asked for than there is."""
+    if forward is Forward.FLOAT8:
+        _refuse_float8(plan, scheme, device)
+    elif forward is Forward.GPTQMODEL:
+        _refuse_gptqmodel(plan, scheme, device)
+    elif forward is Forward.AUTO and device.type == "cuda" and isinstance(scheme, PackedGroupsScheme):
+        gptqmodel_product.missing()  # imports it, before the load is timed
+
+
+def _refuse_float8(plan: LoadPlan, scheme: Scheme, device: torch.device) -> None:
     kernels = set() if plan.dequantize else {scheme.float8_kernel(f"{name}.weight") for name in plan.converted}
     reasons = [missing(kernel, device) for kernel in kernels if kernel is not None]
     if not reasons:
         what = "'float8' is for float8 weights with float8 inputs, with a scale for each row, for all, or for 128 x 128"
-        raise InputError.one("forward", f"{what}; {scheme.name} as it is configured has none", fix)
+        raise InputError.one("forward", f"{what}; {scheme.name} as it is configured has none", FIX)
     if None not in reasons:
-        raise InputError.one("forward", f"'float8' cannot be: {'; '.join(map(str, reasons))}", fix)
+        raise InputError.one("forward", f"'float8' cannot be: {'; '.join(map(str, reasons))}", FIX)
+
+
+def _refuse_gptqmodel(plan: LoadPlan, scheme: Scheme, device: torch.device) -> None:
+    """All ranks' parts are looked at, so that all ranks give the same answer."""
+    if plan.dequantize or not plan.converted or not isinstance(scheme, PackedGroupsScheme):
+        what = "'gptqmodel' is for weights that are kept in the layouts of GPTQ and AWQ"
+        raise InputError.one("forward", f"{what}; {scheme.name} as it is configured has none", FIX)
+    places = set((plan.device_map or {}).values())
+    if len(places) > 1 and places & {"cpu", "disk"}:
+        what = "'gptqmodel' cannot be with a device map that offloads: a kernel stays where it was made"
+        raise InputError.one("forward", what, FIX)
+    if (reason := gptqmodel_product.missing()) is not None:
+        raise InputError.one("forward", f"'gptqmodel' cannot be: {reason}", FIX)
+    names: dict[str, list[str]] = {}
+    for tensor in plan.tensors:
+        if tensor.scheme != "none" and tensor.experts is None:
+            shards = (shard_of(tensor, plan, rank) for rank in range(plan.mesh.tp))
+            for reason in {gptqmodel_product.why_not(scheme, shard, device, False) for shard in shards} - {None}:
+                names.setdefault(str(reason), []).append(tensor.name)
+    if names:
+        what = "'gptqmodel' has no kernel for {} ({} weights): {}"
+        raise InputError([Problem("forward", what.format(of[0], len(of), reason), FIX) for reason, of in names.items()])
 
 
 def set_forward(model: nn.Module, scheme: Scheme, forward: Forward) -> str:
-    """Decides for every quantized module; returns what multiplies how many, for people."""
+    """Decides for every quantized module; returns what multiplies how many, for people.
+
+    Raises:
+        InputError: gptqmodel's kernels are asked for, and none multiplies a module's weight.
+    """
     counts: Counter[str] = Counter()
     for module in model.modules():
+        reason = ""
         if isinstance(module, QuantizedLinear):
             device, kernel = next(iter(module.components.values())).device, scheme.float8_kernel(module.shard.name)
             module.float8 = kernel is not None and is_float8(forward, kernel, module.shard.local_shape, device)
+            reason = _without_kernel(module, forward, device)
         if (name := _multiplied_by(module, scheme)) is not None:
-            counts[name] += 1
+            counts[f"{name} ({reason})" if reason else name] += 1
     return "; ".join(f"{name}: {count} modules" for name, count in counts.items())
+
+
+def _without_kernel(module: QuantizedLinear, forward: Forward, device: torch.device) -> str:
+    """Lets one of gptqmodel's kernels multiply a module's weight; returns why none does, where one is expected."""
+    asked = forward is Forward.GPTQMODEL
+    if not asked and (forward is not Forward.AUTO or device.type != "cuda"):
+        return ""
+    if not isinstance(module.scheme, PackedGroupsScheme) or (not asked and gptqmodel_product.missing() is not None):
+        return ""
+    reason = gptqmodel_product.take_kernel(module, keep=not asked)
+    if reason is not None and asked:
+        raise InputError.one("forward", f"gptqmodel has no kernel for {module.shard.name}: {reason}", FIX)
+    return reason or ""
 
 
 def _multiplied_by(module: Any, scheme: Scheme) -> str | None:
     """What multiplies a module's weights, where they are quantized."""
     if isinstance(module, QuantizedLinear):
+        if module.kernel is not None:
+            return str(module.kernel)
         kernel = scheme.float8_kernel(module.shard.name) if module.float8 else None
         return f"{kernel.value} with float8 activations" if kernel is not None else DEQUANTIZED
     if isinstance(module, ExpertStack):

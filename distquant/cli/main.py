@@ -79,7 +79,7 @@ def _run_arguments(parser: argparse.ArgumentParser, *, many: bool = False) -> No
     parser.add_argument("--threads", type=_at_least(1), default=0, help="torch threads of a rank")
     parser.add_argument("--timeout", type=_at_least(0.1, float), help="seconds that a rank waits for the others")
     parser.add_argument("--kernel", choices=KERNELS, default="auto", help="which kernels quantize (default: auto)")
-    parser.add_argument("--forward", choices=FORWARDS, default="auto", help="how stored weights are multiplied")
+    parser.add_argument("--forward", choices=FORWARDS, default="auto", help="what multiplies weights kept as stored")
     parser.add_argument("--io", choices=IO_MODES, default="auto", help="read through the page cache or past it")
     parser.add_argument("--trace", metavar="FILE", help="write a trace of all ranks' stages, for Perfetto")
 

@@ -85,7 +85,7 @@ def _why_no_tiles() -> str | None:
 
 def is_float8(forward: Forward, kernel: Float8Kernel, shape: tuple[int, int], device: torch.device) -> bool:
     """Whether a kernel multiplies a weight `[out, in]` on a device."""
-    if forward is Forward.DEQUANTIZE or (forward is Forward.AUTO and device.type != "cuda"):
+    if forward is not Forward.FLOAT8 and (forward is not Forward.AUTO or device.type != "cuda"):
         return False
     if missing(kernel, device) is not None:
         return False

@@ -283,7 +283,7 @@ class PackedGroupsScheme(DequantizingScheme):
 
     @staticmethod
     def _stored_zeros(packing: Packing, zeros: Tensor) -> Tensor:
-        """qzeros from zero points uint8 `[groups, out]`; see `_zeros`."""
+        """qzeros from zero points uint8 `[groups, out]`; see `zeros_of`."""
         if packing.kind != "gptq":
             return pack_words(zeros, packing.bits, 1, packing.order)
         if packing.bits == 3:
@@ -291,7 +291,7 @@ class PackedGroupsScheme(DequantizingScheme):
         return pack_words(zeros, packing.bits, 1) - ONES[packing.bits]
 
     @staticmethod
-    def _zeros(packing: Packing, stored: Tensor, dtype: torch.dtype) -> Tensor:
+    def zeros_of(packing: Packing, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """Zero points `[groups, out]`.
 
         GPTQ's first version stores each less one. What becomes of a zero point of 0 then follows who writes such
@@ -311,7 +311,7 @@ class PackedGroupsScheme(DequantizingScheme):
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
         packing, scales = self.packing(shard.name), components["scales"]
         weight = self._codes(packing, components["qweight"], scales.dtype)
-        zeros = self._zeros(packing, components["qzeros"], scales.dtype)
+        zeros = self.zeros_of(packing, components["qzeros"], scales.dtype)
         inputs = len(weight)
         if packing.gathered:
             index = components["g_idx"].long()
@@ -330,7 +330,7 @@ class PackedGroupsScheme(DequantizingScheme):
     def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         packing = self.packing(shard.name)
         yield "code", self._codes(packing, components["qweight"], torch.uint8).t(), 1
-        scales, zeros = components["scales"].float(), self._zeros(packing, components["qzeros"], torch.uint8)
+        scales, zeros = components["scales"].float(), self.zeros_of(packing, components["qzeros"], torch.uint8)
         span = packing.group(shard.shape[1])
         if packing.gathered:
             index, span = components["g_idx"].long(), 1

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from distquant.config import torch_dtype
-from distquant.errors import DistquantError
+from distquant.errors import DistquantError, InputError
 from distquant.schemes.keeps_dtypes import KeepsDtypes
 from distquant.schemes.product import ops_on, product
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from distquant.schemes.dequantizing import DequantizingScheme
+    from distquant.schemes.gptqmodel_product import Kernel
     from distquant.schemes.shard import Shard
 
 
@@ -57,6 +61,9 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
 
     Attributes:
         float8: whether inputs are rounded to float8 and multiplied so (see `float8_product.py`).
+        kernel: what multiplies inputs that need no gradient, if another library does (see `gptqmodel_product.py`).
+        given: what the fingerprint counts of the components, where the kernel has rearranged them and they are no
+            longer here; then there is no `weight`, no state dict and no gradient.
     """
 
     _is_hf_initialized = True
@@ -65,6 +72,8 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = shard.local_shape
         self.scheme, self.shard, self.float8 = scheme, shard, False
+        self.kernel: Kernel | None = None
+        self.given: list[int] | None = None
         self.register_parameter("bias", bias)
 
     def take(self, components: Mapping[str, Tensor]) -> None:
@@ -74,7 +83,14 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
 
     @property
     def components(self) -> dict[str, Tensor]:
-        """What is stored, by component."""
+        """What is stored, by component.
+
+        Raises:
+            InputError: the kernel has it, in its own order.
+        """
+        if self.given is not None:
+            what = f"{self.kernel} has rearranged the stored words for itself: they cannot be read, saved or trained on"
+            raise InputError.one(self.shard.name, what, "Load with forward='auto' or 'dequantize' for that")
         stored = ((name, value) for name, value in self._buffers.items() if value is not None)
         return {"" if name == "weight" else name: value for name, value in stored}
 
@@ -89,9 +105,33 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
         ops, dtype = ops_on(next(iter(found.values())).device), torch_dtype(self.shard.dtype)
         return self.scheme.dequantize(self.shard, found, dtype, ops)
 
+    def give(self, lanes: list[int]) -> None:
+        """Leaves the components to the kernel; `lanes` is what the fingerprint counts of them."""
+        for name in self.components:
+            self._buffers[name or "weight"] = None
+        self.given = lanes
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        _ = self.components  # or the reason why there are none
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.kernel is not None and fn(torch.empty(0, device=self.kernel.device)).device != self.kernel.device:
+            _ = self.components
+            self.kernel = None  # it stays where it was made; from now on the weight is dequantized
+        return super()._apply(fn, recurse)
+
     def _multiplied(self, x: Tensor) -> Tensor:
         return self.scheme.float8_product(self.shard, self.components, x)
 
+    def _by(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What multiplies without dequantizing."""
+        if not x.numel():
+            return None
+        if self.kernel is not None and not (x.requires_grad and torch.is_grad_enabled()):
+            return self.kernel
+        return self._multiplied if self.float8 else None
+
     def forward(self, x: Tensor) -> Tensor:
-        output = product(x, self.dequantized, self._multiplied if self.float8 and x.numel() else None)
+        output = product(x, self.dequantized, self._by(x))
         return output if self.bias is None else output + self.bias.to(output.dtype)
