@@ -23,3 +23,11 @@ def stored(path: str, quant: Any, mesh: str | None = None) -> tuple[dict[str, di
     plan = model.distquant.plan
     found = {name: model.get_submodule(name).components for name in plan.converted}
     return found, model.distquant.report.quantized_bytes, plan.memory[work.rank()].quantized, dq.fingerprint(model)
+
+
+def by_gptqmodel(path: str, mesh: str | None = None) -> tuple[Tensor, str, str]:
+    """Logits of products by gptqmodel's kernels, what multiplied, and the fingerprint after it."""
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        model = dq.load(path, mesh=mesh, dtype="bfloat16", forward="gptqmodel")
+        found = model(torch.tensor(work.IDS)).logits.float()
+    return found, model.distquant.report.forward, dq.fingerprint(model)

@@ -12,6 +12,7 @@ import work
 from packed_words import Kind, dense_weight, rewrite_packed, store_dense
 
 import distquant as dq
+from distquant.schemes.gptqmodel_product import missing
 
 ROUNDING = 2e-5
 """As in `test_logits`."""
@@ -147,3 +148,35 @@ def test_stored_checkpoints_are_read_in_slices(ranks, packed):
     read = ranks.run(4, work.bytes_read, path, None, "tp=4")
     assert sum(read) < 1.1 * size
     assert max(read) < 0.5 * size
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("gptq v1", "TorchAtenLinear: 14"),
+        ("gptq v2 2 bits", "TorchLinear: 14"),
+        ("awq", "TorchAtenAwqLinear: 14"),
+        ("auto-round own", "TorchAtenLinear: 14"),
+    ],
+)
+def test_gptqmodel_multiplies_each_rank_s_part(ranks, packed, name, kernel):
+    """All is computed in bfloat16, by the ATen kernels with scales in it, too, and errs as ours does in bfloat16."""
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    path, _ = packed(name)
+    whole, exact = dq.load(path, dtype="bfloat16"), packed_ranks.logits(path)
+    with torch.no_grad():
+        own = distance(whole(torch.tensor(work.IDS)).logits.float(), exact)
+    for logits, told, fingerprint in ranks.run(2, packed_ranks.by_gptqmodel, path, "tp=2"):
+        assert told == f"gptqmodel's {kernel} modules"
+        assert distance(logits, exact) < 2 * own < 0.2
+        assert fingerprint == dq.fingerprint(whole)
+
+
+def test_gptqmodel_refuses_parts_of_groups_on_every_rank(ranks, packed):
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    path, _ = packed("gptq act order")
+    for error in ranks.run(2, work.error_of, packed_ranks.by_gptqmodel, path, "tp=2"):
+        assert isinstance(error, dq.InputError)
+        assert "4 weights): inputs are cut and in the order of their activations" in str(error)
