@@ -29,11 +29,12 @@ FIX = "Take 'auto' or 'dequantize'"
 
 def refuse_forward(plan: LoadPlan, scheme: Scheme, forward: Forward, device: torch.device) -> None:
     """Raises `InputError` where another way to multiply is asked for than there is."""
+    kept_on_gpu = device.type == "cuda" and not plan.dequantize
     if forward is Forward.FLOAT8:
         _refuse_float8(plan, scheme, device)
     elif forward is Forward.GPTQMODEL:
         _refuse_gptqmodel(plan, scheme, device)
-    elif forward is Forward.AUTO and device.type == "cuda" and isinstance(scheme, PackedGroupsScheme):
+    elif forward is Forward.AUTO and kept_on_gpu and isinstance(scheme, PackedGroupsScheme):
         gptqmodel_product.missing()  # imports it, before the load is timed
 
 
@@ -58,11 +59,17 @@ def _refuse_gptqmodel(plan: LoadPlan, scheme: Scheme, device: torch.device) -> N
         raise InputError.one("forward", what, FIX)
     if (reason := gptqmodel_product.missing()) is not None:
         raise InputError.one("forward", f"'gptqmodel' cannot be: {reason}", FIX)
+    found: dict[Any, str | None] = {}
     names: dict[str, list[str]] = {}
     for tensor in plan.tensors:
         if tensor.scheme != "none" and tensor.experts is None:
-            shards = (shard_of(tensor, plan, rank) for rank in range(plan.mesh.tp))
-            for reason in {gptqmodel_product.why_not(scheme, shard, device, False) for shard in shards} - {None}:
+            reasons = set()
+            for shard in (shard_of(tensor, plan, rank) for rank in range(plan.mesh.tp)):
+                key = scheme.packing(shard.name), shard.dtype, shard.shape, shard.local_shape
+                if key not in found:
+                    found[key] = gptqmodel_product.why_not(scheme, shard, device, False)
+                reasons.add(found[key])
+            for reason in reasons - {None}:
                 names.setdefault(str(reason), []).append(tensor.name)
     if names:
         what = "'gptqmodel' has no kernel for {} ({} weights): {}"

@@ -166,7 +166,7 @@ def _tried(
         kernel = Kernel(linear, dtype, device)
         x = torch.rand(ROWS, shard.local_shape[1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
         found = kernel(x).float()
-    expected = nn.functional.linear(x.float(), module.dequantized().float())
+    expected = nn.functional.linear(x, module.dequantized().to(dtype)).float()
     error = float((found - expected).norm() / expected.norm())
     if not error <= TOLERANCE:
         return f"{kind.__name__}: its product differs from that of the dequantized weight by {error:.2g}"
@@ -175,7 +175,6 @@ def _tried(
             return f"{kind.__name__}: it rearranges the stored words"
         tally = Tally(shard.name)
         module.scheme.tally(module, shard, tally)
-        module.kernel = kernel
         module.give(tally.lanes)
     module.kernel = kernel
     return None
