@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from distquant.schemes.base import Scheme, Stream
 from distquant.schemes.quantized_linear import QuantizedLinear
 from distquant.schemes.shard import Shard
 from distquant.skeleton.stored import TORCH_NAMES
-
-if TYPE_CHECKING:
-    from distquant.tally import Tally
 
 FLOATS = ("F32", "BF16", "F16")
 """Safetensors' dtypes that scales may have."""
@@ -114,12 +111,6 @@ class DequantizingScheme(Scheme):
 
     def components(self, module: Any) -> dict[str, Tensor]:
         return module.components
-
-    def tally(self, module: Any, shard: Shard, tally: Tally) -> None:
-        if module.given is not None:
-            tally.again(module.given)
-        else:
-            super().tally(module, shard, tally)
 
     def finish_model(self, model: Any) -> None:
         mark_quantized(model, self.config)

@@ -33,7 +33,7 @@ from distquant.schemes.min_max import Grid, quantize_min_max, rows_at_once
 from distquant.schemes.selecting import one_of
 from distquant.schemes.shard import Shard
 from distquant.schemes.words import pack_bytes, pack_words, span_of, unpack_words
-from distquant.tally import WHOLE_ROW
+from distquant.tally import WHOLE_ROW, Tally
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The value in each slot of a word of AWQ's."""
@@ -326,6 +326,12 @@ class PackedGroupsScheme(DequantizingScheme):
                 grouped = part.unflatten(0, (-1, size or len(part)))
                 grouped.sub_(zeros[at].unsqueeze(1)).mul_(scales[at].unsqueeze(1))
         return weight.to(dtype).t()
+
+    def tally(self, module: Any, shard: Shard, tally: Tally) -> None:
+        if module.given is not None:
+            tally.again(module.given)
+        else:
+            super().tally(module, shard, tally)
 
     def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         packing = self.packing(shard.name)
