@@ -28,7 +28,7 @@ FLOORS = [
     ["planning", "kernels", "tally"],
     ["schemes"],
     ["placement", "draft", "request"],
-    ["checks", "notes"],
+    ["checks", "notes", "opened"],
     ["coordinator"],
     ["stream"],
     ["assemble", "report"],
