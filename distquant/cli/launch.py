@@ -24,6 +24,10 @@ from distquant.skeleton import source_of
 OUTCOME = "DISTQUANT_OUTCOME"
 """Environment variable: file that rank 0 of ranks that we started writes the outcome to."""
 
+PATIENCE = 30.0
+"""Seconds that a rank leaves the telling to another, and the launcher the time to stop it: ranks that share few cores
+come to the same error many seconds apart."""
+
 
 class Handled(DistquantError):
     """A rank has already told what is wrong; `code` is the exit code."""
@@ -258,8 +262,8 @@ def of_another_rank(error: DistquantError) -> bool:
 
 
 def wait_for_the_end() -> None:
-    """Gives the launcher the time to stop this rank, so that only the rank that failed is heard."""
-    time.sleep(10.0)
+    """Lets the rank whose error this is tell it, and the launcher stop this one."""
+    time.sleep(PATIENCE)
 
 
 def rank_prefix() -> str:
@@ -271,6 +275,6 @@ def tell_once(error: InputError) -> None:
     """Tells an error that every rank may have: rank 0 does. Another rank that is not stopped then is alone with it."""
     prefix = ""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5.0)
+        wait_for_the_end()
         prefix = rank_prefix()
     print(f"distquant: {prefix}{error}", file=sys.stderr)

@@ -14,18 +14,22 @@ from cli_runs import Command, Run, tells
 import distquant as dq
 
 SPOIL = """
-import os, signal
+import os, signal, time
 
 what, rank = os.environ["SPOIL"].split(":")
-if os.environ.get("RANK") == rank:
-    def preadv(fd, buffers, offset, flags=0):
-        if what == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise OSError(5, "Input/output error")
 
-    os.preadv = preadv
+def preadv(fd, buffers, offset, flags=0):
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError(5, "Input/output error")
+
+if os.environ.get("RANK") == rank:
+    if what == "late":
+        time.sleep(8)
+    else:
+        os.preadv = preadv
 """
-"""sitecustomize.py: on one rank reading fails, or ends the process."""
+"""sitecustomize.py: on one rank reading fails, or ends the process; or that rank starts long after the others."""
 
 
 @pytest.fixture
@@ -76,8 +80,9 @@ def test_killed_rank_is_named(kjv_tiny: str, refused: Command, spoil) -> None:
     tells(last_words(done), r"^rank 1: was killed by signal 9, and the other ranks were stopped\. If memory ran out")
 
 
-def test_mesh_that_is_not_the_world_is_told_once(kjv_tiny: str, workdir: Path) -> None:
-    """Under a launcher of the user's: what torch's launcher writes itself is its own."""
+def test_mesh_that_is_not_the_world_is_told_once(kjv_tiny: str, workdir: Path, spoil) -> None:
+    """Under a launcher of the user's: what torch's launcher writes itself is its own. Rank 0 starts late here."""
+    spoil("late:0")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     wanted = ["-m", "distquant", "load", kjv_tiny, "--mesh", "tp=3", "--quant", "nf5", "--report", "out.json"]
     done = subprocess.run([*launcher, *wanted], cwd=workdir, capture_output=True, text=True, timeout=120)
