@@ -36,8 +36,8 @@ from distquant.stream.tasks import TORCH_DTYPE, Chunk, Sink, Task, batches, chun
 READERS = 2
 """Reads in flight, where they may wait for a disk or a network."""
 
-HANDED = 1 << 20
-"""Bytes that are read from memory in the time that it takes to hand a piece from one thread to another."""
+WORTH_A_THREAD = 4 << 20
+"""Mean bytes of a piece from which on a thread that reads ahead from memory saves more than handing over costs."""
 
 
 def cores_of_a_rank(ranks: int) -> int:
@@ -154,7 +154,7 @@ class Engine:
         if not all(map(self.files.in_memory, self._files())):
             return READERS
         pieces = sum(part.reader == self.rank for task in self.tasks for part in task.parts)
-        return 1 if total > pieces * HANDED and cores_of_a_rank(len(self.peers.peers) + 1) > 1 else 0
+        return 1 if total > pieces * WORTH_A_THREAD and cores_of_a_rank(len(self.peers.peers) + 1) > 1 else 0
 
     def _files(self) -> set[str]:
         """Files that this rank reads of."""

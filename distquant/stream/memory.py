@@ -1,8 +1,9 @@
-"""Memory of the machine for what a load keeps: taken at once, and in huge pages where these come quickly.
+"""Memory of the machine for what a load keeps: in huge pages where these come quickly, else many small ones at once.
 
-A page fault for each 4 KiB costs more than what is written there. Linux gives many pages in one call, and 2 MiB a page
-where it is asked to: several times faster, unless the machine is a guest whose host has taken free memory back (it does
-so in large blocks, and has to give it again). Which it is shows in the time that a page takes, so that is measured.
+A page fault for each 4 KiB costs more than what is written there. Linux gives 2 MiB a page where it is asked to, which
+costs least, unless the machine is a guest whose host has taken free memory back (it does so in large blocks, and has to
+give it again). Which it is shows in the time that a page takes, so that is measured, on one page of several; the others
+come as they are written to, while they are in the cache. Small pages are taken in one call.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ SMALLEST = 1 << 20
 
 SLOW = 2e-3
 """Seconds from which on a huge page costs more than as many bytes in small ones."""
+
+SAMPLED = 16
+"""Huge pages of which one is timed."""
 
 PAUSE, LONGEST = 16, 1024
 """Huge pages that are left out after a slow one; twice as many after each that is slow again, up to the longest."""
@@ -54,17 +58,26 @@ class Memory:
         return made
 
     def _take(self, address: int, nbytes: int) -> None:
-        """Takes the pages of memory that begins on a huge page."""
-        huge = 0
-        while nbytes - huge >= HUGE_PAGE and self._left_out <= 0:
-            _advise(address + huge, HUGE_PAGE, mmap.MADV_HUGEPAGE)
+        """Takes the pages of memory that begins on a huge page: huge ones come as they are written to."""
+        at, end = 0, nbytes // HUGE_PAGE * HUGE_PAGE
+        while at < end:
+            left_out = min(self._left_out * HUGE_PAGE, end - at)
+            if left_out > 0:
+                _advise(address + at, left_out, POPULATE_WRITE)
+                self._left_out -= left_out // HUGE_PAGE
+                at += left_out
+                continue
+            _advise(address + at, HUGE_PAGE, mmap.MADV_HUGEPAGE)
             begun = time.thread_time()  # what other threads of the core take does not count
-            _advise(address + huge, HUGE_PAGE, POPULATE_WRITE)
+            _advise(address + at, HUGE_PAGE, POPULATE_WRITE)
             self._took(time.thread_time() - begun)
-            huge += HUGE_PAGE
-        if huge < nbytes:
-            _advise(address + huge, nbytes - huge, POPULATE_WRITE)
-            self._left_out -= (nbytes - huge) // HUGE_PAGE
+            at += HUGE_PAGE
+            if self._left_out <= 0 and at < end:
+                likely = min((SAMPLED - 1) * HUGE_PAGE, end - at)
+                _advise(address + at, likely, mmap.MADV_HUGEPAGE)
+                at += likely
+        if at < nbytes:
+            _advise(address + at, nbytes - at, POPULATE_WRITE)
 
     def _took(self, seconds: float) -> None:
         """Counts a huge page."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distquant.stream import memory
-from distquant.stream.memory import HUGE_PAGE, LONGEST, PAUSE, SLOW, SMALLEST, Memory
+from distquant.stream.memory import HUGE_PAGE, LONGEST, PAUSE, SAMPLED, SLOW, SMALLEST, Memory
 
 CPU = torch.device("cpu")
 LINUX = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="huge pages are asked for on Linux only")
@@ -39,9 +39,15 @@ def test_devices_other_than_the_cpu_have_their_own() -> None:
 
 
 @LINUX
-def test_pages_are_there_before_they_are_written_and_gone_with_the_last_view() -> None:
-    before, size = resident(), 64 << 20
-    made = Memory().empty(size, torch.uint8, CPU)
+@pytest.mark.parametrize("slow", [False, True])
+def test_memory_is_gone_with_the_last_view(slow: bool) -> None:
+    source, size = Memory(), 64 << 20
+    source._left_out = size // HUGE_PAGE if slow else 0
+    before = resident()
+    made = source.empty(size, torch.uint8, CPU)
+    if slow:
+        assert resident() - before > size - (1 << 20), "small pages are there before they are written to"
+    made.fill_(1)
     assert resident() - before > size - (1 << 20)
     view = made[5:9]
     del made
@@ -65,13 +71,17 @@ def test_slow_huge_pages_are_left_out_ever_longer(monkeypatch: pytest.MonkeyPatc
     source = Memory()
 
     def huge_pages_of(pages: int) -> int:
+        """Those among so many; one of `SAMPLED`, and every small one, must have been taken at once."""
         asked.clear()
         made = source.empty(pages * HUGE_PAGE, torch.uint8, CPU)
-        taken = [nbytes for advice, nbytes in asked if advice == memory.POPULATE_WRITE]
-        assert sum(taken) == made.nbytes
-        return sum(advice == mmap.MADV_HUGEPAGE for advice, _ in asked)
+        huge = [nbytes // HUGE_PAGE for advice, nbytes in asked if advice == mmap.MADV_HUGEPAGE]
+        taken = [nbytes // HUGE_PAGE for advice, nbytes in asked if advice == memory.POPULATE_WRITE]
+        timed = -(-sum(huge) // SAMPLED) if not slow[0] else sum(huge)
+        assert sum(taken) == made.nbytes // HUGE_PAGE - sum(huge) + timed
+        return sum(huge)
 
     assert huge_pages_of(4) == 4
+    assert huge_pages_of(2 * SAMPLED + 1) == 2 * SAMPLED + 1
     slow[0] = True
     assert huge_pages_of(4) == 1  # one to see it, three of those that are left out
     assert huge_pages_of(PAUSE - 3) == 0
