@@ -7,6 +7,7 @@ rank's failure to all others. All survive pickling, because Ray and spawned proc
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -50,6 +51,11 @@ class InputError(DistquantError, ValueError):
     def one(cls, where: str, what: str, fix: str) -> InputError:
         """The error with a single problem."""
         return cls([Problem(where, what, fix)])
+
+
+def said(error: object) -> str:
+    """What an error of another library says, in a line, as a part of a sentence."""
+    return textwrap.shorten(str(error).rstrip(".: \n"), 300, placeholder=" ...") or type(error).__name__
 
 
 class CheckFailed(DistquantError):

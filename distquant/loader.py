@@ -105,7 +105,7 @@ def load_shard(
     comm.collect(None)  # ranks that import slowly are not counted as loading
     start = time.perf_counter()
     checkpoint = _same_files(plan, comm, opened)
-    loading = _Loading(plan, comm, checkpoint, device, options, progress, opened.model if opened else None)
+    loading = _Loading(plan, comm, checkpoint, device, options, progress, opened.model if opened is not None else None)
     try:
         model = loading.run()
     except ReadError as error:

@@ -10,7 +10,7 @@ from distquant.config.resolve import is_known
 from distquant.draft import Draft
 from distquant.facts import format_bytes
 from distquant.layout import DTYPE_BYTES
-from distquant.planning.experts import DISPATCH, one_of
+from distquant.planning.experts import ALL_REDUCE, DISPATCH, one_of
 from distquant.planning.load_plan import TensorPlan
 from distquant.schemes import Shard, config_classes
 
@@ -49,6 +49,8 @@ def _experts(draft: Draft) -> Iterator[str]:
         yield f"{kept}: {len(names)} modules of fused experts, {format_bytes(_nbytes(draft, names))} each rank"
     if mesh.ep > 1:
         yield f"tokens reach experts by {draft.dispatch}: {DISPATCH[draft.dispatch]}"
+    elif draft.dispatch != ALL_REDUCE:
+        yield f"of no consequence: dispatch {draft.dispatch!r}, for no experts are dealt out (ep=1)"
     whole = [name for name, shard in draft.parallel.experts.items() if shard.cut is None]
     if mesh.tp > 1 and whole:
         yield f"replicated: the experts of {len(whole)} modules are not cut inside, each rank of tp holds its own whole"

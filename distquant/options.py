@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+import torch
+
 from distquant.errors import Problems
 
 IO_MODES = ("auto", "buffered", "direct")
@@ -26,6 +28,10 @@ class Forward(str, Enum):
     """In float8 on any device (on a CPU torch computes the same, slowly)."""
     GPTQMODEL = "gptqmodel"
     """By the fastest of gptqmodel's kernels for the layouts of GPTQ and AWQ; it may keep the stored words to itself."""
+
+    def tries(self, way: Forward, device: torch.device) -> bool:
+        """Whether this way is tried on a device: where it is asked for, and by itself on a GPU."""
+        return self is way or (self is Forward.AUTO and device.type == "cuda")
 
 
 FORWARDS = tuple(each.value for each in Forward)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from distquant.device_map import place_of
-from distquant.errors import InputError, Problems
+from distquant.errors import InputError, Problems, said
 from distquant.facts import format_bytes, parse_bytes
 from distquant.skeleton import STAR
 
@@ -54,8 +54,7 @@ def infer_device_map(
         with _declared_devices():
             check_device_map(model, found)
     except ValueError as error:
-        first = str(error).splitlines()[0]
-        problems.add("device_map", first, "Give every module a device; '' stands for the whole model")
+        problems.add("device_map", said(error), "Give every module a device; '' stands for the whole model")
         return None
     unknown = [key for key in found if key and not any(n == key or n.startswith(key + ".") for n in _names(model))]
     for key in unknown:

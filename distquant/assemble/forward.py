@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distquant.assemble.devices import Devices
 from distquant.assemble.expert_stack import ExpertStack
 from distquant.assemble.local import shard_of
 from distquant.errors import InputError, Problem
@@ -23,18 +24,17 @@ DEQUANTIZED = "dequantized and multiplied"
 PACKAGES = {"optimum": "optimum-quanto"}
 """Packages by the first part of their modules' path, where the two differ."""
 
-
 FIX = "Take 'auto' or 'dequantize'"
+"""What to do where there is no such product."""
 
 
 def refuse_forward(plan: LoadPlan, scheme: Scheme, forward: Forward, device: torch.device) -> None:
     """Raises `InputError` where another way to multiply is asked for than there is."""
-    kept_on_gpu = device.type == "cuda" and not plan.dequantize
     if forward is Forward.FLOAT8:
         _refuse_float8(plan, scheme, device)
     elif forward is Forward.GPTQMODEL:
         _refuse_gptqmodel(plan, scheme, device)
-    elif forward is Forward.AUTO and kept_on_gpu and isinstance(scheme, PackedGroupsScheme):
+    elif forward.tries(Forward.GPTQMODEL, device) and not plan.dequantize and isinstance(scheme, PackedGroupsScheme):
         gptqmodel_product.missing()  # imports it, before the load is timed
 
 
@@ -59,15 +59,16 @@ def _refuse_gptqmodel(plan: LoadPlan, scheme: Scheme, device: torch.device) -> N
         raise InputError.one("forward", what, FIX)
     if (reason := gptqmodel_product.missing()) is not None:
         raise InputError.one("forward", f"'gptqmodel' cannot be: {reason}", FIX)
+    devices = Devices(device, plan.device_map)
     found: dict[Any, str | None] = {}
     names: dict[str, list[str]] = {}
     for tensor in plan.tensors:
         if tensor.scheme != "none" and tensor.experts is None:
-            reasons = set()
+            reasons, place = set(), devices.of(tensor.name)
             for shard in (shard_of(tensor, plan, rank) for rank in range(plan.mesh.tp)):
-                key = scheme.packing(shard.name), shard.dtype, shard.shape, shard.local_shape
+                key = scheme.packing(shard.name), shard.dtype, shard.shape, shard.local_shape, place
                 if key not in found:
-                    found[key] = gptqmodel_product.why_not(scheme, shard, device, False)
+                    found[key] = gptqmodel_product.why_not(scheme, shard, place, False)
                 reasons.add(found[key])
             for reason in reasons - {None}:
                 names.setdefault(str(reason), []).append(tensor.name)
@@ -88,18 +89,18 @@ def set_forward(model: nn.Module, scheme: Scheme, forward: Forward) -> str:
         if isinstance(module, QuantizedLinear):
             device, kernel = next(iter(module.components.values())).device, scheme.float8_kernel(module.shard.name)
             module.float8 = kernel is not None and is_float8(forward, kernel, module.shard.local_shape, device)
-            reason = _without_kernel(module, forward, device)
+            reason = _take_gptqmodel(module, forward, device)
         if (name := _multiplied_by(module, scheme)) is not None:
             counts[f"{name} ({reason})" if reason else name] += 1
     return "; ".join(f"{name}: {count} modules" for name, count in counts.items())
 
 
-def _without_kernel(module: QuantizedLinear, forward: Forward, device: torch.device) -> str:
+def _take_gptqmodel(module: QuantizedLinear, forward: Forward, device: torch.device) -> str:
     """Lets one of gptqmodel's kernels multiply a module's weight; returns why none does, where one is expected."""
     asked = forward is Forward.GPTQMODEL
-    if not asked and (forward is not Forward.AUTO or device.type != "cuda"):
+    if not forward.tries(Forward.GPTQMODEL, device) or not isinstance(module.scheme, PackedGroupsScheme):
         return ""
-    if not isinstance(module.scheme, PackedGroupsScheme) or (not asked and gptqmodel_product.missing() is not None):
+    if not asked and gptqmodel_product.missing() is not None:
         return ""
     reason = gptqmodel_product.take_kernel(module, keep=not asked)
     if reason is not None and asked:

@@ -16,9 +16,10 @@ from typing import Any
 
 from distquant.checks import refuse_unsupported
 from distquant.cli.progress import ProgressLine
-from distquant.errors import DistquantError, InputError, Problem, Problems, RankError
+from distquant.errors import DistquantError, InputError, Problem, Problems, RankError, said
 from distquant.mesh import Mesh
 from distquant.runtime.job import Job, Outcome
+from distquant.runtime.measure import refuse_crowd
 from distquant.skeleton import source_of
 
 OUTCOME = "DISTQUANT_OUTCOME"
@@ -61,6 +62,7 @@ def run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | No
     if launched:
         return _here(arguments, job, mesh, "torchrun")
     refuse_unsupported(plan(arguments.model, **load_options(arguments, mesh)))  # before ranks are started
+    refuse_crowd(size)
     return _start_ranks(arguments, argv, size)
 
 
@@ -99,7 +101,7 @@ def token_problems(arguments: argparse.Namespace, job: Job) -> Iterator[Problem]
             where, gguf = source_of(folder)
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=arguments.trust_remote_code, **gguf)
         except (ValueError, OSError, KeyError, ImportError) as error:
-            what = f"transformers can load no tokenizer from {folder} ({str(error).strip().splitlines()[0]})"
+            what = f"transformers can load no tokenizer from {folder} ({said(error)})"
             yield Problem(option, what, "Put the model's tokenizer.json there")
             continue
         count = len(tokenizer(text).input_ids)

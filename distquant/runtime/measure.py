@@ -9,11 +9,16 @@ from collections.abc import Sequence
 
 import torch
 
-from distquant.facts import Facts, installed
+from distquant.errors import InputError
+from distquant.facts import Facts, format_bytes, installed
 from distquant.schemes.registry import discover
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "peft", "ray", "deepspeed")
 """What distquant works with whatever the method."""
+
+PROCESS = 400 << 20
+"""Bytes that a rank's process takes of a machine before it loads: Python, torch, transformers (resident after a load of
+a model of 1.4 MiB on a CPU: 490 MB, 160 MB of it pages of files, which ranks share)."""
 
 
 def watched() -> list[str]:
@@ -36,6 +41,15 @@ def host_memory() -> int:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def refuse_crowd(ranks: int) -> None:
+    """Raises `InputError` where so many ranks cannot be started on this machine, whatever they load."""
+    need, have = ranks * PROCESS, host_memory()
+    if need > have:
+        sizes = f"{format_bytes(need)} for their processes, {format_bytes(have)} are free"
+        what = f"{ranks} ranks on this machine need {sizes}"
+        raise InputError.one("mesh", what, "Use fewer ranks, or join more machines (ray start, torchrun --nnodes)")
 
 
 def node_name() -> str:

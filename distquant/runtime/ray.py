@@ -30,7 +30,7 @@ from distquant.planning import LoadPlan
 from distquant.quiet import quiet_imports
 from distquant.request import DEFAULT_STAGING, Request
 from distquant.runtime.job import Job, Outcome
-from distquant.runtime.measure import numbered, packages
+from distquant.runtime.measure import numbered, packages, refuse_crowd
 
 NAME = "ray"
 
@@ -298,6 +298,8 @@ def _start(world: int) -> bool:
     if ray.is_initialized():
         return False
     local = not os.environ.get("RAY_ADDRESS")
+    if local:
+        refuse_crowd(world)
     arguments: dict[str, Any] = {"include_dashboard": False, "num_cpus": world} if local else {}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=False, **arguments)

@@ -68,7 +68,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
         "weight.quant_state.bitsandbytes__nf4": "quant_state",
         "weight.quant_state.bitsandbytes__fp4": "quant_state",
     }
-    constants = frozenset(("nested_offset",))
+    constants = frozenset(("nested_offset", "nested_quant_map"))
     mark = "is_loaded_in_4bit"
     config: Bnb4bitConfig
 
@@ -237,8 +237,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
 
     def held_nbytes(self, module: nn.Module) -> int:
         """As any method's, without the state dict, for which bitsandbytes writes each quantization state as JSON."""
-        found = components_of(module).items()
-        return sum(v.nbytes for name, v in found if name not in self.constants and not name.endswith("quant_map"))
+        return sum(value.nbytes for name, value in components_of(module).items() if name not in self.constants)
 
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
         """By the flat definition, in float32 and then rounded to `dtype`."""

@@ -85,9 +85,7 @@ def _why_no_tiles() -> str | None:
 
 def is_float8(forward: Forward, kernel: Float8Kernel, shape: tuple[int, int], device: torch.device) -> bool:
     """Whether a kernel multiplies a weight `[out, in]` on a device."""
-    if forward is not Forward.FLOAT8 and (forward is not Forward.AUTO or device.type != "cuda"):
-        return False
-    if missing(kernel, device) is not None:
+    if not forward.tries(Forward.FLOAT8, device) or missing(kernel, device) is not None:
         return False
     multiple = TILE[0] if kernel is Float8Kernel.TILES else MULTIPLE if device.type == "cuda" else 1
     return not (shape[0] % multiple or shape[1] % multiple)

@@ -28,7 +28,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -39,6 +38,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from distquant.config import torch_dtype
+from distquant.errors import said
 from distquant.layout import ALL
 from distquant.schemes.packed_groups import PackedGroupsScheme
 from distquant.schemes.quantized_linear import QuantizedLinear
@@ -104,7 +104,7 @@ def missing() -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return "gptqmodel is not installed"
     except Exception as error:  # it imports half of the ecosystem: what it is, is told
-        return f"gptqmodel cannot be imported ({_line(error)})"
+        return f"gptqmodel cannot be imported ({said(error)})"
     return None
 
 
@@ -117,6 +117,15 @@ def why_not(scheme: PackedGroupsScheme, shard: Shard, device: torch.device, keep
         device: that it will lie on.
         keep: whether the words must stay as they are stored.
     """
+    if (reason := _unfit(scheme, shard)) is not None:
+        return reason
+    symmetric = scheme.packing(shard.name).grid.symmetric
+    reasons = [reason for _, reason in _kinds(scheme, shard, device, symmetric, keep)]
+    return None if None in reasons else "; ".join(map(str, reasons)) or NONE
+
+
+def _unfit(scheme: PackedGroupsScheme, shard: Shard) -> str | None:
+    """Why no kernel takes a shard, whichever there are."""
     packing, dtype = scheme.packing(shard.name), torch_dtype(shard.dtype)
     if dtype not in (torch.float16, torch.bfloat16):
         return f"gptqmodel's kernels multiply in float16 or bfloat16, and the model is loaded as {shard.dtype}"
@@ -125,8 +134,7 @@ def why_not(scheme: PackedGroupsScheme, shard: Shard, device: torch.device, keep
     group = packing.group(shard.shape[1])
     if group != ALL and shard.local_shape[1] % group:
         return f"{shard.local_shape[1]} inputs are no multiple of the group size {group}"
-    reasons = [reason for _, reason in _kinds(scheme, shard, device, packing.grid.symmetric, keep)]
-    return None if None in reasons else "; ".join(map(str, reasons)) or NONE
+    return None
 
 
 def take_kernel(module: QuantizedLinear, keep: bool) -> str | None:
@@ -139,7 +147,7 @@ def take_kernel(module: QuantizedLinear, keep: bool) -> str | None:
     scheme, shard, words = module.scheme, module.shard, module.components
     assert isinstance(scheme, PackedGroupsScheme)
     device = words["qweight"].device
-    if (reason := why_not(scheme, shard, device, keep)) is not None:
+    if (reason := _unfit(scheme, shard)) is not None:
         return reason
     packing = scheme.packing(shard.name)
     zeros = scheme.zeros_of(packing, words["qzeros"], torch.uint8)
@@ -149,7 +157,7 @@ def take_kernel(module: QuantizedLinear, keep: bool) -> str | None:
         try:
             reason = refusal or _tried(kind, module, words, zeros, symmetric, keep)
         except Exception as error:  # kernels fail in ways of their own (no compiler, no library): what it is, is told
-            reason = f"{kind.__name__}: {_line(error)}"
+            reason = f"{kind.__name__}: {said(error)}"
         if reason is None:
             return None
         reasons.append(reason)
@@ -169,7 +177,7 @@ def _tried(
     expected = nn.functional.linear(x, module.dequantized().to(dtype)).float()
     error = float((found - expected).norm() / expected.norm())
     if not error <= TOLERANCE:
-        return f"{kind.__name__}: its product differs from that of the dequantized weight by {error:.2g}"
+        return f"{kind.__name__}: its product differs from that of the dequantized weight by more than {TOLERANCE:.0%}"
     if not _shares(linear, words):
         if keep:
             return f"{kind.__name__}: it rearranges the stored words"
@@ -198,13 +206,13 @@ def _kinds(
                 **asked, device=device, backend=backend, format=form, quant_method=method, multi_select=True
             )
     except (ValueError, NotImplementedError) as error:
-        yield None, _line(error)
+        yield None, said(error)
         return
     for kind in kinds:
         if left_out.isdisjoint(each.value for each in kind.SUPPORTS_BACKENDS):
             rows, columns = shard.local_shape
             good, why = kind.validate(**asked, in_features=columns, out_features=rows, device=device)
-            yield kind, None if good else f"{kind.__name__}: {_line(why)}"
+            yield kind, None if good else f"{kind.__name__}: {said(why)}"
 
 
 def _asked(scheme: PackedGroupsScheme, shard: Shard, symmetric: bool) -> dict[str, Any]:
@@ -265,8 +273,3 @@ def _talking() -> Iterator[None]:
     """What gptqmodel prints goes where logs go: standard output is for what was asked for."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
-
-
-def _line(error: Any) -> str:
-    """What an error says, in a line."""
-    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__

@@ -328,8 +328,8 @@ class PackedGroupsScheme(DequantizingScheme):
         return weight.to(dtype).t()
 
     def tally(self, module: Any, shard: Shard, tally: Tally) -> None:
-        if module.given is not None:
-            tally.again(module.given)
+        if module.counted is not None:
+            tally.again(module.counted)
         else:
             super().tally(module, shard, tally)
 

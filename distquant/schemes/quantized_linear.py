@@ -62,7 +62,7 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
     Attributes:
         float8: whether inputs are rounded to float8 and multiplied so (see `float8_product.py`).
         kernel: what multiplies inputs that need no gradient, if another library does (see `gptqmodel_product.py`).
-        given: what the fingerprint counts of the components, where the kernel has rearranged them and they are no
+        counted: what the fingerprint counts of the components, where the kernel has rearranged them and they are no
             longer here; then there is no `weight`, no state dict and no gradient.
     """
 
@@ -73,7 +73,7 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
         self.out_features, self.in_features = shard.local_shape
         self.scheme, self.shard, self.float8 = scheme, shard, False
         self.kernel: Kernel | None = None
-        self.given: list[int] | None = None
+        self.counted: list[int] | None = None
         self.register_parameter("bias", bias)
 
     def take(self, components: Mapping[str, Tensor]) -> None:
@@ -88,11 +88,14 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
         Raises:
             InputError: the kernel has it, in its own order.
         """
-        if self.given is not None:
-            what = f"{self.kernel} has rearranged the stored words for itself: they cannot be read, saved or trained on"
-            raise InputError.one(self.shard.name, what, "Load with forward='auto' or 'dequantize' for that")
+        self._refuse_if_given()
         stored = ((name, value) for name, value in self._buffers.items() if value is not None)
         return {"" if name == "weight" else name: value for name, value in stored}
+
+    def _refuse_if_given(self) -> None:
+        if self.counted is not None:
+            what = f"{self.kernel} has rearranged the stored words for itself: they cannot be read, saved or trained on"
+            raise InputError.one(self.shard.name, what, "Load with forward='auto' or 'dequantize' for that")
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -109,15 +112,15 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
         """Leaves the components to the kernel; `lanes` is what the fingerprint counts of them."""
         for name in self.components:
             self._buffers[name or "weight"] = None
-        self.given = lanes
+        self.counted = lanes
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        _ = self.components  # or the reason why there are none
+        self._refuse_if_given()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.kernel is not None and fn(torch.empty(0, device=self.kernel.device)).device != self.kernel.device:
-            _ = self.components
+            self._refuse_if_given()
             self.kernel = None  # it stays where it was made; from now on the weight is dequantized
         return super()._apply(fn, recurse)
 

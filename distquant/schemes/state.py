@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def state_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """As `state_dict` would list it, without constants."""
+    """As `state_dict` would list it, without the mark that bitsandbytes' int8 modules leave there."""
     for name, value in module.state_dict().items():
         if is_traceable_wrapper_subclass(value):  # torchao's; its size would be that of what it stands for
             yield from ((f"{name}.{inner}", getattr(value, inner)) for inner in value.__tensor_flatten__()[0])
-        elif not name.endswith(("quant_map", "weight_format")) and "quant_state" not in name:
+        elif not name.endswith("weight_format"):
             yield name, value

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from distquant.errors import InputError, Problems
+from distquant.errors import InputError, Problems, said
 from distquant.skeleton.experts import experts_of
 from distquant.skeleton.gguf import source_of
 from distquant.skeleton.names import ignorable, map_names
@@ -57,7 +57,7 @@ def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> 
         if model.can_generate() and (path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(path)
     except (*UNBUILDABLE, _strict_error()) as error:
-        raise InputError.one(str(path), _first_line(error), _how_to_build(error, trust_remote_code)) from error
+        raise InputError.one(str(path), said(error), _how_to_build(error, trust_remote_code)) from error
     return model.eval()
 
 
@@ -195,10 +195,6 @@ def reads_heads_from_config(module: Any) -> bool:
 
 def _name(dtype: Any) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _how_to_build(error: Exception, trusted: bool) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from cli_runs import COMMANDS, Command, tells
 
+from distquant.runtime import measure
+
 
 @COMMANDS
 @pytest.mark.parametrize("mesh", ["pt=2", "tp=0", "tp", "tp=2,tp=2", "2"])
@@ -21,6 +23,16 @@ def test_experts_axis_for_a_model_without_experts(name: str, kjv_tiny: str, refu
 def test_mesh_of_many_ranks_in_one_process(kjv_tiny: str, refused: Command) -> None:
     pattern = r"^mesh: tp=2 needs 2 ranks, and the runtime 'local' is one process\. Use --runtime torchrun or"
     tells(refused("load", kjv_tiny, "--mesh", "tp=2", "--runtime", "local"), pattern)
+
+
+@pytest.mark.parametrize("runtime", ["torchrun", "ray"])
+def test_more_ranks_than_the_machine_can_start(
+    runtime: str, kjv_tiny: str, refused: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "host_memory", lambda: 512 << 20)
+    done = refused("load", kjv_tiny, "--mesh", "dp=2", "--runtime", runtime)
+    pattern = r"^mesh: 2 ranks on this machine need 800\.00 MiB for their processes, 512\.00 MiB are free\. Use fewer"
+    tells(done, pattern)
 
 
 @COMMANDS

@@ -1,75 +1,26 @@
 """Products by gptqmodel's kernels: what they are given, which is taken, and what a model keeps beside them.
 
-Most tests have stand-ins for the kernels, which compute from the definition of the stored words. Those at the end run
-gptqmodel itself, on a CPU, and are skipped where it is missing. `make test` does not install it, because version 7.6.0
-wants another numpy than the rest is tested with; by hand: `pip install --no-deps gptqmodel==7.6.0`, then `pip install
--c constraints.txt torch device-smi pypcre tokenicer logbar defuser datasets threadpoolctl protobuf pillow ninja`.
+The kernels here are stand-ins, which compute from the definition of the stored words. `test_gptqmodel_itself.py` runs
+the library.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from packed_words import Kind, dense_weight, make_weight
+from gptq_modules import CPU, IDS, RTN, error, inputs, loaded, module_of
+from packed_words import Kind, dense_weight
 from torch import nn
 
 import distquant as dq
-from distquant.config import AutoRoundConfig, AwqConfig, GptqConfig
 from distquant.errors import InputError
 from distquant.options import Forward
-from distquant.planning.cuts import Cut
-from distquant.schemes import Shard, gptqmodel_product, scheme_for
-from distquant.schemes.gptqmodel_product import TOLERANCE, missing, take_kernel, why_not
-from distquant.schemes.packed_groups import PackedGroupsScheme
-from distquant.schemes.quantized_linear import QuantizedLinear
-
-CPU = torch.device("cpu")
-SHAPE = (64, 128)
-IDS = torch.tensor([[3, 17, 5, 40, 8, 2, 11, 29]])
-RTN = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-
-
-def scheme_of(kind: Kind) -> PackedGroupsScheme:
-    cls = {"gptq": GptqConfig, "awq": AwqConfig, "auto-round": AutoRoundConfig}[kind.method]
-    found = scheme_for(cls.from_dict(kind.config([])))
-    assert isinstance(found, PackedGroupsScheme)
-    return found
-
-
-def module_of(kind: Kind, dtype: str = "bfloat16", dim: int | None = None, rank: int = 0) -> QuantizedLinear:
-    """A filled module; with `dim` one of two ranks' part of it."""
-    scheme, stored = scheme_of(kind), make_weight(SHAPE, kind, 1, torch.float16)
-    cut = None if dim is None else Cut(SHAPE[dim], (((0, SHAPE[dim] // 2),), ((SHAPE[dim] // 2, SHAPE[dim]),)))
-    shard = Shard("m.weight", SHAPE, dtype, dim, cut, rank)
-    parts = {}
-    for component in scheme.layout(shard.name, SHAPE, dtype).components:
-        whole = stored[component.name]
-        if cut is not None:
-            start, stop = cut.segments(rank)[0]
-            if component.name == "g_idx":
-                whole = whole[start:stop] if dim == 1 else whole
-            elif (found := component.slice(SHAPE, dim, start, stop)) is not None:
-                whole = whole.narrow(found[0], found[1], found[2] - found[1])
-        parts[component.name] = whole.contiguous().view(-1)
-    module = QuantizedLinear(scheme, shard, None)
-    module.take(scheme.adopt(shard, parts, frozenset()))
-    return module
-
-
-def inputs(module: QuantizedLinear, seed: int = 0) -> torch.Tensor:
-    made = torch.randn(2, 3, module.in_features, generator=torch.Generator().manual_seed(seed))
-    return made.to(getattr(torch, module.shard.dtype))
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
-
-
-# -- stand-ins ---------------------------------------------------------------------------------------------------------
+from distquant.schemes import gptqmodel_product
+from distquant.schemes.gptqmodel_product import TOLERANCE, missing, take_kernel
 
 
 class Keeps(nn.Module):
@@ -171,7 +122,7 @@ def test_zero_points_tell_whether_a_weight_is_symmetric(monkeypatch: pytest.Monk
     middle = torch.full_like(module.components["qzeros"], 0x77777777)  # 8, less one
     module.take({"qzeros": middle})
     take_kernel(module, True)
-    assert asked[1::2] == [False, True], "the first of each pair is the config's word, before weights are there"
+    assert asked == [False, True]
 
 
 def test_words_stay_where_the_kernel_left_them(kernels: Any) -> None:
@@ -199,7 +150,7 @@ def test_words_that_must_stay_are_not_rearranged(kernels: Any) -> None:
     module = module_of(Kind())
     assert take_kernel(module, True) == "Rearranges: it rearranges the stored words"
     assert module.kernel is None
-    assert module.given is None
+    assert module.counted is None
 
 
 def test_words_that_a_kernel_rearranged_are_not_used_again(kernels: Any) -> None:
@@ -238,10 +189,6 @@ def test_weights_that_no_kernel_is_for(kernels: Any, kind: Kind, dtype: str, dim
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
-
-
-def loaded(path: str, forward: str, quant: Any = RTN, **more: Any) -> Any:
-    return dq.load(path, quantization_config=quant, forward=forward, **{"dtype": "bfloat16", **more})
 
 
 @pytest.mark.parametrize("kernel", [Keeps, Rearranges])
@@ -289,7 +236,7 @@ def test_a_cpu_dequantizes_by_itself(kernels: Any, kjv_tiny: str) -> None:
 
 def test_a_gpu_takes_kernels_that_leave_the_words(kernels: Any) -> None:
     """Where the weights lie is all that is asked; here they lie on the CPU."""
-    from distquant.assemble.forward import _without_kernel
+    from distquant.assemble.forward import _take_gptqmodel
 
     gpu = torch.device("cuda", 0)
     for kernel, forward, told in (
@@ -301,8 +248,22 @@ def test_a_gpu_takes_kernels_that_leave_the_words(kernels: Any) -> None:
     ):
         kernels(kernel)
         module = module_of(Kind())
-        assert _without_kernel(module, forward, gpu) == told
+        assert _take_gptqmodel(module, forward, gpu) == told
         assert (module.kernel is None) == (bool(told) or forward in (Forward.DEQUANTIZE, Forward.FLOAT8))
+
+
+def test_kernels_are_looked_for_where_weights_will_lie(
+    kernels: Any, kjv_tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distquant.assemble.forward import refuse_forward
+    from distquant.loader import scheme_of as scheme_of_plan
+
+    kernels(Keeps)
+    asked: set[torch.device] = set()
+    monkeypatch.setattr(gptqmodel_product, "why_not", lambda scheme, shard, device, keep: asked.add(device))
+    plan = dq.plan(kjv_tiny, quantization_config=RTN, device_map={"": "cpu"})
+    refuse_forward(plan, scheme_of_plan(plan), Forward.GPTQMODEL, torch.device("cuda", 0))
+    assert asked == {CPU}
 
 
 def test_a_kernel_that_fails_when_asked_for_is_an_error(kernels: Any, kjv_tiny: str) -> None:
@@ -348,82 +309,3 @@ def test_refused_where_it_is_not_installed(
     with pytest.raises(InputError, match=f"forward: 'gptqmodel' cannot be: {told}"):
         loaded(kjv_tiny, "gptqmodel")
     assert loaded(kjv_tiny, "auto").distquant.report.forward.startswith("dequantized and multiplied: ")
-
-
-# -- gptqmodel itself --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def installed() -> Iterator[None]:
-    """gptqmodel, or a visible skip; without torch's compiler, which its plain kernel would take seconds of."""
-    if (reason := missing()) is not None:
-        pytest.skip(reason)
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-ATEN = [
-    Kind(),
-    Kind(v1=False),
-    Kind(act_order=True),
-    Kind(method="awq"),
-    Kind(method="auto-round", packing="auto_round:auto_gptq"),
-    Kind(method="auto-round", packing="auto_round:auto_awq"),
-]
-PLAIN = [Kind(bits=bits, v1=v1) for bits in (2, 3, 8) for v1 in (True, False)]
-PLAIN += [Kind(group=-1), Kind(bits=8, act_order=True)]
-
-
-@pytest.mark.parametrize("kind", [*ATEN, *PLAIN], ids=str)
-@pytest.mark.parametrize("part", [(None, 0), (0, 1), (1, 0), (1, 1)], ids=["whole", "rows", "left", "right"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_its_product_is_ours(installed: None, kind: Kind, part: tuple[int | None, int], dtype: str) -> None:
-    module = module_of(kind, dtype, *part)
-    x = inputs(module)
-    expected = module(x)
-    reason = take_kernel(module, False)
-    if kind.act_order and part[0] == 1:
-        assert reason == "inputs are cut and in the order of their activations, so that groups are in parts"
-        return
-    assert reason is None
-    aten = "TorchAtenAwqLinear" if kind.awq else "TorchAtenLinear"
-    assert str(module.kernel) == f"gptqmodel's {aten if kind in ATEN else 'TorchLinear'}"
-    assert (module.given is not None) == (kind in ATEN)
-    assert error(module(x), expected) < TOLERANCE
-
-
-@pytest.mark.parametrize("kind", [Kind(bits=8), Kind(bits=3), Kind(bits=8, group=-1)], ids=str)
-def test_zero_points_less_one_are_not_mistaken(installed: None, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would be told if the first version's words were given as they are."""
-    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-
-    monkeypatch.setattr(TorchLinear, "REQUIRES_FORMAT_V2", False)
-    assert (take_kernel(module_of(kind), False) or "").startswith("TorchLinear: its product differs from that of")
-
-
-def test_its_kernels_on_a_cpu_rearrange_words(installed: None) -> None:
-    assert take_kernel(module_of(Kind()), True) == "TorchAtenLinear: it rearranges the stored words"
-    assert "none of its kernels" in (
-        why_not(scheme_of(Kind(bits=8)), Shard("m.weight", SHAPE, "float16"), CPU, True) or ""
-    )
-
-
-@pytest.mark.parametrize("quant", [RTN, {"quant_method": "awq", "bits": 4, "group_size": 32}])
-def test_a_model_multiplied_by_it(installed: None, kjv_tiny: str, quant: Any, capsys: Any) -> None:
-    exact = loaded(kjv_tiny, "dequantize", quant)
-    capsys.readouterr()
-    fast = loaded(kjv_tiny, "gptqmodel", quant)
-    assert not capsys.readouterr().out, "standard output is for what was asked for"
-    name = "TorchAtenLinear" if quant is RTN else "TorchAtenAwqLinear"
-    assert fast.distquant.report.forward == f"gptqmodel's {name}: {len(exact.distquant.plan.converted)} modules"
-    with torch.no_grad():
-        assert error(fast(IDS).logits, exact(IDS).logits) < 0.02
-    assert dq.fingerprint(fast) == dq.fingerprint(exact)
-    with pytest.raises(InputError, match="has rearranged the stored words"):
-        fast.state_dict()
-
-
-def test_what_it_refuses_is_told_before_weights_move(installed: None, model_of: Any) -> None:
-    quant = {"quant_method": "gptq", "bits": 4, "group_size": 24}
-    with pytest.raises(InputError, match=r"forward: 'gptqmodel' has no kernel for .*: .*only supports"):
-        loaded(model_of("llama-gqa"), "gptqmodel", quant)
