@@ -109,7 +109,7 @@ class Filling:
         return job.flow.stored is None or job.last
 
     def _taken(self) -> tuple[dict[str, Tensor], frozenset[str]]:
-        """The components of a stored weight that were gathered, and those of them that are whole; they are gone then."""
+        """The gathered components of a stored weight, and those of them that are whole; they are gone then."""
         found = self._stored, frozenset(self._whole)
         self._stored, self._whole = {}, set()
         return found
