@@ -10,17 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from distquant.assemble import check_complete, delegated, finish, install_styles, localize, set_tensor
+from distquant.assemble import check_complete, delegated, finish, install_styles, localize
 from distquant.assemble.adapters import watch_adapters
 from distquant.assemble.devices import Devices
-from distquant.assemble.experts import Experts, join_experts
+from distquant.assemble.experts import join_experts
+from distquant.assemble.fill import Filling
 from distquant.assemble.finish import fill_computed_buffers
 from distquant.assemble.forward import refuse_forward, set_forward
-from distquant.assemble.local import local_shape, shard_of, stored_turned
-from distquant.assemble.sinks import BandSink, Home
-from distquant.assemble.tasks import Job, jobs_of, sink_of
+from distquant.assemble.sinks import BandSink
+from distquant.assemble.tasks import jobs_of, sink_of
 from distquant.checkpoint import Checkpoint, open_checkpoint
 from distquant.checks import refuse_kernel, refuse_unsupported
 from distquant.collector import without_collector
@@ -31,13 +30,13 @@ from distquant.kernels.choice import Choice, choose
 from distquant.mesh import REPLICA
 from distquant.opened import Opened
 from distquant.options import Forward, Options, Progress, Seen
-from distquant.planning.experts import ALL_REDUCE, Piece
-from distquant.planning.load_plan import LoadPlan, TensorPlan
+from distquant.planning.experts import ALL_REDUCE
+from distquant.planning.load_plan import LoadPlan
 from distquant.planning.reading import node_ranks
 from distquant.report import RankReport
-from distquant.schemes import Scheme, Shard, config_classes, scheme_for
+from distquant.schemes import Scheme, config_classes, scheme_for
 from distquant.schemes.state import state_of
-from distquant.skeleton import STAR, build
+from distquant.skeleton import build
 from distquant.stream.arena import Board
 from distquant.stream.engine import Engine
 from distquant.stream.files import Files, ReadError
@@ -191,12 +190,6 @@ class _Loading:
         self.scheme = scheme_of(self.plan)
         self.axis = self.comm.axis("tp")
         self.at = self.plan.mesh.coordinates(self.comm.rank)
-        self.stacks = {tensor.name: 0 for tensor in self.plan.tensors if tensor.experts is not None}
-        """Experts that have come, of each stack."""
-        self.experts: dict[str, Experts] = {}
-        """Modules of experts, by name; each is asked for many times."""
-        self.filled: list[str] = []
-        self.whole: set[str] = set()
         self.devices = Devices(self.device, self.plan.device_map)
         self.stages = Stages(traced=self.options.trace is not None)
         self.board = Board(self.comm.timeout)
@@ -210,11 +203,12 @@ class _Loading:
             model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
         localize(model, plan, self.scheme, self.at["tp"], self.at["ep"])
         files = Files(self.checkpoint.folder, self.options.io)
+        filling = Filling(model, plan, self.scheme, self.at, self.devices, self._ops, self.report)
         try:
-            self._stream(model, files)
+            self._stream(filling, files)
         finally:
             files.close()
-        self._complete(model)
+        self._complete(model, filling.filled)
         self._tell(files)
         return model
 
@@ -235,11 +229,11 @@ class _Loading:
         if self.device.type == "cuda":
             report.peak_device_bytes = torch.cuda.max_memory_allocated(self.device)
 
-    def _complete(self, model: Any) -> None:
+    def _complete(self, model: Any, filled: list[str]) -> None:
         plan = self.plan
         fill_computed_buffers(model, self.devices.of)
         elsewhere = {*self.devices.offloaded, *plan.tied}
-        check_complete(model, self.filled, [tensor.name for tensor in plan.tensors], elsewhere)
+        check_complete(model, filled, [tensor.name for tensor in plan.tensors], elsewhere)
         if self.axis.size > 1:
             install_styles(model, plan, self.axis)
             watch_adapters(model, plan, self.axis)
@@ -260,21 +254,20 @@ class _Loading:
 
     # -- streaming -------------------------------------------------------------------------------------------------
 
-    def _stream(self, model: Any, files: Files) -> None:
+    def _stream(self, filling: Filling, files: Files) -> None:
         plan = self.plan
         node = node_ranks(plan.nodes, self.comm.rank)
         jobs = list(jobs_of(plan, self.scheme, node, self.checkpoint.tensors, self.devices.of, self._ops))
         partial = any(plan.nodes[rank] != plan.nodes[self.comm.rank] for rank in plan.mesh.peers(self.comm.rank, "tp"))
-        stored: dict[str, Tensor] = {}
 
         def sink(task: Task) -> BandSink:
             job = jobs[task.index]
-            return sink_of(job, self.at["tp"], partial, self._home(model, job))
+            return sink_of(job, self.at["tp"], partial, filling.home(job))
 
         def finished(task: Task, filled: Any) -> None:
             if partial:
                 self._join_statistics(task, filled)
-            self._fill(model, jobs[task.index], filled, stored)
+            filling.fill(jobs[task.index], filled)
 
         def progress(done: int, total: int) -> None:
             assert self.progress is not None
@@ -300,27 +293,6 @@ class _Loading:
             self.report.bytes_sent += engine.moved.sent
             self.report.bytes_received += engine.moved.received
 
-    def _home(self, model: Any, job: Job) -> Home | None:
-        """Where components of an expert are read or quantized to: straight into the memory of its stack."""
-        piece, device = job.piece, job.task.device
-        if piece.stack.experts is None:
-            return None
-        module, number, path = self._expert(model, piece)
-        if piece.tensor.scheme == "none":
-            return lambda _, count, dtype: module.home(path, number, device)
-        if self.plan.dequantize:
-            return None
-        stack = module.stack(path.partition(".")[0])
-        return lambda name, count, dtype: stack.home(name, number, count, dtype, device)
-
-    def _expert(self, model: Any, piece: Piece) -> tuple[Experts, int, str]:
-        """The module that an expert belongs to, its number there, and the rest of its path."""
-        owner, _, path = piece.stack.name.partition(f".{STAR}.")
-        if owner not in self.experts:
-            self.experts[owner] = model.get_submodule(owner)
-        module = self.experts[owner]
-        return module, piece.number - module.first, path
-
     def _join_statistics(self, task: Task, sink: BandSink) -> None:
         """Fills in the statistics of rows that other nodes read: a maximum over zeros, which is exact."""
         for band in task.bands:
@@ -331,92 +303,3 @@ class _Loading:
                 self.stages.add("exchange", start, task.name, values.nbytes)
                 self.report.bytes_sent += values.nbytes
                 self.report.bytes_received += values.nbytes
-
-    def _fill(self, model: Any, job: Job, sink: BandSink, stored: dict[str, Tensor]) -> None:
-        """Puts what has arrived into the model; components of a stored weight are gathered until the last is there."""
-        tensor, memory = job.tensor, sink.memory
-        if job.piece.stack.experts is not None:
-            self._fill_expert(model, job, sink, stored)
-            return
-        if tensor.scheme == "none":
-            self._put(model, tensor, memory[""].view(local_shape(tensor, self.plan, self.axis.rank)))
-            return
-        if job.flow.stored is not None:
-            stored[job.flow.stored] = memory[job.flow.stored]
-            self.whole |= job.flow.whole
-            if not job.last:
-                return
-        module = model.get_submodule(tensor.name.rpartition(".")[0])
-        shard = shard_of(tensor, self.plan, self.axis.rank)
-        if self.plan.dequantize:
-            self._put(model, tensor, self._dequantized(module, tensor, shard, stored))
-            return
-        if job.flow.stored is not None:
-            self.scheme.restore(shard, module, dict(stored), frozenset(self.whole))
-            stored.clear()
-            self.whole.clear()
-        else:
-            self.scheme.complete(shard, module, memory, self._ops(self.devices.of(tensor.name)))
-        self.filled.append(tensor.name)
-        self.report.quantized_bytes += self.scheme.held_nbytes(module)
-
-    def _fill_expert(self, model: Any, job: Job, sink: BandSink, stored: dict[str, Tensor]) -> None:
-        """Puts one expert's components into its stack, or what they mean into a plain parameter."""
-        piece, tensor, memory = job.piece, job.tensor, sink.memory
-        module, number, path = self._expert(model, piece)
-        if tensor.scheme == "none":  # it lies where it belongs
-            self.report.unquantized_bytes += memory[""].nbytes
-            self._count_expert(module, piece)
-            return
-        shard = shard_of(tensor, self.plan, self.at["tp"])
-        ops = self._ops(self.devices.of(tensor.name))
-        if job.flow.stored is not None:
-            stored[job.flow.stored] = memory[job.flow.stored]
-            self.whole |= job.flow.whole
-            if not job.last:
-                return
-            components = self.scheme.adopt(shard, dict(stored), frozenset(self.whole))
-            stored.clear()
-            self.whole.clear()
-        else:
-            components = self.scheme.pack(shard, memory, ops)
-        if self.plan.dequantize:
-            home = module.home(path, number, job.task.device)
-            value = self.scheme.dequantize(shard, components, home.dtype, ops)
-            home.copy_(value.reshape(-1))
-            self.report.unquantized_bytes += home.nbytes
-        else:
-            module.stack(path.partition(".")[0]).take(number, components)
-        self._count_expert(module, piece)
-
-    def _count_expert(self, module: Experts, piece: Piece) -> None:
-        """Counts the experts of a stack that are there; with the last, the stack is filled."""
-        name = piece.stack.name
-        self.stacks[name] += 1
-        if self.stacks[name] < module.last - module.first:
-            return
-        self.filled.append(name)
-        if piece.tensor.scheme != "none" and not self.plan.dequantize:
-            stack = module.stack(name.rpartition(f".{STAR}.")[2].partition(".")[0])
-            stack.settle()
-            self.report.quantized_bytes += sum(
-                value.nbytes for name, value in stack.named_buffers() if name not in self.scheme.constants
-            )
-
-    def _dequantized(self, module: Any, tensor: TensorPlan, shard: Shard, stored: dict[str, Tensor]) -> Tensor:
-        """What the stored components mean, in the form of the model's own module."""
-        quantized = self.scheme.module(module, shard)
-        self.scheme.restore(shard, quantized, dict(stored), frozenset(self.whole))
-        stored.clear()
-        self.whole.clear()
-        value = self.scheme.dequantized(quantized, shard, self._ops(self.devices.of(tensor.name)))
-        value = value.to(getattr(torch, tensor.dtype))
-        return value.t().contiguous() if stored_turned(module, tensor) else value
-
-    def _put(self, model: Any, tensor: TensorPlan, value: Tensor) -> None:
-        self.filled.append(tensor.name)
-        self.report.unquantized_bytes += value.nbytes
-        if self.devices.place(tensor.name) == "disk":
-            self.devices.offload(tensor.name, value)
-        else:
-            set_tensor(model, tensor.name, value, self.plan.tied)
