@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from distquant.errors import Problems
+
+if TYPE_CHECKING:
+    import torch
 
 IO_MODES = ("auto", "buffered", "direct")
 """By measurement, through the page cache, past it."""

@@ -126,6 +126,7 @@ class Filling:
         ops = self.ops(self.devices.of(tensor.name))
         if not self._gather(job, memory):
             return
+        if job.flow.stored is not None:
             components = self.scheme.adopt(shard, *self._taken())
         else:
             components = self.scheme.pack(shard, memory, ops)
