@@ -35,6 +35,7 @@ def _serve(pipe: Connection) -> None:
             dist.init_process_group(
                 "gloo", f"file://{store}", datetime.timedelta(seconds=60), rank=rank, world_size=world
             )
+            dist.barrier()  # a rank that fails at once must not be gone while others still connect to it
             try:
                 result = (True, function(*arguments))
             finally:
