@@ -52,6 +52,7 @@ class Filling:
         self._stored: dict[str, Tensor] = {}
         """Components of a stored weight that came before its last."""
         self._whole: set[str] = set()
+        """Those of them that were not cut."""
         self._stacks = {tensor.name: 0 for tensor in plan.tensors if tensor.experts is not None}
         """Experts that have come, of each stack."""
         self._experts: dict[str, Experts] = {}
@@ -102,7 +103,7 @@ class Filling:
         self.report.quantized_bytes += self.scheme.held_nbytes(module)
 
     def _gather(self, job: Job, memory: Mapping[str, Tensor]) -> bool:
-        """Keeps a stored component; whether it was the last, as what is quantized on the way always is."""
+        """Keeps a stored component; whether the weight is complete, as one quantized on the way always is."""
         if job.flow.stored is not None:
             self._stored[job.flow.stored] = memory[job.flow.stored]
             self._whole |= job.flow.whole

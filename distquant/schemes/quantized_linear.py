@@ -93,6 +93,7 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
         return {"" if name == "weight" else name: value for name, value in stored}
 
     def _refuse_if_given(self) -> None:
+        """Raises `InputError` where the kernel has the components."""
         if self.counted is not None:
             what = f"{self.kernel} has rearranged the stored words for itself: they cannot be read, saved or trained on"
             raise InputError.one(self.shard.name, what, "Load with forward='auto' or 'dequantize' for that")
