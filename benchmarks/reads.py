@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -44,8 +44,8 @@ def recorded() -> Iterator[list[Read]]:
     reads: list[Read] = []
 
     class Recorded(Files):
-        def _preadv(self, fd: int, target: memoryview, offset: int) -> int:
-            count = super()._preadv(fd, target, offset)
+        def _preadv(self, fd: int, targets: Sequence[memoryview], offset: int) -> int:
+            count = super()._preadv(fd, targets, offset)
             reads.append((os.readlink(f"/proc/self/fd/{fd}"), offset, count))
             return count
 

@@ -161,6 +161,7 @@ def stream(plan: Any, io: str, limit: int | None, tell: Callable[[int, int], Non
             sampler,
             Engine(0, tasks, files, plan.staging, board, stages, lambda _: sink, lambda *_: None, progress) as engine,
         ):
+            engine.start()
             engine.run()
             found.seconds = time.perf_counter() - start
             found.slots = engine.arena.slot_bytes * engine.arena.slots

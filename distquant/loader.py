@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distquant.assemble import check_complete, delegated, finish, install_styles, localize
+from distquant.assemble import check_complete, delegated, finish, install_styles, localize, localize_experts
 from distquant.assemble.adapters import watch_adapters
 from distquant.assemble.devices import Devices
 from distquant.assemble.experts import join_experts
@@ -201,7 +201,7 @@ class _Loading:
         model, self.model = self.model, None
         if model is None:
             model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
-        localize(model, plan, self.scheme, self.at["tp"], self.at["ep"])
+        localize_experts(model, plan, self.scheme, self.at["tp"], self.at["ep"])
         files = Files(self.checkpoint.folder, self.options.io)
         filling = Filling(model, plan, self.scheme, self.at, self.devices, self._ops, self.report)
         try:
@@ -288,6 +288,8 @@ class _Loading:
         ) as engine:
             if self.comm.world_size > 1:
                 engine.peers.connect(self.comm, node)
+            engine.start()
+            localize(filling.model, plan, self.scheme, self.at["tp"])  # while the first weights are read
             engine.run()
             self.report.staging_bytes = engine.arena.slot_bytes * engine.arena.slots
             self.report.bytes_sent += engine.moved.sent

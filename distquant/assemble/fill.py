@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ class Filling:
     """Fills one rank's model, tensor by tensor.
 
     Args:
-        model: as `localize` left it.
+        model: with its experts as `localize_experts` left them; the rest is localized before anything is filled in.
         plan: the whole plan.
         scheme: the plan's.
         at: the rank's position on the axes of the mesh.
@@ -57,19 +58,32 @@ class Filling:
         """Experts that have come, of each stack."""
         self._experts: dict[str, Experts] = {}
         """Modules of experts, by name; each is asked for many times."""
+        self._homes = threading.Lock()
 
     def home(self, job: Job) -> Home | None:
-        """Where components of an expert are read or quantized to: straight into the memory of its stack."""
+        """Where components of an expert are read or quantized to: straight into the memory of its stack.
+
+        Threads may ask for the homes of several experts of a stack at once.
+        """
         piece, device = job.piece, job.task.device
         if piece.stack.experts is None:
             return None
         module, number, path = self._expert(piece)
         if piece.tensor.scheme == "none":
-            return lambda _, count, dtype: module.home(path, number, device)
+            return self._alone(lambda _, count, dtype: module.home(path, number, device))
         if self.plan.dequantize:
             return None
         stack = module.stack(path.partition(".")[0])
-        return lambda name, count, dtype: stack.home(name, number, count, dtype, device)
+        return self._alone(lambda name, count, dtype: stack.home(name, number, count, dtype, device))
+
+    def _alone(self, home: Home) -> Home:
+        """Asked by one thread at a time."""
+
+        def alone(name: str, count: int, dtype: torch.dtype) -> Tensor | None:
+            with self._homes:
+                return home(name, count, dtype)
+
+        return alone
 
     def _expert(self, piece: Piece) -> tuple[Experts, int, str]:
         """The module that an expert belongs to, its number there, and the rest of its path."""

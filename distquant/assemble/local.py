@@ -38,15 +38,22 @@ def local_shape(tensor: TensorPlan, plan: LoadPlan, tp_rank: int) -> tuple[int, 
     return tuple(shape)
 
 
-def localize(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int, ep_rank: int = 0) -> None:
-    """Replaces and resizes modules on `meta` for this rank. Weights are placed later."""
+def localize_experts(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int, ep_rank: int = 0) -> None:
+    """Replaces modules of experts on `meta` for this rank: before anything is read, which goes straight there."""
     for name in plan.experts:
         model.set_submodule(name, _experts(model.get_submodule(name), name, plan, ep_rank))
     for tensor in plan.tensors:
-        owner, _, leaf = tensor.name.rpartition(".")
         if tensor.experts is not None:
-            _add_stack(model.get_submodule(owner.partition(f".{STAR}.")[0]), tensor, plan, scheme, tp_rank)
+            owner = tensor.name.partition(f".{STAR}.")[0]
+            _add_stack(model.get_submodule(owner), tensor, plan, scheme, tp_rank)
+
+
+def localize(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int) -> None:
+    """Replaces and resizes all other modules on `meta` for this rank. Weights are placed later."""
+    for tensor in plan.tensors:
+        if tensor.experts is not None:
             continue
+        owner, _, leaf = tensor.name.rpartition(".")
         if tensor.scheme != "none" and not plan.dequantize:
             old = model.get_submodule(owner)
             with Uninitialized():

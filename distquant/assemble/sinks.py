@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ Home = Callable[[str, int, torch.dtype], Tensor | None]
 
 
 class BandSink:
-    """Final memory of all components of one tensor, filled as rows arrive.
+    """Final memory of all components of one tensor, made when the first rows arrive, and filled as they do.
 
     Args:
         bands: components as they flow over this node, `columns` wide.
@@ -41,7 +42,7 @@ class BandSink:
         partial: bool = False,
         home: Home | None = None,
     ):
-        self.columns, self.kept = columns, tuple(kept)
+        self.columns, self.kept, self.device, self.partial = columns, tuple(kept), device, partial
         self.windows = _windows(rows)
         self.uncut = self.kept == (columns,)
         local_rows = sum(stop - start for start, stop in rows)
@@ -51,32 +52,49 @@ class BandSink:
             own_rows, own_width = (band.rows, width) if band.whole else (local_rows, local_width)
             same = (own_rows, own_width) == (band.rows, band.width)
             self.own[band.name] = band if same else replace(band, rows=own_rows, width=own_width)
-        self.memory = {name: self._memory(band, device, partial, home) for name, band in self.own.items()}
+        self._home = home
+        self._memory: dict[str, Tensor] | None = None
+        self._lock = threading.Lock()
 
-    @staticmethod
-    def _memory(band: Band, device: torch.device, partial: bool, home: Home | None) -> Tensor:
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """Flat, by component. Several threads may read or place the first rows at once."""
+        with self._lock:
+            if self._memory is None:
+                self._memory = {name: self._make(band) for name, band in self.own.items()}
+            return self._memory
+
+    def _make(self, band: Band) -> Tensor:
         count = band.before(band.rows)
-        there = home(band.name, count, band.dtype) if home is not None and not band.whole else None
+        there = self._home(band.name, count, band.dtype) if self._home is not None and not band.whole else None
         if there is not None:
             return there
         if band.whole:  # gone when the tensor is finished: the allocator's, which has it for the next one again
-            make = torch.zeros if partial else torch.empty
-            return make(count, dtype=band.dtype, device=device)
-        return MEMORY.empty(count, band.dtype, device)
+            make = torch.zeros if self.partial else torch.empty
+            return make(count, dtype=band.dtype, device=self.device)
+        return MEMORY.empty(count, band.dtype, self.device)
 
     def direct(self, band: Band, start: int, stop: int) -> Tensor | None:
         """Final memory of all of rows `[start, stop)`, flat; None where they do not go to one run of it."""
-        own, memory = self.own[band.name], self.memory[band.name]
+        run = self._run(band, start, stop)
+        return None if run is None else self.memory[band.name][run[0] : run[1]]
+
+    def holds(self, band: Band, start: int, stop: int) -> bool:
+        """Whether `direct` will give memory."""
+        return self._run(band, start, stop) is not None
+
+    def _run(self, band: Band, start: int, stop: int) -> Segment | None:
+        """Elements of the final memory that all of rows `[start, stop)` go to; None where that is no run."""
+        own = self.own[band.name]
         if own.width != band.width or not (band.whole or self.uncut):
             return None
         if band.whole:
-            return memory[own.before(start) : own.before(stop)]
-        places = [(a, local) for a, b, local in self.windows if a < stop and start < b]
-        inside = [(a, local) for a, b, local in self.windows if a <= start and stop <= b]
-        if len(places) != 1 or len(inside) != 1:
+            return own.before(start), own.before(stop)
+        places = [(a, b, local) for a, b, local in self.windows if a < stop and start < b]
+        if len(places) != 1 or start < places[0][0] or places[0][1] < stop:
             return None
-        first = own.before(inside[0][1] + start - inside[0][0])
-        return memory[first : first + band.count(start, stop)]
+        first = own.before(places[0][2] + start - places[0][0])
+        return first, first + band.count(start, stop)
 
     def place(self, band: Band, values: Tensor, start: int, stop: int) -> int:
         """Copies what is kept of rows `[start, stop)` (flat `values`); returns the bytes of it."""

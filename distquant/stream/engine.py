@@ -36,9 +36,6 @@ from distquant.stream.tasks import TORCH_DTYPE, Chunk, Sink, Task, batches, chun
 READERS = 2
 """Reads in flight, where they may wait for a disk or a network."""
 
-WORTH_A_THREAD = 4 << 20
-"""Mean bytes of a piece from which on a thread that reads ahead from memory saves more than handing over costs."""
-
 
 def cores_of_a_rank(ranks: int) -> int:
     """Cores that each of a node's ranks has: those that it is bound to, else its share of the machine's."""
@@ -56,7 +53,7 @@ class Moved:
 
 
 class Engine:
-    """Streams tasks. Use as a context manager; leaving it ends all threads and gives back all memory.
+    """Streams tasks: `start`, then `run`. A context manager; leaving it ends all threads and gives back all memory.
 
     Args:
         rank: this rank.
@@ -103,6 +100,8 @@ class Engine:
         self._turning: dict[int, Tensor] = {}
         self._sink_lock = threading.Lock()
         self._reader: Reader | None = None
+        self._lent = False
+        """Whether others must still be told of what they copy from slots to read into, of which there are few."""
 
     def __enter__(self) -> Engine:
         return self
@@ -120,14 +119,17 @@ class Engine:
 
     # -- the main thread -------------------------------------------------------------------------------------------
 
+    def start(self) -> None:
+        """Begins to listen and, where threads read ahead, to read; `run` goes on."""
+        self.peers.start(self)
+        chunks, threads = batches(self._chunks(), self.budget.largest), self._readers()
+        self._reader = Reader(self.files, self.arena, self._reads, self.board, self.stages, chunks, threads)
+
     def run(self) -> None:
         """Loads everything that this rank keeps; returns when it is finished."""
-        self.peers.start(self)
+        assert self._reader is not None
         total = self.bytes_to_read()
         done = 0
-        chunks = batches(self._chunks(), self.budget.largest)
-        threads = self._readers(total)
-        self._reader = Reader(self.files, self.arena, self._reads, self.board, self.stages, chunks, threads)
         for batch in self._reader:
             for chunk in batch:
                 done += chunk.nbytes
@@ -137,8 +139,9 @@ class Engine:
                 self._finish_arrived()
                 if self._progress is not None:
                     self._progress(done, total)
-            if not self._reader.ready:
+            if self._lent or not self._reader.ready:
                 self._sender.flush()
+                self._lent = False
         self._sender.flush()
         while not self.ledger.ended:
             self.ledger.await_next()
@@ -146,15 +149,13 @@ class Engine:
         self.copier.drain()
         self.peers.leave()
 
-    def _readers(self, total: int) -> int:
-        """Threads that read ahead. Reads from memory are work for a core: one has it, or none, as there are cores.
-
-        Of many small tensors (as stored weights have them) reading costs less than handing them from thread to thread.
-        """
+    def _readers(self) -> int:
+        """Threads that read ahead. Reads from memory are work for a core, and quantizing wants the others."""
         if not all(map(self.files.in_memory, self._files())):
             return READERS
-        pieces = sum(part.reader == self.rank for task in self.tasks for part in task.parts)
-        return 1 if total > pieces * WORTH_A_THREAD and cores_of_a_rank(len(self.peers.peers) + 1) > 1 else 0
+        if cores_of_a_rank(len(self.peers.peers) + 1) < 2:
+            return 0
+        return READERS if all(task.encode is None for task in self.tasks) else 1
 
     def _files(self) -> set[str]:
         """Files that this rank reads of."""
@@ -181,13 +182,16 @@ class Engine:
     def _aim(self, chunk: Chunk) -> None:
         """Lets rows that stay as they are, and that nobody else keeps, be read into their final place."""
         task = chunk.task
-        if task.encode is not None or task.turned or self._receivers(chunk) or not chunk.ranges:
+        chunk.direct = chunk.span is not None and self.files.is_direct(chunk.span[0])
+        if task.encode is not None or task.turned or chunk.direct or task.device.type != "cpu":
+            return
+        if self._receivers(chunk) or TORCH_DTYPE[chunk.ranges[0].dtype] != task.dtype:
             return
         if any(self.files.is_direct(piece.file) for piece in chunk.ranges):
             return
-        if TORCH_DTYPE[chunk.ranges[0].dtype] == task.dtype and task.device.type == "cpu":
-            place = self._sink(task).direct(task.bands[0], chunk.start, chunk.stop)
-            chunk.into = place.view(torch.uint8) if place is not None and place.device.type == "cpu" else None
+        sink, band = self._sink(task), task.bands[0]
+        if sink.holds(band, chunk.start, chunk.stop):
+            chunk.into = lambda: sink.direct(band, chunk.start, chunk.stop).view(torch.uint8)  # type: ignore[union-attr]
 
     def _receivers(self, chunk: Chunk) -> tuple[int, ...]:
         """Other ranks of the node that keep something of these rows."""
@@ -226,10 +230,10 @@ class Engine:
         """Rows that stay as they are: the slot that they were read into is what others copy from."""
         task = chunk.task
         if receivers:
+            self._lent = True
             self._reads.hold(chunk.slot, len(receivers))
             offset = values.data_ptr() - self.arena.memory.data_ptr()
             self._tell(receivers, Message(PIECE, chunk.slot, task.index, 1, chunk.start, chunk.stop, offset))
-            self._sender.flush()  # what others copy from is a slot to read into, and there are few
         start = perf_counter()
         nbytes = self._sink(task).place(task.bands[0], values, chunk.start, chunk.stop)
         self.stages.add("place", start, task.name, nbytes)

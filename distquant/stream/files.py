@@ -14,6 +14,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,9 @@ RETRIED = frozenset((errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, err
 
 PAUSES = (0.05, 0.2, 0.8)
 """Seconds before each new try."""
+
+MOST_TARGETS = 1024
+"""Places that one read may fill (Linux' IOV_MAX)."""
 
 SAMPLES = 32
 """Pages of a file that are looked for in memory."""
@@ -92,10 +96,28 @@ class Files:
         """Whether a file is read through the page cache because it was found there."""
         return self.mode == "auto" and not self.is_direct(file)
 
-    def read(self, file: str, offset: int, target: memoryview, tensor: str) -> None:
-        """Fills `target` from a byte offset on, through the page cache."""
-        self._fill(file, offset, target, tensor, False, len(target))
-        self.stats.count(len(target), False)
+    def read_run(self, file: str, offset: int, targets: Sequence[memoryview], tensors: Sequence[str]) -> None:
+        """Fills targets with what lies one behind the other from a byte offset on, through the page cache.
+
+        Args:
+            file: of the folder.
+            offset: of the first byte.
+            targets: any number of them; neighbours are read by one call.
+            tensors: what each of them is read of, for messages.
+        """
+        for first in range(0, len(targets), MOST_TARGETS):
+            together = targets[first : first + MOST_TARGETS]
+            count = 0
+            if len(together) > 1:
+                with suppress(OSError):  # the loop that tries again tells why
+                    count = self._preadv(self._fd(file, False), together, offset)
+            for target, tensor in zip(together, tensors[first:], strict=False):
+                there = min(count, len(target))
+                if there < len(target):
+                    self._fill(file, offset + there, target[there:], tensor, False, len(target) - there)
+                count -= there
+                offset += len(target)
+            self.stats.count(sum(map(len, together)), False)
 
     def read_rows(self, file: str, offset: int, stride: int, target: memoryview, width: int, tensor: str) -> None:
         """Fills `target` with `width` bytes from every `stride`, through the page cache."""
@@ -103,7 +125,7 @@ class Files:
         for at in range(0, len(target), width):
             row = target[at : at + width]
             try:
-                count = self._preadv(fd, row, offset)
+                count = self._preadv(fd, (row,), offset)
             except OSError:
                 count = -1
             if count != width:
@@ -114,17 +136,13 @@ class Files:
         self.stats.count(len(target), False, len(target) // max(width, 1))
 
     def read_span(self, file: str, offset: int, count: int, slot: Tensor, tensor: str) -> Tensor:
-        """Reads `count` bytes into a slot on a page boundary, the way that suits the file.
+        """Reads `count` bytes into a slot on a page boundary, past the page cache.
 
         The slot has `planning.slots.SLACK` bytes to spare.
 
         Returns:
             uint8 `[count]`: the part of the slot that holds them.
         """
-        if not self.is_direct(file):
-            view = slot[:count]
-            self.read(file, offset, memoryview(view.numpy().data), tensor)
-            return view
         before = offset % PAGE
         length = -(-(before + count) // PAGE) * PAGE
         target = memoryview(slot[:length].numpy().data)
@@ -137,7 +155,7 @@ class Files:
         done, tries, reached = 0, 0, -1
         while done < needed:
             try:
-                count = self._preadv(self._fd(file, direct), target[done:], offset + done)
+                count = self._preadv(self._fd(file, direct), (target[done:],), offset + done)
             except ReadError:
                 raise
             except OSError as error:
@@ -163,9 +181,9 @@ class Files:
                 done = done // PAGE * PAGE  # the next direct read must start on a page
         return done
 
-    def _preadv(self, fd: int, target: memoryview, offset: int) -> int:
+    def _preadv(self, fd: int, targets: Sequence[memoryview], offset: int) -> int:
         """One read; tests replace it by one that fails."""
-        return os.preadv(fd, (target,), offset)
+        return os.preadv(fd, targets, offset)
 
     def _fd(self, file: str, direct: bool) -> int:
         with self._lock:

@@ -42,6 +42,8 @@ class Memory:
         self._pause = PAUSE
         self._left_out = 0
         """Huge pages that are still to be left out."""
+        self._untimed = 0
+        """Huge pages that still come as they are written to, before the next that is timed."""
 
     def empty(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A new tensor of `count` elements, not initialized. Its memory is given back with the last view of it."""
@@ -67,22 +69,23 @@ class Memory:
                 self._left_out -= left_out // HUGE_PAGE
                 at += left_out
                 continue
-            _advise(address + at, HUGE_PAGE, mmap.MADV_HUGEPAGE)
-            begun = time.thread_time()  # what other threads of the core take does not count
-            _advise(address + at, HUGE_PAGE, POPULATE_WRITE)
-            self._took(time.thread_time() - begun)
-            at += HUGE_PAGE
-            if self._left_out <= 0 and at < end:
-                likely = min((SAMPLED - 1) * HUGE_PAGE, end - at)
-                _advise(address + at, likely, mmap.MADV_HUGEPAGE)
-                at += likely
+            timed = self._untimed <= 0
+            here = HUGE_PAGE if timed else min(self._untimed * HUGE_PAGE, end - at)
+            _advise(address + at, here, mmap.MADV_HUGEPAGE)
+            if timed:
+                begun = time.thread_time()  # what other threads of the core take does not count
+                _advise(address + at, here, POPULATE_WRITE)
+                self._took(time.thread_time() - begun)
+            else:
+                self._untimed -= here // HUGE_PAGE
+            at += here
         if at < nbytes:
             _advise(address + at, nbytes - at, POPULATE_WRITE)
 
     def _took(self, seconds: float) -> None:
-        """Counts a huge page."""
+        """Counts a huge page that was timed."""
         if seconds < SLOW:
-            self._pause = PAUSE
+            self._pause, self._untimed = PAUSE, SAMPLED - 1
         else:
             self._left_out, self._pause = self._pause, min(2 * self._pause, LONGEST)
 
@@ -92,11 +95,12 @@ MEMORY = Memory()
 
 
 @cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
+def _libc(locked: bool) -> ctypes.CDLL:
+    return (ctypes.PyDLL if locked else ctypes.CDLL)(None, use_errno=True)
 
 
 def _advise(address: int, nbytes: int, advice: int) -> None:
-    """madvise(2) without Python's lock, which `mmap.madvise` keeps."""
-    if _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice)):
+    """madvise(2), without Python's lock where it takes pages."""
+    known = _libc(advice != POPULATE_WRITE)
+    if known.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice)):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from distquant.stream.arena import Arena, Board, Slots
 from distquant.stream.files import Files, ReadError
+from distquant.stream.rows import RowRange
 from distquant.stream.stages import Stages
 from distquant.stream.tasks import Chunk
 
@@ -127,16 +128,16 @@ class Reader:
                 self._ended = True
                 board.watch.notify_all()
                 return None
-            direct = batch[0].into is not None
+            through = [chunk for chunk in batch if chunk.into is None]
 
             def room() -> bool:
-                return self._begun - self._taken < AHEAD and (direct or self._slots.any_free)
+                return self._begun - self._taken < AHEAD and (not through or self._slots.any_free)
 
             if not self._wait(room):
                 return None
-            if not direct:
-                slot = self._slots.take(len(batch))
-                for chunk in batch:
+            if through:
+                slot = self._slots.take(len(through))
+                for chunk in through:
                     chunk.slot = slot
             self._begun += 1
             return self._begun - 1, batch
@@ -154,29 +155,47 @@ class Reader:
 
     def _read(self, batch: list[Chunk]) -> None:
         start = time.perf_counter()
-        first, nbytes = batch[0], sum(chunk.nbytes for chunk in batch)
-        span = first.span
-        if first.into is not None:
-            self._scattered(first, first.into)
-            first.raw = first.into
-        elif span is None:
-            first.raw = self._arena.slot(first.slot)[:nbytes]
-            self._scattered(first, first.raw)
+        nbytes = sum(chunk.nbytes for chunk in batch)
+        if batch[0].direct:
+            self._read_span(batch, nbytes)
         else:
-            view = self._files.read_span(span[0], span[1], nbytes, self._arena.slot(first.slot), first.ranges[0].tensor)
-            at = 0
-            for chunk in batch:
-                chunk.raw = view[at : at + chunk.nbytes]
-                at += chunk.nbytes
-        self._stages.add("read", start, first.task.name, nbytes)
+            self._read_runs(batch)
+        self._stages.add("read", start, batch[0].task.name, nbytes)
 
-    def _scattered(self, chunk: Chunk, target: object) -> None:
-        """Reads ranges one after the other into consecutive memory, through the page cache."""
-        view, at = memoryview(target.numpy().data), 0  # type: ignore[attr-defined]
-        for piece in chunk.ranges:
-            part = view[at : at + piece.nbytes]
-            if piece.contiguous:
-                self._files.read(piece.file, piece.offset, part, piece.tensor)
+    def _read_span(self, batch: list[Chunk], nbytes: int) -> None:
+        """Reads neighbours in a file into a slot, past the page cache."""
+        first = batch[0]
+        assert first.span is not None
+        file, offset, _ = first.span
+        view = self._files.read_span(file, offset, nbytes, self._arena.slot(first.slot), first.ranges[0].tensor)
+        for chunk in batch:
+            chunk.raw = view[chunk.at : chunk.at + chunk.nbytes]
+
+    def _read_runs(self, batch: list[Chunk]) -> None:
+        """Reads pieces into a slot or their place, through the page cache: one read for all that are neighbours."""
+        found = []
+        for chunk in batch:
+            if chunk.into is not None:
+                chunk.raw = chunk.into()
             else:
-                self._files.read_rows(piece.file, piece.offset, piece.stride, part, piece.width, piece.tensor)
-            at += piece.nbytes
+                chunk.raw = self._arena.slot(chunk.slot)[chunk.at : chunk.at + chunk.nbytes]
+            view, at = memoryview(chunk.raw.numpy().data), 0
+            for piece in chunk.ranges:
+                found.append((piece, view[at : at + piece.nbytes]))
+                at += piece.nbytes
+        found.sort(key=lambda each: (each[0].file, each[0].offset))
+        run: list[tuple[RowRange, memoryview]] = []
+        for piece, view in found:
+            if not piece.contiguous:
+                self._files.read_rows(piece.file, piece.offset, piece.stride, view, piece.width, piece.tensor)
+                continue
+            if run and (run[-1][0].file, run[-1][0].offset + run[-1][0].nbytes) != (piece.file, piece.offset):
+                self._read_run(run)
+                run = []
+            run.append((piece, view))
+        if run:
+            self._read_run(run)
+
+    def _read_run(self, run: list[tuple[RowRange, memoryview]]) -> None:
+        first = run[0][0]
+        self._files.read_run(first.file, first.offset, [view for _, view in run], [piece.tensor for piece, _ in run])

@@ -25,6 +25,9 @@ TORCH_DTYPE = {
 ALIGN = 64
 """Components of a piece start at multiples of this many bytes."""
 
+PLACED = 32 << 20
+"""Bytes that are read straight into place at once, beside what goes through a slot."""
+
 Encode = Callable[[Tensor, dict[str, Tensor]], None]
 """Fills the components (flat, by name) from rows `[n, columns]` in the load dtype."""
 
@@ -34,6 +37,9 @@ class Sink(Protocol):
 
     def direct(self, band: Band, start: int, stop: int) -> Tensor | None:
         """Final memory for all of rows `[start, stop)` of a component, flat; None where it is not one run."""
+
+    def holds(self, band: Band, start: int, stop: int) -> bool:
+        """Whether `direct` gives memory; itself it makes none."""
 
     def place(self, band: Band, values: Tensor, start: int, stop: int) -> int:
         """Copies what is kept of rows `[start, stop)`; returns the bytes of it."""
@@ -122,9 +128,11 @@ class Chunk:
         part: what the rows are a part of.
         start, stop: the rows.
         ranges: where they lie.
-        into: final memory (uint8, flat) that they are read into; None = they pass through a slot.
+        into: gives the final memory (uint8, flat) that they are read into; None = they pass through a slot.
         raw: uint8, flat, once they are read.
         slot: the slot that `raw` lies in.
+        at: byte of the slot that it begins at.
+        direct: whether it is read past the page cache.
     """
 
     task: Task
@@ -132,9 +140,11 @@ class Chunk:
     start: int
     stop: int
     ranges: list[RowRange]
-    into: Tensor | None = None
+    into: Callable[[], Tensor] | None = None
     raw: Tensor | None = None
     slot: int = -1
+    at: int = 0
+    direct: bool = False
 
     nbytes: int = field(init=False)
     """Bytes that are read."""
@@ -179,18 +189,36 @@ def _same_dtype(task: Task, part: Part, start: int, stop: int) -> Iterator[Chunk
 
 
 def batches(chunks: Iterator[Chunk], capacity: int) -> Iterator[list[Chunk]]:
-    """Neighbours in a file that fit into one slot are read at once."""
+    """What is read at once: pieces that fit into one slot together, and those that go straight into their place.
+
+    Past the page cache only neighbours in a file are read at once.
+    """
     batch: list[Chunk] = []
-    end: tuple[str, int] | None = None
-    filled = 0
+    filled = placed = 0
     for chunk in chunks:
-        span = chunk.span if chunk.into is None else None
-        joins = batch and span is not None and (span[0], span[1]) == end and filled + chunk.nbytes <= capacity
+        at = filled
+        if chunk.direct:
+            joins = bool(batch) and batch[-1].direct and _neighbours(batch[-1], chunk)
+        else:
+            at = -(-filled // ALIGN) * ALIGN
+            joins = not (batch and batch[-1].direct)
+        if chunk.into is not None:
+            joins = joins and placed + chunk.nbytes <= PLACED
+        else:
+            joins = joins and at + chunk.nbytes <= capacity
         if batch and not joins:
             yield batch
-            batch, filled = [], 0
+            batch, at, filled, placed = [], 0, 0, 0
+        if chunk.into is not None:
+            placed += chunk.nbytes
+        else:
+            chunk.at, filled = at, at + chunk.nbytes
         batch.append(chunk)
-        filled += chunk.nbytes
-        end = (span[0], span[2]) if span is not None else None
     if batch:
         yield batch
+
+
+def _neighbours(chunk: Chunk, following: Chunk) -> bool:
+    """Whether a piece ends where the next begins, in one file."""
+    span, after = chunk.span, following.span
+    return span is not None and after is not None and (span[0], span[2]) == (after[0], after[1])

@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +38,15 @@ class Faulty(Files):
         self.script = iter(script)
         self.asked: list[tuple[int, int]] = []
 
-    def _preadv(self, fd: int, target: memoryview, offset: int) -> int:
-        self.asked.append((offset, len(target)))
+    def _preadv(self, fd: int, targets: Sequence[memoryview], offset: int) -> int:
+        self.asked.append((offset, sum(map(len, targets))))
         outcome = next(self.script, None)
         if outcome is None:
-            return super()._preadv(fd, target, offset)
+            return super()._preadv(fd, targets, offset)
         if outcome is END:
             return 0
         if isinstance(outcome, Short):
-            return super()._preadv(fd, target[: max(int(outcome), 1)], offset)
+            return super()._preadv(fd, shortened(targets, max(int(outcome), 1)), offset)
         assert isinstance(outcome, int)
         raise OSError(outcome, os.strerror(outcome))
 
@@ -77,17 +77,17 @@ class Counting(Files):
         self._counters, self._delay, self._short, self._hook = counters, delay, short, hook
         self._random, self._guard, self._here = random.Random(seed), threading.Lock(), threading.local()
 
-    def _preadv(self, fd: int, target: memoryview, offset: int) -> int:
+    def _preadv(self, fd: int, targets: Sequence[memoryview], offset: int) -> int:
         if self._hook is not None:
             self._hook()
         with self._guard:
-            late, failing, shortened, share = (self._random.random() for _ in range(4))
+            late, failing, short, share = (self._random.random() for _ in range(4))
         if late < 0.3:
             time.sleep(self._delay * late)
         self._fail_at_times(failing)
-        if self._short and shortened < 0.15:
-            target = target[: self._less(len(target), share)]
-        count = super()._preadv(fd, target, offset)
+        if self._short and short < 0.15:
+            targets = shortened(targets, self._less(sum(map(len, targets)), share))
+        count = super()._preadv(fd, targets, offset)
         name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
         with self._guard:
             self._counters[name][offset : offset + count] += 1
@@ -106,9 +106,25 @@ class Counting(Files):
         return max(int(length * share), 1)
 
 
+def shortened(targets: Sequence[memoryview], length: int) -> list[memoryview]:
+    """The first `length` bytes of the targets."""
+    found = []
+    for target in targets:
+        found.append(target[:length])
+        length -= len(found[-1])
+    return [target for target in found if len(target)]
+
+
+def run(files: Files, offset: int, lengths: Iterable[int]) -> bytes:
+    targets = [bytearray(length) for length in lengths]
+    names = [f"{'some' if number == 0 else number}.weight" for number in range(len(targets))]
+    files.read_run("data.bin", offset, [memoryview(target) for target in targets], names)
+    return b"".join(targets)
+
+
 def buffered(files: Files, offset: int, count: int) -> bytes:
     target = bytearray(count)
-    files.read("data.bin", offset, memoryview(target), "some.weight")
+    files.read_run("data.bin", offset, [memoryview(target)], ["some.weight"])
     return bytes(target)
 
 
@@ -119,5 +135,7 @@ def rows(files: Files, offset: int, stride: int, width: int, count: int) -> byte
 
 
 def span(files: Files, offset: int, count: int, slot: torch.Tensor) -> bytes:
+    if not files.is_direct("data.bin"):
+        return buffered(files, offset, count)
     slot.zero_()
     return files.read_span("data.bin", offset, count, slot, "some.weight").numpy().tobytes()

@@ -7,15 +7,14 @@ import os
 import threading
 
 import pytest
-import torch
-from faulty import SIZE, Faulty, Short, buffered, rows, span
+from faulty import SIZE, Faulty, Short, buffered, rows, run, span
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distquant.stream.files as files_module
 from distquant.errors import InputError
-from distquant.planning.slots import PAGE, SLACK
-from distquant.stream.files import Files, ReadError, resident_share
+from distquant.planning.slots import PAGE
+from distquant.stream.files import MOST_TARGETS, Files, ReadError, resident_share
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -31,6 +30,30 @@ def test_short_reads(folder, data, offset, draw):
     files = Faulty(folder, script=script)
     assert buffered(files, offset, count) == data[offset : offset + count]
     assert (files.stats.bytes, files.stats.direct, files.stats.retries) == (count, 0, 0)
+    files.close()
+
+
+LENGTHS = st.lists(st.sampled_from([0, 1, 3, 511, PAGE - 1, PAGE, PAGE + 1]), min_size=1, max_size=8)
+
+
+@PROPERTY
+@given(st.integers(0, PAGE), LENGTHS.filter(lambda lengths: sum(lengths) <= SIZE - PAGE), st.data())
+def test_runs_with_short_reads(folder, data, offset, lengths, draw):
+    """Several targets, one behind the other; a read may end within any of them, and no byte is read again."""
+    script = [Short(n) for n in draw.draw(st.lists(st.sampled_from([1, 2, 510, PAGE, PAGE + 2]), max_size=9))]
+    files = Faulty(folder, script=script)
+    assert run(files, offset, lengths) == data[offset : offset + sum(lengths)]
+    assert (files.stats.bytes, files.stats.retries) == (sum(lengths), 0)
+    if not script and all(lengths):
+        assert files.asked == [(offset, sum(lengths))], "one call is enough"
+    assert [at for at, _ in files.asked] == sorted({at for at, _ in files.asked})
+    files.close()
+
+
+def test_run_of_more_targets_than_one_call_takes(folder, data):
+    files = Faulty(folder)
+    assert run(files, 5, [1] * (2 * MOST_TARGETS + 1)) == data[5 : 2 * MOST_TARGETS + 6]
+    assert [wanted for _, wanted in files.asked] == [MOST_TARGETS, MOST_TARGETS, 1]
     files.close()
 
 
@@ -165,7 +188,8 @@ def test_missing_file(folder):
     for mode in ("buffered", "auto", "direct"):
         files = Files(folder, mode)
         with pytest.raises((ReadError, InputError), match=r"nowhere\.bin.*No such file"):
-            files.read_span("nowhere.bin", 0, 10, torch.empty(PAGE + SLACK, dtype=torch.uint8), "some.weight")
+            files.is_direct("nowhere.bin")
+            files.read_run("nowhere.bin", 0, [memoryview(bytearray(10))], ["some.weight"])
         files.close()
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import threading
 import time
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import distquant.stream.tasks as tasks_module
 from distquant.checkpoint import TensorInfo
 from distquant.errors import RankError
 from distquant.layout import ALL, Component
@@ -26,7 +27,7 @@ from distquant.stream.files import Files, ReadError
 from distquant.stream.reader import AHEAD, Reader
 from distquant.stream.rows import RowMap
 from distquant.stream.stages import Stages
-from distquant.stream.tasks import Chunk, Task, batches, chunks_of
+from distquant.stream.tasks import ALIGN, Chunk, Task, batches, chunks_of
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
 
@@ -129,7 +130,7 @@ def test_turned_tensor_is_read_as_it_is_stored(capacity):
 
 @PROPERTY
 @given(st.data(), st.integers(1, 2000))
-def test_batches_join_neighbours_only(data, capacity):
+def test_batches_past_the_page_cache_join_neighbours_only(data, capacity):
     """Nothing is lost, nothing changes its order, and a batch is one run of bytes that fits, or a single piece."""
     chunks: list[Chunk] = []
     at = 0
@@ -139,28 +140,76 @@ def test_batches_join_neighbours_only(data, capacity):
         at += sum(piece.nbytes for piece in task.rows.ranges((0, task.rows.rows), (0, task.rows.width)))
         chunks += chunks_of(task, 0, capacity)
     for chunk in chunks:
-        if data.draw(st.integers(0, 9)) == 0:
-            chunk.into = torch.empty(0)
+        chunk.direct = True
     found = list(batches(iter(chunks), capacity))
     assert [chunk for batch in found for chunk in batch] == chunks
     for batch in found:
         assert batch
         if len(batch) > 1:
             assert sum(chunk.nbytes for chunk in batch) <= capacity
-            assert all(chunk.into is None for chunk in batch)
             spans = [chunk.span for chunk in batch]
             assert all(a[0] == b[0] and a[2] == b[1] for a, b in pairwise(spans))
+        assert [chunk.at for chunk in batch] == [0, *accumulate(chunk.nbytes for chunk in batch)][:-1]
     for batch, following in pairwise(found):
         last, first = batch[-1], following[0]
-        if last.into is None and first.into is None and last.span[2] == first.span[1]:
+        if last.span[2] == first.span[1]:
             assert sum(chunk.nbytes for chunk in (*batch, first)) > capacity, "neighbours that fit were read apart"
 
 
-def test_columns_are_never_joined():
+def slot_bytes(batch: list[Chunk]) -> int:
+    """Bytes of a slot that a batch takes: each piece begins on a multiple of `ALIGN`, and none lies on another."""
+    end = 0
+    for chunk in batch:
+        if chunk.into is None:
+            assert chunk.at == -(-end // ALIGN) * ALIGN
+            end = chunk.at + chunk.nbytes
+    return end
+
+
+@PROPERTY
+@given(st.data(), st.integers(1, 2000))
+def test_batches_through_the_page_cache_take_what_fits(data, capacity):
+    """Wherever it lies in the files: what shares a slot fits into it, and what has a place of its own has a limit."""
+    chunks: list[Chunk] = []
+    for index in range(data.draw(st.integers(0, 6))):
+        chunks += chunks_of(data.draw(tasks(index, 8 * index)), 0, capacity)
+    largest = max((chunk.nbytes for chunk in chunks), default=0)  # a slot has room for any piece
+    capacity, placed = max(capacity, largest), largest + data.draw(st.sampled_from([0, 100, 10_000]))
+    for chunk in chunks:
+        if data.draw(st.booleans()):
+            chunk.into = lambda: torch.empty(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks_module, "PLACED", placed)
+        found = list(batches(iter(chunks), capacity))
+
+    def fits(batch: list[Chunk]) -> bool:
+        straight = sum(chunk.nbytes for chunk in batch if chunk.into is not None)
+        end = 0
+        for chunk in batch:
+            if chunk.into is None:
+                end = -(-end // ALIGN) * ALIGN + chunk.nbytes
+        return end <= capacity and straight <= placed
+
+    assert [chunk for batch in found for chunk in batch] == chunks
+    for batch in found:
+        assert len(batch) == 1 or fits(batch)
+        assert len(batch) == 1 or slot_bytes(batch) <= capacity
+    for batch, following in pairwise(found):
+        assert not fits([*batch, following[0]]), "what fits was read apart"
+
+
+def test_past_and_through_the_page_cache_are_read_apart():
+    chunks = list(chunks_of(task_of(0, (6, 8), "F32", 0, [Component(name="", dtype="uint8")]), 0, 100))
+    chunks[0].direct = True
+    assert [len(batch) for batch in batches(iter(chunks), 10_000)] == [1, len(chunks) - 1]
+    assert len(chunks) > 2
+
+
+def test_columns_are_no_run():
     task = task_of(0, (6, 8), "F32", 0, [Component(name="", dtype="uint8")], columns=(2, 6))
     chunks = list(chunks_of(task, 0, 100))
     assert [(chunk.start, chunk.stop, chunk.span) for chunk in chunks] == [(0, 2, None), (2, 4, None), (4, 6, None)]
-    assert [len(batch) for batch in batches(iter(chunks), 10_000)] == [1, 1, 1]
+    assert [len(batch) for batch in batches(iter(chunks), 10_000)] == [3]
 
 
 # -- the reader --------------------------------------------------------------------------------------------------------
@@ -174,7 +223,7 @@ class Slow(Files):
         self.hang = hang
         self.chance, self.guard, self.reading, self.most, self.begun = random.Random(seed), threading.Lock(), 0, 0, 0
 
-    def _preadv(self, fd, target, offset):
+    def _preadv(self, fd, targets, offset):
         with self.guard:
             self.reading += 1
             self.begun += 1
@@ -183,7 +232,7 @@ class Slow(Files):
         time.sleep(pause)
         if self.hang is not None:
             assert self.hang.wait(20)
-        found = super()._preadv(fd, target, offset)
+        found = super()._preadv(fd, targets, offset)
         with self.guard:
             self.reading -= 1
         return found
@@ -251,7 +300,7 @@ def test_reader_does_not_run_far_ahead_of_reads_into_place(tmp_path):
     (tmp_path / "f.bin").write_bytes(bytes(40 * 64))
     chunks = list(chunks_of(task, 0, 1))
     for chunk in chunks:
-        chunk.into = torch.empty(64, dtype=torch.uint8)
+        chunk.into = lambda: torch.empty(64, dtype=torch.uint8)
     files, board = Slow(tmp_path, 1), Board(20)
     reader = Reader(files, running.arena, Slots(range(1), board.watch), board, Stages(), batches(iter(chunks), 64), 2)
     for number, _ in enumerate(reader):

@@ -7,7 +7,7 @@ import os
 import threading
 
 import pytest
-from faulty import END, SIZE, Faulty, Short, buffered, rows, span
+from faulty import END, SIZE, Faulty, Short, buffered, rows, run, span
 
 import distquant.stream.files as files_module
 from distquant.stream.arena import PAGE
@@ -17,11 +17,13 @@ from distquant.stream.files import PAUSES, RETRIED, Files, ReadError
 
 
 @pytest.mark.parametrize("number", sorted(RETRIED))
-@pytest.mark.parametrize("way", ["read", "rows"])
+@pytest.mark.parametrize("way", ["read", "run", "rows"])
 def test_passing_errors_are_read_again(folder, data, pauses, number, way):
     files = Faulty(folder, script=[number, number, Short(3), None, number, number])
     if way == "read":
         assert buffered(files, 40, 500) == data[40:540]
+    elif way == "run":
+        assert run(files, 40, [100, 300, 100]) == data[40:540]
     else:
         assert rows(files, 40, 500, 100, 5) == b"".join(data[40 + i * 500 :][:100] for i in range(5))
     assert len(pauses) == files.stats.retries >= 1
@@ -37,7 +39,7 @@ def test_every_new_try_is_counted_and_waited_for(folder, data, pauses):
     files.close()
 
 
-@pytest.mark.parametrize("way", ["read", "rows", "direct"])
+@pytest.mark.parametrize("way", ["read", "run", "rows", "direct"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT])
 def test_errors_that_last_are_told(request, folder, slot, pauses, number, way):
     if way == "direct":
@@ -45,6 +47,7 @@ def test_errors_that_last_are_told(request, folder, slot, pauses, number, way):
     files = Faulty(folder, "direct" if way == "direct" else "buffered", [number] * 50)
     ways = {
         "read": lambda: buffered(files, PAGE, 500),
+        "run": lambda: run(files, PAGE, [300, 200]),
         "rows": lambda: rows(files, PAGE, 500, 100, 3),
         "direct": lambda: span(files, PAGE, 500, slot),
     }
@@ -78,11 +81,11 @@ class Stale(Files):
         super().__init__(folder)
         self.reads = 0
 
-    def _preadv(self, fd, target, offset):
+    def _preadv(self, fd, targets, offset):
         self.reads += 1
         if self.reads > 1 and len(self.opened) == 1:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return super()._preadv(fd, target, offset)
+        return super()._preadv(fd, targets, offset)
 
 
 @pytest.mark.parametrize("way", ["read", "rows"])
@@ -108,7 +111,7 @@ class StaleOnce(Files):
         super().__init__(folder)
         self.inside, self.reopened, self.others = threading.Event(), threading.Event(), []
 
-    def _preadv(self, fd, target, offset):
+    def _preadv(self, fd, targets, offset):
         if threading.current_thread().name == "slow":
             self.inside.set()
             assert self.reopened.wait(10)
@@ -116,7 +119,7 @@ class StaleOnce(Files):
             self.others.append(None)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         self.reopened.set()
-        return super()._preadv(fd, target, offset)
+        return super()._preadv(fd, targets, offset)
 
     def _forget(self, file, direct):
         super()._forget(file, direct)

@@ -83,6 +83,9 @@ class WatchedSink:
             self.counts[band.name][start:stop] += 1
         return found
 
+    def holds(self, band: Band, start: int, stop: int) -> bool:
+        return self.sink.holds(band, start, stop)
+
     def place(self, band: Band, values: Tensor, start: int, stop: int) -> int:
         self.counts[band.name][start:stop] += 1
         return self.sink.place(band, values, start, stop)
@@ -187,6 +190,7 @@ class World:
                 if self.mesh.size > 1:
                     comm = ThreadComm(rank, self.meeting, self.timeout)
                     engine.peers.connect(comm, node_ranks(self.nodes, rank))
+                engine.start()
                 engine.run()
                 outcome.sent, outcome.received = engine.moved.sent, engine.moved.received
         finally:
