@@ -107,17 +107,10 @@ class Files:
         """
         for first in range(0, len(targets), MOST_TARGETS):
             together = targets[first : first + MOST_TARGETS]
-            count = 0
-            if len(together) > 1:
-                with suppress(OSError):  # the loop that tries again tells why
-                    count = self._preadv(self._fd(file, False), together, offset)
-            for target, tensor in zip(together, tensors[first:], strict=False):
-                there = min(count, len(target))
-                if there < len(target):
-                    self._fill(file, offset + there, target[there:], tensor, False, len(target) - there)
-                count -= there
-                offset += len(target)
-            self.stats.count(sum(map(len, together)), False)
+            nbytes = sum(map(len, together))
+            self._fill(file, offset, together, tensors[first:], False, nbytes)
+            self.stats.count(nbytes, False)
+            offset += nbytes
 
     def read_rows(self, file: str, offset: int, stride: int, target: memoryview, width: int, tensor: str) -> None:
         """Fills `target` with `width` bytes from every `stride`, through the page cache."""
@@ -130,7 +123,7 @@ class Files:
                 count = -1
             if count != width:
                 # Short, or failed: once more from its start, with the loop that tries again and tells why.
-                self._fill(file, offset, row, tensor, False, width)
+                self._fill(file, offset, (row,), (tensor,), False, width)
                 fd = self._fd(file, False)
             offset += stride
         self.stats.count(len(target), False, len(target) // max(width, 1))
@@ -146,20 +139,29 @@ class Files:
         before = offset % PAGE
         length = -(-(before + count) // PAGE) * PAGE
         target = memoryview(slot[:length].numpy().data)
-        done = self._fill(file, offset - before, target, tensor, True, before + count)
+        done = self._fill(file, offset - before, (target,), (tensor,), True, before + count)
         self.stats.count(done, True)
         return slot[before : before + count]
 
-    def _fill(self, file: str, offset: int, target: memoryview, tensor: str, direct: bool, needed: int) -> int:
-        """Reads until `needed` bytes are there; what more the file gives of `target` is read along."""
+    def _fill(
+        self,
+        file: str,
+        offset: int,
+        targets: Sequence[memoryview],
+        tensors: Sequence[str],
+        direct: bool,
+        needed: int,
+    ) -> int:
+        """Reads until `needed` bytes are there; what more the file gives of the targets is read along."""
         done, tries, reached = 0, 0, -1
         while done < needed:
+            rest = _after(targets, done)
+            where = f"{file} at byte {offset + done} ({tensors[len(targets) - len(rest)]})"
             try:
-                count = self._preadv(self._fd(file, direct), (target[done:],), offset + done)
+                count = self._preadv(self._fd(file, direct), rest, offset + done)
             except ReadError:
                 raise
             except OSError as error:
-                where = f"{file} at byte {offset + done} ({tensor})"
                 if error.errno not in RETRIED or tries == len(PAUSES):
                     again = f", after {tries} new tries" if tries else ""
                     raise ReadError(f"{where}: {error.strerror}{again}") from error
@@ -170,13 +172,12 @@ class Files:
                     self._forget(file, direct)
                 continue
             if count == 0:
-                what = f"the file ends {needed - done} bytes too early"
-                raise ReadError(f"{file} at byte {offset + done} ({tensor}): {what}")
+                raise ReadError(f"{where}: the file ends {needed - done} bytes too early")
             done += count
             if direct and done < needed:
                 if done <= reached:
-                    what = f"the file ends {needed - done} bytes too early"
-                    raise ReadError(f"{file} at byte {offset + done} ({tensor}): {what}")
+                    where = f"{file} at byte {offset + done} ({tensors[0]})"
+                    raise ReadError(f"{where}: the file ends {needed - done} bytes too early")
                 reached = done
                 done = done // PAGE * PAGE  # the next direct read must start on a page
         return done
@@ -224,6 +225,15 @@ class Files:
         """Raises OSError where the file system does not take direct reads."""
         with mmap.mmap(-1, PAGE) as page:
             os.preadv(fd, (page,), 0)
+
+
+def _after(targets: Sequence[memoryview], done: int) -> Sequence[memoryview]:
+    """What is left of targets of which the first `done` bytes, but not all, are filled; it does not begin empty."""
+    for number, target in enumerate(targets):
+        if done < len(target):
+            return [target[done:], *targets[number + 1 :]] if done else targets[number:]
+        done -= len(target)
+    raise AssertionError("all targets are filled")
 
 
 def resident_share(fd: int) -> float:

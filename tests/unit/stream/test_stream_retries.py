@@ -62,11 +62,16 @@ def test_errors_that_last_are_told(request, folder, slot, pauses, number, way):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSPC])
-@pytest.mark.parametrize("way", ["read", "rows"])
+@pytest.mark.parametrize("way", ["read", "run", "rows"])
 def test_other_errors_are_final(folder, pauses, number, way):
-    files = Faulty(folder, script=[number] * 20)
-    with pytest.raises(ReadError, match=r"data\.bin at byte 7 \(some\.weight\): ") as caught:
-        buffered(files, 7, 500) if way == "read" else rows(files, 7, 500, 100, 3)
+    files = Faulty(folder, script=[number] + [None] * (way != "rows") + [number] * 20)
+    ways = {
+        "read": lambda: buffered(files, 7, 500),
+        "run": lambda: run(files, 7, [0, 200, 300]),
+        "rows": lambda: rows(files, 7, 500, 100, 3),
+    }
+    with pytest.raises(ReadError, match=r"data\.bin at byte 7 \((some|1)\.weight\): ") as caught:
+        ways[way]()
     assert os.strerror(number) in str(caught.value)
     assert "tries" not in str(caught.value)
     assert len(files.asked) <= 2
@@ -161,6 +166,13 @@ def test_file_that_ends_early_is_told(folder, way):
         ReadError, match=rf"data\.bin at byte {SIZE} \(some\.weight\): the file ends 20 bytes too early"
     ):
         buffered(files, SIZE - 30, 50) if way == "read" else rows(files, SIZE - 30, 50, 50, 1)
+    files.close()
+
+
+def test_end_of_a_run_is_told_of_the_tensor_that_it_is_in(folder):
+    files = Faulty(folder, script=[Short(130), END])
+    with pytest.raises(ReadError, match=r"byte 230 \(2\.weight\): the file ends 70 bytes too early"):
+        run(files, 100, [50, 50, 60, 40])
     files.close()
 
 
