@@ -180,7 +180,10 @@ class Engine:
                 yield chunk
 
     def _aim(self, chunk: Chunk) -> None:
-        """Lets rows that stay as they are, and that nobody else keeps, be read into their final place."""
+        """Says how a piece is read: past the page cache or through it, and straight into its final place or a slot.
+
+        Straight go rows that stay as they are, and that nobody else keeps.
+        """
         task = chunk.task
         chunk.direct = chunk.span is not None and self.files.is_direct(chunk.span[0])
         if task.encode is not None or task.turned or chunk.direct or task.device.type != "cpu":

@@ -100,7 +100,7 @@ def _libc(locked: bool) -> ctypes.CDLL:
 
 
 def _advise(address: int, nbytes: int, advice: int) -> None:
-    """madvise(2), without Python's lock where it takes pages."""
+    """madvise(2), without Python's lock where it takes pages: else waiting for the lock costs more than the call."""
     known = _libc(advice != POPULATE_WRITE)
     if known.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice)):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
