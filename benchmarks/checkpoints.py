@@ -88,8 +88,8 @@ def reader(path: str, threads: int, direct: bool = False, part: slice = slice(No
         direct: past the page cache.
         part: which of the chunks.
     """
-    sizes = {file: os.path.getsize(file) for file in shards(path)}
-    chunks = [(file, offset) for file, size in sizes.items() for offset in range(0, size, CHUNK)][part]
+    sizes, chunks = _chunks(path)
+    chunks = chunks[part]
     buffers = [mmap.mmap(-1, CHUNK) for _ in range(threads)]
     for buffer in buffers:
         buffer.write(bytes(CHUNK))
@@ -111,6 +111,39 @@ def reader(path: str, threads: int, direct: bool = False, part: slice = slice(No
                 os.close(descriptor)
 
     return run
+
+
+def copier(path: str, threads: int) -> Callable[[], list[mmap.mmap]]:
+    """A call that reads all files once into new memory, in huge pages where the machine has them, and returns that."""
+    sizes, chunks = _chunks(path)
+
+    def run() -> list[mmap.mmap]:
+        opened = _open(list(sizes), direct=False)
+        waiting = iter(chunks)
+
+        def work(_: int) -> list[mmap.mmap]:
+            kept = []
+            for file, offset in waiting:
+                memory = mmap.mmap(-1, CHUNK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                memory.madvise(mmap.MADV_HUGEPAGE)
+                _fill(opened[file], offset, memory, sizes[file])
+                kept.append(memory)
+            return kept
+
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                return [memory for kept in pool.map(work, range(threads)) for memory in kept]
+        finally:
+            for descriptor in opened.values():
+                os.close(descriptor)
+
+    return run
+
+
+def _chunks(path: str) -> tuple[dict[str, int], list[tuple[str, int]]]:
+    """Bytes of every file, and (file, offset) of every chunk."""
+    sizes = {file: os.path.getsize(file) for file in shards(path)}
+    return sizes, [(file, offset) for file, size in sizes.items() for offset in range(0, size, CHUNK)]
 
 
 def _open(files: list[str], direct: bool) -> dict[str, int]:

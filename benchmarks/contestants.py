@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from checkpoints import CHUNK, reader, tensors, total_bytes
+from checkpoints import CHUNK, copier, reader, tensors, total_bytes
 from common import memory
 
 QUANTIZED_AT_ONCE = (1024, 2048)
@@ -308,6 +308,21 @@ def read_files(path: str, contestant: Contestant, rank: int) -> Run:
     return run
 
 
+def copy_files(path: str, contestant: Contestant, rank: int) -> Run:
+    """All bytes of all files, read into new memory and then touched: the least for a loader that does not map them."""
+    import torch
+
+    copy = copier(path, contestant.threads)
+
+    def run() -> Measured:
+        kept = copy()
+        for part in kept:
+            add_up(torch.frombuffer(part, dtype=torch.uint8))
+        return Measured(own=own_memory())
+
+    return run
+
+
 SYSTEMS: dict[str, Callable[[str, Contestant, int], Run]] = {
     "distquant": distquant,
     "recorded": recorded,
@@ -315,6 +330,7 @@ SYSTEMS: dict[str, Callable[[str, Contestant, int], Run]] = {
     "upstream": upstream,
     "floor": floor,
     "read": read_files,
+    "copy": copy_files,
     "fresh": fresh_memory,
 }
 
@@ -334,9 +350,14 @@ def touch(model: Any) -> None:
 
     for tensor in (*model.parameters(), *model.buffers()):
         for plain in plain_tensors(tensor):
-            words = plain.reshape(-1).view(torch.uint8)
-            aligned = words.numel() // 8 * 8
-            words[:aligned].view(torch.int64).sum()
+            add_up(plain.reshape(-1).view(torch.uint8))
+
+
+def add_up(data: Any) -> None:
+    """Reads all bytes (uint8, flat) but the last few."""
+    import torch
+
+    data[: data.numel() // 8 * 8].view(torch.int64).sum()
 
 
 def held(model: Any) -> int:

@@ -12,8 +12,9 @@ docs/quality.md (with `--out`, a page). It exits with 1 where a method failed or
 method's own library ("upstream"), in alternation (A B C A B C ...), each in fresh processes that have loaded the small
 example model by the same call, with the files in the page cache. A method's name quantizes CHECKPOINT on the way;
 `stored:METHOD` loads a checkpoint that the library quantized and saved, once, below the folder of `--work`. The page
-has a line for each method: median seconds, distquant's divided by upstream's, and peak memory; with the command, the
-machine and all versions. It exits with 1 where distquant failed and the library did not.
+has a line for each method: median seconds, distquant's divided by upstream's, for stored checkpoints the seconds of
+copying their bytes into memory and nothing more, and peak memory; with the command, the machine and all versions. It
+exits with 1 where distquant failed and the library did not.
 """
 
 from __future__ import annotations
@@ -185,12 +186,18 @@ NAMES = (*(name for name in PEERS if not name.startswith("stored")), *(STORED_PR
 
 @dataclass(frozen=True)
 class Match:
-    """distquant at two widths and the library, over one checkpoint."""
+    """distquant at two widths and the library, over one checkpoint; and what a loader cannot be faster than."""
 
     name: str
     path: str
     how: str
     contestants: tuple[Contestant, Contestant, Contestant]
+    copying: Contestant | None
+    """Of a stored checkpoint: its bytes read into memory, and nothing more."""
+
+    @property
+    def all(self) -> tuple[Contestant, ...]:
+        return self.contestants if self.copying is None else (*self.contestants, self.copying)
 
 
 def match(name: str, path: str, work: str) -> Match:
@@ -208,7 +215,8 @@ def match(name: str, path: str, work: str) -> Match:
         for tp in (1, 2)
     ]
     theirs = Contestant(f"{name} upstream", "upstream", quant, 1, cores, peer=peer, small=small)
-    return Match(name, path, PEERS[peer].how, (ours[0], ours[1], theirs))
+    copying = Contestant(f"{name} copying", "copy", quant, 1, cores, small=small) if stored else None
+    return Match(name, path, PEERS[peer].how, (ours[0], ours[1], theirs), copying)
 
 
 Runs = dict[str, list[list[Measured]]]
@@ -217,11 +225,11 @@ Runs = dict[str, list[list[Measured]]]
 
 def alternate(matches: list[Match], count: int) -> tuple[Runs, dict[str, str]]:
     """All runs, and why contestants failed: those are not run again."""
-    runs: Runs = {contestant.name: [] for each in matches for contestant in each.contestants}
+    runs: Runs = {contestant.name: [] for each in matches for contestant in each.all}
     failed: dict[str, str] = {}
     for number in range(count):
         for each in matches:
-            for contestant in each.contestants:
+            for contestant in each.all:
                 if contestant.name in failed:
                     continue
                 try:
@@ -243,11 +251,15 @@ def speed_row(each: Match, runs: Runs, failed: dict[str, str]) -> list[str]:
     tp1, tp2, theirs = medians
     ratios = [ours / theirs if ours is not None and theirs is not None else None for ours in (tp1, tp2)]
     known = [ratio for ratio in ratios if ratio is not None]
+    alone = runs[each.copying.name] if each.copying is not None and each.copying.name not in failed else []
+    copying = statistics.median(seconds_of(alone)) if alone else None
     return [
         each.name,
         *("failed" if median is None else f"{median:.3f}" for median in medians),
         *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
         verdict(max(known) <= 1) if len(known) == len(ratios) else "",
+        "" if copying is None else f"{copying:.3f}",
+        "" if copying is None or theirs is None else f"{copying / theirs:.2f}",
         *(gigabytes(one, "memory") if one else "" for one in found),
         each.how,
     ]
@@ -259,6 +271,7 @@ def speed_page(
     """The page: what was measured where, a line for each method, the spread, and what has no figures."""
     heads = ["method", "distquant tp=1, median s", "tp=2, median s", "upstream, median s"]
     heads += ["tp=1 / upstream", "tp=2 / upstream", "bar: not slower than upstream"]
+    heads += ["copying alone, median s", "copying / upstream"]
     heads += ["peak memory GB tp=1", "tp=2", "upstream", "upstream is"]
     cores = os.cpu_count() or 1
     parts = [
@@ -278,6 +291,8 @@ def speed_page(
         f"one process with {cores} threads; tp=2: two with {max(1, cores // 2)}. The bar is met where neither\n"
         "distquant tp=1 nor tp=2 took longer. `stored:` is a checkpoint that upstream quantized and saved;\n"
         "every byte of what is loaded from it is read once within the time, because upstream maps files.\n"
+        "Copying alone: all bytes of the files read from the page cache into new memory (huge pages), by a thread for\n"
+        "each core, and touched. No loader is faster whose weights are in memory of its own, as distquant's are.\n"
         "Peak memory: resident memory over that before the load, summed over the processes\n"
         "(pages of mapped files count). Upstream loads in bfloat16 and quantizes the same linears.",
     ]
@@ -292,9 +307,10 @@ def shortened(reason: str) -> str:
 def ranges(matches: list[Match], runs: Runs) -> str:
     rows = []
     for each in matches:
-        cells = [seconds_of(runs[contestant.name]) for contestant in each.contestants]
+        cells = [seconds_of(runs[contestant.name]) for contestant in each.all]
+        cells += [[]] if each.copying is None else []
         rows.append([each.name, *(f"{min(one):.3f} - {max(one):.3f}" if one else "" for one in cells)])
-    return table(["range of seconds", "distquant tp=1", "tp=2", "upstream"], rows)
+    return table(["range of seconds", "distquant tp=1", "tp=2", "upstream", "copying alone"], rows)
 
 
 def speed(arguments: argparse.Namespace) -> int:

@@ -69,6 +69,8 @@ def test_speed(kjv_tiny, tmp_path):
         assert all(NUMBER.fullmatch(cell) for cell in cells[:5]), cells
         slower = max(map(float, cells[3:5]))
         assert cells[5] in ([] if slower > 1 else ["met"]) + ([] if slower < 1 else ["NOT met"])
+        copying, upstream, ratio = float(cells[6]), float(cells[2]), float(cells[7])
+        assert ratio == pytest.approx(copying / upstream, abs=0.02)
     assert "Failed:" not in page
     assert [folder.name for folder in (tmp_path / "work").iterdir()] == ["kjv-tiny-quanto-int8"]
 
