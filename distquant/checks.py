@@ -180,9 +180,13 @@ def _wrong(
         found = [source.tensor for source in sources if tensors[source.tensor].dtype not in FLOATS]
         if found:
             others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            dtype = tensors[found[0]].dtype
-            what = f"{found[0]}{others} is stored as {dtype}, which no quantization in config.json explains"
-            yield Problem(name, what, OTHER_CHECKPOINT)
+            stored = f"{found[0]}{others} is stored as {tensors[found[0]].dtype}"
+            of_experts = any(name.startswith(f"{module}.") for module in draft.skeleton.experts)
+            if draft.prequantized and of_experts and len(tensors[found[0]].shape) == 3:
+                what = f"{stored}: experts that are quantized in one tensor are read in MXFP4's form only"
+                yield Problem(name, what, "Take a checkpoint with a tensor for each expert, or an unquantized one")
+            else:
+                yield Problem(name, f"{stored}, which no quantization in config.json explains", OTHER_CHECKPOINT)
     for source in sources:
         if source.offset is not None and len(source.offset) > 1 and source.offset[-1] != 0:
             what = f"{source.tensor} is concatenated along the input dim, which cannot be streamed"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from moe_models import changed
 
 import distquant as dq
@@ -161,6 +162,30 @@ def test_experts_of_another_size_than_in_the_config(moe_of: Callable[..., str], 
     path = changed(moe_of("mixtral", form), tmp_path / "other", lambda tensors: None, intermediate_size=64)
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.experts.*config\.json"):
         dq.plan(path, quantization_config="nf4-dq", mesh="ep=2")
+
+
+@pytest.mark.parametrize("mesh", [None, "ep=2"])
+def test_experts_that_are_quantized_in_one_float8_tensor(
+    moe_of: Callable[..., str], tmp_path: Path, mesh: str | None
+) -> None:
+    """As transformers holds them; the scales lie beside them."""
+    quantized = ("experts.gate_up_proj", "experts.down_proj", "q_proj.weight")
+
+    def quantize(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.endswith(quantized)]:
+            *many, rows, columns = tensors[name].shape
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.ones(*many, -(-rows // 32), -(-columns // 32))
+
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}
+    path = changed(moe_of("mixtral", "fused"), tmp_path / "quantized", quantize, **config)
+    with pytest.raises(InputError) as caught:
+        dq.plan(path, mesh=mesh)
+    assert caught.value.problems
+    for problem in caught.value.problems:
+        assert "mlp.experts." in problem.where
+        assert "stored as F8_E4M3: experts that are quantized in one tensor" in problem.what
+        assert "a tensor for each expert" in problem.fix
 
 
 def test_unknown_way_to_the_experts(moe_of: Callable[..., str]) -> None:

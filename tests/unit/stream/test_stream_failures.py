@@ -82,6 +82,13 @@ def test_failing_rank_is_named_on_all(tmp_path, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
+def test_failure_while_threads_read_already_is_named_on_all(tmp_path, seed):
+    world, fault = fault_somewhere(seed, tmp_path, ValueError("boom"), ("started",))
+    world.run()
+    assert_told(world, fault, ValueError)
+
+
+@pytest.mark.parametrize("seed", range(4))
 def test_read_that_fails_for_good_is_named_on_all(tmp_path, seed):
     error = OSError(errno.EACCES, os.strerror(errno.EACCES))
     world, fault = fault_somewhere(seed, tmp_path, error, ("read",))
@@ -169,7 +176,7 @@ def ctrl_c():
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("place", ["encode", "finish", "progress"])
+@pytest.mark.parametrize("place", ["started", "encode", "finish", "progress"])
 def test_ctrl_c_while_working(tmp_path, place):
     world = alone(tmp_path, lambda rank, at, tensor: signal.raise_signal(signal.SIGINT) if at == place else None)
     with pytest.raises(KeyboardInterrupt) as caught:

@@ -40,7 +40,7 @@ HANGS = 60.0
 """Seconds after which a world that has not ended hangs."""
 
 Hook = Callable[[int, str, str], None]
-"""Called with rank, place (`read`, `encode`, `finish`, `progress`) and tensor; may sleep or raise."""
+"""Called with rank, place (`started`, `read`, `encode`, `finish`, `progress`) and tensor; may sleep or raise."""
 
 
 class Meeting:
@@ -191,6 +191,7 @@ class World:
                     comm = ThreadComm(rank, self.meeting, self.timeout)
                     engine.peers.connect(comm, node_ranks(self.nodes, rank))
                 engine.start()
+                hook(rank, "started", "")  # where a loader makes its modules, while threads read
                 engine.run()
                 outcome.sent, outcome.received = engine.moved.sent, engine.moved.received
         finally:
