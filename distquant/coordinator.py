@@ -6,6 +6,7 @@ them is raised together, before a weight byte moves.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -275,7 +276,7 @@ class _Planner:
         if self.facts.memory is None and self.draft.device_map is None:
             yield "memory of each rank (declare it with max_memory)"
         if not self.facts.nodes and self.draft.mesh.size > 1:
-            assumed = max(map(self.draft.nodes.count, self.draft.nodes))
+            assumed = max(Counter(self.draft.nodes).values())
             yield f"which ranks share a node ({assumed} each, as planned)"
 
     # -- cutting ---------------------------------------------------------------------------------------------------

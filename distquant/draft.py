@@ -166,20 +166,26 @@ class Draft:
 
     def _reads(self) -> list[int]:
         """Bytes that each rank is dealt; nodes whose ranks have the same places are dealt the same."""
-        read, dealt = [0] * self.mesh.size, {}
+        read = [0] * self.mesh.size
+        ranks_of: dict[int, list[int]] = {}
+        for rank, node in enumerate(self.nodes):
+            ranks_of.setdefault(node, []).append(rank)
         flowing = self._flowing()
-        for node in sorted(set(self.nodes)):
-            ranks = tuple(rank for rank, its in enumerate(self.nodes) if its == node)
-            places, work = self._work(ranks, flowing)
-            if (places, work) not in dealt:
-                dealt[places, work] = list(self._dealt(ranks, places, work).values())
-            for rank, nbytes in zip(ranks, dealt[places, work], strict=True):
+        known: dict[Any, list[int]] = {}  # by places and experts; by places and work, where other experts are as much
+        for ranks in map(tuple, ranks_of.values()):
+            eps, places = self._places(ranks)
+            if (places, eps) not in known:
+                work = _work(eps, flowing)
+                if (places, work) not in known:
+                    known[places, work] = list(self._dealt(ranks, places, work).values())
+                known[places, eps] = known[places, work]
+            for rank, nbytes in zip(ranks, known[places, eps], strict=True):
                 read[rank] = nbytes
         return read
 
-    def _flowing(self) -> dict[int | None, list[tuple[int, tuple[_Sized, ...]]]]:
-        """Place in the order of loading, and what flows: of dense tensors (None), and by the experts' place on ep."""
-        found: dict[int | None, list[tuple[int, tuple[_Sized, ...]]]] = {None: []}
+    def _flowing(self) -> _Flowing:
+        """What flows for every tensor and every expert."""
+        found: _Flowing = {None: []}
         known: dict[Any, tuple[_Sized, ...]] = {}
         tensors = self.checkpoint.tensors
         for index, piece in enumerate(pieces_of(self.tensors, self.shapes)):
@@ -199,26 +205,17 @@ class Draft:
             whole = flow.turned or flow.entire > 0
             yield _Sized(flow.shape, flow.dim, flow.cut, flow.step, flow.apart, whole, self._stored_bytes(flow))
 
-    def _work(
-        self, ranks: tuple[int, ...], flowing: dict[int | None, list[tuple[int, tuple[_Sized, ...]]]]
-    ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int | None, tuple[_Sized, ...]], ...]]:
-        """Each rank's place on tp, and which of the node's places on ep it has; and what flows there, in order."""
-        eps = list(dict.fromkeys(self.mesh.coordinates(rank)["ep"] for rank in ranks))
-        at = map(self.mesh.coordinates, ranks)
-        places = tuple((each["tp"], eps.index(each["ep"])) for each in at)
-        here: list[tuple[int, int | None, tuple[_Sized, ...]]] = [
-            (index, None, sized) for index, sized in flowing[None]
-        ]
-        for number, ep in enumerate(eps):
-            here += [(index, number, sized) for index, sized in flowing.get(ep, ())]
-        here.sort(key=itemgetter(0))
-        return places, tuple((number, sized) for _, number, sized in here)
+    def _places(self, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """The places on ep that a node has; and each rank's place on tp, with the number of its own among those."""
+        at = [self.mesh.coordinates(rank) for rank in ranks]
+        eps = tuple(dict.fromkeys(each["ep"] for each in at))
+        return eps, tuple((each["tp"], eps.index(each["ep"])) for each in at)
 
     def _dealt(
         self,
         ranks: tuple[int, ...],
         places: tuple[tuple[int, int], ...],
-        work: tuple[tuple[int | None, tuple[_Sized, ...]], ...],
+        work: _Work,
     ) -> dict[int, int]:
         """Bytes that each rank of one node reads."""
         dealer = Dealer(self.mesh, ranks)
@@ -241,6 +238,15 @@ class Draft:
         return total
 
 
+def _work(eps: tuple[int, ...], flowing: _Flowing) -> _Work:
+    """What flows on a node, in order."""
+    here: list[tuple[int, int | None, tuple[_Sized, ...]]] = [(index, None, sized) for index, sized in flowing[None]]
+    for number, ep in enumerate(eps):
+        here += [(index, number, sized) for index, sized in flowing.get(ep, ())]
+    here.sort(key=itemgetter(0))
+    return tuple((number, sized) for _, number, sized in here)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sized:
     """What the planner's sums need of a flow: how it is cut, and its bytes in the checkpoint."""
@@ -252,3 +258,10 @@ class _Sized:
     apart: int | None
     whole: bool
     nbytes: int
+
+
+_Flowing = dict[int | None, list[tuple[int, tuple[_Sized, ...]]]]
+"""Place in the order of loading, and what flows: of dense tensors (None), and by the experts' place on ep."""
+
+_Work = tuple[tuple[int | None, tuple[_Sized, ...]], ...]
+"""What flows on a node, in order: for which number of its places on ep (None: for all ranks), and how."""
