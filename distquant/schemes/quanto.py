@@ -63,8 +63,8 @@ def pack_parts(codes: Tensor, bits: int) -> Tensor:
     """uint8 `[ceil(rows / n), columns]` of codes uint8 `[rows, columns]`: the i-th of n = 8 / bits parts in bits i."""
     per_byte = 8 // bits
     rows = -(-len(codes) // per_byte)
-    packed = torch.zeros(rows, codes.shape[1], dtype=torch.uint8, device=codes.device)
-    for part in range(per_byte):
+    packed = codes[:rows].clone()
+    for part in range(1, per_byte):
         values = codes[part * rows : (part + 1) * rows]
         packed[: len(values)] |= values << bits * part
     return packed
@@ -170,7 +170,7 @@ class QuantoScheme(DequantizingScheme):
         values = (rows - least).div_(scale).round_().clamp_(0.0, top)
         if bool((empty := scale == 0).any()):
             values.masked_fill_(empty, 0)
-        codes.copy_(values)
+        codes.view(torch.int8).copy_(values)  # a third of the time that torch takes for uint8
         scales.copy_(scale)
         out[SHIFT].view(-1, 1).copy_(-least)
 
