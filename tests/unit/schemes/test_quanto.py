@@ -158,6 +158,10 @@ def test_files_of_quanto_load_as_quanto_loads_them(kind):
         mine, its = model.get_submodule(name).state_dict(), them._wrapped.get_submodule(name).state_dict()
         assert mine.keys() == its.keys()
         assert all(same(mine[key], its[key]) for key in mine)
+    for name in model.distquant.plan.converted:
+        weight = them._wrapped.get_submodule(name).weight
+        if kind == "int8":  # mapped at odd bytes of the file, where torch 2.13's int8 product of AVX-512 crashes
+            weight._data = weight._data.clone()
     with torch.no_grad():
         mine, its = model(IDS).logits, them(IDS).logits
     assert (mine - its.to(mine.dtype)).norm() / its.norm() < 2e-2  # quanto computes in float32 what was not quantized
