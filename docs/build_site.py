@@ -36,8 +36,11 @@ ITEM = re.compile(r"(?P<indent> *)(?:[-*+]|\d+\.) ")
 REMOTE = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=["']?(?:https?:)?//[^>]*>""")
 """What a browser would fetch from elsewhere. `rel=canonical` and its like are never fetched."""
 NOT_FETCHED = re.compile(r"""\brel=["']?(?:canonical|alternate|next|prev|edit)\b""")
-MERMAID = re.compile(r"""<[^>]+\bclass=["']?mermaid\b""")
-"""A diagram in words: the theme fetches a library from the network for it. Draw an SVG."""
+MERMAID = re.compile(r"^(?:```|~~~)\s*mermaid", re.M)
+"""A diagram that is drawn by a library from the network."""
+
+CONFIG = ROOT / "docs" / "mkdocs.yml"
+NAV = re.compile(r"^ +- [^:]+: (\S+\.md)$", re.M)
 
 
 class Stage:
@@ -56,6 +59,13 @@ class Stage:
                 self._done.add(source)
                 self._stage(source)
 
+    def check_navigation(self) -> None:
+        """Compares the navigation with the pages in docs/: zensical skips what one of them lacks."""
+        listed = NAV.findall(CONFIG.read_text(encoding="utf-8"))
+        pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
+        self.problems += [f"docs/mkdocs.yml: {page} does not exist" for page in listed if not (ROOT / page).exists()]
+        self.problems += [f"docs/mkdocs.yml: nav has no {page}" for page in sorted(pages - set(listed))]
+
     def _stage(self, source: Path) -> None:
         inside = source.relative_to(ROOT)
         if source.is_dir():
@@ -65,6 +75,8 @@ class Stage:
             shutil.copyfile(source, STAGE / inside)
         elif source.suffix == ".md":
             text = source.read_text(encoding="utf-8")
+            if MERMAID.search(text):
+                self.problems.append(f"{inside}: a mermaid diagram needs the network; draw it as an SVG file")
             linked = LINK.sub(lambda match: self._target(source, text, match), text)
             write(STAGE / inside, markdown_lists(linked))
         else:
@@ -152,7 +164,7 @@ def remote_resources() -> Iterator[str]:
     """Yields what pages of the site would fetch from the network: it must be readable without one."""
     for page in sorted(SITE.rglob("*.html")):
         text = page.read_text(encoding="utf-8")
-        for tag in [*REMOTE.findall(text), *MERMAID.findall(text)]:
+        for tag in REMOTE.findall(text):
             if not NOT_FETCHED.search(tag):
                 yield f"{page.relative_to(SITE)}: {tag}"
 
@@ -162,9 +174,10 @@ def main() -> None:
     shutil.rmtree(SITE, ignore_errors=True)
     stage = Stage()
     stage.fill()
+    stage.check_navigation()
     if stage.problems:
         sys.exit("\n".join(stage.problems))
-    shutil.copyfile(ROOT / "docs" / "mkdocs.yml", BUILD / "mkdocs.yml")  # caches lie beside it
+    shutil.copyfile(CONFIG, BUILD / "mkdocs.yml")  # caches lie beside it
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     built = subprocess.run(command, cwd=BUILD, env={**os.environ, "NO_COLOR": "1"}, capture_output=True, text=True)
     said = re.sub(r"\x1b\[[0-9;]*m", "", built.stdout + built.stderr)
