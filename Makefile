@@ -11,7 +11,7 @@ NATIVE := distquant/kernels/cpu/native
 SANITIZE = $(BIN)/cmake -S $(NATIVE) -B build/$@ -DCMAKE_BUILD_TYPE=Debug -DDISTQUANT_NATIVE=ON \
 	-DDISTQUANT_DRIVER=$(CURDIR)/tests/unit/kernels/native/driver.cpp -DDISTQUANT_SANITIZE=
 
-.PHONY: demo test check format clean venv sanitize sanitize-memory sanitize-threads
+.PHONY: demo test check lint types docs format clean venv sanitize sanitize-memory sanitize-threads
 
 demo: venv
 	$(BIN)/distquant demo examples/models/kjv-tiny
@@ -22,10 +22,20 @@ test: export OMP_WAIT_POLICY := passive
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: venv
+check: lint types docs
+
+lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/python benchmarks/summarize.py --check
+
+types: venv
 	$(BIN)/mypy
+
+# The documentation site, build/site. A link to a file, page or heading that is not there fails it.
+docs: venv
+	$(BIN)/python docs/build_site.py
 
 # The native kernels under sanitizers, on buffers of exact sizes. The run that reads too far must be stopped.
 sanitize: sanitize-memory sanitize-threads
@@ -45,6 +55,7 @@ sanitize-threads: venv
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python benchmarks/summarize.py
 
 venv: $(READY)
 
