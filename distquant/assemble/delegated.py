@@ -9,12 +9,14 @@ import torch
 
 from distquant.errors import InputError
 from distquant.planning.load_plan import LoadPlan
+from distquant.process_state import changing_process_state
 from distquant.schemes import Scheme
 
 REFUSALS = (ImportError, RuntimeError, TypeError, ValueError)
 """What a quantizer of transformers raises where it cannot work."""
 
 
+@changing_process_state()
 def load(plan: LoadPlan, scheme: Scheme, device: torch.device) -> Any:
     """The whole model on one device, or over those of the plan's device map, in eval mode.
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distquant.errors import InputError, Problems, said
+from distquant.process_state import changing_process_state
 from distquant.skeleton.experts import experts_of
 from distquant.skeleton.gguf import source_of
 from distquant.skeleton.names import ignorable, map_names
@@ -31,6 +32,7 @@ def _strict_error() -> type[Exception]:
     return StrictDataclassError
 
 
+@changing_process_state()
 def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a checkpoint folder or GGUF file, on `meta`, in `dtype` (None: the config's own, else float32).
 
