@@ -21,7 +21,7 @@ import distquant
 PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
-    ["errors", "version", "collector", "process_state", "quiet"],
+    ["errors", "version", "collector", "files", "process_state", "quiet"],
     ["facts", "mesh", "layout", "comm", "device_map", "options"],
     ["checkpoint", "config"],
     ["skeleton"],
