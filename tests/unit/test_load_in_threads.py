@@ -35,7 +35,7 @@ ROUNDS = 2
 
 def together(functions: Sequence[Callable[[], Any]]) -> list[Any]:
     """What functions return that begin at once, each in a thread of its own."""
-    start = threading.Barrier(len(functions), timeout=60)
+    start = threading.Barrier(len(functions), timeout=300)
 
     def run(function: Callable[[], Any]) -> Any:
         start.wait()
