@@ -21,7 +21,7 @@ from huggingface_hub import constants, save_torch_state_dict
 from distquant.checkpoint import Checkpoint, CheckpointError, HeaderFault, open_checkpoint
 from distquant.errors import InputError
 
-CALLS = 60
+CALLS = 30
 """Calls of functions that a tensor may take to be opened."""
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
