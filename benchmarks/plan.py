@@ -9,7 +9,8 @@ What is timed: the call of `distquant.plan`, and with the finished plan `to_json
 measures one plan. It has imported distquant, torch and transformers and, because transformers imports most of itself
 when it first builds a model, planned the small example model before the clock starts. "First call" is the same in
 a process of its own that has only done the imports. `build` is the part of the plan in which transformers builds the
-model on `meta`, measured in a call of its own. Cases take turns: a slow minute of the machine meets all of them.
+model on `meta`, and `open` that in which headers and index are read, each measured in a call of its own. Cases take
+turns: a slow minute of the machine meets all of them.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def measure(case: Case, warm: bool) -> Measured:
 
     import distquant
     import distquant.api
+    from distquant.checkpoint import open_checkpoint
     from distquant.planning import LoadPlan
     from distquant.skeleton import build
 
@@ -85,6 +87,7 @@ def measure(case: Case, warm: bool) -> Measured:
     timed("digest", lambda: again.digest)
     peak = memory("VmHWM")
     timed("build", lambda: build(Path(case.folder), None))
+    timed("open", lambda: open_checkpoint(case.folder))
     assert again == plan and again.digest == plan.digest, "the plan came back from JSON as another"
     return Measured(wall, spent, peak, len(text), len(plan.tensors), plan.digest)
 
@@ -105,6 +108,7 @@ def row(case: Case, warm: list[Measured], first: list[Measured]) -> list[str]:
         f"{statistics.median(run.cpu['plan'] for run in warm):.3f}",
         median("plan", first),
         median("build"),
+        median("open"),
         median("to_json"),
         median("from_json"),
         median("digest"),
@@ -114,7 +118,7 @@ def row(case: Case, warm: list[Measured], first: list[Measured]) -> list[str]:
 
 
 def page(command: str, runs: int, rows: list[list[str]], load: float) -> str:
-    heads = ["what", "entries", "plan s", "range s", "CPU s", "first call s", "of it: build s"]
+    heads = ["what", "entries", "plan s", "range s", "CPU s", "first call s", "of it: build s", "open s"]
     heads += ["to JSON s", "from JSON s", "digest s", "JSON MB", "peak MB"]
     parts = [
         f"# Planning, {datetime.date.today().isoformat()}",

@@ -37,6 +37,7 @@ from distquant.planning.parallel import (
     rewrite_tp_plan,
 )
 from distquant.planning.reading import nodes_of, way_of_reading
+from distquant.process_state import changing_process_state
 from distquant.request import Request, collected, read_request
 from distquant.schemes import Scheme, Shard, config_classes, scheme_for
 from distquant.skeleton import (
@@ -63,6 +64,7 @@ def make_plan(request: Request, facts: Facts) -> LoadPlan:
 
 
 @without_collector()
+@changing_process_state()
 def plan_and_open(request: Request, facts: Facts) -> tuple[LoadPlan, Opened]:
     """As `make_plan`; also gives what was planned, for whoever loads it next."""
     problems = Problems()

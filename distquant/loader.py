@@ -33,6 +33,7 @@ from distquant.options import Forward, Options, Progress, Seen
 from distquant.planning.experts import ALL_REDUCE
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.reading import node_ranks
+from distquant.process_state import changing_process_state
 from distquant.report import RankReport
 from distquant.schemes import Scheme, config_classes, scheme_for
 from distquant.schemes.state import state_of
@@ -98,9 +99,10 @@ def load_shard(
     if scheme_of(plan).delegated:
         return _delegate(plan, comm, device)
     # What cannot run here is told before anything is read.
-    refuse_kernel(plan, scheme_of(plan), choose(options.kernel, device).kernel)
-    refuse_forward(plan, scheme_of(plan), Forward(options.forward), device)
-    _import_libraries(plan)
+    with changing_process_state():
+        refuse_kernel(plan, scheme_of(plan), choose(options.kernel, device).kernel)
+        refuse_forward(plan, scheme_of(plan), Forward(options.forward), device)
+        _import_libraries(plan)
     comm.collect(None)  # ranks that import slowly are not counted as loading
     start = time.perf_counter()
     checkpoint = _same_files(plan, comm, opened)
@@ -201,7 +203,8 @@ class _Loading:
         model, self.model = self.model, None
         if model is None:
             model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
-        localize_experts(model, plan, self.scheme, self.at["tp"], self.at["ep"])
+        with changing_process_state():
+            localize_experts(model, plan, self.scheme, self.at["tp"], self.at["ep"])
         files = Files(self.checkpoint.folder, self.options.io)
         filling = Filling(model, plan, self.scheme, self.at, self.devices, self._ops, self.report)
         try:
@@ -233,7 +236,7 @@ class _Loading:
         plan = self.plan
         fill_computed_buffers(model, self.devices.of)
         elsewhere = {*self.devices.offloaded, *plan.tied}
-        check_complete(model, filled, [tensor.name for tensor in plan.tensors], elsewhere)
+        check_complete(model, filled, plan, elsewhere)
         if self.axis.size > 1:
             install_styles(model, plan, self.axis)
             watch_adapters(model, plan, self.axis)
@@ -247,8 +250,9 @@ class _Loading:
         same_tokens = self.comm.axis(REPLICA if plan.dispatch == ALL_REDUCE else "tp")
         finish(model, plan.model, same_tokens, sharded)
         if not plan.dequantize:
-            self.scheme.finish_model(model)
-            self.report.forward = set_forward(model, self.scheme, Forward(self.options.forward))
+            with changing_process_state():
+                self.scheme.finish_model(model)
+                self.report.forward = set_forward(model, self.scheme, Forward(self.options.forward))
         if plan.device_map is not None:
             self.devices.dispatch(model)
 
@@ -289,7 +293,8 @@ class _Loading:
             if self.comm.world_size > 1:
                 engine.peers.connect(self.comm, node)
             engine.start()
-            localize(filling.model, plan, self.scheme, self.at["tp"])  # while the first weights are read
+            with changing_process_state():
+                localize(filling.model, plan, self.scheme, self.at["tp"])  # while the first weights are read
             engine.run()
             self.report.staging_bytes = engine.arena.slot_bytes * engine.arena.slots
             self.report.bytes_sent += engine.moved.sent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from dataclasses import dataclass
 
 from distquant.errors import InputError
@@ -12,6 +13,13 @@ AXES = ("dp", "ep", "tp")
 
 REPLICA = "ep,tp"
 """Both axes together: the ranks that hold one replica of the model among them."""
+
+
+DIGITS = 30
+"""Digits of a size that are read; Python turns no more than 4,300 into a number."""
+
+MOST_RANKS = 16_384
+"""Ranks that a plan is made for. Its time and size grow with them; this is far past any cluster that is one job's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +32,18 @@ class Mesh:
     """Ranks over which experts are dealt out."""
     tp: int = 1
     """Ranks over which every layer is cut."""
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` where a size is no integer of at least 1, or all of them are too many ranks."""
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        for axis, size in sizes.items():
+            if type(size) is not int or size < 1:
+                what = f"{axis}={reprlib.repr(size)} is no axis=size of at least 1"
+                raise InputError.one("mesh", what, "Give integers from 1")
+        if self.size > MOST_RANKS:
+            named = ",".join(f"{axis}={_short(size)}" for axis, size in sizes.items() if size > 1)
+            what = f"{named} is {_short(self.size)} ranks, and at most {MOST_RANKS} can be planned for"
+            raise InputError.one("mesh", what, "Give the sizes of the cluster that you have")
 
     @property
     def size(self) -> int:
@@ -55,9 +75,9 @@ class Mesh:
             return text
         sizes: dict[str, int] = {}
         for part in str(text).split(","):
-            match = re.fullmatch(r"\s*([a-z]+)\s*=\s*(\d+)\s*", part)
+            match = re.fullmatch(r"\s*([a-z]+)\s*=\s*0*(\d+)\s*", part)
             axis = match.group(1) if match else ""
-            if not match or axis not in AXES or int(match.group(2)) < 1 or axis in sizes:
+            if not match or axis not in AXES or not int(match.group(2)[:DIGITS]) or axis in sizes:
                 near = difflib.get_close_matches(axis, AXES, 1)
                 hint = f" (did you mean {near[0]!r}?)" if near and near[0] != axis else ""
                 raise InputError.one(
@@ -65,5 +85,10 @@ class Mesh:
                     f"{part.strip()!r} in {str(text)!r} is no axis=size of at least 1, named once{hint}",
                     f"Write it as 'tp=2' or 'dp=2,tp=4'; axes are {', '.join(AXES)}",
                 )
-            sizes[axis] = int(match.group(2))
+            sizes[axis] = int(match.group(2)[:DIGITS])  # of more, as many say enough
         return cls(**sizes)
+
+
+def _short(size: int) -> str:
+    """A size in words of bounded length: the user may have written any number of digits."""
+    return str(size) if size < 10**DIGITS else f"more than 10^{DIGITS - 1}"

@@ -19,4 +19,4 @@ def run_without(packages: tuple[str, ...], folder: Path, code: str) -> subproces
             (folder / entry.name).symlink_to(entry)
     command = [sys.executable, "-S", "-c", code]  # -S: site-packages itself is not seen
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

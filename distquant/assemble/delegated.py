@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from distquant.errors import InputError
 from distquant.planning.load_plan import LoadPlan
+from distquant.process_state import changing_process_state
 from distquant.schemes import Scheme
+from distquant.skeleton import model_file_problems
 
 REFUSALS = (ImportError, RuntimeError, TypeError, ValueError)
 """What a quantizer of transformers raises where it cannot work."""
 
 
+@changing_process_state()
 def load(plan: LoadPlan, scheme: Scheme, device: torch.device) -> Any:
     """The whole model on one device, or over those of the plan's device map, in eval mode.
 
@@ -25,6 +29,8 @@ def load(plan: LoadPlan, scheme: Scheme, device: torch.device) -> Any:
     """
     import transformers
 
+    if problems := list(model_file_problems(Path(plan.model), weights=True)):
+        raise InputError(problems)
     source: dict[str, Any] = {"trust_remote_code": plan.trust_remote_code, "local_files_only": True}
     device_map = plan.device_map or {"": str(device)}
     config = transformers.AutoConfig.from_pretrained(plan.model, **source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,12 +12,16 @@ from torch import nn
 
 from distquant.comm import Axis
 from distquant.errors import DistquantError, InputError
+from distquant.planning.load_plan import LoadPlan
+from distquant.process_state import changing_process_state
+from distquant.skeleton import STAR
 
 
 class IncompleteModel(DistquantError, RuntimeError):
     """A parameter or buffer was not filled, or filled twice: a bug in distquant, not in the checkpoint."""
 
 
+@changing_process_state()
 def fill_computed_buffers(model: Any, device_of: Any) -> None:
     """Gives non-persistent buffers (`inv_freq` and its like) their values, by the model's own initialization."""
     for tensor in (*model.parameters(), *(b for _, b in model.named_buffers())):
@@ -73,12 +78,35 @@ class _Generate:
         return self
 
 
-def check_complete(model: nn.Module, filled: list[str], expected: list[str], elsewhere: set[str]) -> None:
-    """Every planned tensor was filled exactly once, and nothing is left on `meta` but what lies on disk."""
+def check_complete(model: nn.Module, filled: list[str], plan: LoadPlan, elsewhere: set[str]) -> None:
+    """Proves that the model is what was planned.
+
+    Every planned tensor was filled exactly once, nothing is left on `meta` but what lies on disk, and whatever is kept
+    unquantized has the planned dtype.
+
+    Raises:
+        IncompleteModel: names what differs.
+    """
     counts = Counter(filled)
+    expected = [tensor.name for tensor in plan.tensors]
     wrong = [f"{name} ({counts[name]} times)" for name in expected if counts[name] != 1]
     wrong += [f"{name} (not planned)" for name in counts.keys() - set(expected)]
     tensors = (*model.named_parameters(), *model.named_buffers())
     wrong += [f"{name} (on meta)" for name, tensor in tensors if tensor.device.type == "meta" and name not in elsewhere]
     if wrong:
         raise IncompleteModel(f"{len(wrong)} tensors are not filled exactly once: {', '.join(wrong[:5])}")
+    other = list(_other_dtypes(model, plan))
+    if other:
+        raise IncompleteModel(f"{len(other)} tensors have another dtype than planned: {', '.join(other[:5])}")
+
+
+def _other_dtypes(model: nn.Module, plan: LoadPlan) -> Iterator[str]:
+    """Unquantized parameters and buffers whose dtype is not the planned one."""
+    planned = {t.name: t for t in plan.tensors if t.scheme == "none" or plan.dequantize}
+    sharers = {name: planned[source] for name, source in plan.tied.items() if source in planned}
+    for name, tensor in (planned | sharers).items():
+        owner, _, leaf = name.rpartition(".") if tensor.experts is None else name.partition(f".{STAR}.")
+        module: Any = model.get_submodule(owner)
+        held = getattr(module, leaf if tensor.experts is None else module.plain[leaf][0])
+        if str(held.dtype) != f"torch.{tensor.dtype}":
+            yield f"{name} ({held.dtype} in place of {tensor.dtype})"

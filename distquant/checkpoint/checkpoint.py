@@ -14,6 +14,7 @@ from distquant.checkpoint.gguf import SUFFIX, parse_gguf
 from distquant.checkpoint.header import ShardHeader, TensorInfo, parse_file
 from distquant.checkpoint.index import INDEX_NAME, merge, read_index
 from distquant.checkpoint.locate import locate
+from distquant.files import CONFIG_BYTES, read_file
 
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -113,13 +114,13 @@ def _open_gguf(path: Path, faults: Faults) -> Checkpoint:
 
 def _read_config(folder: Path, faults: Faults, name: str = CONFIG_NAME) -> dict[str, Any]:
     try:
-        config = json.loads((folder / name).read_bytes())
+        config = json.loads(read_file(folder / name, CONFIG_BYTES))
     except FileNotFoundError:
         what = f"is missing in {folder}"
         faults.add(HeaderFault.CONFIG_MISSING, name, what, fix=f"Put the model's {name} there")
     except OSError as error:
         what = f"cannot be read ({error.strerror or error})"
-        faults.add(HeaderFault.UNREADABLE, name, what, fix="Check the file's permissions")
+        faults.add(HeaderFault.UNREADABLE, name, what, fix=f"Put the model's {name} there, readable")
     except (ValueError, RecursionError) as error:
         faults.add(HeaderFault.CONFIG_NOT_JSON, name, f"is not JSON ({error})")
     else:

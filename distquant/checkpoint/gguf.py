@@ -19,6 +19,7 @@ from typing import Any
 
 from distquant.checkpoint.faults import Faults, HeaderFault, shown
 from distquant.checkpoint.header import MAX_U64, ShardHeader, TensorInfo
+from distquant.files import open_file
 
 SUFFIX = ".gguf"
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -130,7 +131,7 @@ class _Cursor:
 def parse_gguf(path: str | os.PathLike[str], name: str, faults: Faults) -> GgufHeader | None:
     """Reads and checks a file's header; adds what is wrong to `faults` and then returns None."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        with os.fdopen(open_file(path), "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             wanted = FIRST_READ
             while True:

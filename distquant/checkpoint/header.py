@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from distquant.checkpoint.faults import Faults, HeaderFault, shown
+from distquant.files import open_file
 
 MAX_HEADER_BYTES = 100_000_000  # `MAX_HEADER_SIZE` of safetensors' tensor.rs
 LENGTH_BYTES = 8
@@ -111,10 +111,7 @@ def parse_file(path: str | os.PathLike[str], name: str, faults: Faults) -> Shard
 
 def _read_raw(path: str | os.PathLike[str], name: str, faults: Faults) -> tuple[int, bytes] | None:
     """File size, and the header's bytes with their length prefix."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
-        faults.add(HeaderFault.UNREADABLE, name, "is not a regular file", fix="Give a folder with safetensors files")
-        return None
-    with open(path, "rb", buffering=0) as file:
+    with os.fdopen(open_file(path), "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(LENGTH_BYTES)
         if len(prefix) < LENGTH_BYTES:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from distquant.checkpoint.faults import Faults, HeaderFault, shown
 from distquant.checkpoint.header import ShardHeader, TensorInfo, load_json
+from distquant.files import INDEX_BYTES, read_file
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -19,10 +20,10 @@ INDEX_NAME = "model.safetensors.index.json"
 def read_index(folder: Path, faults: Faults) -> dict[str, str]:
     """The weight map (tensor name to file name); names that leave the folder are told and left out."""
     try:
-        document = load_json((folder / INDEX_NAME).read_bytes().decode(), INDEX_NAME, faults)
+        document = load_json(read_file(folder / INDEX_NAME, INDEX_BYTES).decode(), INDEX_NAME, faults)
     except OSError as error:
         what = f"cannot be read ({error.strerror or error})"
-        faults.add(HeaderFault.UNREADABLE, INDEX_NAME, what, fix="Check the file's permissions")
+        faults.add(HeaderFault.UNREADABLE, INDEX_NAME, what, fix="Put the model's index there, readable")
         return {}
     except ValueError as error:  # JSON's and UTF-8's errors are both ValueErrors
         faults.add(HeaderFault.INDEX_NOT_JSON, INDEX_NAME, f"is not JSON ({error})")

@@ -16,6 +16,7 @@ from distquant.checkpoint.faults import CheckpointError, HeaderFault
 from distquant.checkpoint.gguf import SUFFIX
 from distquant.checkpoint.index import is_inside
 from distquant.errors import InputError
+from distquant.files import REFERENCE_BYTES, read_file
 
 _REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -57,7 +58,12 @@ def _from_cache(model: str, revision: str | None) -> tuple[Path, str]:
     cache = Path(constants.HF_HUB_CACHE)
     repo = cache / f"models--{model.replace('/', '--')}"
     ref = repo / "refs" / wanted
-    commit = ref.read_text().strip() if ref.is_file() else wanted
+    try:
+        commit = read_file(ref, REFERENCE_BYTES).decode().strip() if os.path.exists(ref) else wanted
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        fix = f"Remove it, and run `hf download {model}`"
+        raise CheckpointError.one(str(ref), what, fix, HeaderFault.NOT_IN_CACHE) from error
     folder = repo / "snapshots" / commit
     download = f"hf download {model}" + (f" --revision {revision}" if revision else "")
     if not is_inside(commit) or not folder.is_dir():

@@ -10,6 +10,7 @@ from distquant.api import plan as make
 from distquant.cli import launch, render
 from distquant.cli.html import plan_html
 from distquant.errors import CheckFailed, InputError
+from distquant.files import TEXT_BYTES, read_text
 from distquant.report import write_report
 from distquant.runtime.job import Job, Outcome
 
@@ -129,10 +130,10 @@ def _check_output(option: str, path: str | None) -> None:
 
 def _read_text(path: str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        return read_text(path, TEXT_BYTES)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError.one("--text", f"{path} cannot be read ({error})", "Give a UTF-8 text file") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError.one("--text", f"{path} cannot be read ({reason})", "Give a UTF-8 text file") from error
 
 
 def _capability(text: str | None) -> tuple[int, int] | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from distquant.api import fingerprint, load, plan
 from distquant.cli import launch, render
 from distquant.cli.progress import ProgressLine
-from distquant.errors import CheckFailed
+from distquant.errors import CheckFailed, InputError
+from distquant.files import TEXT_BYTES, read_text
 from distquant.mesh import Mesh
 
 
@@ -55,4 +56,10 @@ def demo(arguments: argparse.Namespace) -> None:
 
 def _validation(model: str) -> str | None:
     path = Path(model) / "validation.txt"
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    if not path.exists():
+        return None
+    try:
+        return read_text(path, TEXT_BYTES)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError.one(str(path), f"cannot be read ({reason})", "Put a UTF-8 text there, or remove it") from error

@@ -20,7 +20,7 @@ from distquant.errors import DistquantError, InputError, Problem, Problems, Rank
 from distquant.mesh import Mesh
 from distquant.runtime.job import Job, Outcome
 from distquant.runtime.measure import refuse_crowd
-from distquant.skeleton import source_of
+from distquant.skeleton import source_of, tokenizer_file_problems
 
 OUTCOME = "DISTQUANT_OUTCOME"
 """Environment variable: file that rank 0 of ranks that we started writes the outcome to."""
@@ -96,6 +96,9 @@ def token_problems(arguments: argparse.Namespace, job: Job) -> Iterator[Problem]
         folder, _ = locate(arguments.model, arguments.revision)
     except InputError:
         return  # the plan tells it
+    if unreadable := list(tokenizer_file_problems(folder)):
+        yield from unreadable
+        return
     for option, text, least in given:
         try:
             where, gguf = source_of(folder)

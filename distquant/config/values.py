@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 from distquant.config.frozen import FrozenDict, freeze
 from distquant.config.plain import plain
 from distquant.errors import InputError
+from distquant.files import CONFIG_BYTES, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,7 @@ def read_json(source: str | Path) -> dict[str, Any]:
     is_text = isinstance(source, str) and source.lstrip().startswith("{")
     where = "quantization_config" if is_text else str(source)
     try:
-        found = json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
+        found = json.loads(str(source) if is_text else read_file(source, CONFIG_BYTES))
     except OSError as error:
         raise InputError.one(where, f"cannot be read ({error.strerror})", "Give the path of a JSON file.") from error
     except ValueError as error:

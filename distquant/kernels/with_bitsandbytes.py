@@ -23,6 +23,7 @@ from distquant.kernels.reference import (
     row_absmax,
     unpack_4bit,
 )
+from distquant.process_state import changing_process_state
 
 __all__ = [
     "block_absmax",
@@ -98,7 +99,10 @@ def dequantize_4bit(
         quant_type=quant_type,
         dtype=dtype,
     )
-    with torch.compiler.set_stance("force_eager"):  # it would compile its fallback for large blocks
+    with (
+        changing_process_state(),
+        torch.compiler.set_stance("force_eager"),
+    ):  # it would compile its fallback for large blocks
         values = functional.dequantize_4bit(packed.view(-1, 1), state).view(-1)
     if quant_type == "fp4":  # without AVX-512 its code 8, the second zero, comes out as -0.0
         values = torch.where(unpack_4bit(packed) == 8, values.abs(), values)

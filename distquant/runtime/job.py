@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from distquant.errors import InputError
 from distquant.planning import LoadPlan
 from distquant.report import RankReport, make_report
-from distquant.skeleton import source_of
+from distquant.skeleton import source_of, tokenizer_file_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,5 +67,7 @@ def _tokenizer(model: Any) -> Any:
     from transformers import AutoTokenizer
 
     plan = model.distquant.plan
+    if problems := list(tokenizer_file_problems(Path(plan.model))):
+        raise InputError(problems)
     folder, gguf = source_of(plan.model)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=plan.trust_remote_code, **gguf)

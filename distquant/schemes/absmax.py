@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from distquant.kernels import reference
 from distquant.schemes.shard import Shard
+from distquant.schemes.threads import one_thread
 
 BLOCK = 64
 """Elements per absmax; what `transformers` always uses."""
@@ -65,17 +65,6 @@ class Statistics:
         assert self.codes is not None and self.second is not None and self.offset is not None
         values = dynamic_map(self.codes.device) if self.values is None else self.values
         return ops.dequantize_blockwise(self.codes, self.second, values, SECOND).add_(self.offset)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums on one thread: their rounding depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @cache

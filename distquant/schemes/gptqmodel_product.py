@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from distquant.config import torch_dtype
 from distquant.errors import said
 from distquant.layout import ALL
+from distquant.process_state import changing_process_state
 from distquant.schemes.packed_groups import PackedGroupsScheme
 from distquant.schemes.quantized_linear import QuantizedLinear
 from distquant.schemes.shard import Shard
@@ -271,5 +272,5 @@ def _same(found: Any, stored: Tensor) -> bool:
 @contextlib.contextmanager
 def _talking() -> Iterator[None]:
     """What gptqmodel prints goes where logs go: standard output is for what was asked for."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with changing_process_state(), contextlib.redirect_stdout(sys.stderr):
         yield

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from distquant.schemes.absmax import one_thread
+from distquant.schemes.threads import one_thread, set_own_threads
 
 TILE = 1 << 17
 """Elements of a tile, about."""
@@ -49,7 +49,7 @@ def quantize_hqq(
     """
     threads = torch.get_num_threads()
     groups = (-1, group_size) if axis == 1 else (group_size, -1)
-    with one_thread(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with one_thread(), ThreadPoolExecutor(threads, initializer=set_own_threads, initargs=(1,)) as pool:
         whole, found = weight.float().reshape(groups), codes.view(weight.numel()).view(groups)
         tiles = list(_tiles(whole.shape, axis))
         low, high = whole.amin(axis, keepdim=True), whole.amax(axis, keepdim=True)
@@ -80,7 +80,7 @@ def _moved(
     """Zero points after the last round; `each` calls a function with every tile."""
     from hqq.core.optimize import optimize_weights_proximal_legacy_step as step
 
-    errors, best = torch.empty_like(whole), torch.tensor(torch.inf)
+    errors, best = torch.empty_like(whole), torch.tensor(torch.inf, dtype=whole.dtype)
     before, after = zero, torch.empty_like(zero)
 
     def move(tile: Tile) -> None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from distquant.config import QuantizationConfig
 from distquant.errors import InputError
+from distquant.process_state import changing_process_state
 from distquant.schemes.base import Scheme
 
 ENTRY_POINTS = "distquant.schemes"
@@ -52,6 +53,7 @@ def register(scheme: S) -> S:
     return scheme
 
 
+@changing_process_state()
 def discover() -> dict[str, type[Scheme]]:
     """All schemes: the built-in ones and those of installed packages."""
     global _discovered

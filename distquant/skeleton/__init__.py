@@ -7,6 +7,7 @@ from distquant.skeleton.build import build, build_skeleton
 from distquant.skeleton.experts import EXPECTED, sources_by_expert, split_experts
 from distquant.skeleton.gguf import GgufNames, gguf_names, source_of, with_gguf_sources
 from distquant.skeleton.names import tell_parts
+from distquant.skeleton.sidecars import model_file_problems, tokenizer_file_problems
 from distquant.skeleton.stored import FLOATS, Kept, as_stored
 from distquant.skeleton.words import ROWS, STAR, Attention, Experts, Linear, Param, Skeleton, Source, taken
 
@@ -27,10 +28,12 @@ __all__ = [
     "build",
     "build_skeleton",
     "gguf_names",
+    "model_file_problems",
     "source_of",
     "sources_by_expert",
     "split_experts",
     "taken",
     "tell_parts",
+    "tokenizer_file_problems",
     "with_gguf_sources",
 ]

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distquant.errors import InputError, Problems, said
+from distquant.process_state import changing_process_state
 from distquant.skeleton.experts import experts_of
 from distquant.skeleton.gguf import source_of
 from distquant.skeleton.names import ignorable, map_names
+from distquant.skeleton.sidecars import model_file_problems
 from distquant.skeleton.words import Attention, Linear, Param, Skeleton, Source
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ def _strict_error() -> type[Exception]:
     return StrictDataclassError
 
 
+@changing_process_state()
 def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a checkpoint folder or GGUF file, on `meta`, in `dtype` (None: the config's own, else float32).
 
@@ -42,6 +45,8 @@ def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> 
 
     from distquant.skeleton.uninitialized import Uninitialized
 
+    if problems := list(model_file_problems(path)):
+        raise InputError(problems)
     try:
         folder, gguf = source_of(path)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)

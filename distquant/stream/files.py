@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from distquant.errors import DistquantError, InputError
+from distquant.files import open_file
 from distquant.planning.slots import PAGE
 
 RETRIED = frozenset((errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EINTR))
@@ -194,7 +195,7 @@ class Files:
         key = (file, direct)
         if key not in self._open:
             try:
-                self._open[key] = os.open(self.folder / file, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+                self._open[key] = open_file(self.folder / file, os.O_DIRECT if direct else 0)
             except OSError as error:
                 raise ReadError(f"{self.folder / file}: {error.strerror}") from error
         return self._open[key]

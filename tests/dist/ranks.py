@@ -33,7 +33,7 @@ def _serve(pipe: Connection) -> None:
             torch.set_num_threads(threads)
             torch.manual_seed(0)
             dist.init_process_group(
-                "gloo", f"file://{store}", datetime.timedelta(seconds=60), rank=rank, world_size=world
+                "gloo", f"file://{store}", datetime.timedelta(seconds=300), rank=rank, world_size=world
             )
             dist.barrier()  # a rank that fails at once must not be gone while others still connect to it
             try:
@@ -77,7 +77,7 @@ class Ranks:
             theirs.close()
             self._workers.append((process, ours))
 
-    def run(self, world: int, function: Any, *arguments: Any, timeout: float = 180, threads: int = 1) -> list[Any]:
+    def run(self, world: int, function: Any, *arguments: Any, timeout: float = 600, threads: int = 1) -> list[Any]:
         self._start(world)
         pipes = [pipe for _, pipe in self._workers[:world]]
         with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def free_cpus() -> float:
     """CPUs that are free once the killed workers have given theirs back."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"] and time.monotonic() < deadline:
         time.sleep(0.1)
     return ray.available_resources().get("CPU", 0)

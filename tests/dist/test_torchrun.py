@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import work
@@ -43,22 +42,24 @@ except RuntimeError as error:
 """
 
 
-def torchrun(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Two ranks of `SCRIPT`, and how long they took."""
+GUARD = 400
+"""Seconds after which ranks are taken for dead; they give each other up after 600."""
+
+
+def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks of `SCRIPT`; they are stopped long before ranks would give each other up."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    start = time.monotonic()
-    done = subprocess.run(
-        [*command, str(script), *arguments], capture_output=True, text=True, timeout=120, env=environment, check=False
+    return subprocess.run(
+        [*command, str(script), *arguments], capture_output=True, text=True, timeout=GUARD, env=environment, check=False
     )
-    return done, time.monotonic() - start
 
 
 def test_two_ranks_have_the_bits_of_one(model_of, tmp_path):
     path = model_of("llama-352")
-    done, _ = torchrun(tmp_path, path, "tp=2", "nf4-dq", str(tmp_path))
+    done = torchrun(tmp_path, path, "tp=2", "nf4-dq", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [one["rank"] for one in found] == [0, 1]
@@ -71,8 +72,7 @@ def test_two_ranks_have_the_bits_of_one(model_of, tmp_path):
 
 def test_failure_of_one_rank_stops_all(model_of, tmp_path):
     """Rank 0 waits for rows that rank 1 never sends."""
-    done, seconds = torchrun(tmp_path, model_of("llama-gqa"), "tp=2", "int8", str(tmp_path), "--fail")
+    done = torchrun(tmp_path, model_of("llama-gqa"), "tp=2", "int8", str(tmp_path), "--fail")
     assert done.returncode != 0
     assert "the disk of rank 1 is on fire" in done.stderr
     assert list(tmp_path.glob("rank*.json")) == []
-    assert seconds < 60

@@ -52,7 +52,7 @@ def test_decimal_sizes_lose_nothing(whole, thousandths, unit):
 
 
 @PROPERTY
-@given(st.integers(0, 2**70))
+@given(st.integers(0, 2**63 - 1))
 def test_plain_numbers_are_read_exactly(count):
     assert parse_bytes(str(count)) == count
 
@@ -96,3 +96,11 @@ def test_unknown_facts():
     assert (facts.device_type, facts.device_count, facts.capability, facts.memory) == (None,) * 4
     assert facts.memory_source == "unknown"
     assert Facts().packages is not facts.packages
+
+
+@pytest.mark.parametrize("size", ["9" * 4000, "9" * 4000 + "GiB", 10**100, f"{2**63}", "8388608TiB"])
+def test_a_size_that_no_machine_has(size):
+    with pytest.raises(
+        InputError, match=r"^staging: .* is more than any machine has: sizes are below 9223372036854775808"
+    ):
+        parse_bytes(size, "staging")

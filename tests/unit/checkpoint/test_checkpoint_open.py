@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
+import re
 import shutil
-import time
+import sys
+from collections import Counter
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -16,8 +18,11 @@ import torch
 from checkpoint_files import entry, safetensors_bytes, write_config, write_index, write_shard
 from huggingface_hub import constants, save_torch_state_dict
 
-from distquant.checkpoint import CheckpointError, HeaderFault, open_checkpoint
+from distquant.checkpoint import Checkpoint, CheckpointError, HeaderFault, open_checkpoint
 from distquant.errors import InputError
+
+CALLS = 30
+"""Calls of functions that a tensor may take to be opened."""
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -333,22 +338,62 @@ def test_names_in_a_cached_index_are_still_checked(cached: Path) -> None:
     assert fault_of("org/name")[0] == [HeaderFault.PATH_ESCAPES]
 
 
-def test_a_mixture_of_experts_opens_in_seconds(tmp_path: Path) -> None:
-    """163 files and 90,427 tensors, as DeepSeek-V3 has. CPU time, because a test machine may be busy."""
-    weight_map, names = {}, [f"model.layers.{i // 1500}.mlp.experts.{i % 1500}.down_proj.weight" for i in range(90_427)]
-    for shard in range(163):
-        file = f"model-{shard + 1:05}-of-00163.safetensors"
-        mine = names[shard::163]
+def mixture(folder: Path, files: int, tensors: int) -> int:
+    """Writes a checkpoint of sparse files; returns the bytes of its headers, index and config."""
+    folder.mkdir()
+    weight_map, names = (
+        {},
+        [f"model.layers.{i // 1500}.mlp.experts.{i % 1500}.down_proj.weight" for i in range(tensors)],
+    )
+    needed = 0
+    for shard in range(files):
+        file = f"model-{shard + 1:05}-of-{files:05}.safetensors"
+        mine = names[shard::files]
         header = {name: entry("F8_E4M3", [64, 32], 2048 * i, 2048 * (i + 1)) for i, name in enumerate(mine)}
         raw = safetensors_bytes(header)
-        (tmp_path / file).write_bytes(raw)
-        os.truncate(tmp_path / file, len(raw) + 2048 * len(mine))
+        needed += len(raw)
+        (folder / file).write_bytes(raw)
+        os.truncate(folder / file, len(raw) + 2048 * len(mine))
         weight_map |= dict.fromkeys(mine, file)
-    write_index(tmp_path, weight_map)
-    write_config(tmp_path)
-    began = time.process_time()
-    found = open_checkpoint(tmp_path)
-    seconds = time.process_time() - began
+    write_index(folder, weight_map)
+    write_config(folder)
+    return needed + sum((folder / name).stat().st_size for name in ("config.json", "model.safetensors.index.json"))
+
+
+def bytes_read() -> int:
+    """All that this process has read."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+def work_of_opening(folder: Path) -> tuple[Checkpoint, Counter[str], int]:
+    """The checkpoint, how often each function was called, and the bytes that were read."""
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            calls[frame.f_code.co_name] += 1
+        elif event == "c_call":
+            calls[argument.__name__] += 1
+
+    before = bytes_read()
+    sys.setprofile(count)
+    try:
+        found = open_checkpoint(folder)
+    finally:
+        sys.setprofile(None)
+    return found, calls, bytes_read() - before
+
+
+def test_a_mixture_of_experts_is_opened_by_reading_each_header_once(tmp_path: Path) -> None:
+    """163 files and 90,427 tensors, as DeepSeek-V3 has; and the work grows as they do."""
+    needed = mixture(tmp_path / "large", 163, 90_427)
+    found, calls, read = work_of_opening(tmp_path / "large")
     assert len(found.tensors) == 90_427 and found.total_bytes == 90_427 * 2048
     assert {tensor.file for tensor in found.tensors.values()} == set(found.digests())
-    assert seconds < 3, json.dumps({"cpu_seconds": seconds})
+    assert calls["parse_file"] == calls["_parse_json"] == 163
+    assert calls["read_index"] == 1
+    assert needed <= read < needed + 10_000
+    assert calls.total() < CALLS * 90_427
+    mixture(tmp_path / "small", 163, 9_043)
+    _, fewer, _ = work_of_opening(tmp_path / "small")
+    assert calls.total() < 10.5 * fewer.total()

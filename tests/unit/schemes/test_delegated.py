@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -94,3 +96,14 @@ def test_what_goes_wrong_while_loading_is_told_as_it_is(bitnet, tmp_path):
     with pytest.raises(ValueError, match="nonsense") as caught:
         dq.load(plan)
     assert not isinstance(caught.value, InputError)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "generation_config.json"])
+def test_files_that_never_end_are_refused_before_transformers_opens_them(bitnet, tmp_path, file):
+    """From a plan that was made before: nobody else looks at the files again."""
+    folder = Path(shutil.copytree(bitnet, tmp_path / "copy"))
+    plan = dq.plan(folder)
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / file)
+    with pytest.raises(InputError, match=rf"{re.escape(file)}: cannot be read \(it is a named pipe"):
+        dq.load(plan)

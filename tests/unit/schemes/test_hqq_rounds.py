@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from distquant.schemes.absmax import one_thread
 from distquant.schemes.hqq_rounds import STEP, TILE, _tiles, quantize_hqq
+from distquant.schemes.threads import one_thread
 
 Quantizer = pytest.importorskip("hqq.core.quantize").Quantizer
 
