@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distquant.assemble.experts import Experts
 from distquant.schemes.keeps_dtypes import KeepsDtypes
+from distquant.schemes.public_names import PublicNames
 
 
 class Offloaded(Mapping[str, Tensor]):
@@ -128,5 +129,6 @@ def save_offloaded(model: Any, offloaded: Offloaded) -> None:
 def _stored(model: Any, name: str, offloaded: Offloaded) -> Tensor:
     """A tensor by its name in the state dict."""
     owner, _, leaf = name.rpartition(".")
-    public = getattr(model.get_submodule(owner), "public_names", {})
-    return offloaded[f"{owner}.{public.get(leaf, leaf)}" if owner else leaf]
+    module = model.get_submodule(owner)
+    own = module.public_names.get(leaf, leaf) if isinstance(module, PublicNames) else leaf
+    return offloaded[f"{owner}.{own}" if owner else own]

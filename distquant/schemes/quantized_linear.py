@@ -12,6 +12,7 @@ from distquant.config import torch_dtype
 from distquant.errors import DistquantError, InputError
 from distquant.schemes.keeps_dtypes import KeepsDtypes
 from distquant.schemes.product import ops_on, product
+from distquant.schemes.public_names import PublicNames
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,7 +53,7 @@ class Computed(Tensor):
         return found if views or not isinstance(found, Computed) else found.as_subclass(Tensor)
 
 
-class QuantizedLinear(KeepsDtypes, nn.Linear):
+class QuantizedLinear(PublicNames, KeepsDtypes, nn.Linear):
     """A linear layer of a shard's size that keeps a weight as its format stores it.
 
     Components are buffers under the names that the format's checkpoints use, but for "", which is `stored_weight` here
@@ -73,7 +74,6 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
 
     _is_hf_initialized = True
     public_names: ClassVar[Mapping[str, str]] = {"weight": STORED_WEIGHT}
-    """Names in the state dict -> those of buffers, where they differ."""
 
     def __init__(self, scheme: DequantizingScheme, shard: Shard, bias: nn.Parameter | None):
         nn.Module.__init__(self)
@@ -125,17 +125,6 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._refuse_if_given()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if f"{prefix}{STORED_WEIGHT}" in destination:
-            destination[f"{prefix}weight"] = destination.pop(f"{prefix}{STORED_WEIGHT}")
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
-    ) -> None:
-        public, held = f"{prefix}weight", f"{prefix}{STORED_WEIGHT}"
-        if public in state_dict:  # torch gives every module a dict of its own
-            state_dict[held] = state_dict.pop(public)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
-        missing[:] = [public if name == held else name for name in missing]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.kernel is not None and fn(torch.empty(0, device=self.kernel.device)).device != self.kernel.device:
