@@ -65,9 +65,10 @@ class Devices:
         if len(set(given.values())) < 2 and "disk" not in given.values():
             return
         self._hold(model, tied)
+        asked = model.hf_device_map
         dispatch_model(
             model,
-            model.hf_device_map,
+            {name: _of_accelerate(place) for name, place in _flat(model, given).items()},
             main_device=_of_accelerate(main_place(given)),
             state_dict=self.offloaded,
             offload_dir=self.offloaded.folder.name if self.offloaded.folder else None,
@@ -76,6 +77,7 @@ class Devices:
             preload_module_classes=[Experts.__name__],  # it uses what its stacks hold
             force_hooks=True,
         )
+        model.hf_device_map = asked
         keep_plain_buffers(model, self.offloaded)
         if "save_pretrained" not in model.__dict__:
             save_offloaded(model, self.offloaded)
@@ -88,6 +90,29 @@ class Devices:
         for name, value in every:
             if not value.is_meta and self.is_offloaded(name):
                 self.offloaded.hold(name, value)
+
+
+def _flat(model: nn.Module, device_map: Mapping[str, str]) -> dict[str, str]:
+    """The same map without entries inside others: of these accelerate moves everything to the outer one's place."""
+    outer = {name.rpartition(".")[0] for name in device_map if name}
+    while more := {name.rpartition(".")[0] for name in outer if name} - outer:
+        outer |= more
+    found: dict[str, str] = {}
+
+    def add(name: str, module: nn.Module) -> None:
+        place = place_of(device_map, name)
+        if name not in outer:
+            found.update({name: place} if place is not None else {})
+            return
+        prefix = f"{name}." if name else ""
+        for child, inner in module.named_children():
+            add(prefix + child, inner)
+        for leaf in (*module._parameters, *module._buffers):
+            if (here := place_of(device_map, prefix + leaf)) is not None:
+                found[prefix + leaf] = here
+
+    add("", model)
+    return found
 
 
 def _of_accelerate(place: str) -> int | str:
