@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from distquant.config.resolve import is_known
-from distquant.device_map import place_of
+from distquant.device_map import is_offloaded, main_place, place_of
 from distquant.draft import Draft
 from distquant.errors import InputError, Problem, Problems
 from distquant.facts import Facts, format_bytes
@@ -52,6 +52,7 @@ def check_draft(draft: Draft, facts: Facts, mapped: bool, problems: Problems) ->
     _check_experts(draft, problems)
     _check_missing(draft, problems)
     _check_devices(draft, facts.device_type, problems)
+    _check_moved(draft, problems)
     weights, kept = {f"{name}.weight" for name in draft.converted}, set(draft.kept.weights)
     wrong = 0
     for name in draft.skeleton.params:
@@ -133,6 +134,27 @@ def _check_devices(draft: Draft, here: str | None, problems: Problems) -> None:
         if here is not None and place.partition(":")[0] not in ("cpu", "disk", here):
             what = f"{place!r} is given, and the devices here are of type {here!r}"
             problems.add("device_map", what, "Map the modules to devices that are there, or use 'auto'")
+
+
+def _check_moved(draft: Draft, problems: Problems) -> None:
+    """Modules that a device map has moved for each forward, where their method does not allow that."""
+    device_map, scheme = draft.device_map or {}, draft.scheme
+    if draft.dequantize or scheme.delegated:
+        return
+    for place, reason in scheme.unmoved.items():
+        if is_offloaded(device_map, place):
+            names = [name for name in draft.converted if place_of(device_map, name) == place]
+            if names:
+                others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                beside = f" beside {main_place(device_map)}" if place == "cpu" else ""
+                what = f"{names[0]}{others} of {scheme.name} cannot be on {place}{beside}: {reason}"
+                problems.add("device_map", what, f"Map them to another device, or take a method of {_movable(place)}")
+
+
+def _movable(place: str) -> str:
+    """The methods whose modules may be in a place from which they are moved."""
+    found = [name for name, scheme in discover().items() if not scheme.delegated and place not in scheme.unmoved]
+    return ", ".join(name for name in found if not name.startswith("bitsandbytes"))
 
 
 def _wrong_sources(draft: Draft, name: str, quantized: bool, kept: bool) -> Iterator[Problem]:

@@ -252,9 +252,9 @@ class _Loading:
         if not plan.dequantize:
             with changing_process_state():
                 self.scheme.finish_model(model)
-                self.report.forward = set_forward(model, self.scheme, Forward(self.options.forward))
+                self.report.forward = set_forward(model, self.scheme, Forward(self.options.forward), self.devices)
         if plan.device_map is not None:
-            self.devices.dispatch(model)
+            self.devices.dispatch(model, plan.tied)
 
     # -- streaming -------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from distquant.device_map import place_of
+from distquant.device_map import main_place, place_of
 from distquant.errors import InputError, Problems, said
 from distquant.facts import format_bytes, parse_bytes
 from distquant.skeleton import STAR
@@ -59,6 +59,16 @@ def infer_device_map(
     unknown = [key for key in found if key and not any(n == key or n.startswith(key + ".") for n in _names(model))]
     for key in unknown:
         problems.add("device_map", f"{key!r} names no module of {type(model).__name__}", "Remove or correct it")
+    return _with_computed_buffers(model, found)
+
+
+def _with_computed_buffers(model: PreTrainedModel, device_map: dict[str, str]) -> dict[str, str]:
+    """A map that also has a place for modules with computed buffers alone (rotary embeddings): the main one."""
+    found, main = dict(device_map), main_place(device_map)
+    for name, _ in model.named_buffers():
+        if place_of(found, name) is None:
+            owner = name.rpartition(".")[0]
+            found[name if any(True for _ in model.get_submodule(owner).children()) else owner] = main
     return found
 
 
@@ -80,8 +90,10 @@ def _infer(
     except InputError as error:
         problems.extend(error.problems)
         return None
+    # The disk takes what is left, and accelerate knows no limit for it; `check_memory` compares what is given.
+    limits = None if declared is None else {_accelerate_key(k): v for k, v in declared.items() if k != "disk"}
     with _declared_devices():
-        memory = get_max_memory(None if declared is None else {_accelerate_key(k): v for k, v in declared.items()})
+        memory = get_max_memory(limits)
         if kind != "sequential":
             low_zero = kind == "balanced_low_0"
             memory = get_balanced_memory(sized, memory, no_split_module_classes=no_split, low_zero=low_zero)

@@ -27,6 +27,8 @@ class ExpertStack(KeepsDtypes):
     def __init__(self, scheme: Scheme, shards: list[Shard]):
         super().__init__()
         self.scheme, self.shards = scheme, shards
+        self.names: dict[str, str] = {}
+        """Buffer -> its component; torch allows no dots in the names of buffers."""
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -41,9 +43,10 @@ class ExpertStack(KeepsDtypes):
     def take(self, number: int, components: Mapping[str, Tensor]) -> None:
         """Holds the components of a local expert; those that lie in the stack's own memory stay where they are."""
         for name, value in components.items():
-            leaf = name or "weight"
+            leaf = name.replace(".", "_") or "weight"
             if leaf not in self._buffers:
                 self.register_buffer(leaf, self._stack_like(name, number, value))
+                self.names[leaf] = name
             stack = self._buffers[leaf]
             assert stack is not None
             mine = stack[number]
@@ -64,13 +67,17 @@ class ExpertStack(KeepsDtypes):
     def components(self, number: int) -> dict[str, Tensor]:
         """What is stored of a local expert, by component."""
         stored = ((name, value) for name, value in self._buffers.items() if value is not None)
-        return {"" if name == "weight" else name: value[number] for name, value in stored}
+        return {self.names[name]: value[number] for name, value in stored}
 
     def dequantized(self, number: int) -> Tensor:
         """A local expert's weight, `[local out, local in]` in the dtype that it was quantized from."""
         shard, found = self.shards[number], self.components(number)
         ops = ops_on(next(iter(found.values())).device)
         return self.scheme.dequantize(shard, found, torch_dtype(shard.dtype), ops)
+
+    def forward(self, number: int) -> Tensor:
+        """As `dequantized`; called as a module, so that hooks which move its components run."""
+        return self.dequantized(number)
 
     def extra_repr(self) -> str:
         rows, columns = self.shards[0].local_shape

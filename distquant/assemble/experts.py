@@ -74,7 +74,7 @@ class Experts(nn.Module):
         """A local expert's weight `[out, in]`: the tensor, or what dequantizes it."""
         if f"{projection}.weight" in self.plain:
             return self.plain_value(f"{projection}.weight", number)
-        return bind(self.stack(projection).dequantized, number)
+        return bind(self.stack(projection), number)
 
     def stack(self, projection: str) -> ExpertStack:
         """The stack of a projection that is quantized."""

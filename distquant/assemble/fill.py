@@ -115,6 +115,8 @@ class Filling:
             self.scheme.complete(shard, module, memory, self.ops(self.devices.of(tensor.name)))
         self.filled.append(tensor.name)
         self.report.quantized_bytes += self.scheme.held_nbytes(module)
+        if self.devices.place(tensor.name) == "disk":
+            self.devices.offload_module(tensor.name.rpartition(".")[0], module)
 
     def _gather(self, job: Job, memory: Mapping[str, Tensor]) -> bool:
         """Keeps a stored component; whether the weight is complete, as one quantized on the way always is."""
@@ -179,7 +181,8 @@ class Filling:
     def _put(self, tensor: TensorPlan, value: Tensor) -> None:
         self.filled.append(tensor.name)
         self.report.unquantized_bytes += value.nbytes
-        if self.devices.place(tensor.name) == "disk":
+        owner, _, leaf = tensor.name.rpartition(".")
+        if self.devices.place(tensor.name) == "disk" and leaf not in self.model.get_submodule(owner)._buffers:
             self.devices.offload(tensor.name, value)
         else:
             set_tensor(self.model, tensor.name, value, self.plan.tied)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distquant.assemble.experts import Experts
 from distquant.assemble.local import shard_of
+from distquant.assemble.offload import present
 from distquant.errors import InputError
 from distquant.planning.experts import expert_name, one_of
 from distquant.planning.load_plan import LoadPlan, TensorPlan
@@ -44,17 +45,25 @@ def fingerprint(model: Any) -> str:
 
 def _tallies(model: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, at: dict[str, int]) -> Iterator[Tally]:
     """What this rank counts of one entry of the plan. Experts count as modules of their own, however they are held."""
-    owner, _, leaf = tensor.name.rpartition(".")
+    owner = tensor.name.rpartition(".")[0]
     if tensor.experts is not None:
         owner, _, path = tensor.name.partition(f".{STAR}.")
         module = model.get_submodule(owner)
-        if not isinstance(module, Experts):  # the model's own again, after `dequantize`
-            module = _around(owner, module)
-        yield from _experts(module, tensor, path, plan, at)
+        with present(module):
+            if not isinstance(module, Experts):  # the model's own again, after `dequantize`
+                module = _around(owner, module)
+            yield from _experts(module, tensor, path, plan, at)
         return
     if at["ep"] > 0:
         return
     module = _original(model, owner)
+    with present(module):
+        yield from _of_module(module, tensor, plan, scheme, at)
+
+
+def _of_module(module: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, at: dict[str, int]) -> Iterator[Tally]:
+    """What this rank counts of an entry that is one parameter of a module, or the parts that it has for experts."""
+    owner, _, leaf = tensor.name.rpartition(".")
     experts = _around(owner, module) if leaf not in ("weight", "bias") and len(tensor.shape) > 1 else None
     if experts is not None:
         suffix = leaf.endswith("_bias")
@@ -95,8 +104,9 @@ def _experts(module: Experts, stack: TensorPlan, path: str, plan: LoadPlan, at: 
             _tally_value(module.plain_value(path, number - module.first), owned, tensor.dim, at["tp"], tally)
         else:
             stacked, shard = module.stack(path.partition(".")[0]), shard_of(tensor, plan, at["tp"])
-            for stream, values, span in stacked.scheme.streams(shard, stacked.components(number - module.first)):
-                tally.shard(stream, values, shard.shape, shard.dim, shard.owned, span=span)
+            with present(stacked):
+                for stream, values, span in stacked.scheme.streams(shard, stacked.components(number - module.first)):
+                    tally.shard(stream, values, shard.shape, shard.dim, shard.owned, span=span)
         yield tally
 
 
@@ -110,8 +120,6 @@ def _tally_plain(module: Any, tensor: Any, plan: Any, rank: int, tally: Tally) -
     leaf = tensor.name.rpartition(".")[2]
     value = module._parameters.get(leaf)
     value = module._buffers[leaf] if value is None else value
-    if value.is_meta:  # on the disk, under accelerate's hook
-        value = module._hf_hook.weights_map[leaf]
     _tally_value(value, plan.cuts[tensor.cut].owned(rank) if tensor.cut else None, tensor.dim, rank, tally)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from distquant.assemble.devices import Devices
 from distquant.assemble.expert_stack import ExpertStack
 from distquant.assemble.local import shard_of
+from distquant.device_map import is_offloaded
 from distquant.errors import InputError, Problem
 from distquant.options import Forward
 from distquant.planning.load_plan import LoadPlan
@@ -53,8 +54,8 @@ def _refuse_gptqmodel(plan: LoadPlan, scheme: Scheme, device: torch.device) -> N
     if plan.dequantize or not plan.converted or not isinstance(scheme, PackedGroupsScheme):
         what = "'gptqmodel' is for weights that are kept in the layouts of GPTQ and AWQ"
         raise InputError.one("forward", f"{what}; {scheme.name} as it is configured has none", FIX)
-    places = set((plan.device_map or {}).values())
-    if len(places) > 1 and places & {"cpu", "disk"}:
+    device_map = plan.device_map or {}
+    if any(is_offloaded(device_map, place) for place in device_map.values()):
         what = "'gptqmodel' cannot be with a device map that offloads: a kernel stays where it was made"
         raise InputError.one("forward", what, FIX)
     if (reason := gptqmodel_product.missing()) is not None:
@@ -77,8 +78,10 @@ def _refuse_gptqmodel(plan: LoadPlan, scheme: Scheme, device: torch.device) -> N
         raise InputError([Problem("forward", what.format(of[0], len(of), reason), FIX) for reason, of in names.items()])
 
 
-def set_forward(model: nn.Module, scheme: Scheme, forward: Forward) -> str:
+def set_forward(model: nn.Module, scheme: Scheme, forward: Forward, devices: Devices) -> str:
     """Decides for every quantized module; returns what multiplies how many, for people.
+
+    What is offloaded is dequantized: a kernel of another library stays where it was made.
 
     Raises:
         InputError: gptqmodel's kernels are asked for, and none multiplies a module's weight.
@@ -87,11 +90,13 @@ def set_forward(model: nn.Module, scheme: Scheme, forward: Forward) -> str:
     for module in model.modules():
         reason = ""
         if isinstance(module, QuantizedLinear):
-            device, kernel = next(iter(module.components.values())).device, scheme.float8_kernel(module.shard.name)
+            name = module.shard.name
+            device, kernel = devices.runs_on(name), scheme.float8_kernel(name)
             module.float8 = kernel is not None and is_float8(forward, kernel, module.shard.local_shape, device)
-            reason = _take_gptqmodel(module, forward, device)
-        if (name := _multiplied_by(module, scheme)) is not None:
-            counts[f"{name} ({reason})" if reason else name] += 1
+            if not devices.is_offloaded(name):
+                reason = _take_gptqmodel(module, forward, device)
+        if (way := _multiplied_by(module, scheme)) is not None:
+            counts[f"{way} ({reason})" if reason else way] += 1
     return "; ".join(f"{name}: {count} modules" for name, count in counts.items())
 
 

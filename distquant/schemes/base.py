@@ -73,6 +73,8 @@ class Scheme(ABC):
     stacks: ClassVar[bool] = False
     """Whether experts can be kept in it: it has the four functions of stored components, and the components of equal
     shards have equal names, shapes and dtypes."""
+    unmoved: ClassVar[Mapping[str, str]] = dict.fromkeys(("cpu", "disk"), "hooks are not known to move its modules")
+    """Places from which its modules cannot be moved for each forward, `cpu` (beside other devices) or `disk` -> why."""
     constants: ClassVar[frozenset[str]] = frozenset()
     """Entries of a module's `state_dict` that say how it is stored; reports do not count them as weights."""
 

@@ -19,6 +19,7 @@ class BitsandbytesScheme(Scheme):
     requires: ClassVar[Mapping[str, str]] = {"bitsandbytes": "0.46.1"}
     by_bitsandbytes: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
+    unmoved: ClassVar[Mapping[str, str]] = {}  # what would be moved is left unquantized, see `offloaded`
     mark: ClassVar[str]
     config: Bnb4bitConfig | Bnb8bitConfig
 

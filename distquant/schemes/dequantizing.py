@@ -32,6 +32,7 @@ class DequantizingScheme(Scheme):
     """`QuantizedLinear` of local size. Components have the names of their checkpoints; "" is `weight`."""
 
     stacks: ClassVar[bool] = True
+    unmoved: ClassVar[Mapping[str, str]] = {}
 
     # -- what a method says ----------------------------------------------------------------------------------------
 

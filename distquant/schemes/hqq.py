@@ -129,6 +129,9 @@ class HqqScheme(Scheme):
     name = "hqq"
     config_class = HqqConfig
     requires: ClassVar[Mapping[str, str]] = {"hqq": "0.2.8"}
+    unmoved: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("cpu", "disk"), "hooks move no scales and zero points that are in `HQQLinear`'s own metadata"
+    )
     stacks: ClassVar[bool] = False  # what packed codes mean is in `HQQLinear`'s own metadata
     suffixes: ClassVar[Mapping[str, str]] = {key: key for key in ("W_q", "scale", "zero", *FIXED)}
     unsliced: ClassVar[frozenset[str]] = frozenset(("W_q", "scale", "zero"))

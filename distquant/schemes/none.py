@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from distquant.config import NoneConfig
 from distquant.layout import Layout, plain
@@ -21,6 +22,7 @@ class NoneScheme(Scheme):
 
     name = "none"
     config_class = NoneConfig
+    unmoved: ClassVar[Mapping[str, str]] = {}
 
     def converts(self, skeleton: Skeleton) -> list[str]:
         return []

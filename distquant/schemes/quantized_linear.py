@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from distquant.config import torch_dtype
 from distquant.errors import DistquantError, InputError
 from distquant.schemes.keeps_dtypes import KeepsDtypes
 from distquant.schemes.product import ops_on, product
+from distquant.schemes.public_names import PublicNames
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from distquant.schemes.dequantizing import DequantizingScheme
     from distquant.schemes.gptqmodel_product import Kernel
     from distquant.schemes.shard import Shard
+
+
+STORED_WEIGHT = "stored_weight"
+"""Buffer of the component "": not `weight`, which is a property, and accelerate reads a buffer with `getattr`."""
 
 
 class WriteError(DistquantError, RuntimeError):
@@ -48,10 +53,11 @@ class Computed(Tensor):
         return found if views or not isinstance(found, Computed) else found.as_subclass(Tensor)
 
 
-class QuantizedLinear(KeepsDtypes, nn.Linear):
+class QuantizedLinear(PublicNames, KeepsDtypes, nn.Linear):
     """A linear layer of a shard's size that keeps a weight as its format stores it.
 
-    Components are buffers under the names that the format's checkpoints use. Gradients flow to the inputs (adapters
+    Components are buffers under the names that the format's checkpoints use, but for "", which is `stored_weight` here
+    and `weight` in the state dict. Gradients flow to the inputs (adapters
     train), never to the weight. `weight` is dequantized anew at every access, and cannot be written to.
 
     Args:
@@ -67,6 +73,7 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
     """
 
     _is_hf_initialized = True
+    public_names: ClassVar[Mapping[str, str]] = {"weight": STORED_WEIGHT}
 
     def __init__(self, scheme: DequantizingScheme, shard: Shard, bias: nn.Parameter | None):
         nn.Module.__init__(self)
@@ -77,9 +84,9 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
         self.register_parameter("bias", bias)
 
     def take(self, components: Mapping[str, Tensor]) -> None:
-        """Holds these components from now on, "" under the name `weight`."""
+        """Holds these components from now on."""
         for name, value in components.items():
-            self._buffers[name or "weight"] = value
+            self._buffers[name or STORED_WEIGHT] = value
 
     @property
     def components(self) -> dict[str, Tensor]:
@@ -90,7 +97,7 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
         """
         self._refuse_if_given()
         stored = ((name, value) for name, value in self._buffers.items() if value is not None)
-        return {"" if name == "weight" else name: value for name, value in stored}
+        return {"" if name == STORED_WEIGHT else name: value for name, value in stored}
 
     def _refuse_if_given(self) -> None:
         """Raises `InputError` where the kernel has the components."""
@@ -112,7 +119,7 @@ class QuantizedLinear(KeepsDtypes, nn.Linear):
     def give(self, lanes: list[int]) -> None:
         """Leaves the components to the kernel; `lanes` is what the fingerprint counts of them."""
         for name in self.components:
-            self._buffers[name or "weight"] = None
+            self._buffers[name or STORED_WEIGHT] = None
         self.counted = lanes
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

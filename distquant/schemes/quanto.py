@@ -88,6 +88,9 @@ class QuantoScheme(DequantizingScheme):
         "weight._data": "",
         **{name: name for name in (SCALE, SHIFT, *OF_ACTIVATIONS)},
     }
+    unmoved: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("cpu", "disk"), "accelerate's hooks cannot put quanto's tensors together again"
+    )
     config: QuantoConfig
 
     @property

@@ -85,6 +85,7 @@ class TorchaoScheme(DequantizingScheme):
         ZERO: ZERO,
         **{f"_weight_{name}": f"_weight_{name}" for name in UNKNOWN},
     }
+    unmoved: ClassVar[Mapping[str, str]] = {"disk": "torchao's tensors are objects of several tensors, not bytes"}
     config: TorchaoConfig
 
     # -- what the configuration means ------------------------------------------------------------------------------

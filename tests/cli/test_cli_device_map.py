@@ -151,3 +151,18 @@ def test_folder_of_offloaded_weights_goes_with_the_model(kjv_tiny: str) -> None:
 def test_fingerprint_of_a_model_on_disk(kjv_tiny: str, whole: Any) -> None:
     model = dq.load(kjv_tiny, quantization_config="none", device_map=OFFLOADED)
     assert dq.fingerprint(model) == dq.fingerprint(whole)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_maps_need_no_place_for_computed_buffers(place: str, kjv_tiny: str, whole: Any) -> None:
+    given = {"model.embed_tokens": place, "model.layers": place, "model.norm": place, "lm_head": place}
+    model = dq.load(kjv_tiny, quantization_config="none", device_map=given)
+    assert model.distquant.plan.device_map == {**given, "model.rotary_emb": "cpu"}
+    assert tokens(model) == tokens(whole)
+
+
+def test_memory_may_name_the_disk(kjv_tiny: str) -> None:
+    assert mapped(kjv_tiny, "none", cpu="1GiB", disk="1GiB") == {"": "cpu"}
+    assert set(mapped(kjv_tiny, "none", cpu="1MiB", disk="1GiB").values()) == {"cpu", "disk"}
+    with pytest.raises(InputError, match=r"^device_map: disk: its modules take .*, max_memory allows 1\.00 KiB"):
+        mapped(kjv_tiny, "none", cpu="1MiB", disk="1KiB")
