@@ -171,7 +171,7 @@ def criteria_type() -> Any:
 
 
 def digest_of(model: Any, given: dict[str, Any]) -> int:
-    """63 bits of what decides how many tokens of which sequences are computed: plain values, and tensors of integers."""
+    """63 bits of what decides which tokens are computed, and how many: plain values, and tensors of integers."""
     digest = hashlib.sha256()
 
     def add(name: str, value: Any) -> None:
