@@ -247,8 +247,9 @@ class _Loading:
         else:
             join_experts(model, plan, self.comm)
             sharded = sharded or bool(plan.experts)
-        same_tokens = self.comm.axis(REPLICA if plan.dispatch == ALL_REDUCE else "tp")
-        finish(model, plan.model, same_tokens, sharded)
+        own_batches = plan.dispatch != ALL_REDUCE and plan.mesh.ep > 1
+        same_tokens = self.comm.axis("tp" if own_batches else REPLICA)
+        finish(model, plan.model, same_tokens, sharded, self.comm.axis(REPLICA) if own_batches else None)
         if not plan.dequantize:
             with changing_process_state():
                 self.scheme.finish_model(model)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distquant.assemble.generate import Generate
 from distquant.comm import Axis
 from distquant.errors import DistquantError, InputError
 from distquant.planning.load_plan import LoadPlan
@@ -33,7 +34,7 @@ def fill_computed_buffers(model: Any, device_of: Any) -> None:
         model._initialize_missing_keys(is_quantized=True)
 
 
-def finish(model: Any, path: str, axis: Axis, sharded: bool) -> None:
+def finish(model: Any, path: str, axis: Axis, sharded: bool, batches: Axis | None = None) -> None:
     """Names, mode and, on a sharded model, the methods that must know of the other ranks.
 
     Args:
@@ -41,13 +42,20 @@ def finish(model: Any, path: str, axis: Axis, sharded: bool) -> None:
         path: what it was loaded from.
         axis: the ranks that are given the same tokens.
         sharded: whether other ranks hold parts of it, or experts are held in a form of their own.
+        batches: the ranks that work together on batches of their own.
     """
     model.name_or_path = model.config.name_or_path = path
     model.eval()
     if sharded:
         model.save_pretrained = types.MethodType(_refuse_save, model)
-    if axis.size > 1:
-        model.generate = types.MethodType(_Generate(axis), model)
+    if axis.size > 1 or batches is not None:
+        model.generate = types.MethodType(Generate(axis, batches), model)
+        model.init_continuous_batching = types.MethodType(_refuse_batching, model)
+
+
+def _refuse_batching(model: Any, *_: Any, **__: Any) -> None:
+    what = "continuous batching schedules requests by each rank's own clock, and ranks of a sharded model must agree"
+    raise InputError.one("generate_batch", what, "Use generate with a batch of prompts, or load with tp=1, ep=1")
 
 
 SHARDED = "the model is sharded, every rank would write its part as if it were the whole weight"
@@ -58,24 +66,6 @@ def _refuse_save(model: Any, *_: Any, **__: Any) -> None:
     stacked = model.distquant.plan.mesh.ep * model.distquant.plan.mesh.tp == 1
     fix = "Keep the checkpoint that it was loaded from" if stacked else "Load it with tp=1 to save it"
     raise InputError.one("save_pretrained", STACKED if stacked else SHARDED, fix)
-
-
-class _Generate:
-    """`generate` with one random state over the ranks, so that they sample the same tokens: rank 0's."""
-
-    def __init__(self, axis: Axis):
-        self.axis = axis
-
-    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        state = torch.get_rng_state()
-        torch.set_rng_state(self.axis.broadcast(state))
-        if model.device.type == "cuda":
-            on_device = torch.cuda.get_rng_state(model.device)
-            torch.cuda.set_rng_state(self.axis.broadcast(on_device.to(model.device)).cpu(), model.device)
-        return type(model).generate(model, *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Generate:
-        return self
 
 
 def check_complete(model: nn.Module, filled: list[str], plan: LoadPlan, elsewhere: set[str]) -> None:

@@ -208,15 +208,18 @@ def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> O
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from distquant.cli import rendezvous
+    from distquant.runtime.process_group import stay_on_this_machine
+
     threads = arguments.threads or max((os.cpu_count() or 1) // size, 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    stay_on_this_machine()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=size,
         run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_backend=rendezvous.register(),
         max_restarts=0,
         monitor_interval=0.1,
     )

@@ -38,12 +38,33 @@ class Outcome:
         return dataclasses.asdict(self)
 
 
-def generate(model: Any, prompt: str, **kwargs: Any) -> str:
-    """Prompt and continuation as text. On a sharded model all ranks must call it."""
+def generate(model: Any, prompt: str | list[str], **kwargs: Any) -> str | list[str]:
+    """Prompt and continuation as text. On a sharded model all ranks must call it.
+
+    Args:
+        model: the loaded model.
+        prompt: one, or several that are answered as a batch.
+        kwargs: of `generate` of transformers.
+
+    Returns:
+        All answers in order where several were asked for (prompts, or `num_return_sequences`); else the only one.
+
+    Raises:
+        InputError: more than tokens is asked for.
+    """
+    if kwargs.get("return_dict_in_generate"):
+        fix = "Use call(function), where the function calls model.generate and returns what it needs"
+        raise InputError.one("return_dict_in_generate", "the answer of generate is text", fix)
     tokenizer = _tokenizer(model)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    output = model.generate(**inputs, **kwargs)
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked wherever it stands
+    batch = isinstance(prompt, list)
+    inputs = tokenizer(prompt, return_tensors="pt", padding=batch, **({"padding_side": "left"} if batch else {}))
+    if kwargs.get("stop_strings") or model.generation_config.stop_strings:
+        kwargs = {"tokenizer": tokenizer, **kwargs}
+    output = model.generate(**inputs.to(model.device), **kwargs)
+    answers = tokenizer.batch_decode(output, skip_special_tokens=True)
+    return answers if batch or len(answers) > 1 else answers[0]
 
 
 def perform(model: Any, job: Job, runtime: str) -> Outcome:
@@ -57,7 +78,8 @@ def perform(model: Any, job: Job, runtime: str) -> Outcome:
     ranks: list[RankReport] = loaded.comm.collect(loaded.report)
     outcome = Outcome(report=make_report(plan, runtime, ranks, digest))
     if job.prompt is not None:
-        outcome.answer = generate(model, job.prompt, **job.generate)
+        answer = generate(model, job.prompt, **job.generate)
+        outcome.answer = answer if isinstance(answer, str) else "\n".join(answer)
     if job.text is not None:
         outcome.perplexity = perplexity(model, _tokenizer(model), job.text, job.window)
     return outcome

@@ -10,6 +10,8 @@ imports, is imported before there is a group: its functions hold as their defaul
 from __future__ import annotations
 
 import datetime
+import os
+import socket
 import weakref
 from typing import Any
 
@@ -130,10 +132,39 @@ def backend() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
-def init(
-    rank: int | None = None, world_size: int | None = None, url: str = "env://", timeout: float | None = None
-) -> None:
-    """Joins the default process group."""
-    arguments: dict[str, Any] = {} if rank is None else {"rank": rank, "world_size": world_size}
-    seconds = DEFAULT_TIMEOUT if timeout is None else timeout
-    dist.init_process_group(backend(), init_method=url, timeout=datetime.timedelta(seconds=seconds), **arguments)
+LOOPBACK = "127.0.0.1"
+
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Environment variables that say on which network interface ranks listen."""
+
+
+def serve(address: str) -> dist.TCPStore:
+    """The store at which ranks meet, open at this address only: by itself torch's listens at all of the machine's."""
+    with socket.socket() as listener:
+        listener.bind((address, 0))
+        listener.listen(socket.SOMAXCONN)
+        port = listener.getsockname()[1]
+        return dist.TCPStore(  # which owns the descriptor from now on
+            address, port, None, True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+
+
+def meet(address: str, port: int) -> dist.TCPStore:
+    """The store that another rank serves."""
+    return dist.TCPStore(address, port, None, False)
+
+
+def stay_on_this_machine() -> None:
+    """Lets the ranks of this process, and of those that it starts, listen on the loopback interface only.
+
+    An interface that the user has named stays.
+    """
+    name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    for variable in INTERFACES if name is not None else ():
+        os.environ.setdefault(variable, str(name))
+
+
+def init(timeout: float | None = None, rank: int = -1, world_size: int = -1, store: dist.Store | None = None) -> None:
+    """Joins the default process group: at a store, or as the environment says (`env://`)."""
+    seconds = datetime.timedelta(seconds=DEFAULT_TIMEOUT if timeout is None else timeout)
+    dist.init_process_group(backend(), timeout=seconds, rank=rank, world_size=world_size, store=store)

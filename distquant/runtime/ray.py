@@ -1,4 +1,4 @@
-"""Ray workers: a placement group with one actor a device, joined by NCCL or gloo. The only module that imports ray.
+"""Ray workers: a placement group with one actor a device, joined by NCCL or gloo.
 
 The driver plans once without a device (so that most mistakes cost no worker), lets the actors measure their devices,
 plans with those facts, and has every actor load its shard. One rank's failure ends all of them with its message.
@@ -7,22 +7,22 @@ plans with those facts, and has every actor load its shard. One rank's failure e
 from __future__ import annotations
 
 import logging
-import math
 import os
-import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
+from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distquant.api import Model, _rank_memory
 from distquant.checks import refuse_unsupported
 from distquant.coordinator import make_plan
-from distquant.errors import DistquantError, InputError, RankError
+from distquant.errors import InputError
 from distquant.facts import Facts
 from distquant.mesh import Mesh
 from distquant.options import Options, Seen
@@ -31,20 +31,15 @@ from distquant.quiet import quiet_imports
 from distquant.request import DEFAULT_STAGING, Request
 from distquant.runtime.job import Job, Outcome
 from distquant.runtime.measure import numbered, packages, refuse_crowd
+from distquant.runtime.ray_model import POLL, Sharded, gather, stop
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 NAME = "ray"
 
 SCHEDULE_TIMEOUT = 60.0
 """Seconds that a placement group may take to be scheduled."""
-
-POLL = 0.2
-"""Seconds between looks at the workers."""
-
-GRACE = 5.0
-"""Seconds in which the rank behind a broken connection is looked for."""
-
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""How gloo and NCCL tell that another rank is gone."""
 
 Progress = Callable[[list[Seen]], None]
 """Called with how far every rank is."""
@@ -62,7 +57,7 @@ class Resources:
 
 
 class Worker:
-    """One rank; runs as a Ray actor with two threads, so that progress can be asked for while it loads."""
+    """One rank; a Ray actor that does one thing after another, except that progress can be asked for meanwhile."""
 
     def __init__(self, rank: int, world: int, threads: int):
         import torch
@@ -71,13 +66,19 @@ class Worker:
         torch.set_num_threads(threads)
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         self.rank, self.world, self.seen, self.model = rank, world, Seen(), None
+        self.store: TCPStore | None = None
+        """On rank 0: the store at which ranks meet."""
 
-    def address(self) -> str:
-        """`tcp://` address at which rank 0 can be met."""
-        ip = ray.util.get_node_ip_address()
-        with socket.socket() as free:
-            free.bind((ip, 0))
-            return f"tcp://{ip}:{free.getsockname()[1]}"
+    def meet(self, alone: bool) -> tuple[str, int]:
+        """Opens rank 0's store; returns the address at which the others meet it: `alone`, no other machine can."""
+        from distquant.runtime import process_group
+
+        address = process_group.LOOPBACK if alone else ray.util.get_node_ip_address()
+        self.store = store = process_group.serve(address)
+        return address, store.port
+
+    def ray_node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
 
     def node(self) -> str:
         from distquant.runtime.measure import node_name
@@ -90,19 +91,23 @@ class Worker:
 
         return measure(one.device(), max_memory, nodes, self.rank)
 
-    def load(self, plan: str, url: str, options: Options) -> None:
+    def load(self, plan: str, address: tuple[str, int], options: Options) -> None:
         from distquant.loader import load_shard
         from distquant.runtime import local as one
         from distquant.runtime import process_group
 
         loaded = LoadPlan.from_json(plan)
-        process_group.init(self.rank, self.world, url, options.timeout)
+        if address[0] == process_group.LOOPBACK:
+            process_group.stay_on_this_machine()
+        store = self.store or process_group.meet(*address)
+        process_group.init(options.timeout, self.rank, self.world, store)
         comm = process_group.GroupComm(loaded.mesh, options.timeout)
         self.model = load_shard(loaded, comm, one.device(), options, self._progress)
 
     def _progress(self, seen: Seen) -> None:
         self.seen = seen
 
+    @ray.method(concurrency_group="progress")
     def progress(self) -> Seen:
         return self.seen
 
@@ -113,109 +118,6 @@ class Worker:
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(self.model, *args, **kwargs)
-
-
-class Sharded:
-    """A model that lives on Ray workers. Use as a context manager, or `close` it."""
-
-    def __init__(self, plan: LoadPlan, workers: list[Any], group: PlacementGroup, started_ray: bool):
-        self.plan, self._workers, self._group, self._started_ray = plan, workers, group, started_ray
-
-    def __enter__(self) -> Sharded:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def perform(self, job: Job) -> Outcome:
-        """Does a job on all workers."""
-        return self._everywhere("perform", job)[0]
-
-    def generate(self, prompt: str, **kwargs: Any) -> str:
-        """Prompt and continuation; keyword arguments go to `generate` of transformers.
-
-        Raises:
-            RankError: ranks did not agree on the tokens.
-        """
-        from distquant.runtime.job import generate
-
-        answers = self.call(generate, prompt, **kwargs)
-        for rank, answer in enumerate(answers):
-            if answer != answers[0]:
-                raise RankError(rank, f"generated {answer!r}, rank 0 {answers[0]!r}")
-        return answers[0]
-
-    def perplexity(self, text: str, window: int = 256) -> float:
-        """Perplexity of `text`, see `distquant.perplexity`."""
-        value = self.perform(Job(text=text, window=window, fingerprint=False)).perplexity
-        assert value is not None
-        return value
-
-    def fingerprint(self) -> str:
-        """The fingerprint of the whole model."""
-        return self.report()["fingerprint"]
-
-    def report(self) -> dict[str, Any]:
-        """The JSON report of the load, fingerprint included."""
-        return self.perform(Job()).report
-
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """`function(model, *args, **kwargs)` on every worker (a training step, say); results in rank order."""
-        return self._everywhere("call", function, *args, **kwargs)
-
-    def _everywhere(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        return gather([getattr(worker, method).remote(*args, **kwargs) for worker in self._workers])
-
-    def close(self) -> None:
-        """Ends the workers, gives back their resources, and stops Ray if this load started it."""
-        stop(self._workers, self._group, self._started_ray)
-        self._workers = []
-
-
-def gather(futures: list[Any], tick: Callable[[], None] | None = None) -> list[Any]:
-    """Results in rank order; a failure is raised at once, as the error of the rank that caused it.
-
-    A rank that only lost its peer may be heard first, so the peer's own end is awaited for a moment.
-    """
-    pending = {future: rank for rank, future in enumerate(futures)}
-    results: dict[int, Any] = {}
-    lost: dict[int, DistquantError] = {}
-    deadline = math.inf
-    while pending and time.monotonic() < deadline:
-        ready, _ = ray.wait(list(pending), timeout=POLL)
-        for future in ready:
-            rank = pending.pop(future)
-            try:
-                results[rank] = ray.get(future)
-            except ray.exceptions.RayError as error:
-                failure = _failure(rank, error)
-                if not any(sign in str(failure) for sign in LOST_PEER):
-                    raise failure from None
-                lost[rank] = failure
-                deadline = min(deadline, time.monotonic() + GRACE)
-        if tick is not None:
-            tick()
-    if lost:
-        raise lost[min(lost)]
-    return [results[rank] for rank in range(len(futures))]
-
-
-def _failure(rank: int, error: ray.exceptions.RayError) -> DistquantError:
-    """What a worker's end is told as: its own message where it is one of ours."""
-    if not isinstance(error, ray.exceptions.RayTaskError):
-        return RankError(rank, str(error).strip().splitlines()[0])
-    cause = error.cause
-    return cause if isinstance(cause, DistquantError) else RankError(rank, f"{type(cause).__name__}: {cause}")
-
-
-def stop(workers: list[Any], group: PlacementGroup | None, started_ray: bool) -> None:
-    """Ends workers and placement group, and Ray itself where this process started it."""
-    for worker in workers:
-        ray.kill(worker)
-    if group is not None and ray.is_initialized():
-        remove_placement_group(group)
-    if started_ray:
-        ray.shutdown()
 
 
 def load(
@@ -283,10 +185,11 @@ def load(
         group = _reserve(world, resources, schedule_timeout)
         workers = _workers(world, resources, group, threads)
         plan = _plan(request, workers, memory)
-        url = ray.get(workers[0].address.remote())
+        alone = len(set(gather([worker.ray_node.remote() for worker in workers]))) == 1
+        address = ray.get(workers[0].meet.remote(alone))
         text = plan.to_json()
         tick = (lambda: progress(_seen(workers))) if progress is not None else None
-        gather([worker.load.remote(text, url, options) for worker in workers], tick)
+        gather([worker.load.remote(text, address, options) for worker in workers], tick)
         return Sharded(plan, workers, group, started_ray)
     except BaseException:
         stop(workers, group, started_ray)
@@ -302,8 +205,23 @@ def _start(world: int) -> bool:
         refuse_crowd(world)
     arguments: dict[str, Any] = {"include_dashboard": False, "num_cpus": world} if local else {}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=False, **arguments)
+    with _on_loopback() if local else nullcontext():
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=False, **arguments)
     return True
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Lets a Ray that starts meanwhile listen on the loopback interface only, which no public option of Ray's does.
+
+    By this switch Ray gives its node the address 127.0.0.1 on Windows and macOS, and then listens nowhere else.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _reserve(world: int, resources: Resources, timeout: float) -> PlacementGroup:
@@ -321,12 +239,12 @@ def _reserve(world: int, resources: Resources, timeout: float) -> PlacementGroup
 
 
 def _workers(world: int, resources: Resources, group: PlacementGroup, threads: int) -> list[Any]:
-    actor = ray.remote(Worker)
+    actor = ray.remote(concurrency_groups={"progress": 1})(Worker)  # type: ignore[call-overload]
     made = []
     for rank in range(world):
         strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=rank)
         options = actor.options(
-            num_cpus=resources.cpus, num_gpus=resources.gpus, max_concurrency=2, scheduling_strategy=strategy
+            num_cpus=resources.cpus, num_gpus=resources.gpus, max_concurrency=1, scheduling_strategy=strategy
         )
         made.append(options.remote(rank, world, threads))
     return made

@@ -1,0 +1,176 @@
+"""A model that lives on Ray workers: one call at a time goes to all of them, and one rank's failure ends it."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from distquant.errors import DistquantError, InputError, RankError
+from distquant.planning import LoadPlan
+from distquant.runtime.job import Job, Outcome
+
+POLL = 0.2
+"""Seconds between looks at the workers."""
+
+GRACE = 5.0
+"""Seconds in which the rank behind a broken connection is looked for."""
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""How gloo and NCCL tell that another rank is gone."""
+
+NO_ANSWER = ("/gloo/transport/", "NCCL error", "DistBackendError", "Watchdog")
+"""How they tell that a collective ended without the others; their process group is of no use then."""
+
+
+class Sharded:
+    """A model that lives on Ray workers. Use as a context manager, or `close` it.
+
+    Any number of threads may use it: calls wait for each other, because every call needs all workers. One process
+    holds it; others send their requests to that (a Ray actor that holds it, say).
+    """
+
+    def __init__(self, plan: LoadPlan, workers: list[Any], group: PlacementGroup | None, started_ray: bool):
+        self.plan, self._workers, self._group, self._started_ray = plan, workers, group, started_ray
+        self._turn = threading.Lock()
+        self._behind: list[Any] = []
+        """Results of a call that failed, which other ranks may still be waiting in."""
+        self._failure: DistquantError | None = None
+
+    def __reduce__(self) -> Any:
+        what = "it cannot be sent to another process, because its calls must reach all workers in one order"
+        raise InputError.one("ray", what, "Let a Ray actor load it, and send the requests to that actor")
+
+    def __enter__(self) -> Sharded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def perform(self, job: Job) -> Outcome:
+        """Does a job on all workers."""
+        return self._everywhere("perform", job)[0]
+
+    def generate(self, prompt: str | list[str], **kwargs: Any) -> Any:
+        """Prompt and continuation; keyword arguments go to `generate` of transformers.
+
+        Several prompts are answered as a batch: then, and with `num_return_sequences`, the result is a list.
+
+        Raises:
+            RankError: ranks did not agree on the tokens.
+        """
+        from distquant.runtime.job import generate
+
+        answers = self.call(generate, prompt, **kwargs)
+        for rank, answer in enumerate(answers):
+            if answer != answers[0]:
+                raise RankError(rank, f"generated {answer!r}, rank 0 {answers[0]!r}")
+        return answers[0]
+
+    def perplexity(self, text: str, window: int = 256) -> float:
+        """Perplexity of `text`, see `distquant.perplexity`."""
+        value = self.perform(Job(text=text, window=window, fingerprint=False)).perplexity
+        assert value is not None
+        return value
+
+    def fingerprint(self) -> str:
+        """The fingerprint of the whole model."""
+        return self.report()["fingerprint"]
+
+    def report(self) -> dict[str, Any]:
+        """The JSON report of the load, fingerprint included."""
+        return self.perform(Job()).report
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """`function(model, *args, **kwargs)` on every worker (a training step, say); results in rank order."""
+        return self._everywhere("call", function, *args, **kwargs)
+
+    def _everywhere(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        with self._turn:
+            self._check_usable()
+            futures = [getattr(worker, method).remote(*args, **kwargs) for worker in self._workers]
+            try:
+                return gather(futures)
+            except DistquantError as error:
+                self._behind, self._failure = futures, error
+                raise
+
+    def _check_usable(self) -> None:
+        """Raises where a call could not end: after `close`, or where ranks still wait for one that has failed."""
+        if not self._workers:
+            raise InputError.one("ray", "the model was closed", "Load it again")
+        if self._failure is None:
+            return
+        _, waiting = ray.wait(self._behind, num_returns=len(self._behind), timeout=GRACE)
+        lost = [rank for rank, future in enumerate(self._behind) if future in waiting or _has_lost_others(rank, future)]
+        if lost:
+            what = f"the model is lost: rank {lost[0]} did not come through an earlier call, in which {self._failure}"
+            raise RankError(lost[0], f"{what}. Close it, and load it again")
+        self._behind, self._failure = [], None
+
+    def close(self) -> None:
+        """Ends the workers, gives back their resources, and stops Ray if this load started it."""
+        stop(self._workers, self._group, self._started_ray)
+        self._workers, self._group, self._started_ray = [], None, False
+
+
+def _has_lost_others(rank: int, future: Any) -> bool:
+    """Whether a rank died, or its connections to others are broken."""
+    try:
+        ray.get(future)
+    except ray.exceptions.RayTaskError as error:
+        return any(sign in str(_failure(rank, error)) for sign in (*LOST_PEER, *NO_ANSWER))
+    except ray.exceptions.RayError:
+        return True
+    return False
+
+
+def gather(futures: list[Any], tick: Callable[[], None] | None = None) -> list[Any]:
+    """Results in rank order; a failure is raised at once, as the error of the rank that caused it.
+
+    A rank that only lost its peer may be heard first, so the peer's own end is awaited for a moment.
+    """
+    pending = {future: rank for rank, future in enumerate(futures)}
+    results: dict[int, Any] = {}
+    lost: dict[int, DistquantError] = {}
+    deadline = math.inf
+    while pending and time.monotonic() < deadline:
+        ready, _ = ray.wait(list(pending), timeout=POLL)
+        for future in ready:
+            rank = pending.pop(future)
+            try:
+                results[rank] = ray.get(future)
+            except ray.exceptions.RayError as error:
+                failure = _failure(rank, error)
+                if not any(sign in str(failure) for sign in LOST_PEER):
+                    raise failure from None
+                lost[rank] = failure
+                deadline = min(deadline, time.monotonic() + GRACE)
+        if tick is not None:
+            tick()
+    if lost:
+        raise lost[min(lost)]
+    return [results[rank] for rank in range(len(futures))]
+
+
+def _failure(rank: int, error: ray.exceptions.RayError) -> DistquantError:
+    """What a worker's end is told as: its own message where it is one of ours."""
+    if not isinstance(error, ray.exceptions.RayTaskError):
+        return RankError(rank, str(error).strip().splitlines()[0])
+    cause = error.cause
+    return cause if isinstance(cause, DistquantError) else RankError(rank, f"{type(cause).__name__}: {cause}")
+
+
+def stop(workers: list[Any], group: PlacementGroup | None, started_ray: bool) -> None:
+    """Ends workers and placement group, and Ray itself where this process started it."""
+    for worker in workers:
+        ray.kill(worker)
+    if group is not None and ray.is_initialized():
+        remove_placement_group(group)
+    if started_ray:
+        ray.shutdown()
