@@ -18,6 +18,7 @@ from distquant.assemble.experts import join_experts
 from distquant.assemble.fill import Filling
 from distquant.assemble.finish import fill_computed_buffers
 from distquant.assemble.forward import refuse_forward, set_forward
+from distquant.assemble.replicas import refuse_wrappers
 from distquant.assemble.sinks import BandSink
 from distquant.assemble.tasks import jobs_of, sink_of
 from distquant.checkpoint import Checkpoint, open_checkpoint
@@ -238,6 +239,8 @@ class _Loading:
             install_styles(model, plan, self.axis)
             watch_adapters(model, plan, self.axis)
         sharded = plan.mesh.ep * plan.mesh.tp > 1
+        if sharded:
+            refuse_wrappers(model, plan, self.comm.rank)
         if plan.dequantize and not sharded:
             for name in plan.experts:
                 model.set_submodule(name, model.get_submodule(name).give_back())
