@@ -41,7 +41,7 @@ class Sharded:
     def refuse(self, wrapper: str) -> NoReturn:
         """Raises `InputError` with what `wrapper` would do, and what works."""
         what = f"the model is sharded ({self.mesh}): its ranks hold different parts, and would be treated as replicas"
-        fix = "Train it unwrapped, in a loop that gives every rank of a replica the same batch; or load it with tp=1, ep=1"
+        fix = "Train it unwrapped, the same batch on every rank of a replica, or load it with tp=1 and ep=1"
         if wrapper == DDP and self.mesh.dp > 1:
             fix = f"Give it a process_group of replicas alone (here ranks {list(self.mesh.peers(self.rank, 'dp'))})"
         raise InputError.one(wrapper, what, fix)
