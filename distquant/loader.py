@@ -16,7 +16,7 @@ from distquant.assemble.adapters import watch_adapters
 from distquant.assemble.devices import Devices
 from distquant.assemble.experts import join_experts
 from distquant.assemble.fill import Filling
-from distquant.assemble.finish import fill_computed_buffers
+from distquant.assemble.finish import fill_computed_buffers, refuse_format
 from distquant.assemble.forward import refuse_forward, set_forward
 from distquant.assemble.replicas import refuse_wrappers
 from distquant.assemble.sinks import BandSink
@@ -251,6 +251,7 @@ class _Loading:
         finish(model, plan.model, same_tokens, sharded)
         if not plan.dequantize:
             self.scheme.finish_model(model)
+            refuse_format(model, self.scheme.unsaved(model))
             self.report.forward = set_forward(model, self.scheme, Forward(self.options.forward))
         if plan.device_map is not None:
             self.devices.dispatch(model)
