@@ -16,8 +16,9 @@ from distquant.assemble.adapters import watch_adapters
 from distquant.assemble.devices import Devices
 from distquant.assemble.experts import join_experts
 from distquant.assemble.fill import Filling
-from distquant.assemble.finish import fill_computed_buffers
+from distquant.assemble.finish import fill_computed_buffers, refuse_format
 from distquant.assemble.forward import refuse_forward, set_forward
+from distquant.assemble.replicas import refuse_wrappers
 from distquant.assemble.sinks import BandSink
 from distquant.assemble.tasks import jobs_of, sink_of
 from distquant.checkpoint import Checkpoint, open_checkpoint
@@ -241,6 +242,8 @@ class _Loading:
             install_styles(model, plan, self.axis)
             watch_adapters(model, plan, self.axis)
         sharded = plan.mesh.ep * plan.mesh.tp > 1
+        if sharded:
+            refuse_wrappers(model, plan, self.comm.rank)
         if plan.dequantize and not sharded:
             for name in plan.experts:
                 model.set_submodule(name, model.get_submodule(name).give_back())
@@ -253,6 +256,7 @@ class _Loading:
         if not plan.dequantize:
             with changing_process_state():
                 self.scheme.finish_model(model)
+                refuse_format(model, self.scheme.unsaved(model))
                 self.report.forward = set_forward(model, self.scheme, Forward(self.options.forward), self.devices)
         if plan.device_map is not None:
             self.devices.dispatch(model, plan.tied)

@@ -10,18 +10,21 @@ row-parallel: `lora_A` holds this rank's inputs, and its product is summed; `lor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from distquant.assemble.parallel import CopyInput, GatherOutput, ReduceOutput, SplitInput
+from distquant.assemble.parallel import CopyInput, GatherOutput, ReduceOutput, RefuseDropout, SplitInput
 from distquant.comm import Axis
 from distquant.errors import DistquantError
 from distquant.planning.cuts import Cut
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.parallel import COLWISE, COLWISE_GATHER, ROWWISE, ROWWISE_SPLIT, VOCAB_EMBEDDING
+
+WIRED = "_distquant_wired"
 
 
 class AdapterError(DistquantError, RuntimeError):
@@ -32,6 +35,7 @@ class AdapterError(DistquantError, RuntimeError):
 class _Watch:
     """Hook of a parent: wires adapters on its cut children."""
 
+    model: Any
     axis: Axis
     children: dict[str, tuple[nn.Module, str, Cut]] = field(default_factory=dict)
     """Path from the parent -> the module that was loaded, its style and its cut."""
@@ -40,7 +44,7 @@ class _Watch:
         for path, (loaded, style, cut) in self.children.items():
             child = parent.get_submodule(path) if "." in path else getattr(parent, path)
             if child is not loaded:
-                _wire(path, child, style, cut, self.axis)
+                _wire(path, child, style, cut, self.axis, getattr(self.model, "peft_config", {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
         return self
@@ -53,7 +57,7 @@ def watch_adapters(model: nn.Module, plan: LoadPlan, axis: Axis) -> None:
     for name, shard in plan.modules.items():
         if shard.style in (COLWISE, COLWISE_GATHER, ROWWISE, ROWWISE_SPLIT, VOCAB_EMBEDDING):
             parent, _, leaf = name.rpartition(".")
-            watch = watches.setdefault(parent, _Watch(axis))
+            watch = watches.setdefault(parent, _Watch(model, axis))
             watch.children[leaf] = (model.get_submodule(name), shard.style, plan.cuts[shard.cut])
     for parent, watch in watches.items():
         owner = model.get_submodule(parent)
@@ -78,25 +82,36 @@ class _Elsewhere:
         return self
 
 
-def _wire(path: str, child: nn.Module, style: str, cut: Cut, axis: Axis) -> None:
+def _wire(path: str, child: nn.Module, style: str, cut: Cut, axis: Axis, configs: Mapping[str, Any]) -> None:
     if hasattr(child, "modules_to_save"):
         return  # a whole copy of the module, hooks included
     if not hasattr(child, "lora_A") or not hasattr(child, "base_layer"):
         raise AdapterError(f"{path} was replaced by {type(child).__name__}; on a cut module only PEFT's LoRA is known")
     lora: Any = child
-    wired: set[str] = child.__dict__.setdefault("_distquant_wired", set())
     for adapter in (*lora.lora_A.keys(), *lora.lora_embedding_A.keys()):
-        if adapter not in wired:
-            _check(path, child, adapter, style, cut)
+        # The matrix itself is marked: another adapter may come under the same name.
+        marks = lora.lora_A[adapter].__dict__ if adapter in lora.lora_A else {}
+        if WIRED not in marks:
+            _check(path, child, adapter, style, cut, configs.get(adapter))
+            if isinstance(lora.lora_dropout[adapter], nn.Dropout):  # else an identity
+                lora.lora_dropout[adapter].register_forward_pre_hook(RefuseDropout(f"{path}.lora_dropout"))
             _wire_one(lora.lora_A[adapter], lora.lora_B[adapter], style, cut, axis)
-            wired.add(adapter)
+            marks[WIRED] = True
 
 
-def _check(path: str, child: nn.Module, adapter: str, style: str, cut: Cut) -> None:
+def _check(path: str, child: Any, adapter: str, style: str, cut: Cut, config: Any) -> None:
     if style == VOCAB_EMBEDDING:
         raise AdapterError(
             f"{path}: LoRA on a vocabulary-parallel embedding is not supported; leave it out of the targets"
         )
+    start = getattr(config, "init_lora_weights", True)
+    if not isinstance(start, bool) and str(start).lower() != "gaussian":
+        raise AdapterError(
+            f"{path}: init_lora_weights={start!r} computes initial values from the whole weight or for all ranks, and "
+            "here each rank has a part; load the model again (its weights may be changed) and take True or 'gaussian'"
+        )
+    if not isinstance(child.lora_A[adapter], nn.Module):
+        raise AdapterError(f"{path}: on a cut module only PEFT's plain LoRA is known, not {type(child).__name__}")
     if getattr(child, "use_dora", {}).get(adapter) or getattr(child, "lora_variant", {}).get(adapter) is not None:
         raise AdapterError(f"{path}: only plain LoRA is supported on cut modules (no DoRA or other variants)")
     if cut.repeated:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,12 +61,30 @@ def _refuse_batching(model: Any, *_: Any, **__: Any) -> None:
 
 SHARDED = "the model is sharded, every rank would write its part as if it were the whole weight"
 STACKED = "its experts are held as stacks of quantized components, under names that transformers would not load again"
+KEEP = "Keep the checkpoint that it was loaded from"
 
 
 def _refuse_save(model: Any, *_: Any, **__: Any) -> None:
     stacked = model.distquant.plan.mesh.ep * model.distquant.plan.mesh.tp == 1
-    fix = "Keep the checkpoint that it was loaded from" if stacked else "Load it with tp=1 to save it"
-    raise InputError.one("save_pretrained", STACKED if stacked else SHARDED, fix)
+    what, fix = (STACKED, KEEP) if stacked else (SHARDED, "Load it with tp=1 to save it")
+    raise InputError.one("save_pretrained", what, fix)
+
+
+@dataclass(frozen=True)
+class _RefuseFormat:
+    """`save_pretrained` of a whole model in a form that `from_pretrained` does not read."""
+
+    reason: str
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        fix = f"{KEEP}: loaded with the same quantization_config it gives the same bits"
+        raise InputError.one("save_pretrained", self.reason, fix)
+
+
+def refuse_format(model: Any, reason: str | None) -> None:
+    """Makes `save_pretrained` raise before it writes, where there is a reason and nothing else makes it raise."""
+    if reason is not None and "save_pretrained" not in model.__dict__:
+        model.save_pretrained = _RefuseFormat(reason)
 
 
 def check_complete(model: nn.Module, filled: list[str], plan: LoadPlan, elsewhere: set[str]) -> None:

@@ -6,6 +6,8 @@ backward, `_Reduce` reduces forward and copies backward (Megatron-LM's f and g, 
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,19 @@ from torch import Tensor, nn
 
 from distquant.comm import Axis
 from distquant.errors import InputError
+from distquant.planning.cuts import Cut
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.parallel import COLWISE, COLWISE_GATHER, GRAD_REDUCE, ROWWISE, ROWWISE_SPLIT, VOCAB_EMBEDDING
+
+
+@functools.cache
+def warn_of_norms() -> None:
+    """Warns once, at the first backward: nothing of ours is called where gradients are clipped."""
+    warnings.warn(
+        "each rank of a sharded model has a part of the gradients: clip_grad_norm_ would scale them by another norm on "
+        "every rank, and replicated parameters would drift apart. Do not clip, or by a norm that is summed over ranks",
+        stacklevel=1,
+    )
 
 
 class _Copy(torch.autograd.Function):
@@ -26,7 +39,28 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        warn_of_norms()
         return ctx.axis.all_reduce(grad.contiguous().clone()), None
+
+
+class _Copies(torch.autograd.Function):
+    """A parameter as it is; its gradient is the sum over the ranks that hold the same elements."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, axis: Axis, cut: Cut | None) -> Tensor:
+        ctx.axis, ctx.segments, ctx.size = axis, cut and cut.segments(axis.rank), cut and cut.size
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.segments is None:
+            return ctx.axis.all_reduce(grad.contiguous().clone()), None, None
+        whole, at = grad.new_zeros((ctx.size, *grad.shape[1:])), 0
+        for start, stop in ctx.segments:
+            whole[start:stop] += grad[at : at + stop - start]
+            at += stop - start
+        ctx.axis.all_reduce(whole)
+        return torch.cat([whole[start:stop] for start, stop in ctx.segments]), None, None
 
 
 class _Reduce(torch.autograd.Function):
@@ -36,6 +70,7 @@ class _Reduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        warn_of_norms()
         return grad, None
 
 
@@ -157,14 +192,44 @@ class SumRows:
 
 
 @dataclass(frozen=True)
-class ReduceGradient:
-    """For replicated parameters inside a cut region (per-head norms): their gradient is the sum over ranks."""
+class SumGradients:
+    """Before a module that several ranks hold copies of: it computes with stand-ins whose gradient is summed over them.
+
+    A hook on the parameter would be lost in a copy of the module (PEFT's `modules_to_save`), and one that runs after
+    accumulation would count earlier micro-batches again.
+    """
 
     axis: Axis
+    cut: Cut | None = None
+    """Of the parameters' first dim, where some of its segments are held by several ranks; None = all hold all."""
 
-    def __call__(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self.axis.all_reduce(parameter.grad)
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        own = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
+        module.__dict__["_own_parameters"] = own
+        for name, parameter in own.items():
+            module._parameters[name] = _Copies.apply(parameter, self.axis, self.cut)
+
+
+@dataclass(frozen=True)
+class OwnParameters:
+    """After such a module (also after an error): puts its parameters back."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters.update(module.__dict__.pop("_own_parameters", {}))
+
+
+@dataclass(frozen=True)
+class RefuseDropout:
+    """Before a dropout, on a model that trains: every rank would drop other elements of what must stay equal."""
+
+    path: str
+
+    def __call__(self, module: Any, args: Any) -> None:
+        if module.training and module.p > 0:
+            what = f"dropout of {module.p} would drop other elements on every rank of a sharded model"
+            raise InputError.one(self.path, what, "Set it to 0 to train (LoraConfig: lora_dropout=0)")
 
 
 class _RefuseAdapterSave:
@@ -180,14 +245,18 @@ class _RefuseAdapterSave:
 
 
 def install_styles(model: nn.Module, plan: LoadPlan, axis: Axis) -> None:
-    """Installs the style of every cut module."""
+    """Installs the style of every cut module, and refuses what would let replicated ones drift apart."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_pre_hook(RefuseDropout(name))
     for name, shard in plan.modules.items():
         module = model.get_submodule(name)
         if shard.style == GRAD_REDUCE:
-            for parameter in module.parameters(recurse=False):
-                parameter.register_post_accumulate_grad_hook(ReduceGradient(axis))
+            _sum_gradients(module, axis, None)
             continue
         cut = plan.cuts[shard.cut]
+        if cut.repeated:
+            _sum_gradients(module, axis, cut)
         module.__dict__["_tp_info"] = _RefuseAdapterSave()
         if shard.style in (COLWISE, COLWISE_GATHER):
             module.register_forward_pre_hook(CopyInput(axis))
@@ -203,3 +272,8 @@ def install_styles(model: nn.Module, plan: LoadPlan, axis: Axis) -> None:
             ((start, stop),) = cut.segments(axis.rank)
             module.register_forward_pre_hook(LocalIds(start, stop))
             module.register_forward_hook(SumRows(axis), always_call=True)
+
+
+def _sum_gradients(module: nn.Module, axis: Axis, cut: Cut | None) -> None:
+    module.register_forward_pre_hook(SumGradients(axis, cut))
+    module.register_forward_hook(OwnParameters(), always_call=True)

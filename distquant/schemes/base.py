@@ -251,6 +251,10 @@ class Scheme(ABC):
     def finish_model(self, model: nn.Module) -> None:  # noqa: B027  (most methods need no mark)
         """Sets the marks by which the ecosystem knows a model quantized by this method."""
 
+    def unsaved(self, model: nn.Module) -> str | None:
+        """Reason why `from_pretrained` would not load what `save_pretrained` writes of a model; None where it does."""
+        return None
+
     def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:
         """Adds the module's codes and scales, as its kernel uses them, to the fingerprint."""
         for stream, values, span in self.streams(shard, self.components(module)):

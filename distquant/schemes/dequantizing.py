@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distquant.config import QuantizationConfig
 from distquant.errors import Problem
 from distquant.schemes.base import Scheme, Stream
 from distquant.schemes.quantized_linear import QuantizedLinear
@@ -114,7 +113,7 @@ class DequantizingScheme(Scheme):
         return module.components
 
     def finish_model(self, model: Any) -> None:
-        mark_quantized(model, self.config)
+        mark_quantized(model, self)
 
     @staticmethod
     def _local(shard: Shard) -> tuple[str, tuple[int, int], str]:
@@ -134,14 +133,17 @@ def wrong_dtypes(name: str, dtypes: Mapping[str, str], allowed: Mapping[str, tup
     ]
 
 
-def mark_quantized(model: Any, config: QuantizationConfig) -> None:
+def mark_quantized(model: Any, scheme: Scheme) -> None:
     """What `from_pretrained` leaves on a quantized model, as far as transformers knows the method."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
 
-    written = config.to_dict()
+    from distquant.schemes.quantizer import Quantizer
+
+    written = scheme.config.to_dict()
     if written.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING:
         found = AutoQuantizationConfig.from_dict(written)
         model.config.quantization_config = found
+        model.hf_quantizer = Quantizer(found, scheme.unsaved(model) is None)
         model.is_quantized, model.quantization_method = True, found.quant_method
 
 

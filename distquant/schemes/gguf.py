@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distquant.checkpoint.gguf import BLOCKS
 from distquant.config import GgufConfig
@@ -106,6 +106,9 @@ class GgufScheme(DequantizingScheme):
         blocks = torch.nn.functional.pad(components[""].view(rows, -1, nbytes), (0, -nbytes % 8))
         for at, values in enumerate(blocks.contiguous().view(torch.int64).unbind(2)):
             yield f"{kind} {at}", values, block
+
+    def unsaved(self, model: nn.Module) -> str | None:
+        return "transformers reads GGUF from one .gguf file, which save_pretrained does not write"
 
     def finish_model(self, model: Any) -> None:
         if not self.config.dequantize:

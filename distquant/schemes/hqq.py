@@ -346,8 +346,11 @@ class HqqScheme(Scheme):
     def dequantized(self, module: Any, shard: Shard, ops: Any) -> Tensor:
         return module.dequantize()
 
+    def unsaved(self, model: nn.Module) -> str | None:
+        return "transformers does not read weights that hqq has quantized, and would draw others"
+
     def finish_model(self, model: Any) -> None:
-        mark_quantized(model, self.config)
+        mark_quantized(model, self)
 
     def tally(self, module: Any, shard: Shard, tally: Tally) -> None:
         from hqq.core.quantize import Quantizer

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distquant.config import Mxfp4Config
 from distquant.errors import Problem
@@ -80,6 +80,9 @@ class Mxfp4Scheme(DequantizingScheme):
         return wrong_dtypes(name, dtypes, {"": ("U8",), SCALES: ("U8", "F8_E8M0")})
 
     # -- executing -------------------------------------------------------------------------------------------------
+
+    def unsaved(self, model: nn.Module) -> str | None:
+        return "transformers reads MXFP4 for experts only, not for linear layers"
 
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         ops.quantize_mxfp4(rows, codes=out[""], scale=out[SCALES])

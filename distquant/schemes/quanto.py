@@ -242,6 +242,9 @@ class QuantoScheme(DequantizingScheme):
 
     # -- looking at it ---------------------------------------------------------------------------------------------
 
+    def unsaved(self, model: nn.Module) -> str | None:
+        return "transformers does not read weights that quanto has quantized, and would draw others"
+
     def components(self, module: Any) -> dict[str, Tensor]:
         """What a filled module stores, in the form that runs on every device."""
         from optimum.quanto import WeightQBitsTensor

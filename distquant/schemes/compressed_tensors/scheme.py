@@ -306,6 +306,8 @@ class CompressedTensorsScheme(DequantizingScheme):
         from transformers.utils import is_compressed_tensors_available
         from transformers.utils.quantization_config import CompressedTensorsConfig as Theirs
 
+        from distquant.schemes.quantizer import Quantizer
+
         written = {**self.config.to_dict(), "quantization_status": "compressed"}
         written["config_groups"] = {
             name: {**group, "format": self._storages[name].format} if name in self._storages else group
@@ -318,6 +320,7 @@ class CompressedTensorsScheme(DequantizingScheme):
         written["ignore"] = list(dict.fromkeys((*(self.config.ignore or ()), *left)))
         available = is_compressed_tensors_available()
         model.config.quantization_config = Theirs.from_dict(written) if available else written
+        model.hf_quantizer = Quantizer(model.config.quantization_config, serializable=True)
         model.is_quantized, model.quantization_method = True, "compressed-tensors"
 
 

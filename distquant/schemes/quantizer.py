@@ -1,0 +1,31 @@
+"""The `hf_quantizer` of a model that transformers did not quantize, for those who ask it: Trainer, PEFT, accelerate.
+
+bitsandbytes and torchao have transformers' own. For other methods that would answer for modules that are not here, e.g.
+that MXFP4 does not train; so they have this one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers.base import HfQuantizer
+
+
+class Quantizer(HfQuantizer):
+    """Answers for modules that dequantize and multiply: adapters on them train, their weights do not.
+
+    Args:
+        config: the configuration as the model carries it.
+        serializable: whether what `save_pretrained` writes is read by `from_pretrained`.
+    """
+
+    def __init__(self, config: Any, serializable: bool):
+        super().__init__(config, pre_quantized=True)
+        self._serializable = serializable
+
+    def is_serializable(self) -> bool:
+        return self._serializable
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
