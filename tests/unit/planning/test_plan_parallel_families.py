@@ -44,11 +44,13 @@ def test_phi3_packed_projections_are_cut_part_by_part(make, case):
 
 
 def test_gpt_neox_keeps_each_heads_qkv_together(make):
-    plan = rewrite(make("gpt_neox"), 3, "int8")
+    skeleton = make("gpt_neox")
+    plan = rewrite(skeleton, 3, "int8")
     qkv = cut_of(plan, "gpt_neox.layers.0.attention.query_key_value")
     assert qkv.parts == (((0, 288),), ((288, 576),), ((576, 768),))
     assert lengths(plan, "gpt_neox.layers.0.attention.dense") == [96, 96, 64]
-    assert told(plan, "embed_in")[0][:2] == ("no rule", "vocab_embedding 112+112+96")
+    asked = skeleton.tp_plan.get("gpt_neox.embed_in", "no rule")  # since transformers 5.24 it has one
+    assert told(plan, "embed_in")[0][:2] == (asked, "vocab_embedding 112+112+96")
     assert lengths(plan, "gpt_neox.layers.1.mlp.dense_4h_to_h") == [240, 240, 224]
 
 

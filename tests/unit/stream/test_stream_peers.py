@@ -47,6 +47,8 @@ def on_threads(*functions) -> list[object]:
 class Deaf:
     """Is told nothing that matters."""
 
+    def begin(self) -> None: ...
+
     def copy(self, peer: Peer, message: Message) -> int:
         return 0
 
