@@ -63,3 +63,10 @@ def save_model(family: str, folder: Path, seed: int = 0) -> Path:
                 parameter.copy_(noise * 0.3)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def save_as_stored(model: Any, folder: Path) -> None:
+    """Writes what a model stores though its own `save_pretrained` refuses, as earlier versions did."""
+    kept, model.hf_quantizer = model.hf_quantizer, None
+    type(model).save_pretrained(model, folder)
+    model.hf_quantizer = kept

@@ -8,7 +8,7 @@ Stored, for a weight `[N, K]`, as gpt-oss has each of its experts (transformers 
 Experts that are stored together have one dim more before these, under the name of their fused parameter:
 `gate_up_proj_blocks`, `gate_up_proj_scales`. transformers 5.23 knows no other weights in MXFP4; `weight_blocks` and
 `weight_scales` are its coming names of experts that are stored one by one (pull request 48137). `weight` (as
-`[N, K / 2]`) and `scales` are read as well: so the local module calls its buffers, and so one rank saves them.
+`[N, K / 2]`) and `scales` are read as well: so the local module calls its buffers, and so earlier versions saved them.
 
 Quantized on the way by the definition in `kernels/reference/mxfp4.py`. Runs of 32 depend on nothing else, so a cut
 between them is exact by itself. In forward the weight is dequantized and multiplied with the activations as they are,

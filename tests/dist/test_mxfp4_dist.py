@@ -9,6 +9,7 @@ from test_logits import ROUNDING, distance
 from upstream import their_model
 
 import distquant as dq
+from models import save_as_stored
 from distquant.kernels import reference
 
 FAMILY = "llama-352"
@@ -19,7 +20,7 @@ FAMILY = "llama-352"
 def saved(model_of, tmp_path_factory) -> str:
     """What one rank saves quantized."""
     folder = tmp_path_factory.mktemp("mxfp4")
-    dq.load(model_of(FAMILY), quantization_config="mxfp4").save_pretrained(folder)
+    save_as_stored(dq.load(model_of(FAMILY), quantization_config="mxfp4"), folder)
     return str(folder)
 
 
