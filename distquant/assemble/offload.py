@@ -118,13 +118,23 @@ def save_offloaded(model: Any, offloaded: Offloaded) -> None:
     weights have others.
     """
 
+    from distquant.schemes.quantizer import Quantizer
+
     def save_pretrained(self: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
         state = self.state_dict() if state_dict is None else state_dict
         found = {name: _stored(self, name, offloaded) if value.is_meta else value for name, value in state.items()}
         for name, source in offloaded.tied.items():  # transformers knows ties by their memory
             if name in found and source in found:
                 found[name] = found[source]
-        type(self).save_pretrained(self, *args, state_dict=found, **kwargs)
+        quantizer = getattr(self, "hf_quantizer", None)
+        if not isinstance(quantizer, Quantizer):
+            type(self).save_pretrained(self, *args, state_dict=found, **kwargs)
+            return
+        quantizer.state_dict = found
+        try:
+            type(self).save_pretrained(self, *args, **kwargs)
+        finally:
+            quantizer.state_dict = None
 
     model.save_pretrained = types.MethodType(save_pretrained, model)
 

@@ -6,8 +6,10 @@ that MXFP4 does not train; so they have this one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 
 
@@ -22,9 +24,15 @@ class Quantizer(HfQuantizer):
     def __init__(self, config: Any, serializable: bool):
         super().__init__(config, pre_quantized=True)
         self._serializable = serializable
+        self.state_dict: Mapping[str, Tensor] | None = None
+        """Tensors that `save_pretrained` writes, where a model cannot give them itself; None = its own."""
 
     def is_serializable(self) -> bool:
         return self._serializable
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
+        """`save_pretrained` takes these tensors in place of those that it was given."""
+        return self.state_dict, {}
 
     @property
     def is_trainable(self) -> bool:

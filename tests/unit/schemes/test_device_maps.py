@@ -164,7 +164,7 @@ def files_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("device_map", MAPS.values(), ids=MAPS.keys())
-@pytest.mark.parametrize("case", ["none", "fp8", "mxfp4", "data/compressed_tensors/int8-w8a8", "data/gptq/v1-4bit"])
+@pytest.mark.parametrize("case", ["none", "fp8", "mxfp8", "data/compressed_tensors/int8-w8a8", "data/gptq/v1-4bit"])
 def test_saving_what_is_on_disk(case: str, device_map: dict[str, Any], tmp_path: Path) -> None:
     """The stored checkpoints tie their embeddings, too."""
     load(case).save_pretrained(tmp_path / "plain")
