@@ -175,7 +175,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
             codes = torch.cat([codes[a * columns // 2 : -(-b * columns // 2)] for a, b in shard.rows])
         statistics = Statistics(parts["absmax"].float())
         if "nested_offset" in state:
-            offset = torch.tensor(float(state["nested_offset"]), device=codes.device)
+            offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=codes.device)
             values = parts["nested_quant_map"]
             own = torch.equal(values, dynamic_map(values.device))
             statistics = Statistics(None, parts["absmax"], parts["nested_absmax"], offset, None if own else values)

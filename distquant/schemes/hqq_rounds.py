@@ -80,7 +80,7 @@ def _moved(
     """Zero points after the last round; `each` calls a function with every tile."""
     from hqq.core.optimize import optimize_weights_proximal_legacy_step as step
 
-    errors, best = torch.empty_like(whole), torch.tensor(torch.inf)
+    errors, best = torch.empty_like(whole), torch.tensor(torch.inf, dtype=torch.float32)
     before, after = zero, torch.empty_like(zero)
 
     def move(tile: Tile) -> None:

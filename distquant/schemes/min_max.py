@@ -87,7 +87,7 @@ def _parameters(grouped: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     reach = high - low if grid.least is None else (high - low).clamp_(min=grid.least)
     top = 2**grid.bits - 1
     # A tensor: torch on CUDA multiplies by the reciprocal of a plain number.
-    scale = reach / torch.tensor(float(top), device=grouped.device)
+    scale = reach / torch.tensor(top, dtype=torch.float32, device=grouped.device)
     if grid.symmetric:
         return scale, torch.full_like(scale, (top + 1) / 2)
     return scale, (-low / scale).round_().clamp_(0, top).nan_to_num_(nan=0.0)

@@ -77,7 +77,8 @@ def _decisions(quant_type: str, device: torch.device) -> tuple[Tensor, int]:
     """float32 `[15]` thresholds on the device, and the code of each rank, four bits each."""
     bounds, _, _ = truth._tables(quant_type, torch.device("cpu"))
     order = range(16) if quant_type == "nf4" else truth.FP4_ASCENDING
-    return torch.tensor(bounds, device=device), sum(code << 4 * rank for rank, code in enumerate(order))
+    thresholds = torch.tensor(bounds, dtype=torch.float32, device=device)
+    return thresholds, sum(code << 4 * rank for rank, code in enumerate(order))
 
 
 def _check(flat: Tensor, blocksize: int) -> None:

@@ -99,7 +99,7 @@ def encode_fp8(
         options = {"ROWS": rows, "COLUMNS": columns, "KIND": KINDS[weight.dtype], **EXACT}
         options["num_warps"] = 8 if rows * columns > 8192 else 4
         if amax is None and down * across > 1:
-            amax = torch.zeros(scales_shape, device=weight.device)
+            amax = torch.zeros(scales_shape, dtype=torch.float32, device=weight.device)
             _largest[grid](words(source), amax.view(torch.int32), *where, **options)
         _encode[grid](
             words(source), stored if amax is None else amax.contiguous(), packed.view(torch.uint8), stored, *where,

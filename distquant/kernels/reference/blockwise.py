@@ -25,7 +25,7 @@ def blockwise_table(code: Tensor) -> Tensor:
     Point `i` lies at `2 i / 65535 - 1` in float32; it gets the number of midpoints of neighbouring values below it.
     """
     values = code.float().cpu()
-    points = torch.arange(GRID, dtype=torch.float32) * 2 / torch.tensor(float(GRID - 1)) - 1
+    points = torch.arange(GRID, dtype=torch.float32) * 2 / torch.tensor(GRID - 1, dtype=torch.float32) - 1
     return torch.bucketize(points, (values[:-1] + values[1:]) * 0.5).to(torch.uint8).to(code.device)
 
 

@@ -158,7 +158,7 @@ def quantize_fp8_ue8m0(
 def fbgemm_scales(amax: Tensor, out: Tensor) -> None:
     """Fills `out` (float32 like `amax`) with what FBGEMM divides rows of that amax by."""
     # Tensors, because torch on CUDA multiplies by the reciprocal of a plain number.
-    largest, least = (torch.tensor(v, device=amax.device) for v in (FP8_MAX, 1 / (FP8_MAX * 512)))
+    largest, least = (torch.tensor(v, dtype=torch.float32, device=amax.device) for v in (FP8_MAX, 1 / (FP8_MAX * 512)))
     torch.maximum(amax / largest, least, out=out)
 
 

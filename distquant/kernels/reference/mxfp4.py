@@ -40,7 +40,7 @@ SMALLEST, NAN = 1 << (MANTISSA - 1), 0x1FF << (MANTISSA - 1)
 @cache
 def e2m1_values(device: torch.device) -> Tensor:
     """float32 `[16]`: the value of each code."""
-    positive = torch.tensor(E2M1, device=device)
+    positive = torch.tensor(E2M1, dtype=torch.float32, device=device)
     return torch.cat([positive, -positive])
 
 
@@ -86,7 +86,7 @@ def quantize_mxfp4(
 def _scales(amax: Tensor) -> Tensor:
     """int32 like `amax` (float32): the byte of the smallest power of two that is not less than a sixth."""
     # A tensor: torch on CUDA multiplies by the reciprocal of a plain number.
-    sixth = amax / torch.tensor(E2M1[-1], device=amax.device)
+    sixth = amax / torch.tensor(E2M1[-1], dtype=torch.float32, device=amax.device)
     # The exponent's bits of a float32 are those of e8m0; a fraction that is not 0 carries into them.
     carried = (sixth.view(torch.int32) + ((1 << MANTISSA) - 1)) >> MANTISSA
     return torch.where(amax < torch.inf, carried, NOT_FINITE)
