@@ -37,6 +37,7 @@ from distquant.report import RankReport
 from distquant.schemes import Scheme, config_classes, scheme_for
 from distquant.schemes.state import state_of
 from distquant.skeleton import build
+from distquant.stream.accelerator import Collectives
 from distquant.stream.arena import Board
 from distquant.stream.engine import Engine
 from distquant.stream.files import Files, ReadError
@@ -193,6 +194,7 @@ class _Loading:
         self.devices = Devices(self.device, self.plan.device_map)
         self.stages = Stages(traced=self.options.trace is not None)
         self.board = Board(self.comm.timeout)
+        self.collectives = Collectives(self.board)
         self.kernels: dict[torch.device, Choice] = {}
         self.started = time.perf_counter()
 
@@ -283,7 +285,6 @@ class _Loading:
             sink,
             finished,
             progress if self.progress is not None else None,
-            pinned=self.device.type == "cuda",
             joined=partial,
         ) as engine:
             if self.comm.world_size > 1:
@@ -297,11 +298,16 @@ class _Loading:
 
     def _join_statistics(self, task: Task, sink: BandSink) -> None:
         """Fills in the statistics of rows that other nodes read: a maximum over zeros, which is exact."""
+
+        def late() -> RankError:
+            what = f"the statistics of {task.name} were not joined with other nodes' within {self.board.timeout:g} s"
+            return RankError(self.comm.rank, what)
+
         for band in task.bands:
             if band.whole:
                 start, values = time.perf_counter(), sink.memory[band.name]
                 # As integers: non-negative floats order the same, and a NaN stays one.
-                self.axis.all_reduce(values.view(torch.int32), "max")
+                self.collectives.run(lambda v: self.axis.all_reduce(v, "max"), values.view(torch.int32), late)
                 self.stages.add("exchange", start, task.name, values.nbytes)
                 self.report.bytes_sent += values.nbytes
                 self.report.bytes_received += values.nbytes

@@ -10,6 +10,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,21 +32,34 @@ class Arena:
             os.ftruncate(self.fd, size)
             self._map = mmap.mmap(self.fd, size)
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._pinned = False
+        self._runtime: Any = None
+        """What has pinned it."""
 
     def slot(self, index: int) -> Tensor:
         """uint8 `[slot_bytes]`."""
         return self.memory[index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
-    def pin(self) -> None:
-        """Pins the memory for copies to a GPU."""
-        code = torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.memory.numel(), 0)
-        self._pinned = int(code) == 0
+    def pin(self, device: torch.device) -> bool:
+        """Pins the memory for copies to a device, if its backend offers that in CUDA's way; whether it is pinned."""
+        runtime = getattr(torch.get_device_module(device), "cudart", None)
+        if runtime is None:
+            return False
+        with torch.accelerator.device_index(device.index):
+            code = runtime().cudaHostRegister(self.memory.data_ptr(), self.memory.numel(), 0)
+        if int(code) == 0:
+            self._runtime = runtime()
+            IN_USE.add(self)
+        return int(code) == 0
+
+    def keep(self) -> None:
+        """Leaves the memory as it is to the end of the process: somebody may still read or write there."""
+        IN_USE.add(self)
 
     def close(self) -> None:
         """Gives the memory back. Views of it must not be used any more."""
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
+        IN_USE.discard(self)
+        if self._runtime is not None:
+            self._runtime.cudaHostUnregister(self.memory.data_ptr())
         del self.memory
         if self.fd is not None:
             # Frees the pages though something may still refer to the mapping (a traceback that is kept, say). Whoever
@@ -53,6 +67,10 @@ class Arena:
             self._map.madvise(mmap.MADV_REMOVE)
             os.close(self.fd)
             self.fd = None
+
+
+IN_USE: set[Arena] = set()
+"""Arenas that a device may copy from: they stay mapped, whatever becomes of an engine, until they are closed."""
 
 
 class Slots:

@@ -1,51 +1,62 @@
-"""Copies from host slots to a device: on a GPU beside its kernels, two in flight; on the CPU there is none."""
+"""Copies from host slots to devices: beside their kernels, two in flight; on the CPU there is none."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from distquant.errors import RankError
+from distquant.stream.accelerator import Streams, await_event, current, reached
+from distquant.stream.arena import Board
 
 IN_FLIGHT = 2
 """Copies whose slots are not free yet."""
 
 
 class Copier:
-    """Moves rows to a device, and frees their slot when they are there."""
+    """Moves rows to a device, and frees their slot when they are there.
 
-    def __init__(self, pinned: bool):
-        self.pinned = pinned
-        self._pending: deque[tuple[Any, Callable[[], None]]] = deque()
-        self._stream: Any = None
+    Args:
+        pinned: whether the slots are; else a copy is waited for at once.
+        rank: this rank.
+        board: of the load; a copy may take as long as its timeout.
+    """
+
+    def __init__(self, pinned: bool, rank: int, board: Board):
+        self._pinned, self._rank, self._board = pinned, rank, board
+        self._pending: deque[tuple[torch.device, torch.Event, Callable[[], None]]] = deque()
+        self._streams = Streams()
 
     def to_device(self, rows: Tensor, device: torch.device, free: Callable[[], None]) -> Tensor:
         """The rows on the device; on the CPU the rows themselves, and `free` is not called."""
         if device.type == "cpu":
             return rows
-        if device.type != "cuda" or not self.pinned:
+        if not self._pinned:
             moved = rows.to(device)
             free()
             return moved
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
         while len(self._pending) >= IN_FLIGHT:
             self._free_oldest()
-        with torch.cuda.stream(self._stream):
+        stream, used = self._streams.of(device), torch.accelerator.current_stream(device)
+        with current(stream):
             moved = rows.to(device, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        current = torch.cuda.current_stream(device)
-        current.wait_event(event)
-        moved.record_stream(current)
-        self._pending.append((event, free))
+        copied = stream.record_event()
+        used.wait_event(copied)
+        moved.record_stream(used)
+        self._pending.append((device, copied, free))
         return moved
 
     def _free_oldest(self) -> None:
-        event, free = self._pending.popleft()
-        event.synchronize()
+        device, copied, free = self._pending[0]
+
+        def late() -> RankError:
+            return RankError(self._rank, f"a copy to {device} was not done within {self._board.timeout:g} s")
+
+        await_event(copied, self._board, late)
+        self._pending.popleft()
         free()
 
     def drain(self) -> None:
@@ -53,7 +64,12 @@ class Copier:
         while self._pending:
             self._free_oldest()
 
-    def close(self) -> None:
-        """Waits for copies that still read from the slots; their slots are not handed out again."""
-        while self._pending:
-            self._pending.popleft()[0].synchronize()
+    def close(self, until: float) -> bool:
+        """Waits for copies that still read from the slots, which are not handed out again.
+
+        Returns:
+            Whether all are done by a time (of `time.monotonic`).
+        """
+        while self._pending and reached(self._pending[0][1], until):
+            self._pending.popleft()
+        return not self._pending

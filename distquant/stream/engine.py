@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from time import monotonic, perf_counter
 
 import torch
 from torch import Tensor
 
 from distquant.errors import InputError
+from distquant.facts import format_bytes
 from distquant.planning.slots import READ_SLOTS, SEND_SLOTS
 from distquant.stream.arena import Arena, Board, Slots
 from distquant.stream.budget import Budget
@@ -65,7 +67,6 @@ class Engine:
         sink: makes the memory that a task ends in.
         finish: called with a task and its sink when all its rows are there; in the same order on every rank.
         progress: called with the bytes that are done, and all of them.
-        pinned: whether to pin the staging memory for copies to a GPU.
         joined: whether `finish` waits for ranks of other nodes.
     """
 
@@ -80,7 +81,6 @@ class Engine:
         sink: Callable[[Task], Sink],
         finish: Callable[[Task, Sink], None],
         progress: Callable[[int, int], None] | None = None,
-        pinned: bool = False,
         joined: bool = False,
     ):
         self.rank, self.tasks, self.files = rank, tasks, files
@@ -88,14 +88,17 @@ class Engine:
         self._make_sink, self._finish, self._progress, self._joined = sink, finish, progress, joined
         self.budget = Budget.of(staging, tasks)
         self.arena = Arena(READ_SLOTS + SEND_SLOTS, self.budget.slot)
-        if pinned:
-            self.arena.pin()
+        self._devices = {task.device: None for task in tasks if task.device.type != "cpu"}
+        """Devices that weights go to, in their order of use."""
+        pinned = bool(self._devices) and self.arena.pin(next(iter(self._devices)))
         self._reads = Slots(range(READ_SLOTS), board.watch)
         self._sends = Slots(range(READ_SLOTS, READ_SLOTS + SEND_SLOTS), board.watch)
         self.ledger = Ledger(tasks, rank, board)
         self.peers = Peers(rank, self.arena, board)
         self._sender = Sender(self.arena, self._sends, self.peers, board, self.ledger.late)
-        self.copier = Copier(pinned)
+        self.copier = Copier(pinned, rank, board)
+        self._streams: list[torch.Stream] = []
+        """The main thread's current streams."""
         self._sinks: dict[int, Sink] = {}
         self._turning: dict[int, Tensor] = {}
         self._sink_lock = threading.Lock()
@@ -110,17 +113,26 @@ class Engine:
         self.board.stop()
         if self._reader is not None:
             self._reader.join()
-        self.peers.close(error)
-        self.copier.close()
+        until = monotonic() + self.board.timeout
+        ended = self.peers.close(error, until)
+        ended = self.copier.close(until) and ended
         self._sinks.clear()
         self._turning.clear()
         self._reader = None
-        self.arena.close()
+        if ended:
+            self.arena.close()
+        else:
+            self.arena.keep()
+            size = format_bytes(self.arena.slot_bytes * self.arena.slots)
+            what = f"rank {self.rank}: a device still copies {self.board.timeout:g} s after the load ended"
+            warnings.warn(f"{what}; {size} of staging memory stay in use", RuntimeWarning, stacklevel=2)
 
     # -- the main thread -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begins to listen and, where threads read ahead, to read; `run` goes on."""
+        if self.peers.peers:
+            self._streams = [torch.accelerator.current_stream(device) for device in self._devices]
         self.peers.start(self)
         chunks, threads = batches(self._chunks(), self.budget.largest), self._readers()
         self._reader = Reader(self.files, self.arena, self._reads, self.board, self.stages, chunks, threads)
@@ -353,6 +365,11 @@ class Engine:
             return self._sinks[task.index]
 
     # -- the listening thread --------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Takes over the main thread's streams: memory that one thread makes, the other may fill or use at once."""
+        for stream in self._streams:
+            torch.accelerator.set_stream(stream)
 
     def copy(self, peer: Peer, message: Message) -> int:
         """Copies what this rank keeps out of another's memory."""

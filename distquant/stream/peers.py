@@ -14,6 +14,7 @@ import socket
 import struct
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -80,6 +81,9 @@ class Peer:
 
 class Ears(Protocol):
     """Who is told what peers say; called on the listening thread."""
+
+    def begin(self) -> None:
+        """The thread listens from now on."""
 
     def copy(self, peer: Peer, message: Message) -> int:
         """Copies what is kept of a piece out of the peer's memory; returns the bytes of it."""
@@ -206,8 +210,12 @@ class Peers:
         with self.board.watch:
             self.board.wait(lambda: all(peer.left for peer in self.peers.values()), late)
 
-    def close(self, failure: BaseException | None = None) -> None:
-        """Ends the thread and the connections; on a failure tells the others what it was."""
+    def close(self, failure: BaseException | None = None, until: float | None = None) -> bool:
+        """Ends the thread and the connections; on a failure tells the others what it was.
+
+        Returns:
+            Whether the thread has ended by a time (`time.monotonic`; None: no limit). If not, it keeps what it uses.
+        """
         text = str(failure) if isinstance(failure, DistquantError) else f"{type(failure).__name__}: {failure}"
         for peer in self.peers.values():
             if failure is not None:
@@ -218,14 +226,18 @@ class Peers:
             with suppress(OSError):
                 peer.socket.shutdown(socket.SHUT_RDWR)
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(None if until is None else max(until - time.monotonic(), 0))
+            if self._thread.is_alive():
+                return False
         for peer in self.peers.values():
             peer.socket.close()
         self.peers.clear()
+        return True
 
     # -- listening -------------------------------------------------------------------------------------------------
 
     def _listen(self, ears: Ears) -> None:
+        ears.begin()
         with selectors.DefaultSelector() as selector:
             for peer in self.peers.values():
                 selector.register(peer.socket, selectors.EVENT_READ, peer)
