@@ -39,13 +39,18 @@ def differing(one: Any, other: Any) -> list[str]:
     return [name for name in mine if not torch.equal(raw(mine[name]), raw(theirs[name]))]
 
 
+PLACES = {
+    "model.embed_tokens": "sim:0", "model.layers.0": "sim:0", "model.rotary_emb": "sim:0",
+    "model.layers.1": "sim:1", "model.norm": "sim:1", "lm_head": "sim:1",
+}  # fmt: skip
+"""Half of a model of two layers on each of two devices."""
+
+
 def over_two_devices(path: str, quant: str, staging: str) -> dict[str, Any]:
     """Loads a model with its layers on two devices, and compares it with the load on the CPU."""
     import _sim
 
-    places = {"model.embed_tokens": "sim:0", "model.layers.0": "sim:0", "model.layers.1": "sim:1"}
-    places |= {"model.norm": "sim:1", "lm_head": "sim:1", "model.rotary_emb": "sim:0"}
-    plan = dq.plan(path, quantization_config=quant, device_map=places, staging=staging)
+    plan = dq.plan(path, quantization_config=quant, device_map=PLACES, staging=staging)
     on_cpu = load_shard(dq.plan(path, quantization_config=quant, staging=staging), SoloComm(), "cpu")
     _sim.set_cost(*SLOW)
     _sim.reset_counts()
@@ -149,6 +154,8 @@ def over_two_nodes(path: str, quant: str, staging: str, seconds: float) -> dict[
     def rank(number: int) -> str:
         comm = ThreadComm(number, 4, meeting, axis, timeout=60.0)
         torch.accelerator.set_device_index(number)
+        if number % 2:  # as a user may load: all that a load does is to come in this order
+            torch.accelerator.set_stream(torch.Stream(device=f"sim:{number}"))
         return dq.fingerprint(load_shard(plan, comm, f"sim:{number}"))
 
     found = on_threads(4, rank)
@@ -159,22 +166,24 @@ def over_two_nodes(path: str, quant: str, staging: str, seconds: float) -> dict[
 
 
 def interrupted(path: str, staging: str) -> dict[str, Any]:
-    """A load that is interrupted while copies from its slots still wait."""
+    """A load onto two devices that is interrupted while copies from its slots to the second still run."""
     import _sim
 
-    plan = dq.plan(path, quantization_config="none", device_map={"": "sim:1"}, staging=staging)
-    _sim.set_cost(50e9, 6e9, 0.05)
+    plan = dq.plan(path, quantization_config="none", device_map=PLACES, staging=staging)
+    _sim.set_cost(50e9, 6e9, 0.01)
 
     def progress(seen: Any) -> None:
-        raise KeyboardInterrupt
+        if seen.done > 0.8 * seen.total:
+            raise KeyboardInterrupt
 
     try:
-        load_shard(plan, SoloComm(), "sim:1", progress=progress)
+        load_shard(plan, SoloComm(), "sim:0", progress=progress)
         raised = None
     except KeyboardInterrupt:
         raised = "KeyboardInterrupt"
     copies = _sim.counts().get("H2D pinned async", (0, 0))[0]
-    torch.accelerator.synchronize("sim:1")
+    for device in ("sim:0", "sim:1"):
+        torch.accelerator.synchronize(device)
     return {"raised": raised, "copies": copies, "faults": faults(), "still pinned": len(_sim.registered())}
 
 

@@ -33,7 +33,7 @@ def built() -> Path:
     import torch
 
     source = HERE / "sim.cpp"
-    key = hashlib.sha256(source.read_bytes() + f"{torch.__version__} {sysconfig.get_platform()}".encode())
+    key = hashlib.sha256(source.read_bytes() + f"{torch.__version__} {torch.__file__}".encode())
     tag = sysconfig.get_config_var("SOABI") or "abi"
     target = BUILD / f"{key.hexdigest()[:16]}-{tag}" / "_sim.so"
     target.parent.mkdir(parents=True, exist_ok=True)

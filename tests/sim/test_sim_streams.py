@@ -26,7 +26,7 @@ def test_listening_threads_do_not_wait_behind_collectives(sim: Apart, model_of, 
 
 
 def test_memory_outlives_the_copies_of_a_load_that_is_interrupted(sim: Apart, model_of):
-    found = sim(on_sim.interrupted, model_of("llama-gqa"), "64MiB")
+    found = sim(on_sim.interrupted, model_of("llama-gqa"), "128KiB")
     assert found.pop("copies") > 0
     assert found == {"raised": "KeyboardInterrupt", "faults": [], "still pinned": 0}
 

@@ -103,6 +103,35 @@ def test_piece_is_seen_by_all_and_its_slot_comes_back():
         )
 
 
+def test_a_thread_that_hangs_is_left_behind_with_what_it_uses():
+    """As one that copies to a device which stands still: the load's timeout holds for it, too."""
+    meeting, let_go = Meeting(2), threading.Event()
+
+    class Stuck(Deaf):
+        def copy(self, peer: Peer, message: Message) -> int:
+            assert let_go.wait(30)
+            return int(peer.memory[message.offset])
+
+    def rank(number: int):
+        arena = Arena(1, 4096)
+        peers = Peers(number, arena, Board(20))
+        peers.connect(ThreadComm(number, meeting, 20), (0, 1))
+        peers.start(Stuck())
+        arena.slot(0)[0] = 7
+        peers.send(1 - number, Message(PIECE, stop=1))
+        meeting.collect(number, None)
+        time.sleep(0.2)  # for the thread to begin
+        ended = peers.close(None, time.monotonic() + 0.2)
+        threads = meeting.collect(number, peers._thread)
+        let_go.set()
+        for thread in threads:
+            thread.join(30)
+        arena.close()
+        return ended, peers._thread.is_alive()
+
+    assert on_threads(lambda: rank(0), lambda: rank(1)) == [(False, False), (False, False)]
+
+
 def test_rank_that_does_not_come_is_named(monkeypatch):
     monkeypatch.setattr(peers_module, "CONNECT", 0.3)
     arena = Arena(1, 10)
