@@ -75,7 +75,7 @@ def plannable(path: str, only: list[str] | None) -> tuple[list[str], dict[str, s
     """Short names of the methods that can run here, and of the others the reason why not."""
     import distquant as dq
     from distquant.errors import InputError
-    from distquant.schemes.registry import config_classes
+    from distquant.quantization.registry import config_classes
 
     names = [name for kind in config_classes() for name in kind.short_names]
     refuse_unknown(only, names)

@@ -65,8 +65,8 @@ def measure(case: Case, warm: bool) -> Measured:
     import distquant
     import distquant.api
     from distquant.checkpoint import open_checkpoint
+    from distquant.model import build
     from distquant.planning import LoadPlan
-    from distquant.skeleton import build
 
     torch.set_num_threads(1)
     if warm:

@@ -38,8 +38,8 @@ def recording(path: str, contestant: Contestant, rank: int, run: Callable[[], Me
 @contextmanager
 def recorded() -> Iterator[list[Read]]:
     """The list that the loader's reads go to meanwhile."""
-    from distquant import loader
-    from distquant.stream.files import Files
+    from distquant.loading import loader
+    from distquant.loading.stream.files import Files
 
     reads: list[Read] = []
 

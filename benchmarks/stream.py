@@ -130,15 +130,15 @@ def within(jobs: Iterable[Any], infos: Any, limit: int | None) -> list[Any]:
 def stream(plan: Any, io: str, limit: int | None, tell: Callable[[int, int], None]) -> Streamed:
     import torch
 
-    from distquant.assemble.tasks import jobs_of
     from distquant.checkpoint import open_checkpoint
     from distquant.kernels.choice import choose
-    from distquant.loader import scheme_of
-    from distquant.stream.arena import Board
-    from distquant.stream.budget import Budget
-    from distquant.stream.engine import Engine
-    from distquant.stream.files import Files
-    from distquant.stream.stages import Stages
+    from distquant.loading.jobs import jobs_of
+    from distquant.loading.loader import scheme_of
+    from distquant.loading.stream.arena import Board
+    from distquant.loading.stream.budget import Budget
+    from distquant.loading.stream.engine import Engine
+    from distquant.loading.stream.files import Files
+    from distquant.loading.stream.stages import Stages
 
     checkpoint = open_checkpoint(plan.model)
     device, ops = torch.device("cpu"), choose("auto", torch.device("cpu")).ops

@@ -18,14 +18,14 @@ from distquant.version import __version__
 if TYPE_CHECKING:
     from distquant.api import fingerprint, load, plan
     from distquant.planning import LoadPlan
-    from distquant.quality import perplexity
     from distquant.runtime import ray as ray
+    from distquant.verification.perplexity import perplexity
 
 _LAZY = {
     "LoadPlan": "distquant.planning",
     "fingerprint": "distquant.api",
     "load": "distquant.api",
-    "perplexity": "distquant.quality",
+    "perplexity": "distquant.verification.perplexity",
     "plan": "distquant.api",
 }
 

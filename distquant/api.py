@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from distquant.coordinator import make_plan
+from distquant.environment import Facts, parse_bytes
 from distquant.errors import InputError
-from distquant.facts import Facts, parse_bytes
-from distquant.mesh import Mesh
 from distquant.options import Options, Progress
 from distquant.planning import LoadPlan
-from distquant.request import DEFAULT_STAGING, Request
+from distquant.planning.planner import make_plan
+from distquant.planning.request import DEFAULT_STAGING, Request
+from distquant.sharding.mesh import Mesh
 
 Model = str | os.PathLike[str]
 
@@ -159,7 +159,7 @@ def load(
 
 def fingerprint(model: Any) -> str:
     """32 hex digits that name the quantized weights, however many ranks hold them. All ranks must call it."""
-    from distquant.assemble.fingerprint import fingerprint as of
+    from distquant.verification.fingerprint import fingerprint as of
 
     return of(model)
 

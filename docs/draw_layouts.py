@@ -19,13 +19,13 @@ from typing import Any
 
 from distquant.checkpoint import TensorInfo
 from distquant.config.resolve import parse
-from distquant.layout import ALL, Component
-from distquant.planning.cuts import Cut, even_cut
+from distquant.model.description import Source
 from distquant.planning.load_plan import TensorPlan
-from distquant.schemes.base import Scheme
-from distquant.schemes.flow import flows_of
-from distquant.schemes.registry import config_classes, scheme_for
-from distquant.skeleton.words import Source
+from distquant.planning.transfers import flows_of
+from distquant.quantization.registry import config_classes, scheme_for
+from distquant.quantization.scheme import Scheme
+from distquant.sharding.layout import ALL, Component
+from distquant.sharding.partition import Cut, even_cut
 
 DOCS = Path(__file__).resolve().parent
 NAME, DTYPE, RANKS = "layers.0.proj.weight", "bfloat16", 2

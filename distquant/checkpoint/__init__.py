@@ -2,7 +2,7 @@
 
 from distquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from distquant.checkpoint.faults import CheckpointError, Fault, HeaderFault
-from distquant.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, ShardHeader, TensorInfo, read_header
+from distquant.checkpoint.headers import DTYPE_BITS, MAX_HEADER_BYTES, ShardHeader, TensorInfo, read_header
 
 __all__ = [
     "DTYPE_BITS",

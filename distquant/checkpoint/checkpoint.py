@@ -11,7 +11,7 @@ from typing import Any
 
 from distquant.checkpoint.faults import Faults, HeaderFault, shown
 from distquant.checkpoint.gguf import SUFFIX, parse_gguf
-from distquant.checkpoint.header import ShardHeader, TensorInfo, parse_file
+from distquant.checkpoint.headers import ShardHeader, TensorInfo, parse_file
 from distquant.checkpoint.index import INDEX_NAME, merge, read_index
 from distquant.checkpoint.locate import locate
 from distquant.files import CONFIG_BYTES, read_file

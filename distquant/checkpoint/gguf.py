@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from distquant.checkpoint.faults import Faults, HeaderFault, shown
-from distquant.checkpoint.header import MAX_U64, ShardHeader, TensorInfo
+from distquant.checkpoint.headers import MAX_U64, ShardHeader, TensorInfo
 from distquant.files import open_file
 
 SUFFIX = ".gguf"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from distquant.checkpoint.faults import Faults, HeaderFault, shown
-from distquant.checkpoint.header import ShardHeader, TensorInfo, load_json
+from distquant.checkpoint.headers import ShardHeader, TensorInfo, load_json
 from distquant.files import INDEX_BYTES, read_file
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -11,7 +11,7 @@ from distquant.cli import launch, render
 from distquant.cli.html import plan_html
 from distquant.errors import CheckFailed, InputError
 from distquant.files import TEXT_BYTES, read_text
-from distquant.report import write_report
+from distquant.loading.report import write_report
 from distquant.runtime.job import Job, Outcome
 
 

@@ -10,13 +10,13 @@ from distquant.cli import launch, render
 from distquant.cli.progress import ProgressLine
 from distquant.errors import CheckFailed, InputError
 from distquant.files import TEXT_BYTES, read_text
-from distquant.mesh import Mesh
+from distquant.sharding.mesh import Mesh
 
 
 def demo(arguments: argparse.Namespace) -> None:
     """Runs the demo; raises `CheckFailed` if the sharded bits differ from the unsharded ones."""
-    from distquant.quality import perplexity
     from distquant.runtime import ray
+    from distquant.verification.perplexity import perplexity
 
     quant = arguments.quant or "nf4-dq"
     arguments.quant = quant

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from distquant.cli.render import table
 from distquant.config import QuantizationConfig
-from distquant.facts import Facts, format_bytes
-from distquant.schemes import Context, Scheme
+from distquant.environment import Facts, format_bytes
+from distquant.quantization import Context, Scheme
 
 HEADER = ("method", "names", "pre-quantized", "on the fly", "tp", "ep", "experts", "train", "state")
 """`experts`: how they are held where they are dealt out or cut."""
@@ -23,10 +23,10 @@ def doctor_text(quant: str | None) -> str:
     import torch
 
     from distquant.config import parse
+    from distquant.quantization import config_classes, scheme_for
+    from distquant.quantization.registry import discover
     from distquant.runtime import local
     from distquant.runtime.measure import host_memory, measure, packages, watched
-    from distquant.schemes import config_classes, scheme_for
-    from distquant.schemes.registry import discover
 
     found, facts = packages(), measure(local.device(), None)
     gpu = f" {torch.cuda.get_device_name()}, capability {facts.capability}" if facts.device_type == "cuda" else ""
@@ -75,9 +75,9 @@ def _yes(value: bool) -> str:
 
 def _problems(scheme: Scheme, facts: Facts) -> Iterator[str]:
     """What keeps the method from running on this machine, whatever the checkpoint."""
-    from distquant.mesh import Mesh
-    from distquant.skeleton import Skeleton
-    from distquant.skeleton.words import Linear
+    from distquant.model import Skeleton
+    from distquant.model.description import Linear
+    from distquant.sharding.mesh import Mesh
 
     name = "layers.0.proj"  # for methods that ask whether their patterns match something
     linears = {name: Linear(name, 4096, 4096, False)}

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 
 from distquant.cli.render import heads_of
-from distquant.facts import format_bytes
+from distquant.environment import format_bytes
 from distquant.planning import LoadPlan
 
 STYLE = """

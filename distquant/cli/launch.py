@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from distquant.checks import refuse_unsupported
 from distquant.cli.progress import ProgressLine
 from distquant.errors import DistquantError, InputError, Problem, Problems, RankError, said
-from distquant.mesh import Mesh
+from distquant.model import source_of, tokenizer_file_problems
+from distquant.planning.validation import refuse_unsupported
 from distquant.runtime.job import Job, Outcome
 from distquant.runtime.measure import refuse_crowd
-from distquant.skeleton import source_of, tokenizer_file_problems
+from distquant.sharding.mesh import Mesh
 
 OUTCOME = "DISTQUANT_OUTCOME"
 """Environment variable: file that rank 0 of ranks that we started writes the outcome to."""

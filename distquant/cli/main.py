@@ -12,7 +12,7 @@ from typing import Any
 from distquant.errors import CheckFailed, DistquantError, InputError
 from distquant.kernels.choice import Kernel
 from distquant.options import FORWARDS, IO_MODES
-from distquant.planning.experts import ALL_REDUCE, DISPATCH
+from distquant.planning.expert_parallel import ALL_REDUCE, DISPATCH
 from distquant.quiet import quiet_imports
 from distquant.version import __version__
 

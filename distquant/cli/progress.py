@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from distquant.facts import format_bytes
+from distquant.environment import format_bytes
 from distquant.options import Seen
 
 EVERY = 0.2

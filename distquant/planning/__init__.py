@@ -1,7 +1,5 @@
 """Pure arithmetic: cuts, heads, rules and memory. No I/O, no device, no process group."""
 
-from distquant.planning.cuts import Cut, even_cut
-from distquant.planning.heads import HeadCut, cut_heads
 from distquant.planning.load_plan import (
     AttentionShard,
     ExpertsShard,
@@ -11,6 +9,8 @@ from distquant.planning.load_plan import (
     Rule,
     TensorPlan,
 )
+from distquant.sharding.heads import HeadCut, cut_heads
+from distquant.sharding.partition import Cut, even_cut
 
 __all__ = [
     "AttentionShard",

@@ -10,13 +10,13 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
+from distquant.environment import Facts
 from distquant.errors import InputError
-from distquant.facts import Facts
-from distquant.mesh import Mesh
-from distquant.planning.cuts import Cut
-from distquant.planning.heads import HeadCut
-from distquant.planning.reading import OWN
-from distquant.skeleton.words import Source
+from distquant.model.description import Source
+from distquant.planning.read_assignment import OWN
+from distquant.sharding.heads import HeadCut
+from distquant.sharding.mesh import Mesh
+from distquant.sharding.partition import Cut
 
 PLAN_FORMAT = 4
 """Version of the JSON; a plan of another version is refused."""

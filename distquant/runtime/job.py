@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from distquant.errors import InputError
+from distquant.loading.report import RankReport, make_report
+from distquant.model import source_of, tokenizer_file_problems
 from distquant.planning import LoadPlan
-from distquant.report import RankReport, make_report
-from distquant.skeleton import source_of, tokenizer_file_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ def generate(model: Any, prompt: str | list[str], **kwargs: Any) -> str | list[s
 
 def perform(model: Any, job: Job, runtime: str) -> Outcome:
     """Does a job on a loaded model. On a sharded model all ranks must call it; all get the outcome."""
-    from distquant.assemble.fingerprint import fingerprint
-    from distquant.quality import perplexity
+    from distquant.verification.fingerprint import fingerprint
+    from distquant.verification.perplexity import perplexity
 
     loaded = model.distquant
     plan: LoadPlan = loaded.plan

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from distquant.collector import without_collector
-from distquant.comm import SoloComm
-from distquant.coordinator import Request, plan_and_open
-from distquant.loader import load_shard
+from distquant.garbage_collection import without_collector
+from distquant.loading.loader import load_shard
 from distquant.options import Options, Progress
+from distquant.parallel.comm import SoloComm
 from distquant.planning import LoadPlan
+from distquant.planning.planner import Request, plan_and_open
 from distquant.runtime.measure import measure
 
 NAME = "local"

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
+from distquant.environment import Facts, format_bytes, installed
 from distquant.errors import InputError
-from distquant.facts import Facts, format_bytes, installed
-from distquant.schemes.registry import discover
+from distquant.quantization.registry import discover
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "peft", "ray", "deepspeed")
 """What distquant works with whatever the method."""

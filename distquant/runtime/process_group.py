@@ -20,8 +20,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor
 
-from distquant.comm import DEFAULT_TIMEOUT, Axis, SoloAxis
-from distquant.mesh import AXES, REPLICA, Mesh
+from distquant.parallel.comm import DEFAULT_TIMEOUT, Axis, SoloAxis
+from distquant.sharding.mesh import AXES, REPLICA, Mesh
 
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 

@@ -20,18 +20,18 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distquant.api import Model, _rank_memory
-from distquant.checks import refuse_unsupported
-from distquant.coordinator import make_plan
+from distquant.environment import Facts
 from distquant.errors import InputError
-from distquant.facts import Facts
-from distquant.mesh import Mesh
 from distquant.options import Options, Seen
 from distquant.planning import LoadPlan
+from distquant.planning.planner import make_plan
+from distquant.planning.request import DEFAULT_STAGING, Request
+from distquant.planning.validation import refuse_unsupported
 from distquant.quiet import quiet_imports
-from distquant.request import DEFAULT_STAGING, Request
 from distquant.runtime.job import Job, Outcome
 from distquant.runtime.measure import numbered, packages, refuse_crowd
 from distquant.runtime.ray_model import POLL, Sharded, gather, stop
+from distquant.sharding.mesh import Mesh
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -92,7 +92,7 @@ class Worker:
         return measure(one.device(), max_memory, nodes, self.rank)
 
     def load(self, plan: str, address: tuple[str, int], options: Options) -> None:
-        from distquant.loader import load_shard
+        from distquant.loading.loader import load_shard
         from distquant.runtime import local as one
         from distquant.runtime import process_group
 

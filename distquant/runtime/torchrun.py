@@ -8,16 +8,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distquant.collector import without_collector
-from distquant.coordinator import Request, plan_and_open
 from distquant.errors import InputError, RankError
-from distquant.loader import load_shard
-from distquant.mesh import Mesh
-from distquant.opened import Opened, open_early
+from distquant.garbage_collection import without_collector
+from distquant.loading.loader import load_shard
 from distquant.options import Options, Progress
 from distquant.planning import LoadPlan
+from distquant.planning.planner import Request, plan_and_open
+from distquant.planning.prepared import Opened, open_early
 from distquant.runtime import process_group
 from distquant.runtime.measure import measure, node_name, numbered
+from distquant.sharding.mesh import Mesh
 
 NAME = "torchrun"
 

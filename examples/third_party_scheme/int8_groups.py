@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from distquant.config import QuantizationConfig
 from distquant.errors import Problem
-from distquant.layout import PLAIN_STEPS, Component, Layout
-from distquant.schemes import Scheme, Shard, register
+from distquant.quantization import Scheme, Shard, register
+from distquant.sharding.layout import PLAIN_STEPS, Component, Layout
 
 LARGEST = 127
 """Largest code; -128 is not used, so that codes are symmetric."""

@@ -10,7 +10,7 @@ import pytest
 from cli_runs import Command
 
 import distquant as dq
-from distquant.report import STAGES
+from distquant.loading.report import STAGES
 
 REPORT = {
     "fingerprint", "plan_digest", "runtime", "mesh", "quantization_config", "world_size", "seconds",
@@ -172,7 +172,7 @@ def test_verify_of_equal_bits(kjv_tiny: str, command: Command) -> None:
 
 def test_verify_of_bits_that_differ(kjv_tiny: str, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter(["0" * 32, "f" * 32])
-    monkeypatch.setattr("distquant.assemble.fingerprint.fingerprint", lambda model: next(values))
+    monkeypatch.setattr("distquant.verification.fingerprint.fingerprint", lambda model: next(values))
     done = command("verify", kjv_tiny, "--mesh", "tp=1", "--mesh", "dp=1")
     assert done.code == 1
     assert "equal" not in done.out
@@ -286,7 +286,7 @@ def test_doctor_of_one_method(command: Command) -> None:
 
 
 def test_doctor_knows_every_method_and_says_what_is_missing(command: Command) -> None:
-    from distquant.schemes.registry import discover
+    from distquant.quantization.registry import discover
 
     done = command("doctor")
     for scheme in discover().values():

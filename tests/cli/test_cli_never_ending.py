@@ -14,7 +14,7 @@ from cli_runs import COMMANDS, Command, tells
 import distquant as dq
 from distquant.errors import InputError
 from distquant.files import CONFIG_BYTES, INDEX_BYTES, TEXT_BYTES, TOKENIZER_BYTES
-from distquant.mesh import MOST_RANKS, Mesh
+from distquant.sharding.mesh import MOST_RANKS, Mesh
 
 INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-00003.safetensors"
 

@@ -78,7 +78,7 @@ def base_dropout(path: str, mesh: str | None) -> Tensor:
 
 def warnings_of_training(path: str, mesh: str | None) -> list[str]:
     """What two backward passes warn of."""
-    from distquant.assemble.parallel import warn_of_norms
+    from distquant.parallel.tensor_parallel import warn_of_norms
 
     model = wrap(exact(path, "nf4", mesh))
     fill(model)

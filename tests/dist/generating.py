@@ -10,7 +10,7 @@ import work
 from torch import Tensor
 
 import distquant as dq
-from distquant.request import Request
+from distquant.planning.request import Request
 from distquant.runtime import local
 
 IDS = torch.tensor(work.IDS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from work import IDS, exact, rank
 
-from distquant.planning.parallel import COLWISE, COLWISE_GATHER
+from distquant.planning.tensor_parallel import COLWISE, COLWISE_GATHER
 
 RANK_OF_LORA = 4
 TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")

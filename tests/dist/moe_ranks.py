@@ -10,7 +10,7 @@ import work
 from torch import Tensor
 
 import distquant as dq
-from distquant.schemes import Shard
+from distquant.quantization import Shard
 
 METHODS: dict[str, Any] = {
     "none": "none",

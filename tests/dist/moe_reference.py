@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import distquant as dq
 from distquant.kernels import reference
-from distquant.loader import scheme_of
-from distquant.schemes import Scheme, Shard
+from distquant.loading.loader import scheme_of
+from distquant.quantization import Scheme, Shard
 
 
 def quantized_linear(scheme: Scheme, name: str, weight: Tensor) -> tuple[nn.Module, Shard]:

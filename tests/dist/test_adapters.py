@@ -8,7 +8,7 @@ import torch
 import work
 
 import distquant as dq
-from distquant.assemble.adapters import AdapterError
+from distquant.parallel.lora import AdapterError
 
 ROUNDING = 5e-5
 """As for logits (see test_logits.py); a gradient sums over tokens and layers once more."""

@@ -13,7 +13,7 @@ from moe_reference import as_linear, weights_of
 from work import same_bits
 
 import distquant as dq
-from distquant.loader import scheme_of
+from distquant.loading.loader import scheme_of
 
 FAMILIES = ("olmoe", "gpt-oss")
 """11 experts one by one, of rows that are no whole blocks; 5 transposed and interleaved in one tensor."""

@@ -12,7 +12,7 @@ import work
 from packed_words import Kind, dense_weight, rewrite_packed, store_dense
 
 import distquant as dq
-from distquant.schemes.gptqmodel_product import missing
+from distquant.quantization.linear.gptqmodel_matmul import missing
 
 ROUNDING = 2e-5
 """As in `test_logits`."""

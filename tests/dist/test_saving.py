@@ -10,7 +10,7 @@ import work
 import wrapping
 
 import distquant as dq
-from distquant.schemes import config_classes
+from distquant.quantization import config_classes
 
 READ = {"none": 0, "fp4": 0, "fp4-dq": 0, "nf4": 0, "nf4-dq": 0, "int8": 0, "fp8": 0, "fp8-tensor": 0, "mxfp8": 0}
 READ |= {"int4": 0, "torchao-fp8": 0, "torchao-int8": 0, "fp8-row": 0.1}

@@ -89,8 +89,8 @@ def meant(model: Any) -> dict[str, Tensor]:
     """Dequantized weights by module path, each as the library of its module has it."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    from distquant.schemes.quantized_linear import QuantizedLinear
-    from distquant.schemes.straddling import dequantized
+    from distquant.quantization.linear.quantized_linear import QuantizedLinear
+    from distquant.quantization.linear.unaligned_linear4bit import dequantized
 
     found = {}
     for name in model.distquant.plan.converted:
@@ -185,7 +185,7 @@ def load_while_truncating(plan: dq.LoadPlan) -> Any:
     import os
     from pathlib import Path
 
-    from distquant import loader
+    from distquant.loading import loader
 
     compare = loader._same_files
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import distquant as dq
-from distquant.comm import SoloComm
-from distquant.loader import load_shard
+from distquant.loading.loader import load_shard
+from distquant.parallel.comm import SoloComm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import distquant as dq
-from distquant.schemes.gptqmodel_product import missing
+from distquant.quantization.linear.gptqmodel_matmul import missing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

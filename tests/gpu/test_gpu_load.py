@@ -7,9 +7,9 @@ import torch
 from transformers import AutoTokenizer
 
 import distquant as dq
-from distquant.comm import SoloComm
-from distquant.loader import load_shard
+from distquant.loading.loader import load_shard
 from distquant.options import Options
+from distquant.parallel.comm import SoloComm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import distquant as dq
-from distquant.comm import SoloAxis, SoloComm
 from distquant.errors import RankError
-from distquant.loader import load_shard
+from distquant.loading.loader import load_shard
 from distquant.options import Options
+from distquant.parallel.comm import SoloAxis, SoloComm
 
 SLOW = (50e9, 6e9, 1e-3)
 """Costs of copies: bytes a second from pinned and from other memory, and a millisecond for each."""

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from distquant.schemes.registry import discover
+from distquant.quantization.registry import discover
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 REMEDY = "run: python docs/draw_layouts.py"

@@ -47,7 +47,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def dotted(path: Path) -> str:
-    """`schemes.base` for `distquant/schemes/base.py`, `schemes` for its `__init__.py`, "" for the package itself."""
+    """`schemes.base` for `distquant/quantization/scheme.py`, `schemes` for its `__init__.py`, "" for the package itself."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

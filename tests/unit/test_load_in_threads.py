@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import distquant as dq
-from distquant.assemble.finish import IncompleteModel, check_complete
-from distquant.collector import without_collector
+from distquant.garbage_collection import without_collector
 from distquant.kernels import with_bitsandbytes
 from distquant.kernels.reference.fp8 import FP8_MAX, fbgemm_scales
 from distquant.kernels.reference.mxfp4 import e2m1_values
-from distquant.schemes.threads import one_thread, set_own_threads
+from distquant.loading.finish import IncompleteModel, check_complete
+from distquant.quantization.algorithms.threads import one_thread, set_own_threads
 
 LOADS = [
     ("llama-gqa", "nf4-dq", "bfloat16"),

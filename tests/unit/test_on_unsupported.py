@@ -12,9 +12,9 @@ from quantized import fp8_like, gptq_like, packed, unquantized
 from safetensors.torch import load_file, save_file
 
 import distquant as dq
-from distquant.checks import refuse_unsupported
 from distquant.errors import InputError
 from distquant.planning import LoadPlan
+from distquant.planning.validation import refuse_unsupported
 
 Copy = Callable[[str], Path]
 
@@ -113,7 +113,7 @@ def test_load_refuses_before_a_weight_is_read(store, copy_of: Copy, monkeypatch:
     message = rf"^on_unsupported: weights are stored quantized with '{method}'.* \d+ tensors, model\."
     with pytest.raises(InputError, match=message):
         refuse_unsupported(plan)
-    monkeypatch.setattr("distquant.loader.build", lambda *_, **__: pytest.fail("the refusal came too late"))
+    monkeypatch.setattr("distquant.loading.loader.build", lambda *_, **__: pytest.fail("the refusal came too late"))
     for given in (plan, LoadPlan.from_json(plan.to_json())):
         with pytest.raises(InputError, match=message):
             dq.load(given)
@@ -149,7 +149,7 @@ def test_weights_that_no_method_explains_are_named_up_to_a_limit(fp8: Path, monk
     config = json.loads((fp8 / "config.json").read_text())
     del config["quantization_config"]
     (fp8 / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("distquant.checks.TOLD", 5)
+    monkeypatch.setattr("distquant.planning.validation.TOLD", 5)
     with pytest.raises(InputError, match=r"is stored as F8_E4M3, which no quantization in config\.json") as caught:
         dq.plan(fp8)
     *named, last = caught.value.problems

@@ -77,7 +77,7 @@ def test_tensors_on_a_cpu_are_refused_outside_the_interpreter() -> None:
 
 def test_nothing_else_imports_triton() -> None:
     code = (
-        "import sys, json, distquant.kernels.reference, distquant.schemes\n"
+        "import sys, json, distquant.kernels.reference, distquant.quantization\n"
         "print(json.dumps([name for name in sys.modules if name.startswith('distquant.kernels.gpu')]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)

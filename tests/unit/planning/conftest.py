@@ -9,7 +9,7 @@ import transformers
 from parallel_plans import MODELS, SMALL
 
 from distquant.errors import Problems
-from distquant.skeleton import Skeleton, build, build_skeleton
+from distquant.model import Skeleton, build, build_skeleton
 
 _built: dict[tuple, Skeleton] = {}
 

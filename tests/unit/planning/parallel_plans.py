@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from distquant.layout import ALL, PLAIN_STEPS, Component, Layout, plain
-from distquant.planning.parallel import ParallelPlan, rewrite_tp_plan
-from distquant.skeleton import Skeleton
+from distquant.model import Skeleton
+from distquant.planning.tensor_parallel import ParallelPlan, rewrite_tp_plan
+from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout, plain
 
 HEADS, KV, DIM = 8, 2, 32
 SMALL = {

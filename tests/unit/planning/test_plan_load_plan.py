@@ -7,9 +7,9 @@ import json
 
 import pytest
 
+from distquant.environment import Facts
 from distquant.errors import InputError
-from distquant.facts import Facts
-from distquant.mesh import Mesh
+from distquant.model import Source
 from distquant.planning import (
     AttentionShard,
     Cut,
@@ -23,7 +23,7 @@ from distquant.planning import (
     cut_heads,
     even_cut,
 )
-from distquant.skeleton import Source
+from distquant.sharding.mesh import Mesh
 
 
 def small_plan() -> LoadPlan:

@@ -1,0 +1,323 @@
+"""Executes one rank's share of a plan: streams and quantizes rows, and assembles the local model."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import resource
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from distquant.checkpoint import Checkpoint, open_checkpoint
+from distquant.config import parse
+from distquant.errors import DistquantError, InputError, Problem, RankError
+from distquant.garbage_collection import without_collector
+from distquant.kernels.choice import Choice, choose
+from distquant.loading import check_complete, delegated, finish, install_styles, localize, localize_experts
+from distquant.loading.devices import Devices
+from distquant.loading.fill import Filling
+from distquant.loading.finish import fill_computed_buffers, refuse_format
+from distquant.loading.forward import refuse_forward, set_forward
+from distquant.loading.jobs import jobs_of, sink_of
+from distquant.loading.report import RankReport
+from distquant.loading.sinks import BandSink
+from distquant.loading.stream.accelerator import Collectives
+from distquant.loading.stream.arena import Board
+from distquant.loading.stream.engine import Engine
+from distquant.loading.stream.files import Files, ReadError
+from distquant.loading.stream.stages import Stages
+from distquant.loading.stream.tasks import Task
+from distquant.loading.stream.trace import write_trace
+from distquant.model import build
+from distquant.options import Forward, Options, Progress, Seen
+from distquant.parallel.comm import Comm
+from distquant.parallel.experts import join_experts
+from distquant.parallel.lora import watch_adapters
+from distquant.parallel.replicas import refuse_wrappers
+from distquant.planning.expert_parallel import ALL_REDUCE
+from distquant.planning.load_plan import LoadPlan
+from distquant.planning.prepared import Opened
+from distquant.planning.read_assignment import node_ranks
+from distquant.planning.validation import refuse_kernel, refuse_unsupported
+from distquant.process_state import changing_process_state
+from distquant.quantization import Scheme, config_classes, scheme_for
+from distquant.quantization.linear.state import state_of
+from distquant.sharding.mesh import REPLICA
+
+MODULES = {"optimum-quanto": "optimum.quanto"}
+"""What to import of a package, where it is not called as the package is."""
+
+
+@dataclass
+class Loaded:
+    """What a loaded model carries about itself, as `model.distquant`."""
+
+    plan: LoadPlan
+    scheme: Scheme
+    comm: Comm
+    report: RankReport
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loaded:
+        return self
+
+
+def scheme_of(plan: LoadPlan) -> Scheme:
+    """The scheme that a plan's configuration means."""
+    config = parse({**plan.quantization_config, **plan.selection}, config_classes())
+    assert config is not None
+    return scheme_for(config)
+
+
+@without_collector()
+def load_shard(
+    plan: LoadPlan,
+    comm: Comm,
+    device: torch.device | str,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    opened: Opened | None = None,
+) -> Any:
+    """Loads this rank's part of the model.
+
+    Args:
+        plan: the same on every rank.
+        comm: the ranks; its size is the mesh's.
+        device: where this rank's weights go, unless the plan has a device map.
+        options: how to run; the same on every rank.
+        progress: called as rows arrive.
+        opened: the plan's checkpoint and model, where they have been opened already; the model becomes the result.
+
+    Raises:
+        InputError: this rank's (or another's) files are not those that were planned.
+        ReadError: a file cannot be read as its header says.
+        RankError: another rank failed, or was not heard of for the timeout.
+    """
+    refuse_unsupported(plan)
+    options = options or Options()
+    device = torch.device(device)
+    if scheme_of(plan).delegated:
+        return _delegate(plan, comm, device)
+    # What cannot run here is told before anything is read.
+    with changing_process_state():
+        refuse_kernel(plan, scheme_of(plan), choose(options.kernel, device).kernel)
+        refuse_forward(plan, scheme_of(plan), Forward(options.forward), device)
+        _import_libraries(plan)
+    comm.collect(None)  # ranks that import slowly are not counted as loading
+    start = time.perf_counter()
+    checkpoint = _same_files(plan, comm, opened)
+    loading = _Loading(plan, comm, checkpoint, device, options, progress, opened.model if opened is not None else None)
+    try:
+        model = loading.run()
+    except ReadError as error:
+        raise ReadError(f"rank {comm.rank}: {error}") from error
+    except RuntimeError as error:
+        raise _cause(error, loading.board) from error
+    loading.report.seconds = time.perf_counter() - start
+    model.distquant = Loaded(plan, loading.scheme, comm, loading.report)
+    if options.trace is not None:
+        write_trace(options.trace, comm, loading.stages, start)
+    return model
+
+
+def _delegate(plan: LoadPlan, comm: Comm, device: torch.device) -> Any:
+    """Lets transformers load the model; the report says so, and has no stages."""
+    scheme, start = scheme_of(plan), time.perf_counter()
+    report = RankReport(rank=comm.rank, kernel=f"transformers: its own quantizer for {scheme.config.quant_method!r}")
+    model = delegated.load(plan, scheme, device)
+    report.seconds = time.perf_counter() - start
+    report.quantized_bytes = sum(value.nbytes for _, value in state_of(model))
+    report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    model.distquant = Loaded(plan, scheme, comm, report)
+    return model
+
+
+def _cause(error: RuntimeError, board: Board) -> BaseException:
+    """What another rank said or did, where that is why a collective failed here; else the error itself."""
+    known = isinstance(error, DistquantError) or not isinstance(board.failure, RankError)
+    return error if known or board.failure is None else board.failure
+
+
+def _import_libraries(plan: LoadPlan) -> None:
+    """Imports what loading will need, so that the time of a load is its own."""
+    for package in ("transformers", "accelerate", *scheme_of(plan).requires):
+        importlib.import_module(MODULES.get(package, package))
+
+
+def _same_files(plan: LoadPlan, comm: Comm, opened: Opened | None) -> Checkpoint:
+    """Opens the checkpoint on this rank and compares it with the plan; a difference on any rank stops all.
+
+    Ranks that were given different plans stop, too; only the folder may have another path on another machine.
+    """
+    problems: list[Problem] = []
+    checkpoint = None
+    decided = dataclasses.replace(plan, model="").digest
+    for rank, theirs in enumerate(comm.collect(decided)):
+        if theirs != decided:
+            what = f"rank {rank} has the plan {theirs[:16]}, rank {comm.rank} has {decided[:16]}"
+            raise InputError.one("plan", what, "Give every rank the same arguments, or the same plan")
+    try:
+        checkpoint = opened.checkpoint if opened is not None else open_checkpoint(plan.model)
+        mine = checkpoint.digests()
+        for file in sorted(plan.shards.keys() | mine.keys()):
+            if plan.shards.get(file) != tuple(mine.get(file, ())):
+                what = f"on rank {comm.rank} it differs from the planned file (header or size)"
+                problems.append(
+                    Problem(f"{plan.model}/{file}", what, "Give every rank the same files, then plan again")
+                )
+    except InputError as error:
+        problems += [Problem(f"rank {comm.rank}: {p.where}", p.what, p.fix) for p in error.problems]
+    found = [problem for theirs in comm.collect(problems) for problem in theirs]
+    if found:
+        raise InputError(found)
+    assert checkpoint is not None
+    return checkpoint
+
+
+@dataclass
+class _Loading:
+    plan: LoadPlan
+    comm: Comm
+    checkpoint: Checkpoint
+    device: torch.device
+    options: Options
+    progress: Progress | None
+    model: Any = None
+    """On `meta`, if it has been built already."""
+    report: RankReport = field(init=False)
+    scheme: Scheme = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.report = RankReport(rank=self.comm.rank)
+        self.scheme = scheme_of(self.plan)
+        self.axis = self.comm.axis("tp")
+        self.at = self.plan.mesh.coordinates(self.comm.rank)
+        self.devices = Devices(self.device, self.plan.device_map)
+        self.stages = Stages(traced=self.options.trace is not None)
+        self.board = Board(self.comm.timeout)
+        self.collectives = Collectives(self.board)
+        self.kernels: dict[torch.device, Choice] = {}
+        self.started = time.perf_counter()
+
+    def run(self) -> Any:
+        plan = self.plan
+        model, self.model = self.model, None
+        if model is None:
+            model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
+        with changing_process_state():
+            localize_experts(model, plan, self.scheme, self.at["tp"], self.at["ep"])
+        files = Files(self.checkpoint.folder, self.options.io)
+        filling = Filling(model, plan, self.scheme, self.at, self.devices, self._ops, self.report)
+        try:
+            self._stream(filling, files)
+        finally:
+            files.close()
+        self._complete(model, filling.filled)
+        self._tell(files)
+        return model
+
+    def _ops(self, device: torch.device) -> Any:
+        """The kernels for a device."""
+        if device not in self.kernels:
+            self.kernels[device] = choose(self.options.kernel, device)
+        return self.kernels[device].ops
+
+    def _tell(self, files: Files) -> None:
+        report = self.report
+        read = files.stats
+        report.bytes_read, report.direct_bytes, report.retries = read.bytes, read.direct, read.retries
+        report.kernel = "; ".join(choice.reason for choice in self.kernels.values())
+        report.stages = dict(self.stages.busy)
+        report.limit = self.stages.limit(time.perf_counter() - self.started)
+        report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type == "cuda":
+            report.peak_device_bytes = torch.cuda.max_memory_allocated(self.device)
+
+    def _complete(self, model: Any, filled: list[str]) -> None:
+        plan = self.plan
+        fill_computed_buffers(model, self.devices.of)
+        elsewhere = {*self.devices.offloaded, *plan.tied}
+        check_complete(model, filled, plan, elsewhere)
+        if self.axis.size > 1:
+            install_styles(model, plan, self.axis)
+            watch_adapters(model, plan, self.axis)
+        sharded = plan.mesh.ep * plan.mesh.tp > 1
+        if sharded:
+            refuse_wrappers(model, plan, self.comm.rank)
+        if plan.dequantize and not sharded:
+            for name in plan.experts:
+                model.set_submodule(name, model.get_submodule(name).give_back())
+        else:
+            join_experts(model, plan, self.comm)
+            sharded = sharded or bool(plan.experts)
+        own_batches = plan.dispatch != ALL_REDUCE and plan.mesh.ep > 1
+        same_tokens = self.comm.axis("tp" if own_batches else REPLICA)
+        finish(model, plan.model, same_tokens, sharded, self.comm.axis(REPLICA) if own_batches else None)
+        if not plan.dequantize:
+            with changing_process_state():
+                self.scheme.finish_model(model)
+                refuse_format(model, self.scheme.unsaved(model))
+                self.report.forward = set_forward(model, self.scheme, Forward(self.options.forward), self.devices)
+        if plan.device_map is not None:
+            self.devices.dispatch(model, plan.tied)
+
+    # -- streaming -------------------------------------------------------------------------------------------------
+
+    def _stream(self, filling: Filling, files: Files) -> None:
+        plan = self.plan
+        node = node_ranks(plan.nodes, self.comm.rank)
+        jobs = list(jobs_of(plan, self.scheme, node, self.checkpoint.tensors, self.devices.of, self._ops))
+        partial = any(plan.nodes[rank] != plan.nodes[self.comm.rank] for rank in plan.mesh.peers(self.comm.rank, "tp"))
+
+        def sink(task: Task) -> BandSink:
+            job = jobs[task.index]
+            return sink_of(job, self.at["tp"], partial, filling.home(job))
+
+        def finished(task: Task, filled: Any) -> None:
+            if partial:
+                self._join_statistics(task, filled)
+            filling.fill(jobs[task.index], filled)
+
+        def progress(done: int, total: int) -> None:
+            assert self.progress is not None
+            self.progress(Seen(done, total, self.stages.limit(time.perf_counter() - self.started)))
+
+        with Engine(
+            self.comm.rank,
+            [job.task for job in jobs],
+            files,
+            plan.staging,
+            self.board,
+            self.stages,
+            sink,
+            finished,
+            progress if self.progress is not None else None,
+            joined=partial,
+        ) as engine:
+            if self.comm.world_size > 1:
+                engine.peers.connect(self.comm, node)
+            engine.start()
+            with changing_process_state():
+                localize(filling.model, plan, self.scheme, self.at["tp"])  # while the first weights are read
+            engine.run()
+            self.report.staging_bytes = engine.arena.slot_bytes * engine.arena.slots
+            self.report.bytes_sent += engine.moved.sent
+            self.report.bytes_received += engine.moved.received
+
+    def _join_statistics(self, task: Task, sink: BandSink) -> None:
+        """Fills in the statistics of rows that other nodes read: a maximum over zeros, which is exact."""
+
+        def late() -> RankError:
+            what = f"the statistics of {task.name} were not joined with other nodes' within {self.board.timeout:g} s"
+            return RankError(self.comm.rank, what)
+
+        for band in task.bands:
+            if band.whole:
+                start, values = time.perf_counter(), sink.memory[band.name]
+                # As integers: non-negative floats order the same, and a NaN stays one.
+                self.collectives.run(lambda v: self.axis.all_reduce(v, "max"), values.view(torch.int32), late)
+                self.stages.add("exchange", start, task.name, values.nbytes)
+                self.report.bytes_sent += values.nbytes
+                self.report.bytes_received += values.nbytes

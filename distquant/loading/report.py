@@ -1,0 +1,61 @@
+"""The report of a load: what each rank read, sent and kept, and how long its stages were busy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from distquant.loading.stream.stages import STAGES
+from distquant.planning.load_plan import LoadPlan
+
+
+@dataclass(kw_only=True)
+class RankReport:
+    """One rank's figures. Times in seconds (stages overlap, so they do not add up), sizes in bytes."""
+
+    rank: int
+    seconds: float = 0.0
+    bytes_read: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    quantized_bytes: int = 0
+    unquantized_bytes: int = 0
+    staging_bytes: int = 0
+    """Host memory that weights passed through."""
+    direct_bytes: int = 0
+    """Of the bytes read, those that were read past the page cache."""
+    retries: int = 0
+    """Reads that failed and were tried again."""
+    peak_rss_bytes: int = 0
+    peak_device_bytes: int = 0
+    kernel: str = ""
+    """Which kernels quantized, and why these."""
+    forward: str = ""
+    """What multiplies the quantized weights."""
+    limit: str = ""
+    """The stage that held the rank back."""
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+
+def make_report(plan: LoadPlan, runtime: str, ranks: list[RankReport], fingerprint: str | None) -> dict[str, Any]:
+    """The report as a JSON-ready dict."""
+    return {
+        "fingerprint": fingerprint,
+        "plan_digest": plan.digest,
+        "runtime": runtime,
+        "mesh": str(plan.mesh),
+        "quantization_config": plan.quantization_config,
+        "world_size": plan.mesh.size,
+        "seconds": max(rank.seconds for rank in ranks),
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "model_bytes": sum(rank.quantized_bytes + rank.unquantized_bytes for rank in ranks),
+        "ranks": [dataclasses.asdict(rank) for rank in ranks],
+    }
+
+
+def write_report(report: dict[str, Any], path: str) -> None:
+    with open(path, "w") as file:
+        json.dump(report, file, indent=1)
+        file.write("\n")

@@ -1,0 +1,201 @@
+"""Reads ahead of the consumer, several reads in flight, into slots of the staging memory and never further.
+
+Threads take the next batch and its slot in order, read without holding Python's lock, and the consumer gets the batches
+in that order. No slot free: no read begins, so a slow consumer holds the reads back. Without threads the consumer reads
+for itself, one batch after the other: right where a thread would only take turns with it on the same core.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from distquant.loading.stream.arena import Arena, Board, Slots
+from distquant.loading.stream.files import Files, ReadError
+from distquant.loading.stream.rows import RowRange
+from distquant.loading.stream.stages import Stages
+from distquant.loading.stream.tasks import Chunk
+
+AHEAD = 8
+"""Batches that may wait for the consumer, those that were read straight into place included."""
+
+
+class Reader:
+    """Iterates over filled batches. `stop` the board and `join` before the files are closed.
+
+    Args:
+        files: to read from.
+        arena: the staging memory.
+        slots: of it, those to read into.
+        board: of the load.
+        stages: where the time goes.
+        batches: what to read, in order.
+        threads: reads in flight; 0 = whoever iterates reads.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        arena: Arena,
+        slots: Slots,
+        board: Board,
+        stages: Stages,
+        batches: Iterator[list[Chunk]],
+        threads: int,
+    ):
+        self._files, self._arena, self._slots, self._board, self._stages = files, arena, slots, board, stages
+        self._batches = batches
+        self._order = threading.Lock()
+        self._begun = self._taken = 0
+        self._ended = False
+        self._reading: dict[int, Chunk] = {}
+        self._ready: dict[int, list[Chunk]] = {}
+        self._threads = [
+            threading.Thread(target=self._work, name=f"distquant-reader-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __iter__(self) -> Iterator[list[Chunk]]:
+        return self._read_ahead() if self._threads else self._read_here()
+
+    def _read_here(self) -> Iterator[list[Chunk]]:
+        while begun := self._begin():
+            number, batch = begun
+            start = time.perf_counter()
+            self._read(batch)
+            self._stages.waited += time.perf_counter() - start
+            self._taken = number + 1
+            yield batch
+
+    def _read_ahead(self) -> Iterator[list[Chunk]]:
+        while True:
+            start = time.perf_counter()
+            with self._board.watch:
+                if not self._board.wait(self._next_is_there, self._late):
+                    return
+                if self._taken not in self._ready:
+                    return
+                batch = self._ready.pop(self._taken)
+                self._taken += 1
+                self._board.watch.notify_all()
+            self._stages.waited += time.perf_counter() - start
+            yield batch
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next batch is there, or is read by whoever asks for it."""
+        return not self._threads or self._taken in self._ready
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def _next_is_there(self) -> bool:
+        return self._taken in self._ready or (self._ended and self._taken == self._begun)
+
+    def _late(self) -> ReadError:
+        piece = self._reading[self._taken].ranges[0] if self._taken in self._reading else None
+        where = f"{piece.file} at byte {piece.offset} ({piece.tensor})" if piece else "the next piece"
+        return ReadError(f"{where}: the read has not come back for {self._board.timeout:g} s")
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._order:
+                    begun = self._begin()
+                if begun is None:
+                    return
+                number, batch = begun
+                self._reading[number] = batch[0]
+                self._read(batch)
+                with self._board.watch:
+                    del self._reading[number]
+                    self._ready[number] = batch
+                    self._board.watch.notify_all()
+        except BaseException as error:
+            self._board.fail(error)
+
+    def _begin(self) -> tuple[int, list[Chunk]] | None:
+        """The next batch with its slot; None at the end or when the load stops."""
+        board = self._board
+        if self._ended:
+            return None
+        batch = next(self._batches, None)
+        with board.watch:
+            if batch is None:
+                self._ended = True
+                board.watch.notify_all()
+                return None
+            through = [chunk for chunk in batch if chunk.into is None]
+
+            def room() -> bool:
+                return self._begun - self._taken < AHEAD and (not through or self._slots.any_free)
+
+            if not self._wait(room):
+                return None
+            if through:
+                slot = self._slots.take(len(through))
+                for chunk in through:
+                    chunk.slot = slot
+            self._begun += 1
+            return self._begun - 1, batch
+
+    def _wait(self, room: Callable[[], bool]) -> bool:
+        """Waits, with the condition held, until `room`; False if the load ends before.
+
+        A thread waits as long as the consumer works; the consumer itself only waits for other ranks to copy.
+        """
+        board = self._board
+        if not self._threads:
+            return board.wait(room, self._late)
+        board.watch.wait_for(lambda: room() or board.stopped or board.failure is not None)
+        return not board.stopped and board.failure is None
+
+    def _read(self, batch: list[Chunk]) -> None:
+        start = time.perf_counter()
+        nbytes = sum(chunk.nbytes for chunk in batch)
+        if batch[0].direct:
+            self._read_span(batch, nbytes)
+        else:
+            self._read_runs(batch)
+        self._stages.add("read", start, batch[0].task.name, nbytes)
+
+    def _read_span(self, batch: list[Chunk], nbytes: int) -> None:
+        """Reads neighbours in a file into a slot, past the page cache."""
+        first = batch[0]
+        assert first.span is not None
+        file, offset, _ = first.span
+        view = self._files.read_span(file, offset, nbytes, self._arena.slot(first.slot), first.ranges[0].tensor)
+        for chunk in batch:
+            chunk.raw = view[chunk.at : chunk.at + chunk.nbytes]
+
+    def _read_runs(self, batch: list[Chunk]) -> None:
+        """Reads pieces into a slot or their place, through the page cache: one read for all that are neighbours."""
+        found = []
+        for chunk in batch:
+            if chunk.into is not None:
+                chunk.raw = chunk.into()
+            else:
+                chunk.raw = self._arena.slot(chunk.slot)[chunk.at : chunk.at + chunk.nbytes]
+            view, at = memoryview(chunk.raw.numpy().data), 0
+            for piece in chunk.ranges:
+                found.append((piece, view[at : at + piece.nbytes]))
+                at += piece.nbytes
+        found.sort(key=lambda each: (each[0].file, each[0].offset))
+        run: list[tuple[RowRange, memoryview]] = []
+        for piece, view in found:
+            if not piece.contiguous:
+                self._files.read_rows(piece.file, piece.offset, piece.stride, view, piece.width, piece.tensor)
+                continue
+            if run and (run[-1][0].file, run[-1][0].offset + run[-1][0].nbytes) != (piece.file, piece.offset):
+                self._read_run(run)
+                run = []
+            run.append((piece, view))
+        if run:
+            self._read_run(run)
+
+    def _read_run(self, run: list[tuple[RowRange, memoryview]]) -> None:
+        first = run[0][0]
+        self._files.read_run(first.file, first.offset, [view for _, view in run], [piece.tensor for piece, _ in run])

@@ -1,0 +1,103 @@
+"""A skeleton as a quantized checkpoint stores it, where the method is left out (`on_unsupported="skip"`).
+
+Nothing is known here of a method's format. Weights of the model's shapes keep their places, in the dtype that they are
+stored in. Where a weight is stored in another shape, or as tensors of other names, these take its place as they are:
+nothing can tell how to cut them, so every rank holds them whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from distquant.checkpoint import TensorInfo
+from distquant.model.description import Param, Skeleton, Source
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+"""Checkpoint dtypes that need no scheme to be read."""
+
+TORCH_NAMES = {
+    "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+"""torch's name of a checkpoint dtype; what is not listed is counted in the model's dtype, which is wider."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What was found quantized.
+
+    Attributes:
+        weights: parameters that are planned in the form in which the method stores them.
+        beside: checkpoint tensors beside those weights that only the method can use (scales, say); left out.
+    """
+
+    weights: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+
+def as_stored(skeleton: Skeleton, tensors: Mapping[str, TensorInfo]) -> tuple[Skeleton, Kept]:
+    """The skeleton with the checkpoint's own dtypes and packed tensors, and what of it is quantized.
+
+    Args:
+        skeleton: as `build_skeleton` returns it.
+        tensors: the checkpoint's headers.
+    """
+    kept = _in_their_places(skeleton, tensors)
+    owners = {_owner(source.tensor) for name in kept for source in skeleton.sources[name]}
+    beside = tuple(name for name in skeleton.unexpected if _owner(name) in owners)
+    unplaced = [name for name in skeleton.unexpected if _owner(name) not in owners]
+    inside = _instead_of_missing(skeleton, unplaced)
+    weights = {name for name in skeleton.missing if _owner(name) in inside.values() and _is_weight(skeleton, name)}
+    instead = {name: Param(name, tensors[name].shape, _dtype(tensors[name], "float32")) for name in inside}
+    packed = {_owner(name) for name, param in kept.items() if param.shape != skeleton.params[name].shape}
+    params = {name: kept.get(name, param) for name, param in skeleton.params.items() if name not in weights}
+    found = replace(
+        skeleton,
+        params=params | instead,
+        sources=skeleton.sources | {name: (Source(name),) for name in inside},
+        unexpected=tuple(name for name in unplaced if name not in inside),
+        missing=tuple(name for name in skeleton.missing if name not in weights),
+        linears={n: linear for n, linear in skeleton.linears.items() if n not in packed.union(inside.values())},
+    )
+    return found, Kept((*kept, *inside), beside)
+
+
+def _in_their_places(skeleton: Skeleton, tensors: Mapping[str, TensorInfo]) -> dict[str, Param]:
+    """Weights whose tensors the model has a place for, with the dtype and the shape in which they are stored."""
+    kept = {}
+    for name, sources in skeleton.sources.items():
+        param, infos = skeleton.params[name], [tensors[source.tensor] for source in sources]
+        if param.dtype.startswith(("float", "bfloat")) and any(info.dtype not in FLOATS for info in infos):
+            same = len({info.dtype for info in infos}) == 1
+            other = len(infos) == 1 and math.prod(infos[0].shape) != math.prod(param.shape)
+            shape = infos[0].shape if other else param.shape
+            kept[name] = replace(param, shape=shape, dtype=_dtype(infos[0], param.dtype) if same else param.dtype)
+    return kept
+
+
+def _instead_of_missing(skeleton: Skeleton, unplaced: Iterable[str]) -> dict[str, str]:
+    """Tensors inside a module that lacks a weight -> the module: they are what the weight is stored as."""
+    lacking = {_owner(name) for name in skeleton.missing if _is_weight(skeleton, name)}
+    found = {}
+    for name in unplaced:
+        module = _owner(name)
+        while module and module not in lacking:
+            module = _owner(module)
+        if module:
+            found[name] = module
+    return found
+
+
+def _is_weight(skeleton: Skeleton, name: str) -> bool:
+    return len(skeleton.params[name].shape) > 1
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _dtype(info: TensorInfo, otherwise: str) -> str:
+    return TORCH_NAMES.get(info.dtype, otherwise)

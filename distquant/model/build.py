@@ -1,0 +1,208 @@
+"""Builds the model on `meta` with transformers, and describes it as a `Skeleton`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from distquant.errors import InputError, Problems, said
+from distquant.model.description import Attention, Linear, Param, Skeleton, Source
+from distquant.model.experts import experts_of
+from distquant.model.gguf import source_of
+from distquant.model.sidecars import model_file_problems
+from distquant.model.weight_mapping import ignorable, map_names
+from distquant.process_state import changing_process_state
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+
+UNBUILDABLE = (ValueError, LookupError, OSError, ImportError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+"""What transformers raises at a config.json that makes no sense; the whole of it is the user's input."""
+
+
+def _strict_error() -> type[Exception]:
+    """huggingface_hub's error for config fields of the wrong type."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return StrictDataclassError
+
+
+@changing_process_state()
+def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a checkpoint folder or GGUF file, on `meta`, in `dtype` (None: the config's own, else float32).
+
+    Raises:
+        InputError: transformers does not know the model, or it needs code from the checkpoint.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from distquant.model.uninitialized import Uninitialized
+
+    if problems := list(model_file_problems(path)):
+        raise InputError(problems)
+    try:
+        folder, gguf = source_of(path)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+        has_quantization = getattr(config, "quantization_config", None) is not None
+        if has_quantization:
+            del config.quantization_config
+        wanted = dtype or _name(getattr(config, "dtype", None)) or "float32"
+        with torch.device("meta"), Uninitialized(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, wanted), trust_remote_code=trust_remote_code
+            )
+        if model.can_generate() and (path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    except (*UNBUILDABLE, _strict_error()) as error:
+        raise InputError.one(str(path), said(error), _how_to_build(error, trust_remote_code)) from error
+    return model.eval()
+
+
+def build_skeleton(
+    model: PreTrainedModel,
+    tensors: Mapping[str, tuple[int, ...]],
+    suffixes: Mapping[str, str],
+    problems: Problems,
+) -> Skeleton:
+    """Describes a model on `meta` and places the checkpoint's tensors in it.
+
+    Args:
+        model: as `build` returns it.
+        tensors: shape of each checkpoint tensor.
+        suffixes: checkpoint suffix -> component, as the quantization method stores them.
+        problems: gets what cannot be placed.
+    """
+    params = _params(model)
+    shapes = {name: param.shape for name, param in params.items()}
+    sources, parts, unexpected = map_names(model, shapes, tensors, suffixes, problems)
+    known, unknown = experts_of(model)
+    _, left = ignorable(unexpected, model._keys_to_ignore_on_load_unexpected)
+    _, left = ignorable(left, [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"])
+    tied = _ties(model, sources)
+    params = {name: param for name, param in params.items() if name not in tied}
+    sources = {name: found for name, found in sources.items() if name in params}
+    _, missing = ignorable([n for n in params if n not in sources], model._keys_to_ignore_on_load_missing)
+    return Skeleton(
+        model_type=model.config.model_type,
+        architecture=type(model).__name__,
+        params=params,
+        tied=tied,
+        sources=sources,
+        unexpected=tuple(left),
+        missing=tuple(missing),
+        linears=_linears(model),
+        attentions=_attentions(model),
+        embeddings=tuple(_modules_of(model, "Embedding")),
+        input_embedding=_path_of(model, model.get_input_embeddings()),
+        output_embedding=_path_of(model, model.get_output_embeddings()),
+        experts=known,
+        unknown_experts=unknown,
+        parts=parts,
+        tp_plan=dict(getattr(model, "tp_plan", None) or {}),
+        ep_plan=dict(getattr(model, "_ep_plan", None) or {}),  # 5.17 has no property for it
+        default_skip=tuple(sorted(_default_skip(model))),
+        no_split=tuple(sorted(getattr(model, "_no_split_modules", None) or ())),
+        modules=tuple(name for name, _ in model.named_modules() if name),
+    )
+
+
+def _params(model: PreTrainedModel) -> dict[str, Param]:
+    """All parameters and persistent buffers, in the dtype that they are loaded in."""
+    plan = model._get_dtype_plan(model.dtype)
+    tensors = model.state_dict(keep_vars=True)
+    buffers = {name for name, _ in model.named_buffers()}
+    found = {}
+    for name, tensor in tensors.items():
+        forced = next((_name(d) for pattern, d in plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name)), None)
+        found[name] = Param(name, tuple(tensor.shape), forced or _name(tensor.dtype) or "float32", name in buffers)
+    return found
+
+
+def _ties(model: PreTrainedModel, sources: Mapping[str, tuple[Source, ...]]) -> dict[str, str]:
+    """Tied parameter -> the one that is loaded. Where the checkpoint holds both, both are loaded (they may differ)."""
+    tied = {}
+    for target, source in model.all_tied_weights_keys.items():
+        if target in sources and source in sources:
+            continue
+        if target in sources:
+            target, source = source, target
+        tied[target] = source
+    return tied
+
+
+def _linears(model: PreTrainedModel) -> dict[str, Linear]:
+    """Exactly `nn.Linear` and `Conv1D`: subclasses have a meaning of their own and are left alone."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    found = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            found[name] = Linear(name, module.out_features, module.in_features, module.bias is not None)
+        elif type(module) is Conv1D:
+            rows, columns = module.weight.shape
+            found[name] = Linear(name, columns, rows, True, transposed=True)
+    return found
+
+
+def _attentions(model: PreTrainedModel) -> dict[str, Attention]:
+    """Attention modules whose head counts can be told; others are replicated by the planner."""
+    found = {}
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+        heads = getattr(config, "num_attention_heads", None)
+        if name.endswith(("attn", "attention")) and isinstance(head_dim, int) and isinstance(heads, int):
+            kv = getattr(module, "num_key_value_heads", None) or getattr(config, "num_key_value_heads", None) or heads
+            groups = getattr(module, "num_key_value_groups", None)
+            kv = heads // groups if isinstance(groups, int) and groups > 0 else kv
+            found[name] = Attention(name, heads, kv, head_dim)
+    return found
+
+
+def _default_skip(model: PreTrainedModel) -> set[str]:
+    """What transformers leaves unquantized unless told otherwise: tied weights, the last module, the output head."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    return set(get_keys_to_not_convert(model))
+
+
+def _modules_of(model: PreTrainedModel, kind: str) -> list[str]:
+    from torch import nn
+
+    return [name for name, module in model.named_modules() if isinstance(module, getattr(nn, kind))]
+
+
+def _path_of(model: PreTrainedModel, wanted: Any) -> str | None:
+    return next((n for n, m in model.named_modules() if wanted is not None and m is wanted), None)
+
+
+_READS_HEADS: dict[str, bool] = {}
+"""By class: reading a source file for each of hundreds of layers takes its time."""
+
+
+def reads_heads_from_config(module: Any) -> bool:
+    """Whether a module's forward slices by `self.config.num_attention_heads`, so that a shard needs its own view."""
+    kind = type(module)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name not in _READS_HEADS:
+        _READS_HEADS[name] = "self.config.num_" in inspect.getsource(kind.forward)
+    return _READS_HEADS[name]
+
+
+def _name(dtype: Any) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _how_to_build(error: Exception, trusted: bool) -> str:
+    if "trust_remote_code" in str(error) and not trusted:
+        return "Read the model's code, then pass trust_remote_code=True (--trust-remote-code) if you trust it"
+    return "AutoModelForCausalLM of transformers must be able to build it; check config.json and generation_config.json"

@@ -1,0 +1,201 @@
+"""Modules of fused experts: what form they have, and each of their projections as a stack of linear weights.
+
+transformers holds experts as 3-D parameters (`integrations/moe.py`, `use_experts_implementation`): gate and up of each
+expert one after the other in `gate_up_proj [E, 2I, H]`, and `down_proj [E, H, I]`. gpt-oss and Llama-4 hold both
+transposed, gpt-oss with gate and up alternating. Here an expert's projection is a linear weight like any other, named
+`<module>.<expert>.<projection>.weight`; all experts' together are a stack, with a star for the number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from distquant.model.description import ROWS, STAR, Experts, Linear, Param, Projection, Skeleton, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DENSE = {"Llama4TextExperts"}
+"""Classes that are called with every token for every expert; they have none of the marks of the common form."""
+
+EXPECTED = (
+    "gate_up_proj (or up_proj) and down_proj, 3-D with the experts first, marked by transformers' "
+    "use_experts_implementation"
+)
+
+
+def experts_of(model: PreTrainedModel) -> tuple[dict[str, Experts], dict[str, str]]:
+    """Modules of fused experts by path, and those whose form is not known -> what was found."""
+    known, unknown = {}, {}
+    for name, module in model.named_modules():
+        shapes = {leaf: tuple(p.shape) for leaf, p in module.named_parameters(recurse=False)}
+        if _holds_experts(name, module, shapes.values()):
+            found = form_of(name, module, shapes)
+            if found is None:
+                unknown[name] = f"{type(module).__name__} with {_told(shapes)}"
+            else:
+                known[name] = found
+    return known, unknown
+
+
+def _holds_experts(name: str, module: Any, shapes: Iterable[tuple[int, ...]]) -> bool:
+    """Whether a module owns weights of several experts: 3-D ones, or the rows of all in 2-D ones (DBRX), by its path.
+
+    Kernels of convolutions (Mamba) and vectors with dims of one element before them (RWKV) are none.
+    """
+    from torch import nn
+    from torch.nn.modules.conv import _ConvNd
+
+    if isinstance(module, nn.Linear | nn.Embedding | _ConvNd):
+        return False
+    inside = "experts" in name.split(".")
+    return any((len(shape) == 3 and min(shape) > 1) or (len(shape) == 2 and inside) for shape in shapes)
+
+
+def form_of(name: str, module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Experts | None:
+    """The form of a module that owns parameters of these shapes, or None."""
+    dense = type(module).__name__ in DENSE
+    marked = isinstance(getattr(module, "is_transposed", None), bool)
+    gate = bool(getattr(module, "has_gate", True))
+    bias = bool(getattr(module, "has_bias", False))
+    first = "gate_up_proj" if gate else "up_proj"
+    weights = {first, "down_proj"}
+    if not (dense or marked) or shapes.keys() != weights | ({f"{w}_bias" for w in weights} if bias else set()):
+        return None
+    transposed = dense or module.is_transposed
+    count, *_ = shapes[first]
+    wide, hidden = shapes[first][:0:-1] if transposed else shapes[first][1:]
+    hidden_out, intermediate = shapes["down_proj"][:0:-1] if transposed else shapes["down_proj"][1:]
+    if hidden_out != hidden or wide != intermediate * (2 if gate else 1) or shapes["down_proj"][0] != count:
+        return None
+    if getattr(module, "has_post_expert_norm", False) or (bias and gate and not transposed):
+        return None
+    interleaved = gate and not getattr(module, "is_concatenated", True)
+    columns: tuple[Projection, ...]
+    if gate and not transposed and not interleaved:
+        columns = (
+            Projection("gate_proj", first, intermediate, hidden),
+            Projection("up_proj", first, intermediate, hidden, intermediate),
+        )
+    else:
+        columns = (Projection(first, first, wide, hidden),)
+    down = Projection("down_proj", "down_proj", hidden, intermediate, dim=1)
+    return Experts(name, count, intermediate, (*columns, down), transposed, interleaved, bias, dense)
+
+
+def stack_name(module: str, projection: str) -> str:
+    """The path of one projection of all experts of a module."""
+    return f"{module}.{STAR}.{projection}"
+
+
+def split_experts(skeleton: Skeleton, modules: Iterable[str], tensors: Mapping[str, tuple[int, ...]]) -> Skeleton:
+    """The skeleton with one stack for each projection in place of these modules' own parameters.
+
+    Args:
+        skeleton: as `build_skeleton` returns it.
+        modules: keys of `skeleton.experts`.
+        tensors: shape of each checkpoint tensor.
+    """
+    params, sources, linears = dict(skeleton.params), dict(skeleton.sources), dict(skeleton.linears)
+    parts, missing = dict(skeleton.parts), list[str]()
+    for module in modules:
+        experts = skeleton.experts[module]
+        for projection in experts.projections:
+            name = stack_name(module, projection.name)
+            linears[name] = Linear(
+                name,
+                projection.out_features,
+                projection.in_features,
+                experts.bias,
+                experts.transposed,
+                experts.count,
+            )
+            fused = f"{module}.{projection.parameter}"
+            shape = (experts.count, projection.out_features, projection.in_features)
+            params[f"{name}.weight"] = Param(f"{name}.weight", shape, skeleton.params[fused].dtype)
+            found = tuple(s for s in _sources_of(skeleton, experts, projection) if _inside(s, experts.count))
+            if found:
+                sources[f"{name}.weight"] = found
+            lacking = set(range(experts.count)).difference(*(_experts_in(source, experts.count) for source in found))
+            numbers = [STAR] if len(lacking) == experts.count else sorted(lacking)
+            missing += [f"{name}.weight".replace(STAR, str(number)) for number in numbers]
+            if experts.bias:
+                plain = skeleton.params[f"{fused}_bias"]
+                params[f"{name}.bias"] = Param(f"{name}.bias", plain.shape, plain.dtype)
+                if f"{fused}_bias" in sources:
+                    sources[f"{name}.bias"] = sources[f"{fused}_bias"]
+                else:
+                    missing.append(f"{name}.bias")
+        for parameter in {projection.parameter for projection in experts.projections}:
+            for fused in (f"{module}.{parameter}", f"{module}.{parameter}_bias"):
+                for table in (params, sources, parts):
+                    table.pop(fused, None)
+    return replace(
+        skeleton,
+        params=params,
+        sources=sources,
+        linears=linears,
+        parts=parts,
+        missing=(*(name for name in skeleton.missing if name in params), *missing),
+    )
+
+
+def _sources_of(skeleton: Skeleton, experts: Experts, projection: Projection) -> Iterable[Source]:
+    """What fills one projection, of what fills the parameter that holds it."""
+    fused = f"{experts.name}.{projection.parameter}"
+    sharers = [p.name for p in experts.projections if p.parameter == projection.parameter]
+    first, last = projection.start, projection.start + projection.out_features
+    for source in skeleton.sources.get(fused, ()):
+        if source.offset is not None:
+            expert, at = source.offset[0], source.offset[1] if len(source.offset) > 1 else 0
+            if first <= at < last:
+                yield Source(source.tensor, source.component, (expert, at - first) if at > first else (expert,))
+        elif len(sharers) == 1:
+            yield source
+        else:
+            yield replace(source, take=(1, first, last))
+    for part in skeleton.parts.get(fused, ()):
+        if sharers[min(part.index, len(sharers) - 1)] == projection.name:
+            yield Source(part.tensor, part.component, (part.expert,))
+
+
+def _experts_in(source: Source, count: int) -> Iterable[int]:
+    """Numbers of the experts that a source fills (a part of)."""
+    return range(count) if source.offset is None else (source.offset[0],)
+
+
+def _inside(source: Source, count: int) -> bool:
+    """Whether the model has the expert that a source is for; that it has not is told where names are mapped."""
+    return source.offset is None or source.offset[0] < count
+
+
+def sources_by_expert(
+    sources: Iterable[Source], count: int, tensors: Mapping[str, tuple[int, ...]]
+) -> list[tuple[Source, ...]]:
+    """The sources of each expert of a stack, placed in the expert's own weight.
+
+    Args:
+        sources: of the stack.
+        count: of experts.
+        tensors: shape of each checkpoint tensor.
+    """
+    found: list[list[Source]] = [[] for _ in range(count)]
+    for source in sources:
+        if source.offset is not None:
+            expert, *rest = source.offset
+            placed = (*rest, 0) if any(rest) else None
+            found[expert].append(Source(source.tensor, source.component, placed, source.take))
+            continue
+        for expert, own in enumerate(found):
+            take = (0, expert, expert + 1)
+            if source.take is not None:
+                rows, (_, start, stop) = tensors[source.tensor][1], source.take
+                take = (ROWS, expert * rows + start, expert * rows + stop)
+            own.append(Source(source.tensor, source.component, None, take))
+    return [tuple(own) for own in found]
+
+
+def _told(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())

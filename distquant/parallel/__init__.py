@@ -1,0 +1,1 @@
+"""What stays in the model and runs in its forward: communication, experts, adapters."""

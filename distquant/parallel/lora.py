@@ -1,0 +1,137 @@
+"""LoRA on cut modules: PEFT replaces a module after loading, and its two small matrices then need communication too.
+
+PEFT brings tensor-parallel hooks of its own only for models that transformers itself sharded as DTensors. Without any,
+LoRA on a row-parallel layer adds an unreduced local product to a reduced result, unnoticed while `lora_B` is zero. So
+the parent of every cut module looks, before it runs, whether its child was replaced, and wires what it finds:
+
+column-parallel: `lora_A` is replicated, `lora_B` holds this rank's outputs; the gradient into `lora_A` is summed.
+row-parallel: `lora_A` holds this rank's inputs, and its product is summed; `lora_B` is replicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from distquant.errors import DistquantError
+from distquant.parallel.comm import Axis
+from distquant.parallel.tensor_parallel import CopyInput, GatherOutput, ReduceOutput, RefuseDropout, SplitInput
+from distquant.planning.load_plan import LoadPlan
+from distquant.planning.tensor_parallel import COLWISE, COLWISE_GATHER, ROWWISE, ROWWISE_SPLIT, VOCAB_EMBEDDING
+from distquant.sharding.partition import Cut
+
+WIRED = "_distquant_wired"
+
+
+class AdapterError(DistquantError, RuntimeError):
+    """An adapter sits on a cut module in a way that would compute something else."""
+
+
+@dataclass
+class _Watch:
+    """Hook of a parent: wires adapters on its cut children."""
+
+    model: Any
+    axis: Axis
+    children: dict[str, tuple[nn.Module, str, Cut]] = field(default_factory=dict)
+    """Path from the parent -> the module that was loaded, its style and its cut."""
+
+    def __call__(self, parent: nn.Module, args: Any) -> None:
+        for path, (loaded, style, cut) in self.children.items():
+            child = parent.get_submodule(path) if "." in path else getattr(parent, path)
+            if child is not loaded:
+                _wire(path, child, style, cut, self.axis, getattr(self.model, "peft_config", {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
+        return self
+
+
+def watch_adapters(model: nn.Module, plan: LoadPlan, axis: Axis) -> None:
+    """Makes every parent of a cut module wire adapters that PEFT puts there."""
+    root = getattr(model, "base_model", model)
+    watches: dict[str, _Watch] = {}
+    for name, shard in plan.modules.items():
+        if shard.style in (COLWISE, COLWISE_GATHER, ROWWISE, ROWWISE_SPLIT, VOCAB_EMBEDDING):
+            parent, _, leaf = name.rpartition(".")
+            watch = watches.setdefault(parent, _Watch(model, axis))
+            watch.children[leaf] = (model.get_submodule(name), shard.style, plan.cuts[shard.cut])
+    for parent, watch in watches.items():
+        owner = model.get_submodule(parent)
+        if owner is model:
+            # PEFT calls the outermost model's `forward` itself, past its hooks; the base model inside is called.
+            root.register_forward_pre_hook(_Elsewhere(model, watch))
+        else:
+            owner.register_forward_pre_hook(watch)
+
+
+@dataclass
+class _Elsewhere:
+    """Runs a watch of one module when another is called."""
+
+    parent: nn.Module
+    watch: _Watch
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.watch(self.parent, args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Elsewhere:
+        return self
+
+
+def _wire(path: str, child: nn.Module, style: str, cut: Cut, axis: Axis, configs: Mapping[str, Any]) -> None:
+    if hasattr(child, "modules_to_save"):
+        return  # a whole copy of the module, hooks included
+    if not hasattr(child, "lora_A") or not hasattr(child, "base_layer"):
+        raise AdapterError(f"{path} was replaced by {type(child).__name__}; on a cut module only PEFT's LoRA is known")
+    lora: Any = child
+    for adapter in (*lora.lora_A.keys(), *lora.lora_embedding_A.keys()):
+        # The matrix itself is marked: another adapter may come under the same name.
+        marks = lora.lora_A[adapter].__dict__ if adapter in lora.lora_A else {}
+        if WIRED not in marks:
+            _check(path, child, adapter, style, cut, configs.get(adapter))
+            if isinstance(lora.lora_dropout[adapter], nn.Dropout):  # else an identity
+                lora.lora_dropout[adapter].register_forward_pre_hook(RefuseDropout(f"{path}.lora_dropout"))
+            _wire_one(lora.lora_A[adapter], lora.lora_B[adapter], style, cut, axis)
+            marks[WIRED] = True
+
+
+def _check(path: str, child: Any, adapter: str, style: str, cut: Cut, config: Any) -> None:
+    if style == VOCAB_EMBEDDING:
+        raise AdapterError(
+            f"{path}: LoRA on a vocabulary-parallel embedding is not supported; leave it out of the targets"
+        )
+    start = getattr(config, "init_lora_weights", True)
+    if not isinstance(start, bool) and str(start).lower() != "gaussian":
+        raise AdapterError(
+            f"{path}: init_lora_weights={start!r} computes initial values from the whole weight or for all ranks, and "
+            "here each rank has a part; load the model again (its weights may be changed) and take True or 'gaussian'"
+        )
+    if not isinstance(child.lora_A[adapter], nn.Module):
+        raise AdapterError(f"{path}: on a cut module only PEFT's plain LoRA is known, not {type(child).__name__}")
+    if getattr(child, "use_dora", {}).get(adapter) or getattr(child, "lora_variant", {}).get(adapter) is not None:
+        raise AdapterError(f"{path}: only plain LoRA is supported on cut modules (no DoRA or other variants)")
+    if cut.repeated:
+        raise AdapterError(
+            f"{path}: its kv heads are repeated over ranks, their LoRA copies would drift apart; "
+            "leave k_proj and v_proj out of the targets or use a smaller tp"
+        )
+
+
+def _wire_one(lora_a: nn.Module, lora_b: nn.Module, style: str, cut: Cut, axis: Axis) -> None:
+    if style in (COLWISE, COLWISE_GATHER):
+        replicated = lora_a
+        lora_b.register_forward_pre_hook(CopyInput(axis))
+        if style == COLWISE_GATHER:
+            lora_b.register_forward_hook(GatherOutput(axis, cut.lengths))
+    else:
+        replicated = lora_b
+        if style == ROWWISE_SPLIT:
+            lora_a.register_forward_pre_hook(SplitInput(axis, cut.lengths))
+        lora_a.register_forward_hook(ReduceOutput(axis), always_call=True)
+    with torch.no_grad():
+        for parameter in replicated.parameters():
+            axis.broadcast(parameter.data)  # ranks may have drawn different initial values

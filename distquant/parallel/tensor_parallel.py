@@ -1,0 +1,286 @@
+"""The parallel styles as thin communication wrappers with autograd.
+
+They are hooks on the ecosystem's own modules, so a module keeps its exact type. `_Copy` copies forward and reduces
+backward, `_Reduce` reduces forward and copies backward (Megatron-LM's f and g, arXiv 1909.08053, figure 3).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distquant.errors import InputError
+from distquant.parallel.comm import Axis
+from distquant.planning.load_plan import LoadPlan
+from distquant.planning.tensor_parallel import (
+    COLWISE,
+    COLWISE_GATHER,
+    GRAD_REDUCE,
+    ROWWISE,
+    ROWWISE_SPLIT,
+    VOCAB_EMBEDDING,
+)
+from distquant.sharding.partition import Cut
+
+
+@functools.cache
+def warn_of_norms() -> None:
+    """Warns once, at the first backward: nothing of ours is called where gradients are clipped."""
+    warnings.warn(
+        "each rank of a sharded model has a part of the gradients: clip_grad_norm_ would scale them by another norm on "
+        "every rank, and replicated parameters would drift apart. Do not clip, or by a norm that is summed over ranks",
+        stacklevel=1,
+    )
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        warn_of_norms()
+        return ctx.axis.all_reduce(grad.contiguous().clone()), None
+
+
+class _Copies(torch.autograd.Function):
+    """A parameter as it is; its gradient is the sum over the ranks that hold the same elements."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, axis: Axis, cut: Cut | None) -> Tensor:
+        ctx.axis, ctx.segments, ctx.size = axis, cut and cut.segments(axis.rank), cut and cut.size
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.segments is None:
+            return ctx.axis.all_reduce(grad.contiguous().clone()), None, None
+        whole, at = grad.new_zeros((ctx.size, *grad.shape[1:])), 0
+        for start, stop in ctx.segments:
+            whole[start:stop] += grad[at : at + stop - start]
+            at += stop - start
+        ctx.axis.all_reduce(whole)
+        return torch.cat([whole[start:stop] for start, stop in ctx.segments]), None, None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return axis.all_reduce(x.contiguous().clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        warn_of_norms()
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, sizes: list[int]) -> Tensor:
+        ctx.axis, ctx.sizes = axis, sizes
+        return axis.all_gather(x.contiguous(), sizes, x.dim() - 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        start = sum(ctx.sizes[: ctx.axis.rank])
+        return grad.narrow(-1, start, ctx.sizes[ctx.axis.rank]).contiguous(), None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, sizes: list[int]) -> Tensor:
+        ctx.axis, ctx.sizes = axis, sizes
+        return x.narrow(-1, sum(sizes[: axis.rank]), sizes[axis.rank]).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.axis.all_gather(grad.contiguous(), ctx.sizes, grad.dim() - 1), None, None
+
+
+def copy_input(x: Tensor, axis: Axis) -> Tensor:
+    """`x` as it is; its gradient is summed over the axis."""
+    return x if axis.size == 1 else _Copy.apply(x, axis)
+
+
+def reduce_output(x: Tensor, axis: Axis) -> Tensor:
+    """`x` summed over the axis; its gradient goes back as it is."""
+    return x if axis.size == 1 else _Reduce.apply(x, axis)
+
+
+@dataclass(frozen=True)
+class CopyInput:
+    """Before a column-parallel module: its input gradient is the sum over ranks."""
+
+    axis: Axis
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_Copy.apply(args[0], self.axis), *args[1:])
+
+
+@dataclass(frozen=True)
+class SplitInput:
+    """Before a row-parallel module whose input is whole on every rank."""
+
+    axis: Axis
+    sizes: list[int]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_Split.apply(args[0], self.axis, self.sizes), *args[1:])
+
+
+@dataclass(frozen=True)
+class GatherOutput:
+    """After a column-parallel module whose output is needed whole."""
+
+    axis: Axis
+    sizes: list[int]
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return _Gather.apply(output, self.axis, self.sizes)
+
+
+@dataclass(frozen=True)
+class HideBias:
+    """Before a row-parallel module: its bias is added once, after the sum."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        module.__dict__["_hidden_bias"] = module._parameters["bias"]
+        module._parameters["bias"] = None
+
+
+@dataclass(frozen=True)
+class ReduceOutput:
+    """After a row-parallel module: sums over ranks, then adds the bias that `HideBias` took (also after an error)."""
+
+    axis: Axis
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor | None) -> Tensor | None:
+        bias = module.__dict__.pop("_hidden_bias", None)
+        if bias is not None:
+            module._parameters["bias"] = bias
+        if output is None:
+            return None
+        summed = _Reduce.apply(output, self.axis)
+        return summed if bias is None else summed + bias.to(summed.dtype)
+
+
+@dataclass(frozen=True)
+class LocalIds:
+    """Before a vocabulary-parallel embedding: ids of other ranks point at row 0, and are remembered."""
+
+    start: int
+    stop: int
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        ids = args[0]
+        foreign = (ids < self.start) | (ids >= self.stop)
+        module.__dict__["_foreign_ids"] = foreign
+        return ((ids - self.start).masked_fill(foreign, 0), *args[1:])
+
+
+@dataclass(frozen=True)
+class SumRows:
+    """After a vocabulary-parallel embedding: drops the rows of foreign ids and sums over ranks."""
+
+    axis: Axis
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor | None) -> Tensor | None:
+        foreign = module.__dict__.pop("_foreign_ids")
+        if output is None:
+            return None
+        return _Reduce.apply(output.masked_fill(foreign.unsqueeze(-1), 0), self.axis)
+
+
+@dataclass(frozen=True)
+class SumGradients:
+    """Before a module that several ranks hold copies of: it computes with stand-ins whose gradient is summed over them.
+
+    A hook on the parameter would be lost in a copy of the module (PEFT's `modules_to_save`), and one that runs after
+    accumulation would count earlier micro-batches again.
+    """
+
+    axis: Axis
+    cut: Cut | None = None
+    """Of the parameters' first dim, where some of its segments are held by several ranks; None = all hold all."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        own = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
+        module.__dict__["_own_parameters"] = own
+        for name, parameter in own.items():
+            module._parameters[name] = _Copies.apply(parameter, self.axis, self.cut)
+
+
+@dataclass(frozen=True)
+class OwnParameters:
+    """After such a module (also after an error): puts its parameters back."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters.update(module.__dict__.pop("_own_parameters", {}))
+
+
+@dataclass(frozen=True)
+class RefuseDropout:
+    """Before a dropout, on a model that trains: every rank would drop other elements of what must stay equal."""
+
+    path: str
+
+    def __call__(self, module: Any, args: Any) -> None:
+        if module.training and module.p > 0:
+            what = f"dropout of {module.p} would drop other elements on every rank of a sharded model"
+            raise InputError.one(self.path, what, "Set it to 0 to train (LoraConfig: lora_dropout=0)")
+
+
+class _RefuseAdapterSave:
+    """What PEFT asks every module for before it writes adapters: on a cut one, each rank would write its part."""
+
+    @property
+    def tp_plan(self) -> dict[str, str]:
+        raise InputError.one(
+            "save_pretrained",
+            "the adapters sit on a sharded model, every rank would write its part as if it were the whole",
+            "Gather them by hand (see model.distquant.plan.cuts), or train at tp=1 to save",
+        )
+
+
+def install_styles(model: nn.Module, plan: LoadPlan, axis: Axis) -> None:
+    """Installs the style of every cut module, and refuses what would let replicated ones drift apart."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_pre_hook(RefuseDropout(name))
+    for name, shard in plan.modules.items():
+        module = model.get_submodule(name)
+        if shard.style == GRAD_REDUCE:
+            _sum_gradients(module, axis, None)
+            continue
+        cut = plan.cuts[shard.cut]
+        if cut.repeated:
+            _sum_gradients(module, axis, cut)
+        module.__dict__["_tp_info"] = _RefuseAdapterSave()
+        if shard.style in (COLWISE, COLWISE_GATHER):
+            module.register_forward_pre_hook(CopyInput(axis))
+            if shard.style == COLWISE_GATHER:
+                module.register_forward_hook(GatherOutput(axis, cut.lengths))
+        elif shard.style in (ROWWISE, ROWWISE_SPLIT):
+            if shard.style == ROWWISE_SPLIT:
+                module.register_forward_pre_hook(SplitInput(axis, cut.lengths))
+            if module._parameters.get("bias") is not None:
+                module.register_forward_pre_hook(HideBias())
+            module.register_forward_hook(ReduceOutput(axis), always_call=True)
+        elif shard.style == VOCAB_EMBEDDING:
+            ((start, stop),) = cut.segments(axis.rank)
+            module.register_forward_pre_hook(LocalIds(start, stop))
+            module.register_forward_hook(SumRows(axis), always_call=True)
+
+
+def _sum_gradients(module: nn.Module, axis: Axis, cut: Cut | None) -> None:
+    module.register_forward_pre_hook(SumGradients(axis, cut))
+    module.register_forward_hook(OwnParameters(), always_call=True)

@@ -1,0 +1,267 @@
+"""A plan in the making: what the coordinator has decided so far, and the sizes that follow from it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from operator import itemgetter
+from typing import Any
+
+from distquant.checkpoint import Checkpoint
+from distquant.model import Kept, Skeleton, Source, taken
+from distquant.planning.expert_parallel import ALL_REDUCE, experts_of, one_of, owner_of, pieces_of
+from distquant.planning.load_plan import RankMemory, TensorPlan
+from distquant.planning.read_assignment import Dealer, node_columns, rows_and_width
+from distquant.planning.slots import READ_SLOTS, SEND_SLOTS, SLACK
+from distquant.planning.tensor_parallel import ParallelPlan
+from distquant.planning.transfers import Flow, flows_of
+from distquant.quantization import Scheme, Shard
+from distquant.sharding.layout import DTYPE_BYTES
+from distquant.sharding.mesh import Mesh
+from distquant.sharding.partition import Cut
+
+
+@dataclass(kw_only=True)
+class Draft:
+    """What is known of a load before it is frozen as a `LoadPlan`."""
+
+    checkpoint: Checkpoint
+    scheme: Scheme
+    mesh: Mesh
+    staging: int
+    nodes: tuple[int, ...]
+    """The node of each rank."""
+    prequantized: bool
+    dequantize: bool
+    """Whether stored quantized weights become ordinary ones."""
+    skeleton: Skeleton
+    stacked: tuple[str, ...] = ()
+    """Modules of experts that the skeleton has split into stacks."""
+    skipped: dict[str, Any] | None = None
+    """The checkpoint's quantization config, where its method is left out."""
+    kept: Kept = field(default_factory=Kept)
+    """What is then planned as it is stored."""
+    converted: list[str] = field(default_factory=list)
+    """Modules that the scheme replaces."""
+    offloaded: set[str] = field(default_factory=set)
+    """Modules that the device map leaves unquantized."""
+    device_map: dict[str, str] | None = None
+    dispatch: str = ALL_REDUCE
+    """How tokens reach experts on other ranks of ep."""
+    parallel: ParallelPlan = field(default_factory=ParallelPlan)
+    tensors: tuple[TensorPlan, ...] = ()
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each checkpoint tensor."""
+        return {name: info.shape for name, info in self.checkpoint.tensors.items()}
+
+    def local(self, tensor: TensorPlan, tp: int, ep: int = 0) -> tuple[int, int]:
+        """Elements and bytes of a rank's part of a tensor."""
+        if tensor.experts is not None:
+            count, nbytes = self.local(one_of(tensor), tp)
+            held = self.parallel.cuts[tensor.experts].length(ep)
+            return count * held, nbytes * held
+        cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
+        if tensor.scheme != "none":
+            shard = self.shard(tensor, tp)
+            count = math.prod(shard.local_shape)
+            return count, count * DTYPE_BYTES[tensor.dtype] if self.dequantize else self.scheme.shard_nbytes(shard)
+        count = math.prod(tensor.shape)
+        if cut is not None:
+            count = count // cut.size * cut.length(tp)
+        return count, count * DTYPE_BYTES.get(tensor.dtype, 4)
+
+    def shard(self, tensor: TensorPlan, tp: int) -> Shard:
+        """One rank's part of a linear weight."""
+        cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
+        return Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype, tensor.dim, cut, tp)
+
+    def taken(self, source: Source) -> int:
+        """Elements of a checkpoint tensor that a source takes."""
+        return taken(source, self.checkpoint.tensors[source.tensor].shape)
+
+    def entire(self) -> list[tuple[TensorPlan, int]]:
+        """Tensors that one rank quantizes as one, with the bytes that this takes beside the staging asked for."""
+        found = []
+        for tensor in self.tensors:
+            if tensor.scheme == "none" or self.prequantized:
+                continue
+            if tensor.experts is not None:
+                tensor = next(experts_of(tensor, self.shapes))
+            working = self.scheme.entire(tensor.name, (tensor.shape[0], tensor.shape[1]))
+            if working:
+                read = sum(self.taken(s) * self._item(s) for s in tensor.sources)
+                flowing = self.scheme.flowing(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype)
+                slot = max(read, sum(c.nbytes(tensor.shape) for c in flowing)) + 2 * SLACK
+                found.append((tensor, max((READ_SLOTS + SEND_SLOTS) * slot - self.staging, 0) + working))
+        return found
+
+    def _item(self, source: Source) -> int:
+        info = self.checkpoint.tensors[source.tensor]
+        return info.nbytes // max(math.prod(info.shape), 1)
+
+    def alike(self) -> list[tuple[TensorPlan, int]]:
+        """Tensors of equal sizes on every rank, as (one of them, how many).
+
+        A model of many layers has few kinds of tensors, and sums over ranks need each kind once.
+        """
+        first: dict[Any, TensorPlan] = {}
+        counts: Counter[Any] = Counter()
+        for tensor in self.tensors:
+            layout = None  # a method may store weights of one shape in several ways
+            if tensor.scheme != "none":
+                one = one_of(tensor)
+                layout = self.scheme.layout(one.name, one.shape, one.dtype)
+            key = (tensor.shape, tensor.dtype, tensor.scheme, tensor.dim, tensor.cut, tensor.experts, layout)
+            first.setdefault(key, tensor)
+            counts[key] += 1
+        return [(tensor, counts[key]) for key, tensor in first.items()]
+
+    def memory(self) -> Iterator[RankMemory]:
+        """The memory table, a row a rank. Ranks at the same place on tp and ep share their sizes."""
+        alike, read = self.alike(), self._reads()
+        staging = self.staging + max([nbytes for _, nbytes in self.entire()] + self._unfinished(alike), default=0)
+        rows: dict[tuple[int, int], RankMemory] = {}
+        for rank in range(self.mesh.size):
+            at = self.mesh.coordinates(rank)
+            place = (at["tp"], at["ep"])
+            if place not in rows:
+                rows[place] = replace(self._row(*place, alike), staging=staging)
+            yield replace(rows[place], rank=rank, read=read[rank])
+
+    def _unfinished(self, alike: list[tuple[TensorPlan, int]]) -> list[int]:
+        """Bytes that weights take as they arrive, where they become something else once they are there."""
+        found = []
+        for tensor, _ in alike:
+            if tensor.scheme == "none" or self.prequantized:
+                continue
+            one = one_of(tensor)
+            shape = (one.shape[0], one.shape[1])
+            stored = {c.name: c.nbytes(shape) for c in self.scheme.layout(one.name, shape, one.dtype).components}
+            statistics = self.scheme.statistics(Shard(one.name, shape, one.dtype))
+            arriving = sum(
+                component.nbytes(shape)
+                for component in self.scheme.flowing(one.name, shape, one.dtype)
+                if component.name not in statistics and component.nbytes(shape) != stored.get(component.name)
+            )
+            largest = max(self.local(one, tp)[0] for tp in range(self.mesh.tp))
+            found.append(arriving * largest // math.prod(shape))
+        return found
+
+    def _row(self, tp: int, ep: int, alike: list[tuple[TensorPlan, int]]) -> RankMemory:
+        """Sizes of a place on tp and ep; what is read depends on the rank."""
+        parameters = quantized = unquantized = 0
+        for tensor, times in alike:
+            count, nbytes = self.local(tensor, tp, ep)
+            parameters += count * times
+            if tensor.scheme == "none" or self.dequantize:
+                unquantized += nbytes * times
+            else:
+                quantized += nbytes * times
+        return RankMemory(tp, parameters, 0, quantized, unquantized, self.staging)
+
+    def _reads(self) -> list[int]:
+        """Bytes that each rank is dealt; nodes whose ranks have the same places are dealt the same."""
+        read = [0] * self.mesh.size
+        ranks_of: dict[int, list[int]] = {}
+        for rank, node in enumerate(self.nodes):
+            ranks_of.setdefault(node, []).append(rank)
+        flowing = self._flowing()
+        known: dict[Any, list[int]] = {}  # by places and experts; by places and work, where other experts are as much
+        for ranks in map(tuple, ranks_of.values()):
+            eps, places = self._places(ranks)
+            if (places, eps) not in known:
+                work = _work(eps, flowing)
+                if (places, work) not in known:
+                    known[places, work] = list(self._dealt(ranks, places, work).values())
+                known[places, eps] = known[places, work]
+            for rank, nbytes in zip(ranks, known[places, eps], strict=True):
+                read[rank] = nbytes
+        return read
+
+    def _flowing(self) -> _Flowing:
+        """What flows for every tensor and every expert."""
+        found: _Flowing = {None: []}
+        known: dict[Any, tuple[_Sized, ...]] = {}
+        tensors = self.checkpoint.tensors
+        for index, piece in enumerate(pieces_of(self.tensors, self.shapes)):
+            sources = [(s.component, s.take is None, tensors[s.tensor]) for s in piece.tensor.sources]
+            stored = tuple((component, whole, info.shape, info.dtype) for component, whole, info in sources)
+            key = (piece.stack.name, stored)  # experts are alike, and there may be thousands
+            if key not in known:
+                known[key] = tuple(self._sized(piece.tensor))
+            dealt = self.parallel.cuts[piece.stack.experts] if piece.stack.experts is not None else None
+            owner = None if dealt is None else owner_of(dealt, piece.number)
+            found.setdefault(owner, []).append((index, known[key]))
+        return found
+
+    def _sized(self, tensor: TensorPlan) -> Iterator[_Sized]:
+        cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
+        for flow in flows_of(tensor, cut, self.scheme, self.prequantized, self.checkpoint.tensors):
+            whole = flow.turned or flow.entire > 0
+            yield _Sized(flow.shape, flow.dim, flow.cut, flow.step, flow.apart, whole, self._stored_bytes(flow))
+
+    def _places(self, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """The places on ep that a node has; and each rank's place on tp, with the number of its own among those."""
+        at = [self.mesh.coordinates(rank) for rank in ranks]
+        eps = tuple(dict.fromkeys(each["ep"] for each in at))
+        return eps, tuple((each["tp"], eps.index(each["ep"])) for each in at)
+
+    def _dealt(
+        self,
+        ranks: tuple[int, ...],
+        places: tuple[tuple[int, int], ...],
+        work: _Work,
+    ) -> dict[int, int]:
+        """Bytes that each rank of one node reads."""
+        dealer = Dealer(self.mesh, ranks)
+        for number, flows in work:
+            kept = tuple(rank for rank, (_, ep) in zip(ranks, places, strict=True) if number in (None, ep))
+            positions = [dealer.positions[rank] for rank in kept]
+            for flow in flows:
+                rows, width = rows_and_width(flow.shape)
+                a, b = node_columns(flow.shape, flow.dim, flow.cut, positions, flow.apart)
+                row_bytes = flow.nbytes * (b - a) // max(rows * width, 1)
+                dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.whole, kept)
+        return dealer.loads
+
+    def _stored_bytes(self, flow: Flow) -> int:
+        """Bytes of a whole flow in the checkpoint."""
+        total = 0
+        for source in flow.sources:
+            info = self.checkpoint.tensors[source.tensor]
+            total += self.taken(source) * info.nbytes // max(math.prod(info.shape), 1)
+        return total
+
+
+def _work(eps: tuple[int, ...], flowing: _Flowing) -> _Work:
+    """What flows on a node, in order."""
+    here: list[tuple[int, int | None, tuple[_Sized, ...]]] = [(index, None, sized) for index, sized in flowing[None]]
+    for number, ep in enumerate(eps):
+        here += [(index, number, sized) for index, sized in flowing.get(ep, ())]
+    here.sort(key=itemgetter(0))
+    return tuple((number, sized) for _, number, sized in here)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sized:
+    """What the planner's sums need of a flow: how it is cut, and its bytes in the checkpoint."""
+
+    shape: tuple[int, ...]
+    dim: int | None
+    cut: Cut | None
+    step: int
+    apart: int | None
+    whole: bool
+    nbytes: int
+
+
+_Flowing = dict[int | None, list[tuple[int, tuple[_Sized, ...]]]]
+"""Place in the order of loading, and what flows: of dense tensors (None), and by the experts' place on ep."""
+
+_Work = tuple[tuple[int | None, tuple[_Sized, ...]], ...]
+"""What flows on a node, in order: for which number of its places on ep (None: for all ranks), and how."""

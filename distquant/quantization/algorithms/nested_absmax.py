@@ -1,0 +1,165 @@
+"""absmax of bitsandbytes' 4-bit weights: which a shard holds, and how double quantization stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distquant.kernels import reference
+from distquant.quantization.algorithms.threads import one_thread
+from distquant.sharding.shard import Shard
+
+BLOCK = 64
+"""Elements per absmax; what `transformers` always uses."""
+FINE_BLOCK = 32
+"""Smallest block that bitsandbytes' kernels take."""
+SECOND = 256
+"""absmax per second-level block."""
+
+Segments = list[tuple[int, int]]
+
+
+@dataclass(slots=True)
+class Statistics:
+    """absmax of one weight or shard; `codes` and the rest are None unless nested.
+
+    Attributes:
+        absmax: float32 `[blocks]`, the values that the kernel uses; None where only the nested form is kept.
+        codes: uint8 `[blocks]`, second-level codes.
+        second: float32 `[ceil(blocks / 256)]`, their absmax.
+        offset: float32 scalar, mean of all absmax of the whole weight.
+        values: float32 `[256]`, value of each second-level code; None = `dynamic_map`.
+    """
+
+    absmax: Tensor | None
+    codes: Tensor | None = None
+    second: Tensor | None = None
+    offset: Tensor | None = None
+    values: Tensor | None = None
+
+    @classmethod
+    def of(cls, components: Mapping[str, Tensor]) -> Statistics:
+        """From the stored components of a weight, see `components`."""
+        if "nested_absmax" not in components:
+            return cls(components["absmax"])
+        codes, second, offset = (components[name] for name in ("absmax", "nested_absmax", "nested_offset"))
+        return cls(None, codes, second, offset, components.get("nested_quant_map"))
+
+    def components(self) -> dict[str, Tensor]:
+        """As they are stored, under the names of bitsandbytes' checkpoints."""
+        if self.absmax is not None:
+            return {"absmax": self.absmax}
+        assert self.codes is not None and self.second is not None and self.offset is not None
+        found = {"absmax": self.codes, "nested_absmax": self.second, "nested_offset": self.offset}
+        return found if self.values is None else {**found, "nested_quant_map": self.values}
+
+    def effective(self, ops: Any = reference) -> Tensor:
+        """float32 `[blocks]`, as bitsandbytes computes them at use: `values[codes] * second + offset`."""
+        if self.absmax is not None:
+            return self.absmax
+        assert self.codes is not None and self.second is not None and self.offset is not None
+        values = dynamic_map(self.codes.device) if self.values is None else self.values
+        return ops.dequantize_blockwise(self.codes, self.second, values, SECOND).add_(self.offset)
+
+
+@cache
+def dynamic_map(device: torch.device) -> Tensor:
+    """float32 `[256]`: bitsandbytes' values of second-level codes."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map().to(device)
+
+
+def quantize_absmax(absmax: Tensor, shard: Shard, ops: Any) -> Statistics:
+    """A shard's statistics after the second level of double quantization, from all absmax of the weight.
+
+    Their mean is taken on the CPU. Of a shard of whole rows only the second-level blocks that it touches are quantized.
+    """
+    with one_thread():
+        offset = absmax.cpu().mean().to(absmax.device)
+    values = dynamic_map(absmax.device)
+
+    def nested(first: int, last: int) -> tuple[Tensor, Tensor]:
+        return ops.quantize_blockwise(absmax[first:last] - offset, values, SECOND)
+
+    if shard.dim != 0:
+        codes, second = nested(0, len(absmax))
+        return local_statistics(Statistics(None, codes, second, offset), shard, ops)
+    segments = block_segments(shard)
+    runs = [(a // SECOND * SECOND, min(-(-b // SECOND) * SECOND, len(absmax))) for a, b in segments]
+    parts = [nested(first, last) for first, last in runs]
+    if keeps_nesting(shard):
+        kept = [codes[: b - a] for (a, b), (codes, _) in zip(segments, parts, strict=True)]
+        return Statistics(None, _joined(kept), _joined([second for _, second in parts]), offset)
+    found = []
+    for (a, b), (first, _), (codes, second) in zip(segments, runs, parts, strict=True):
+        found.append(Statistics(None, codes, second, offset).effective(ops)[a - first : b - first])
+    return Statistics(_joined(found))
+
+
+def _joined(runs: list[Tensor]) -> Tensor:
+    """Runs one after the other; a single one that fills its memory as it is."""
+    alone = len(runs) == 1 and runs[0].untyped_storage().nbytes() == runs[0].nbytes
+    return runs[0] if alone else torch.cat(runs)
+
+
+def local_block(shard: Shard) -> int:
+    """Block size that this shard stores: 64, or 32 where the cut or the row is no multiple of 64."""
+    if shard.dim != 1:
+        return BLOCK
+    edges = {edge for segment in shard.columns for edge in segment} | {shard.shape[1]}
+    return BLOCK if all(edge % BLOCK == 0 for edge in edges) else FINE_BLOCK
+
+
+def cut_crosses_blocks(shard: Shard) -> bool:
+    """Whether any rank's shard may hold part of a block of 64; the same answer on every rank."""
+    return shard.dim == 1 and not (shard.shape[1] % BLOCK == 0 and shard.cut is not None and shard.cut.legal(BLOCK))
+
+
+def block_segments(shard: Shard) -> Segments:
+    """Flat blocks of 64 that a shard of whole rows holds, in local order."""
+    columns = shard.shape[1]
+    return [(a * columns // BLOCK, -(-b * columns // BLOCK)) for a, b in shard.rows]
+
+
+def keeps_nesting(shard: Shard) -> bool:
+    """Whether the shard's absmax are whole runs of 256 of the weight's, so that their codes can be sliced."""
+    if shard.dim is None:
+        return True
+    if shard.dim == 1:
+        return False
+    segments = block_segments(shard)
+    aligned = all(a % SECOND == 0 for a, _ in segments)
+    return aligned and all((b - a) % SECOND == 0 for a, b in segments[:-1])
+
+
+def block_index(shard: Shard, first: int, last: int, device: Any) -> Tensor:
+    """int64 `[(last - first) * columns / b]`: flat block of 64 under each local block `b` of rows `[first, last)`."""
+    block, columns = local_block(shard), shard.shape[1]
+    starts = torch.cat([torch.arange(a, b, block, device=device) for a, b in shard.columns])
+    rows = torch.arange(first, last, device=device).view(-1, 1) * columns
+    return ((rows + starts) // BLOCK).view(-1)
+
+
+def local_statistics(whole: Statistics, shard: Shard, ops: Any = reference) -> Statistics:
+    """A shard's statistics from the weight's; nested where the shard keeps nesting."""
+    if shard.dim is None:
+        return whole
+    if shard.dim == 0 and whole.codes is not None and keeps_nesting(shard):
+        assert whole.second is not None
+        runs = block_segments(shard)
+        codes = torch.cat([whole.codes[a:b] for a, b in runs])
+        second = torch.cat([whole.second[a // SECOND : -(-b // SECOND)] for a, b in runs])
+        return Statistics(None, codes, second, whole.offset, whole.values)
+    absmax = whole.effective(ops)
+    if shard.dim == 0:
+        return Statistics(torch.cat([absmax[a:b] for a, b in block_segments(shard)]))
+    if not cut_crosses_blocks(shard):
+        wide = absmax.view(shard.shape[0], -1)
+        return Statistics(torch.cat([wide[:, a // BLOCK : b // BLOCK] for a, b in shard.columns], dim=1).view(-1))
+    return Statistics(absmax[block_index(shard, 0, shard.shape[0], absmax.device)])

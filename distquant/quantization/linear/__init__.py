@@ -1,0 +1,1 @@
+"""Modules that hold quantized weights, and what multiplies them."""

@@ -1,0 +1,276 @@
+"""Products by gptqmodel's kernels of weights that are kept as GPTQ and AWQ store them.
+
+A rank's shard of such a weight is a GPTQ or AWQ weight itself, of its own size. Which kernels there are for it on its
+device, and in which order, says gptqmodel (`utils/importer.py`, `select_quant_linear`; facts of version 7.6.0). The
+first that takes the shard is filled with its words and tried on a few rows: what does not give the product of the
+dequantized weight is passed over, so that a kernel that reads a weight otherwise than it is meant changes no model.
+
+Kernels of two kinds:
+
+- TritonV2Linear, AwqGEMMLinear and AwqGEMMTritonLinear multiply the words as they are stored, as do TorchLinear and
+  AwqTorchLinear, which are no faster than what is here. The kernel then uses the module's own tensors, and nothing is
+  lost: gradients, state dict and fingerprint are of the stored words.
+- Marlin, Machete and others, and the ATen kernels on a CPU, rearrange the words, which cannot be undone. The module
+  lets go of its own, after its part of the fingerprint was counted.
+
+Which kind a kernel is, is seen from the words that it holds after it was tried. Zero points tell by themselves whether
+a weight is symmetric: Marlin takes the midpoint for them and does not read what is stored.
+
+Left out on purpose: ExLlama's kernels, whose scratch memory belongs to a whole model (`gptqmodel_post_init`), and the
+fused Torch ones, which change options of torch's compiler and take the midpoint for every zero point on a CPU
+(`torch_fused.py`, `transform_cpu`). A row-parallel shard of an act-order weight has parts of all groups, and kernels
+count on whole ones; it is dequantized.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+
+from distquant.config import torch_dtype
+from distquant.errors import said
+from distquant.process_state import changing_process_state
+from distquant.quantization.algorithms.bit_packing import pack_words
+from distquant.quantization.linear.quantized_linear import QuantizedLinear
+from distquant.quantization.packed_int import PackedGroupsScheme
+from distquant.sharding.layout import ALL
+from distquant.sharding.shard import Shard
+from distquant.sharding.tally import Tally
+
+LEAST = "7.6.0"
+"""The version whose sources the facts here are from; it runs with torch 2.13."""
+
+LEFT_OUT = frozenset({"gptq_exllama_v2", "awq_exllama_v2", "gptq_torch_fused", "awq_torch_fused"})
+"""Backends, by gptqmodel's names."""
+
+DEQUANTIZING = frozenset({"gptq_torch", "awq_torch"})
+"""Backends that dequantize and multiply in torch, as `QuantizedLinear` does by itself: only taken where asked for."""
+
+NONE = "none of its kernels is for such a weight there"
+
+FORMATS = {"gptq": ("gptq", "gptq"), "gptq_v2": ("gptq", "gptq_v2"), "awq": ("awq", "gemm")}
+"""gptqmodel's method and format, by the kind of packing."""
+
+ROWS = 8
+"""On which a kernel is tried."""
+
+TOLERANCE = 0.01
+"""Largest relative error of that product (Frobenius norm): kernels in bfloat16 have up to 0.004, and zero points wrong
+by one give 0.014 at least (of 8 bits and random zero points, with one group in a row)."""
+
+
+@dataclass(slots=True)
+class Kernel:
+    """One of gptqmodel's modules, filled with a shard's words.
+
+    It is no submodule: what it holds are the module's own tensors, or nothing that a state dict should have.
+    """
+
+    linear: Any
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"gptqmodel's {type(self.linear).__name__}"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x @ W.T` in the dtype of `x`, `[..., out]` from `[..., in]`, computed in the dtype of the model."""
+        found = self.linear(x.to(self.dtype))
+        if found.is_inference() and not torch.is_inference_mode_enabled():
+            found = found.clone()  # AwqGEMMLinear's; autograd takes no such tensor
+        return found.to(x.dtype)
+
+
+@cache
+def missing() -> str | None:
+    """Why gptqmodel cannot be used here; None where it can. Importing it takes seconds."""
+    try:
+        have = importlib.metadata.version("gptqmodel")
+        if Version(have) < Version(LEAST):
+            return f"gptqmodel {have}, {LEAST} or newer is needed"
+        with _talking():
+            importlib.import_module("gptqmodel.utils.importer")
+            # Three lines for each module of a model say which kernels there might be; the report says which it is.
+            importlib.import_module("gptqmodel.utils.logger").setup_logger().setLevel("WARNING")
+    except importlib.metadata.PackageNotFoundError:
+        return "gptqmodel is not installed"
+    except Exception as error:  # it imports half of the ecosystem: what it is, is told
+        return f"gptqmodel cannot be imported ({said(error)})"
+    return None
+
+
+def why_not(scheme: PackedGroupsScheme, shard: Shard, device: torch.device, keep: bool) -> str | None:
+    """Why there is no kernel for a shard, as far as its config and shape tell; None where there may be one.
+
+    Args:
+        scheme: of the weight.
+        shard: this rank's part, or another's.
+        device: that it will lie on.
+        keep: whether the words must stay as they are stored.
+    """
+    if (reason := _unfit(scheme, shard)) is not None:
+        return reason
+    symmetric = scheme.packing(shard.name).grid.symmetric
+    reasons = [reason for _, reason in _kinds(scheme, shard, device, symmetric, keep)]
+    return None if None in reasons else "; ".join(map(str, reasons)) or NONE
+
+
+def _unfit(scheme: PackedGroupsScheme, shard: Shard) -> str | None:
+    """Why no kernel takes a shard, whichever there are."""
+    packing, dtype = scheme.packing(shard.name), torch_dtype(shard.dtype)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"gptqmodel's kernels multiply in float16 or bfloat16, and the model is loaded as {shard.dtype}"
+    if packing.gathered and shard.local_shape[1] != shard.shape[1]:
+        return "inputs are cut and in the order of their activations, so that groups are in parts"
+    group = packing.group(shard.shape[1])
+    if group != ALL and shard.local_shape[1] % group:
+        return f"{shard.local_shape[1]} inputs are no multiple of the group size {group}"
+    return None
+
+
+def take_kernel(module: QuantizedLinear, keep: bool) -> str | None:
+    """Lets the first kernel that multiplies a module's weight do so; returns why there is none.
+
+    Args:
+        module: of a `PackedGroupsScheme`, filled, on its device.
+        keep: whether the words must stay as they are stored.
+    """
+    scheme, shard, words = module.scheme, module.shard, module.components
+    assert isinstance(scheme, PackedGroupsScheme)
+    device = words["qweight"].device
+    if (reason := _unfit(scheme, shard)) is not None:
+        return reason
+    packing = scheme.packing(shard.name)
+    zeros = scheme.zeros_of(packing, words["qzeros"], torch.uint8)
+    symmetric = bool((zeros == 1 << packing.bits - 1).all())
+    reasons = []
+    for kind, refusal in _kinds(scheme, shard, device, symmetric, keep):
+        try:
+            reason = refusal or _tried(kind, module, words, zeros, symmetric, keep)
+        except Exception as error:  # kernels fail in ways of their own (no compiler, no library): what it is, is told
+            reason = f"{kind.__name__}: {said(error)}"
+        if reason is None:
+            return None
+        reasons.append(reason)
+    return "; ".join(reasons) or NONE
+
+
+def _tried(
+    kind: Any, module: QuantizedLinear, words: Mapping[str, Tensor], zeros: Tensor, symmetric: bool, keep: bool
+) -> str | None:
+    """Fills and tries a kernel; the module has it where None is returned."""
+    shard, dtype, device = module.shard, torch_dtype(module.shard.dtype), words["qweight"].device
+    with _talking(), torch.no_grad():
+        linear = _filled(kind, module, words, zeros, symmetric)
+        kernel = Kernel(linear, dtype, device)
+        x = torch.rand(ROWS, shard.local_shape[1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        found = kernel(x).float()
+    expected = nn.functional.linear(x, module.dequantized().to(dtype)).float()
+    error = float((found - expected).norm() / expected.norm())
+    if not error <= TOLERANCE:
+        return f"{kind.__name__}: its product differs from that of the dequantized weight by more than {TOLERANCE:.0%}"
+    if not _shares(linear, words):
+        if keep:
+            return f"{kind.__name__}: it rearranges the stored words"
+        tally = Tally(shard.name)
+        module.scheme.tally(module, shard, tally)
+        module.give(tally.lanes)
+    module.kernel = kernel
+    return None
+
+
+def _kinds(
+    scheme: PackedGroupsScheme, shard: Shard, device: torch.device, symmetric: bool, keep: bool
+) -> Iterator[tuple[Any, str | None]]:
+    """Kernels for a shard, the fastest first, each with the reason why it cannot be."""
+    from gptqmodel.utils.backend import BACKEND
+    from gptqmodel.utils.importer import select_quant_linear
+
+    packing = scheme.packing(shard.name)
+    method, form = FORMATS[packing.kind]
+    asked = _asked(scheme, shard, symmetric)
+    # Kernels for training leave the words alone, on a GPU; on a CPU that shows when they are tried.
+    backend, left_out = (BACKEND.AUTO_TRAINABLE, LEFT_OUT | DEQUANTIZING) if keep else (BACKEND.AUTO, LEFT_OUT)
+    try:
+        with _talking():
+            kinds = select_quant_linear(
+                **asked, device=device, backend=backend, format=form, quant_method=method, multi_select=True
+            )
+    except (ValueError, NotImplementedError) as error:
+        yield None, said(error)
+        return
+    for kind in kinds:
+        if left_out.isdisjoint(each.value for each in kind.SUPPORTS_BACKENDS):
+            rows, columns = shard.local_shape
+            good, why = kind.validate(**asked, in_features=columns, out_features=rows, device=device)
+            yield kind, None if good else f"{kind.__name__}: {said(why)}"
+
+
+def _asked(scheme: PackedGroupsScheme, shard: Shard, symmetric: bool) -> dict[str, Any]:
+    """What gptqmodel must know of a weight, in its words."""
+    packing = scheme.packing(shard.name)
+    group = packing.group(shard.shape[1])
+    return {
+        "bits": packing.bits,
+        "group_size": -1 if group == ALL else group,
+        "desc_act": packing.gathered,
+        "sym": symmetric,
+        "pack_dtype": torch.int32,
+        "dtype": torch_dtype(shard.dtype),
+    }
+
+
+def _filled(
+    kind: Any, module: QuantizedLinear, words: Mapping[str, Tensor], zeros: Tensor, symmetric: bool
+) -> nn.Module:
+    """A kernel with copies of the words: it may write to what it is given."""
+    scheme, shard = module.scheme, module.shard
+    assert isinstance(scheme, PackedGroupsScheme)
+    packing, (rows, columns) = scheme.packing(shard.name), shard.local_shape
+    with torch.device("meta"):
+        asked = _asked(scheme, shard, symmetric)
+        linear = kind(**asked, in_features=columns, out_features=rows, bias=False, register_buffers=True)
+    given = {name: value.clone() for name, value in words.items()}
+    if given["scales"].dtype == torch.float32:
+        given["scales"] = given["scales"].to(torch_dtype(shard.dtype))
+    if packing.kind == "gptq" and kind.REQUIRES_FORMAT_V2:  # zero points as they are, not less one
+        given["qzeros"] = pack_words(zeros, packing.bits, 1)
+    if packing.kind != "awq" and not packing.index:
+        given["g_idx"] = torch.arange(columns, dtype=torch.int32, device=zeros.device) // (columns // len(zeros))
+    linear.load_state_dict(given, assign=True)
+    if packing.kind != "awq" and kind.REQUIRES_FORMAT_V2:
+        linear.qzero_format(2)
+    linear.eval().requires_grad_(False)
+    linear.post_init()
+    return linear
+
+
+def _shares(linear: Any, words: Mapping[str, Tensor]) -> bool:
+    """Whether a kernel has left the codes as they are stored; it then uses these tensors, and its copies go."""
+    if not _same(getattr(linear, "qweight", None), words["qweight"]):
+        return False
+    for name, value in words.items():
+        if _same(getattr(linear, name, None), value):
+            getattr(linear, name).data = value
+    return True
+
+
+def _same(found: Any, stored: Tensor) -> bool:
+    return isinstance(found, Tensor) and found.dtype == stored.dtype and torch.equal(found, stored)
+
+
+@contextlib.contextmanager
+def _talking() -> Iterator[None]:
+    """What gptqmodel prints goes where logs go: standard output is for what was asked for."""
+    with changing_process_state(), contextlib.redirect_stdout(sys.stderr):
+        yield

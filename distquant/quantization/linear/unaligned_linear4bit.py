@@ -1,0 +1,34 @@
+"""The one module that bitsandbytes lacks: a `Linear4bit` whose rows are no multiple of its block."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+
+from distquant.quantization.algorithms.nested_absmax import Statistics
+from distquant.quantization.linear.dequant_matmul import ops_on, product
+from distquant.quantization.methods.bitsandbytes_4bit import components_of
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """The weight of a `Linear4bit` by the flat definition, `[out, in]`, in the dtype that it was quantized from."""
+    weight: Any = module.weight
+    ops, state, found = ops_on(weight.device), weight.quant_state, components_of(module)
+    absmax = Statistics.of(found).effective(ops)
+    return ops.dequantize_4bit(
+        found[""], absmax, state.blocksize, state.quant_type, tuple(state.shape), dtype=state.dtype
+    )
+
+
+class StraddlingLinear4bit(Linear4bit):
+    """A `Linear4bit` whose rows are no multiple of the block, where upstream's CPU kernel reads the wrong absmax."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = x.to(self.compute_dtype) if self.compute_dtype is not None else x
+        output = product(inputs, partial(dequantized, self))
+        if self.bias is not None:
+            output = output + self.bias.to(output.dtype)
+        return output.to(x.dtype)

@@ -1,0 +1,122 @@
+"""AutoRound checkpoints (arXiv:2309.05516): rounding is learned, the files are packed as GPTQ's or AWQ's.
+
+`packing_format` names the layout (auto-round, `auto_round/inference/convert_model.py` and `backend.py`): `auto_gptq`
+stores zero points less one, as GPTQ v1; the tool's own packing and `gptqmodel` store them as they are, and `auto_awq`
+is AWQ's gemm layout. `extra_config` gives modules fields of their own: a module's exact name first, then patterns that
+are found anywhere in the name; 16 bits leave it unquantized.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from distquant.config import AutoRoundConfig
+from distquant.config.checks import where
+from distquant.errors import Problem
+from distquant.model.description import Skeleton
+from distquant.quantization.algorithms.rtn import Grid
+from distquant.quantization.module_selection import compiles, in_blocks, one_of, unlike
+from distquant.quantization.packed_int import PackedGroupsScheme, Packing, problems_of_fields, valid_fields
+from distquant.quantization.registry import register
+from distquant.quantization.scheme import Context
+
+Kind = Literal["gptq", "gptq_v2", "awq"]
+
+UNQUANTIZED = 16
+"""Bits that leave a module as it is."""
+
+
+def kind_of(packing_format: str) -> Kind | None:
+    """The layout that a `packing_format` names, with or without `auto_round:` before it and a kernel behind."""
+    parts = packing_format.lower().replace("auto-round", "auto_round").replace("autoround", "auto_round").split(":")
+    parts = parts[1:] if parts[0] == "auto_round" and len(parts) > 1 else parts
+    if parts[0] in ("gptq", "auto_gptq", "auto"):
+        return "gptq"
+    if parts[0] in ("awq", "auto_awq"):
+        return "awq"
+    return "gptq_v2" if parts[0] in ("auto_round", "gptqmodel", "exllamav2", "triton", "tritonv2") else None
+
+
+@register
+class AutoRoundScheme(PackedGroupsScheme):
+    """The tensors of GPTQ or AWQ, dequantized in forward."""
+
+    name = "auto-round"
+    config_class = AutoRoundConfig
+    config: AutoRoundConfig
+
+    def packing_of(self, module: str) -> Packing:
+        config, own = self.config, valid_fields(self._own(module))
+        bits = own.get("bits", config.bits)
+        grid = Grid(bits, own.get("sym", config.sym))
+        return Packing(self._kind, bits, own.get("group_size", config.group_size), grid)
+
+    @property
+    def _kind(self) -> Kind:
+        return kind_of(self.config.packing_format) or "gptq"
+
+    def _own(self, module: str) -> Mapping[str, Any]:
+        """A module's own fields."""
+        rules = self.config.extra_config or {}
+        if module in rules:
+            return rules[module] if isinstance(rules[module], Mapping) else {}
+        for pattern, own in rules.items():
+            if own and isinstance(own, Mapping) and compiles(pattern) is None and re.search(pattern, module):
+                return own
+        return {}
+
+    def converts(self, skeleton: Skeleton) -> list[str]:
+        config = self.config
+        given = config.block_name_to_quantize or config.to_quant_block_names
+        blocks = None if given is None else list(_flat(given.split(",") if isinstance(given, str) else given))
+        names = in_blocks(skeleton, blocks)
+        inside = set(names)
+        named = [name for name in skeleton.linears if name not in inside and self._own(one_of(name))]
+        return [name for name in (*names, *named) if config.selection.selects(name) and not self._left_out(name)]
+
+    def _left_out(self, module: str) -> bool:
+        return self._own(one_of(module)).get("bits", self.config.bits) == UNQUANTIZED
+
+    def validate(self, context: Context) -> list[Problem]:
+        config = self.config
+        found = super().validate(context)
+        if not context.prequantized:
+            what = "learns its rounding on data, which is not supported"
+            found.append(
+                Problem("quantization_config", f"auto-round {what}", "Take gptq-rtn, or a quantized checkpoint")
+            )
+        kind = kind_of(config.packing_format)
+        if kind is None:
+            what = f"{config.packing_format!r} is not supported"
+            fix = "Export with auto_round:auto_gptq or auto_round:auto_awq"
+            found.append(Problem(where("packing_format"), what, fix))
+        named = {name: getattr(config, name) for name in ("bits", "data_type", "act_bits", "super_bits")}
+        found += _problems_of_values("", named, kind)
+        for pattern, own in (config.extra_config or {}).items():
+            if not isinstance(own, Mapping) or own.get("bits") != UNQUANTIZED:
+                found += problems_of_fields("extra_config", pattern, own)
+                found += _problems_of_values(pattern, own if isinstance(own, Mapping) else {}, kind)
+        if config.extra_config:
+            found += unlike(context.skeleton, lambda module: (self._left_out(module), self.packing_of(module)))
+        return found
+
+
+def _flat(names: Any) -> Iterator[str]:
+    for name in names:
+        if isinstance(name, str):
+            yield name
+        else:
+            yield from _flat(name)
+
+
+def _problems_of_values(module: str, fields: Mapping[str, Any], kind: Kind | None) -> Iterator[Problem]:
+    """What is not supported in the whole config (module ""), or in a module's own fields."""
+    bits = (4,) if kind == "awq" else (2, 3, 4, 8)
+    fix = "Export integer weights of 2, 3, 4 or 8 bits (AWQ's packing: 4) without quantized activations"
+    allowed = {"bits": bits, "data_type": (None, "int"), "super_bits": (None,), "act_bits": (None, *range(16, 33))}
+    for key, values in allowed.items():
+        if fields.get(key) not in (None, *values):
+            at, whose = ("extra_config", f"{module!r} has {key}=") if module else (key, "")
+            yield Problem(where(at), f"{whose}{fields[key]!r} is not supported", fix)

@@ -1,0 +1,58 @@
+"""What the two bitsandbytes schemes share: package, device maps, memory, and the mark that others look for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from distquant.config import Bnb4bitConfig, Bnb8bitConfig
+from distquant.errors import Problem
+from distquant.quantization.scheme import Context, Scheme
+from distquant.sharding.device_map import place_of
+
+
+class BitsandbytesScheme(Scheme):
+    """Hooks of both: device maps, memory, and the mark that PEFT and transformers look for."""
+
+    requires: ClassVar[Mapping[str, str]] = {"bitsandbytes": "0.46.1"}
+    by_bitsandbytes: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
+    unmoved: ClassVar[Mapping[str, str]] = {}  # what would be moved is left unquantized, see `offloaded`
+    mark: ClassVar[str]
+    config: Bnb4bitConfig | Bnb8bitConfig
+
+    def validate(self, context: Context) -> list[Problem]:
+        found = super().validate(context)
+        places = set((context.device_map or {}).values())
+        offloaded = sorted(places & {"cpu", "disk"})
+        if offloaded and places != {"cpu"} and not self.config.llm_int8_enable_fp32_cpu_offload:
+            what = f"modules on {' and '.join(offloaded)} beside other devices stay unquantized with bitsandbytes"
+            fix = "Set llm_int8_enable_fp32_cpu_offload=True to allow that, or map everything to one kind of device"
+            found.append(Problem("device_map", what, fix))
+        return found
+
+    def offloaded(self, converted: Iterable[str], device_map: Mapping[str, str]) -> set[str]:
+        """Modules on CPU or disk beside other devices, where that is allowed (transformers keeps them in 16 bits)."""
+        if not self.config.llm_int8_enable_fp32_cpu_offload or set(device_map.values()) == {"cpu"}:
+            return set()
+        return {name for name in converted if place_of(device_map, name) in ("cpu", "disk")}
+
+    def adjust_max_memory(self, max_memory: int) -> int:
+        """A tenth is left for what quantization needs beside the weights, as transformers does."""
+        return int(max_memory * 0.9)
+
+    def finish_model(self, model: Any) -> None:
+        """What `from_pretrained` leaves on a bitsandbytes model, so that PEFT and `save_pretrained` treat it alike."""
+        from transformers import BitsAndBytesConfig
+        from transformers.quantizers import AutoHfQuantizer
+
+        config = BitsAndBytesConfig.from_dict(self.config.to_dict())
+        if self.config.include_modules is not None or self.config.layers is not None:
+            # transformers knows only what to skip, so name every linear that was left alone.
+            config.llm_int8_skip_modules = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+        model.config.quantization_config = config
+        model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+        model.is_quantized, model.quantization_method = True, config.quant_method
+        setattr(model, self.mark, True)

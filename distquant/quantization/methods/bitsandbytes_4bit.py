@@ -1,0 +1,274 @@
+"""bitsandbytes NF4 and FP4, with and without double quantization, exact at every width.
+
+Codes: two a byte, the even element in the high nibble, row-major; absmax per 64 elements of the flattened weight, which
+straddle rows where a row is no multiple of 64. Double quantization subtracts the mean of all absmax and stores them as
+8-bit codes with one float32 per 256 (bitsandbytes `functional.quantize_4bit`). Neither mean nor second-level blocks are
+local to a shard, so every rank gets all absmax (1/64 of the elements) and quantizes the whole, on one thread: `mean`
+over one and over two threads differ in the last bit. A shard keeps the nested form where its blocks are whole runs of
+256, and otherwise stores the same values as float32 absmax.
+
+Along `in` a shard may need blocks of 32 where 64 would straddle its rows: absmax are then repeated, which changes no
+value. Rows are quantized whole before they are cut, so a cut may pass through a block of 64.
+
+Stored components of a shard:
+
+    ""                uint8 `[ceil(n / 2)]`, the codes
+    absmax            float32 `[blocks]`; nested: uint8 `[blocks]`, second-level codes
+    nested_absmax     float32 `[ceil(blocks / 256)]`; these and what follows only where the shard keeps nesting
+    nested_offset     float32 `[]`
+    nested_quant_map  float32 `[256]`, the value of each second-level code, only where a checkpoint has other bits than
+                      bitsandbytes computes here (torch's `linspace` rounds differently without AVX2)
+
+Values of 4-bit codes and block sizes follow from the configuration and the shard.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distquant.config import Bnb4bitConfig, torch_dtype
+from distquant.errors import InputError, Problem
+from distquant.kernels import reference
+from distquant.quantization.algorithms.nested_absmax import (
+    BLOCK,
+    FINE_BLOCK,
+    SECOND,
+    Statistics,
+    cut_crosses_blocks,
+    dynamic_map,
+    keeps_nesting,
+    local_block,
+    local_statistics,
+    quantize_absmax,
+)
+from distquant.quantization.methods.bitsandbytes import BitsandbytesScheme
+from distquant.quantization.registry import register
+from distquant.quantization.scheme import Stream
+from distquant.sharding.layout import DTYPE_BYTES, Component, Layout
+from distquant.sharding.shard import Shard
+
+
+@register
+class Bnb4bitScheme(BitsandbytesScheme):
+    """`bnb.nn.Linear4bit` of local size."""
+
+    name = "bitsandbytes_4bit"
+    config_class = Bnb4bitConfig
+    suffixes: ClassVar[Mapping[str, str]] = {
+        "weight.absmax": "absmax",
+        "weight.quant_map": "quant_map",
+        "weight.nested_absmax": "nested_absmax",
+        "weight.nested_quant_map": "nested_quant_map",
+        "weight.quant_state.bitsandbytes__nf4": "quant_state",
+        "weight.quant_state.bitsandbytes__fp4": "quant_state",
+    }
+    constants = frozenset(("nested_offset", "nested_quant_map"))
+    mark = "is_loaded_in_4bit"
+    config: Bnb4bitConfig
+
+    def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
+        word = DTYPE_BYTES[self.config.bnb_4bit_quant_storage]
+        codes = Component(name="", dtype=self.config.bnb_4bit_quant_storage, flat=2 * word)
+        cuts = (BLOCK, FINE_BLOCK)
+        if not self.config.bnb_4bit_use_double_quant:
+            return Layout((codes, Component(name="absmax", dtype="float32", flat=BLOCK, cuts=cuts)))
+        return Layout(
+            (
+                codes,
+                Component(name="absmax", dtype="uint8", flat=BLOCK, cuts=cuts),
+                Component(name="nested_absmax", dtype="float32", flat=BLOCK * SECOND, gathered=True),
+            )
+        )
+
+    def shard_nbytes(self, shard: Shard) -> int:
+        count = math.prod(shard.local_shape)
+        blocks = -(-count // local_block(shard))
+        nested = self.config.bnb_4bit_use_double_quant and keeps_nesting(shard)
+        return -(-count // 2) + (blocks + 4 * -(-blocks // SECOND) if nested else 4 * blocks)
+
+    def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+        """Codes by the byte, and the absmax that a second level is made from at the end."""
+        return (
+            Component(name="", dtype="uint8", flat=2),
+            Component(name="absmax", dtype="float32", flat=BLOCK),
+        )
+
+    def statistics(self, shard: Shard) -> frozenset[str]:
+        """absmax: all of them for a second level, and where a cut along `in` is finer than the blocks."""
+        if self.config.bnb_4bit_use_double_quant or cut_crosses_blocks(shard):
+            return frozenset(("absmax",))
+        return frozenset()
+
+    def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
+        word = 2 * DTYPE_BYTES[self.config.bnb_4bit_quant_storage]
+        if math.prod(shape) % word == 0:
+            return []
+        what = f"{math.prod(shape)} weights do not fill whole words of {word} ({self.config.bnb_4bit_quant_storage})"
+        return [Problem(name, what, "Use bnb_4bit_quant_storage='uint8', or skip the module")]
+
+    def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
+        nested = self.config.bnb_4bit_use_double_quant
+        needed = ["", "absmax", "quant_map", "quant_state"] + ["nested_absmax", "nested_quant_map"] * nested
+        missing = [component or "weight" for component in needed if component not in stored]
+        if missing:
+            what = f"the checkpoint lacks {', '.join(missing)} of this quantized weight"
+            return [Problem(name, what, "Download the checkpoint again, or quantize the original")]
+        blocks = -(-math.prod(shape) // BLOCK)
+        if math.prod(stored["absmax"]) != blocks:
+            found = math.prod(stored["absmax"])
+            what = f"{found} absmax for a weight of shape {list(shape)}, blocks of {BLOCK} give {blocks}"
+            return [Problem(name, what, f"Only blocks of {BLOCK} are supported; quantize the original again")]
+        return []
+
+    # -- executing -------------------------------------------------------------------------------------------------
+
+    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
+        import bitsandbytes as bnb
+
+        from distquant.quantization.linear.unaligned_linear4bit import StraddlingLinear4bit
+
+        out_features, in_features = shard.local_shape
+        kind = StraddlingLinear4bit if in_features % local_block(shard) else bnb.nn.Linear4bit
+        module = kind(
+            in_features,
+            out_features,
+            bias=linear.bias is not None,
+            compute_dtype=torch_dtype(self.config.bnb_4bit_compute_dtype),
+            compress_statistics=self.config.bnb_4bit_use_double_quant,
+            quant_type=self.config.bnb_4bit_quant_type,
+            quant_storage=torch_dtype(self.config.bnb_4bit_quant_storage),
+            device="meta",
+        )
+        # The first CPU forward would repack the weights in place, drop nesting and round absmax to bfloat16.
+        module.support_avx512bf16_for_cpu = False
+        return module
+
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+        ops.quantize_4bit(rows, BLOCK, self.config.bnb_4bit_quant_type, codes=out[""], absmax=out["absmax"])
+
+    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+        self.fill(shard, module, self.pack(shard, parts, ops), torch_dtype(shard.dtype))
+
+    def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
+        dtype = getattr(torch, _state_of(parts)["dtype"])
+        self.fill(shard, module, self.adopt(shard, parts, whole), dtype)
+
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+        statistics = Statistics(parts["absmax"])
+        if self.config.bnb_4bit_use_double_quant:
+            statistics = quantize_absmax(parts["absmax"], shard, ops)
+        elif self.statistics(shard):
+            statistics = local_statistics(statistics, shard, ops)
+        return {"": parts[""], **statistics.components()}
+
+    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+        state = _state_of(parts)
+        self._check_state(shard, state)
+        codes, columns = parts[""].view(torch.uint8), shard.shape[1]
+        if "" in whole and shard.dim == 0:
+            codes = torch.cat([codes[a * columns // 2 : -(-b * columns // 2)] for a, b in shard.rows])
+        statistics = Statistics(parts["absmax"].float())
+        if "nested_offset" in state:
+            offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=codes.device)
+            values = parts["nested_quant_map"]
+            own = torch.equal(values, dynamic_map(values.device))
+            statistics = Statistics(None, parts["absmax"], parts["nested_absmax"], offset, None if own else values)
+        if "absmax" in whole:
+            statistics = local_statistics(statistics, shard)
+        return {"": codes, **statistics.components()}
+
+    def _check_state(self, shard: Shard, state: dict[str, Any]) -> None:
+        expected = {
+            "quant_type": self.config.bnb_4bit_quant_type,
+            "blocksize": BLOCK,
+            "shape": list(shard.shape),
+        }
+        for key, value in expected.items():
+            found = list(state[key]) if key == "shape" else state.get(key)
+            if found != value:
+                what = f"its quant_state says {key}={found!r}, expected {value!r}"
+                raise InputError.one(shard.name, what, "The checkpoint contradicts its config; quantize it again")
+
+    def fill(self, shard: Shard, module: Any, components: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Puts components into a `Linear4bit`, whose weight dequantizes to `dtype`."""
+        from bitsandbytes.functional import QuantState
+        from bitsandbytes.nn import Params4bit
+
+        device, quant_type = components[""].device, self.config.bnb_4bit_quant_type
+        state = QuantState(
+            absmax=components["absmax"],
+            shape=torch.Size(shard.local_shape),
+            code=reference.code_values(quant_type, device).clone(),  # saving refuses shared tensors
+            blocksize=local_block(shard),
+            quant_type=quant_type,
+            dtype=dtype,
+        )
+        if "nested_absmax" in components:
+            values = components.get("nested_quant_map", dynamic_map(device)).clone()
+            state.offset, state.nested = components["nested_offset"], True
+            state.state2 = QuantState(
+                absmax=components["nested_absmax"], code=values, blocksize=SECOND, dtype=torch.float32
+            )
+        state.to(device)
+        storage = torch_dtype(self.config.bnb_4bit_quant_storage)
+        module.weight = Params4bit(
+            components[""].view(storage).view(-1, 1),
+            requires_grad=False,
+            quant_state=state,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=quant_type,
+            quant_storage=storage,
+            module=module,
+            bnb_quantized=True,
+        )
+        module.quant_state = state
+
+    # -- looking at it ---------------------------------------------------------------------------------------------
+
+    def components(self, module: Any) -> dict[str, Tensor]:
+        return components_of(module)
+
+    def held_nbytes(self, module: nn.Module) -> int:
+        """As any method's, without the state dict, for which bitsandbytes writes each quantization state as JSON."""
+        return sum(value.nbytes for name, value in components_of(module).items() if name not in self.constants)
+
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+        """By the flat definition, in float32 and then rounded to `dtype`."""
+        absmax, quant_type = Statistics.of(components).effective(ops), self.config.bnb_4bit_quant_type
+        return ops.dequantize_4bit(
+            components[""], absmax, local_block(shard), quant_type, shard.local_shape, dtype=dtype
+        )
+
+    def dequantized(self, module: Any, shard: Shard, ops: Any) -> Tensor:
+        found = self.dequantize(shard, self.components(module), module.weight.quant_state.dtype, ops)
+        return found.to(torch_dtype(shard.dtype))
+
+    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+        rows, columns = shard.local_shape
+        yield "code", reference.unpack_4bit(components[""])[: rows * columns].view(rows, columns), 1
+        absmax, block = Statistics.of(components).effective(), local_block(shard)
+        if columns % block:
+            absmax, block = absmax.repeat_interleave(block)[: rows * columns], 1
+        yield "scale", absmax.view(rows, columns // block), block
+
+
+def components_of(module: Any) -> dict[str, Tensor]:
+    """What a `Linear4bit` stores; nested statistics always with `nested_quant_map`."""
+    weight = module.weight
+    state, codes = weight.quant_state, weight.data.contiguous().view(torch.uint8).view(-1)
+    if not state.nested:
+        return {"": codes, "absmax": state.absmax.float()}
+    second = state.state2
+    return {"": codes, **Statistics(None, state.absmax, second.absmax, state.offset, second.code).components()}
+
+
+def _state_of(parts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The `quant_state` of a stored weight: JSON as bytes."""
+    return json.loads(bytes(parts["quant_state"].tolist()))

@@ -1,0 +1,117 @@
+"""LLM.int8: int8 rows with one float32 absmax each; the weight passes through float16 first.
+
+A row's absmax reaches over `in`, so rows are quantized whole, by whichever rank reads them, and a shard that is cut
+along `in` keeps the absmax of every row. Weights are then exact. Activations are quantized per local row in forward,
+so logits of such a shard differ by the method's own error.
+
+Stored components of a shard: "" (int8 `[out, in]`) and "SCB" (float32 `[out]`, the rows' absmax).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distquant.config import Bnb8bitConfig
+from distquant.errors import InputError, Problem
+from distquant.model.description import STAR
+from distquant.quantization.methods.bitsandbytes import BitsandbytesScheme
+from distquant.quantization.registry import register
+from distquant.quantization.scheme import Stream
+from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
+from distquant.sharding.shard import Shard
+from distquant.sharding.tally import WHOLE_ROW
+
+ROW_FORMAT = 0
+"""The only weight format that bitsandbytes still writes: row-major."""
+
+
+@register
+class Bnb8bitScheme(BitsandbytesScheme):
+    """`bnb.nn.Linear8bitLt` of local size."""
+
+    name = "bitsandbytes_8bit"
+    config_class = Bnb8bitConfig
+    suffixes: ClassVar[Mapping[str, str]] = {"SCB": "SCB", "weight_format": "weight_format"}
+    mark = "is_loaded_in_8bit"
+    config: Bnb8bitConfig
+
+    def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
+        codes = Component(name="", dtype="int8", cuts=PLAIN_STEPS)
+        return Layout((codes, Component(name="SCB", dtype="float32", spans=(1, ALL), cuts=PLAIN_STEPS)))
+
+    def notes(self, converted: Iterable[str]) -> Iterator[str]:
+        stacks = [name for name in converted if STAR in name]
+        if stacks:
+            yield f"not applied: quantization of activations, in {len(stacks)} projections of experts"
+
+    def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
+        return []
+
+    def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
+        missing = [component or "weight" for component in ("", "SCB") if component not in stored]
+        if missing:
+            what = f"the checkpoint lacks {', '.join(missing)} of this quantized weight"
+            return [Problem(name, what, "Download the checkpoint again, or quantize the original")]
+        if stored["SCB"] != shape[:1] or stored[""] != shape:
+            what = f"int8 {list(stored[''])} with SCB {list(stored['SCB'])}, the model has {list(shape)}"
+            return [Problem(name, what, "The checkpoint is of another model; check config.json")]
+        return []
+
+    # -- executing -------------------------------------------------------------------------------------------------
+
+    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
+        import bitsandbytes as bnb
+
+        out_features, in_features = shard.local_shape
+        return bnb.nn.Linear8bitLt(
+            in_features,
+            out_features,
+            bias=linear.bias is not None,
+            has_fp16_weights=False,
+            threshold=self.config.llm_int8_threshold,
+            device="meta",
+        )
+
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+        ops.quantize_int8_rows(rows, codes=out[""].view(rows.shape), absmax=out["SCB"])
+
+    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+        self.fill(module, self.pack(shard, parts, ops))
+
+    def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
+        self.fill(module, self.adopt(shard, parts, whole))
+
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+        return {"": parts[""].view(shard.local_shape), "SCB": parts["SCB"]}
+
+    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+        found = int(parts["weight_format"].item()) if "weight_format" in parts else ROW_FORMAT
+        if found != ROW_FORMAT:
+            what = f"its weight_format is {found}, only {ROW_FORMAT} (row) is supported"
+            raise InputError.one(shard.name, what, "Quantize the original again with a current bitsandbytes")
+        return {"": parts[""].view(shard.local_shape), "SCB": parts["SCB"]}
+
+    def fill(self, module: nn.Module, components: Mapping[str, Tensor]) -> None:
+        """Puts components into a `Linear8bitLt`."""
+        from bitsandbytes.nn import Int8Params
+
+        codes, absmax = components[""], components["SCB"]
+        module.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=absmax)
+
+    # -- looking at it ---------------------------------------------------------------------------------------------
+
+    def components(self, module: Any) -> dict[str, Tensor]:
+        weight = module.weight
+        return {"": weight.data, "SCB": weight.SCB if weight.SCB is not None else module.state.SCB}
+
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+        scale = (components["SCB"].float() / 127).view(-1, 1)
+        return components[""].float().mul_(scale).to(dtype)
+
+    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+        yield "code", components[""], 1
+        yield "scale", components["SCB"].view(-1, 1), WHOLE_ROW

@@ -1,0 +1,107 @@
+"""Methods that transformers loads with its own quantizers: configured and checked here, never cut.
+
+Their kernels or formats belong to other libraries, so a model of theirs goes to one device, or over several by device
+map, and only where its library is installed. Nothing of it streams through distquant.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
+
+from distquant import config as configs
+from distquant.config import QuantizationConfig
+from distquant.config.requirements import REQUIREMENTS
+from distquant.errors import Problem
+from distquant.model.description import Skeleton
+from distquant.quantization.registry import register
+from distquant.quantization.scheme import Context, Scheme
+from distquant.sharding.layout import Layout, plain
+from distquant.sharding.shard import Shard
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class DelegatedScheme(Scheme):
+    """Converts no module: transformers does, in `from_pretrained` (see `assemble.delegated`)."""
+
+    delegated = True
+
+    def validate(self, context: Context) -> list[Problem]:
+        """What transformers would refuse, with what is refused here: more than one rank."""
+        method, facts = self.config.quant_method, context.facts
+        needs = REQUIREMENTS[method]
+        found = [] if self.config.dequantize else super().validate(context)
+        for package, limit in needs.below.items():
+            have = facts.packages.get(package)
+            if have is not None and Version(have) >= Version(limit):
+                what = f"{package} {have}, {method!r} needs one below {limit}"
+                found.append(Problem("environment", what, f"Run: pip install '{package}<{limit}'"))
+        if facts.device_type == "cpu" and not needs.cpu and not self.config.dequantize:
+            note = f" ({needs.note})" if needs.note else ""
+            found.append(Problem("environment", f"{method!r} does not run on a CPU{note}", "Use a GPU"))
+        if context.mesh.size > 1:
+            what = f"{context.mesh}, and weights of {method!r} are loaded by transformers, which cannot cut them"
+            found.append(Problem("mesh", what, "Use one rank, or device_map='auto' over the devices of one process"))
+        if not needs.quantizes and not context.prequantized:
+            what = f"{method!r} cannot quantize on the way, and this checkpoint is not quantized with it"
+            found.append(Problem("quantization_config", what, "Take a checkpoint of that method, or another method"))
+        return found
+
+    @classmethod
+    def quantizes(cls) -> bool:
+        return REQUIREMENTS[cls.config_class.quant_method].quantizes
+
+    @classmethod
+    def reads_stored(cls) -> bool:
+        return cls.config_class is not configs.Nvfp4Config  # transformers refuses them
+
+    def converts(self, skeleton: Skeleton) -> list[str]:
+        return []
+
+    def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
+        return plain(dtype, len(shape))
+
+    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
+        raise AssertionError(_BY_TRANSFORMERS)
+
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+        raise AssertionError(_BY_TRANSFORMERS)
+
+    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+        raise AssertionError(_BY_TRANSFORMERS)
+
+
+_BY_TRANSFORMERS = "a delegated method converts no module of distquant's"
+
+
+def _delegate(config: type[QuantizationConfig]) -> None:
+    needs = REQUIREMENTS[config.quant_method]
+    members = {
+        "name": config.quant_method,
+        "config_class": config,
+        "requires": needs.packages,
+        "min_capability": needs.capability,
+        "__doc__": config.__doc__,
+    }
+    register(type(config.__name__.removesuffix("Config") + "Scheme", (DelegatedScheme,), members))
+
+
+for _config in (
+    configs.Nvfp4Config,
+    configs.EetqConfig,
+    configs.BitnetConfig,
+    configs.AqlmConfig,
+    configs.VptqConfig,
+    configs.SpqrConfig,
+    configs.HiggsConfig,
+    configs.FpQuantConfig,
+    configs.FouroversixConfig,
+    configs.QuarkConfig,
+    configs.SinqConfig,
+    configs.MetalConfig,
+    configs.GemmaConfig,
+):
+    _delegate(_config)

@@ -1,0 +1,194 @@
+"""Fine-grained FP8 (DeepSeek-V3, arXiv:2412.19437): float8 e4m3 with a scale for each tile, or one for the tensor.
+
+Stored as transformers 5.23 does (`integrations/finegrained_fp8.py`, `FP8Linear` and `Fp8Quantize`), for a weight
+`[N, K]` and `weight_block_size` `[n, k]`:
+
+    weight              float8_e4m3fn `[N, K]`
+    weight_scale_inv    `[ceil(N / n), ceil(K / k)]`, float32, or float8_e8m0fnu under `scale_fmt` "ue8m0"; the last
+                        tiles of a dim may be ragged. What dequantization multiplies with. float32 `[]` without tiles
+    activation_scale    float32 `[]`, only under the static `activation_scheme`
+
+The tile is the configuration's, never what shapes suggest: with ragged tails several fit. Files also hold scales as
+bfloat16 or float16, powers of two as float32 (DeepSeek-V3.1) and exponents as bytes (U8); these are brought into the
+form above without changing a value. A weight without a scale in such a file is an unquantized one.
+
+Quantized on the way, tiles have the bits of `Fp8Quantize` where they divide the weight; ragged ones, which it leaves
+unquantized, are defined in `kernels/reference/fp8.py`. With one scale for the tensor, rows flow as they are, with each
+row's amax; every rank then casts its part under the largest.
+
+In forward the weight is dequantized and multiplied with the activations as they are, as transformers does on a CPU.
+On a GPU with float8 and the kernel, activations are float8, too (`float8_product.py`), under `activation_scale` where
+it is stored: with one scale for the tensor, and with tiles of 128 x 128.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from distquant.config import Fp8Config, torch_dtype
+from distquant.errors import InputError, Problem
+from distquant.quantization.linear.float8_matmul import TILE, Float8Kernel, Float8Rows, multiply, multiply_tiles
+from distquant.quantization.registry import register
+from distquant.quantization.scheme import Context, Stream
+from distquant.quantization.weight_only import FLOATS, DequantizingScheme, wrong_dtypes
+from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
+from distquant.sharding.shard import Shard
+from distquant.sharding.tally import WHOLE_ROW
+
+if TYPE_CHECKING:
+    from distquant.config.fp8 import Float8Config
+    from distquant.model.description import Skeleton
+
+SCALE, ACTIVATION, AMAX = "weight_scale_inv", "activation_scale", "amax"
+POWERS = ("F8_E8M0", "U8")
+"""Safetensors' dtypes of scales that are exponents."""
+
+
+@register
+class Fp8Scheme(DequantizingScheme):
+    """float8 e4m3 and its scales in a `QuantizedLinear`."""
+
+    name = "fp8"
+    config_class: ClassVar[type[Float8Config]] = Fp8Config
+    suffixes: ClassVar[Mapping[str, str]] = {SCALE: SCALE, ACTIVATION: ACTIVATION}
+    config: Float8Config
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        return self.config.weight_block_size
+
+    @property
+    def powers(self) -> bool:
+        """Whether scales are powers of two."""
+        return self.config.scale_fmt == "ue8m0"
+
+    # -- deciding --------------------------------------------------------------------------------------------------
+
+    def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
+        kind = "float8_e8m0fnu" if self.powers else "float32"
+        components = [
+            Component(name="", dtype="float8_e4m3fn", cuts=PLAIN_STEPS),
+            Component(name=SCALE, dtype=kind, spans=self.block or (ALL, ALL), cuts=PLAIN_STEPS),
+        ]
+        if self.config.activation_scheme == "static":
+            components.append(Component(name=ACTIVATION, dtype="float32", spans=(ALL, ALL)))
+        return Layout(tuple(components))
+
+    def converts(self, skeleton: Skeleton) -> list[str]:
+        """In a quantized checkpoint, of the selected linears those that have a scale in it."""
+        chosen = super().converts(skeleton)
+        sources = {name: skeleton.sources.get(f"{name}.weight", ()) for name in chosen}
+        quantized = [name for name in chosen if any(source.component == SCALE for source in sources[name])]
+        return quantized or chosen
+
+    def validate(self, context: Context) -> list[Problem]:
+        config, found = self.config, super().validate(context)
+        if self.block is None and self.powers:
+            what = "'ue8m0' is for tiles, and weight_block_size is null"
+            found.append(
+                _problem("scale_fmt", what, "Give weight_block_size, such as [128, 128], or scale_fmt 'float'")
+            )
+        if config.modules_to_convert:
+            what = f"{list(config.modules_to_convert)} names further modules, only linear ones are converted here"
+            found.append(_problem("modules_to_convert", what, "Leave it out"))
+        if config.expert_dtype != "fp8":
+            what = f"experts stored as {config.expert_dtype!r} are not supported"
+            found.append(_problem("expert_dtype", what, "Load a checkpoint with experts in fp8, or an unquantized one"))
+        if config.activation_scheme == "static" and not context.prequantized:
+            what = "'static' needs scales that were calibrated on activations, an unquantized checkpoint has none"
+            found.append(_problem("activation_scheme", what, "Give 'dynamic'"))
+        return found
+
+    def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
+        found = super().check_stored(name, shape, stored)
+        if ACTIVATION in stored and self.config.activation_scheme != "static":
+            what = f"{ACTIVATION} is stored, and activation_scheme is {self.config.activation_scheme!r}"
+            found.append(Problem(name, what, "Set activation_scheme to 'static' in config.json"))
+        for component in () if found else ("", SCALE) if self.block else ("",):
+            expected = self.layout(name, shape, "float32").component(component).shape(shape)
+            if stored[component] != expected:  # as many elements, in other dims
+                what = f"{component or 'weight'} is stored as {list(stored[component])}, not as {list(expected)}"
+                found.append(Problem(name, what, "The checkpoint is of another model or method; check config.json"))
+        return found
+
+    def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
+        allowed = {"": ("F8_E4M3",), SCALE: (*FLOATS, *POWERS), ACTIVATION: FLOATS}
+        return wrong_dtypes(name, dtypes, allowed)
+
+    # -- executing -------------------------------------------------------------------------------------------------
+
+    def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+        if self.block is not None:
+            return self.layout(name, shape, dtype).components
+        return Component(name="", dtype=dtype), Component(name=AMAX, dtype="float32", spans=(1, ALL))
+
+    def statistics(self, shard: Shard) -> frozenset[str]:
+        return frozenset((AMAX,)) if self.block is None else frozenset()
+
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+        if self.block is None:
+            out[""].view(rows.shape).copy_(rows)
+            out[AMAX].copy_(ops.block_amax(rows, (1, None)).view(-1))
+            return
+        codes, grid = out[""].view(rows.shape), [-(-size // n) for size, n in zip(rows.shape, self.block, strict=True)]
+        quantize = ops.quantize_fp8_ue8m0 if self.powers else ops.quantize_fp8
+        quantize(rows, self.block, codes=codes, scale=out[SCALE].view(grid))
+
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+        if self.block is not None:
+            return self.shaped(shard, parts)
+        amax = parts[AMAX].amax().view(1, 1)
+        codes, scale = ops.encode_fp8(parts[""].view(shard.local_shape), amax, (None, None))
+        return {"": codes, SCALE: scale.view(())}
+
+    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+        found = self.shaped(shard, {**parts, SCALE: self._scale(shard, parts[SCALE])})
+        if ACTIVATION in found:
+            found[ACTIVATION] = found[ACTIVATION].view(()).float()
+        return found if self.block is not None else {**found, SCALE: found[SCALE].view(())}
+
+    def _scale(self, shard: Shard, stored: Tensor) -> Tensor:
+        """Stored scales in the layout's dtype, of the same values."""
+        scale = stored.view(torch.float8_e8m0fnu) if stored.dtype == torch.uint8 else stored
+        dtype = torch_dtype(self.layout(shard.name, shard.shape, shard.dtype).component(SCALE).dtype)
+        found = scale.to(dtype)
+        if self.powers and scale.dtype != dtype and not torch.equal(found.float(), scale.float()):
+            what = f"its {SCALE} has values that are no powers of two, and scale_fmt is 'ue8m0'"
+            raise InputError.one(shard.name, what, "Set scale_fmt to 'float' in config.json")
+        return found
+
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+        scale = components[SCALE].float()
+        if self.block is None:
+            return ops.dequantize_fp8(components[""], scale.view(1, 1), (None, None), dtype)
+        return ops.dequantize_fp8(components[""], scale, self.block, dtype)
+
+    def float8_kernel(self, name: str) -> Float8Kernel | None:
+        if self.block is None:
+            return Float8Kernel.SCALED_MM
+        return Float8Kernel.TILES if self.block == TILE else None
+
+    def float8_product(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        codes, scale, activation = components[""], components[SCALE], components.get(ACTIVATION)
+        if self.block is None:
+            return multiply(x, Float8Rows(codes, scale.view(1, 1), activation))
+        return multiply_tiles(x, codes, scale, activation)
+
+    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+        codes = components[""]
+        yield "code", codes, 1
+        if self.block is None:
+            yield "scale", components[SCALE].float().expand(len(codes), 1), WHOLE_ROW
+        else:
+            rows = components[SCALE].float().repeat_interleave(self.block[0], dim=0)
+            yield "scale", rows[: len(codes)], self.block[1]
+        if ACTIVATION in components:
+            yield ACTIVATION, components[ACTIVATION].expand(len(codes), 1), WHOLE_ROW
+
+
+def _problem(field: str, what: str, fix: str) -> Problem:
+    return Problem(f"quantization_config.{field}", what, fix)

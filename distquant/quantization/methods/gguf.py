@@ -1,0 +1,115 @@
+"""GGUF: the blocks of llama.cpp's files, kept as they are stored and dequantized in forward.
+
+Each tensor has its own type, which the file's header names; the planner writes the types into the configuration. A
+block covers 32 or 256 inputs of one row, so weights are cut between blocks along the inputs and anywhere along the
+outputs. What is no linear module (an embedding), and everything under `dequantize=True`, is dequantized as its rows
+pass through. The rows of llama's q and k are stored interleaved within each head, so they flow in whole heads and are
+put in order where they arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distquant.checkpoint.gguf import BLOCKS
+from distquant.config import GgufConfig
+from distquant.errors import Problem
+from distquant.kernels.reference.gguf import dequantize_gguf
+from distquant.model.description import Skeleton
+from distquant.quantization.registry import register
+from distquant.quantization.scheme import Context, Stream
+from distquant.quantization.weight_only import DequantizingScheme
+from distquant.sharding.layout import PLAIN_STEPS, Component, Layout
+from distquant.sharding.shard import Shard
+
+
+@register
+class GgufScheme(DequantizingScheme):
+    """`QuantizedLinear` with one component: uint8 `[out, in / block * bytes of a block]`."""
+
+    name = "gguf"
+    config_class = GgufConfig
+    requires: ClassVar[Mapping[str, str]] = {"gguf": "0.10.0"}
+    stacks: ClassVar[bool] = False  # a file's types are known by the names of whole parameters, not of experts
+    config: GgufConfig
+
+    def kind(self, name: str) -> str:
+        """The type of a parameter's tensor; what the file does not name is as it is."""
+        return (self.config.types or {}).get(name, "F32")
+
+    def head(self, name: str) -> int:
+        """Rows of a head whose halves are stored interleaved; 0 = rows are in order."""
+        return (self.config.interleaved or {}).get(name, 0)
+
+    def validate(self, context: Context) -> list[Problem]:
+        found = super().validate(context)
+        if not context.prequantized:
+            what = "'gguf' is a format of files, weights are not quantized to it on the way"
+            found.append(Problem("quantization_config", what, "Give the path of a .gguf file, or another method"))
+        return found
+
+    def converts(self, skeleton: Skeleton) -> list[str]:
+        if self.config.dequantize:
+            return []
+        chosen = (name for name in skeleton.linears if self.config.selection.selects(name))
+        return [name for name in chosen if BLOCKS[self.kind(f"{name}.weight")][0] > 1]
+
+    def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
+        rows, (block, nbytes) = self.head(name) or 1, BLOCKS[self.kind(name)]
+        return Layout((Component(name="", dtype="uint8", spans=(rows, block), words=(rows, nbytes), cuts=PLAIN_STEPS),))
+
+    def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
+        block, nbytes = BLOCKS[self.kind(name)]
+        expected = shape if block == 1 else (*shape[:-1], shape[-1] // block * nbytes)
+        if stored.get("") == expected:
+            return []
+        what = (
+            f"the file stores {list(stored[''])} of {self.kind(name)}, a weight of {list(shape)} takes {list(expected)}"
+        )
+        return [Problem(name, what, "The file's metadata and tensors do not belong together")]
+
+    # -- what stays unquantized ------------------------------------------------------------------------------------
+
+    def decodes(self, name: str) -> int:
+        return self.head(name) or int(BLOCKS[self.kind(name)][0] > 1)
+
+    def decode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+        block, nbytes = BLOCKS[self.kind(name)]
+        values = rows
+        if block > 1:
+            values = dequantize_gguf(rows, self.kind(name), rows.shape[1] // nbytes * block)
+        out[""].copy_(self._in_order(name, values).reshape(-1))
+
+    # -- what stays quantized --------------------------------------------------------------------------------------
+
+    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+        return {"": self._in_order(shard.name, self.shaped(shard, parts)[""])}
+
+    def _in_order(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of whole heads with the halves of each one after the other."""
+        head = self.head(name)
+        if not head:
+            return rows
+        return rows.view(-1, head // 2, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+        return dequantize_gguf(components[""], self.kind(shard.name), shard.local_shape[1]).to(dtype)
+
+    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+        """The bytes of every block, eight at a time."""
+        kind, (block, nbytes) = self.kind(shard.name), BLOCKS[self.kind(shard.name)]
+        rows = shard.local_shape[0]
+        blocks = torch.nn.functional.pad(components[""].view(rows, -1, nbytes), (0, -nbytes % 8))
+        for at, values in enumerate(blocks.contiguous().view(torch.int64).unbind(2)):
+            yield f"{kind} {at}", values, block
+
+    def unsaved(self, model: nn.Module) -> str | None:
+        return "transformers reads GGUF from one .gguf file, which save_pretrained does not write"
+
+    def finish_model(self, model: Any) -> None:
+        if not self.config.dequantize:
+            super().finish_model(model)

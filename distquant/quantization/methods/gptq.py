@@ -1,0 +1,146 @@
+"""GPTQ checkpoints (arXiv:2210.17323), and rounding to nearest into their layout.
+
+The layout is that of AutoGPTQ and GPTQModel (`nn_modules/qlinear/__init__.py`): codes of 2, 3, 4 or 8 bits packed along
+the inputs, zero points packed along the outputs. `format` says how zero points are stored: `gptq` (v1) less one,
+`gptq_v2` as they are. Other formats are one kernel's own order of bytes, and refused.
+
+Rounding to nearest (`gptq-rtn`) takes the grid of `min_max`, and the config's `bits`, `group_size`, `sym` and `format`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from distquant.config import GptqConfig
+from distquant.config.checks import where
+from distquant.errors import Problem
+from distquant.model.description import Skeleton
+from distquant.quantization.algorithms.rtn import Grid
+from distquant.quantization.module_selection import compiles, in_blocks, members, one_of, stored_names, unlike
+from distquant.quantization.packed_int import (
+    DECIDING,
+    PackedGroupsScheme,
+    Packing,
+    problems_of_fields,
+    valid_fields,
+)
+from distquant.quantization.registry import register
+from distquant.quantization.scheme import Context
+
+CALIBRATION = frozenset(
+    {
+        "damp_percent", "damp_auto_increment", "mse", "static_groups", "true_sequential", "act_group_aware", "hyb_act",
+        "v2", "v2_alpha", "gptaq", "gptaq_alpha", "fail_safe", "failsafe", "hessian",
+    }
+)  # fmt: skip
+"""Fields of a `dynamic` rule that tell how a module was calibrated."""
+
+
+def problems_of_calibration(config: Any) -> Iterator[Problem]:
+    """What an unquantized checkpoint cannot be given: anything that needs activations."""
+    if not config.round_to_nearest:
+        field = "dataset" if config.dataset is not None else "tokenizer"
+        what = f"{getattr(config, field)!r} asks for calibration, which is not supported"
+        fix = "Leave dataset and tokenizer out to round to nearest, or load a checkpoint that was calibrated"
+        yield Problem(where(field), what, fix)
+    if config.desc_act:
+        fix = "Set it to false, or load a checkpoint that was calibrated"
+        yield Problem(where("desc_act"), "the order of activations needs calibration", fix)
+
+
+@register
+class GptqScheme(PackedGroupsScheme):
+    """GPTQ's tensors, dequantized in forward."""
+
+    name = "gptq"
+    config_class = GptqConfig
+    config: GptqConfig
+
+    def packing_of(self, module: str) -> Packing:
+        config, own = self.config, valid_fields(self._dynamic(module))
+        bits, symmetric = own.get("bits", config.bits), own.get("sym", config.sym)
+        kind: Literal["gptq", "gptq_v2"] = "gptq_v2" if config.format == "gptq_v2" else "gptq"
+        return Packing(
+            kind=kind,
+            bits=bits,
+            group_size=own.get("group_size", config.group_size),
+            grid=Grid(bits, symmetric),
+            act_order=own.get("desc_act", config.desc_act),
+            index=True,
+        )
+
+    def _dynamic(self, module: str) -> Mapping[str, Any] | None:
+        """A module's own fields; None where a rule leaves it out.
+
+        As GPTQModel (`quantization/config.py`, `dynamic_get`): the first pattern that matches from the start decides.
+        """
+        for pattern, own in (self.config.dynamic or {}).items():
+            regex = regex_of(pattern)
+            if compiles(regex) is None and re.match(regex, module):
+                return None if pattern.startswith("-:") else own
+        return {}
+
+    def converts(self, skeleton: Skeleton) -> list[str]:
+        config = self.config
+        blocks = (config.block_name_to_quantize,) if config.block_name_to_quantize else None
+        names = in_blocks(skeleton, blocks)
+        if config.modules_in_block_to_quantize is not None:
+            named = tuple(f".{name}" for names in config.modules_in_block_to_quantize for name in names)
+            names = [name for name in names if any(n.endswith(named) for n in stored_names(skeleton, name))]
+        head = skeleton.output_embedding
+        if config.lm_head and head is not None and head in skeleton.linears:
+            names.append(head)
+        return [name for name in names if config.selection.selects(name) and not self._left_out(name)]
+
+    def _left_out(self, module: str) -> bool:
+        return self._dynamic(one_of(module)) is None
+
+    def validate(self, context: Context) -> list[Problem]:
+        config = self.config
+        found = super().validate(context)
+        if config.format not in ("gptq", "gptq_v2"):
+            what = f"{config.format!r} is one kernel's own order of bytes; only gptq and gptq_v2 are supported"
+            found.append(Problem(where("format"), what, "Convert the checkpoint to gptq with GPTQModel"))
+        if config.pack_dtype not in (None, "int32"):
+            what = f"{config.pack_dtype!r}: only words of int32 are supported"
+            found.append(Problem(where("pack_dtype"), what, "Quantize with pack_dtype='int32'"))
+        for pattern, own in (config.dynamic or {}).items():
+            found += _problems_of_rule(pattern, own)
+        if config.dynamic:
+            found += unlike(context.skeleton, lambda module: (self._left_out(module), self.packing_of(module)))
+        if not context.prequantized:
+            found += problems_of_calibration(config)
+            found += self._unmatched(context.skeleton)
+        return found
+
+    def _unmatched(self, skeleton: Skeleton) -> Iterator[Problem]:
+        """Rules for modules that this model does not have."""
+        fix = "Name modules of this model, or remove it"
+        names = [member for name in skeleton.linears for member in members(skeleton, name)]
+        for pattern in self.config.dynamic or {}:
+            regex = regex_of(pattern)
+            if compiles(regex) is None and not any(re.match(regex, name) for name in names):
+                yield Problem(where("dynamic"), f"{pattern!r} matches no linear module", fix)
+        for named in self.config.modules_in_block_to_quantize or ():
+            for module in named:
+                if not any(name.endswith(f".{module}") for name in names):
+                    yield Problem(where("modules_in_block_to_quantize"), f"{module!r} matches no linear module", fix)
+
+
+def regex_of(pattern: str) -> str:
+    """The regular expression of a `dynamic` rule."""
+    return pattern.removeprefix("-:").removeprefix("+:")
+
+
+def _problems_of_rule(pattern: str, own: Any) -> Iterator[Problem]:
+    why = compiles(regex_of(pattern))
+    if why is not None:
+        yield Problem(where("dynamic"), f"{pattern!r} is no regular expression ({why})", "Correct the pattern")
+    if pattern.startswith("-:"):
+        return
+    yield from problems_of_fields("dynamic", pattern, own)
+    for key in set(own if isinstance(own, Mapping) else ()) - DECIDING.keys() - CALIBRATION:
+        what = f"{pattern!r} sets {key}, which cannot differ between modules"
+        yield Problem(where("dynamic"), what, f"Only {', '.join(sorted(DECIDING))} can")

@@ -1,0 +1,89 @@
+"""The registry of schemes: one dict, one decorator, and the entry-point group `distquant.quantization` for third parties."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from distquant.config import QuantizationConfig
+from distquant.errors import InputError
+from distquant.process_state import changing_process_state
+from distquant.quantization.scheme import Scheme
+
+ENTRY_POINTS = "distquant.quantization"
+BUILT_IN = tuple(
+    f"distquant.quantization.{module}"
+    for module in (
+        "none",
+        "bitsandbytes_4bit",
+        "bitsandbytes_8bit",
+        "gptq",
+        "awq",
+        "auto_round",
+        "compressed_tensors",
+        "fp8",
+        "mxfp8",
+        "mxfp4",
+        "fbgemm_fp8",
+        "quanto",
+        "torchao",
+        "hqq",
+        "gguf",
+        "delegated",
+    )
+)
+
+SCHEMES: dict[str, type[Scheme]] = {}
+"""Scheme by name."""
+
+S = TypeVar("S", bound=type[Scheme])
+_discovered = False
+
+
+def register(scheme: S) -> S:
+    """Class decorator: makes a scheme known under its `name`. A second class of the same name is an error."""
+    known = SCHEMES.setdefault(scheme.name, scheme)
+    if known is not scheme:
+        raise InputError.one(
+            f"{scheme.__module__}.{scheme.__qualname__}",
+            f"registers the scheme {scheme.name!r}, which {known.__module__} already provides",
+            "Give it another name or uninstall one of the packages",
+        )
+    return scheme
+
+
+@changing_process_state()
+def discover() -> dict[str, type[Scheme]]:
+    """All schemes: the built-in ones and those of installed packages."""
+    global _discovered
+    if not _discovered:
+        _discovered = True
+        for module in BUILT_IN:
+            importlib.import_module(module)
+        place = {module: number for number, module in enumerate(BUILT_IN)}
+        for name in sorted(SCHEMES, key=lambda name: place.get(SCHEMES[name].__module__, len(place))):
+            SCHEMES[name] = SCHEMES.pop(name)  # one order in messages, whoever was imported first
+        for entry in entry_points(group=ENTRY_POINTS):
+            try:
+                register(entry.load())
+            except (ImportError, AttributeError) as error:
+                raise InputError.one(
+                    f"entry point {entry.name!r} of group {ENTRY_POINTS}",
+                    f"{entry.value} cannot be loaded ({error})",
+                    "Repair or uninstall the package that declares it",
+                ) from error
+    return SCHEMES
+
+
+def config_classes() -> list[type[QuantizationConfig]]:
+    """The configuration class of every scheme."""
+    return [scheme.config_class for scheme in discover().values()]
+
+
+def scheme_for(config: QuantizationConfig) -> Scheme:
+    """The scheme of a configuration."""
+    for scheme in discover().values():
+        if scheme.config_class is type(config):
+            return scheme(config)
+    raise InputError.one("quantization_config", f"no scheme takes {type(config).__name__}", "Register one")

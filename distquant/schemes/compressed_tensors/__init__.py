@@ -1,5 +1,0 @@
-"""The compressed-tensors format: groups of modules, each with its own precision and way of storing weights."""
-
-from distquant.schemes.compressed_tensors.scheme import CompressedTensorsScheme
-
-__all__ = ["CompressedTensorsScheme"]

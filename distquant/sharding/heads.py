@@ -1,0 +1,64 @@
+"""Dealing out attention heads: query heads and the kv heads that they attend with.
+
+With at least as many kv heads as ranks, kv heads are dealt out whole, and their query heads with them. With fewer,
+query heads are dealt out and each rank holds the kv heads that its own need; where the rank's map of query to kv heads
+is not uniform, the kv rows are repeated, one for each query head. A kv head on several ranks counts once in the
+fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from distquant.sharding.partition import Cut, even_cut
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCut:
+    """Heads per rank.
+
+    Attributes:
+        query: cut of the query heads.
+        kv: cut of the kv heads; repeats are listed as often as they are stored.
+        groups: query heads per stored kv head, per rank (`num_key_value_groups`).
+    """
+
+    query: Cut
+    kv: Cut
+    groups: tuple[int, ...]
+
+    def describe(self, rank: int) -> str:
+        """One rank's heads in words."""
+        kv = [head for a, b in self.kv.segments(rank) for head in range(a, b)]
+        (first, last) = self.query.segments(rank)[0]
+        each = f", {self.groups[rank]} query heads to each kv head"
+        return f"query heads {first}-{last - 1}, kv heads {','.join(map(str, kv))}{each}"
+
+
+def cut_heads(heads: int, kv_heads: int, ranks: int) -> Iterator[HeadCut]:
+    """Every way to deal out the heads, best first: whole kv heads, then repeated ones; small steps before large."""
+    groups = heads // kv_heads
+    for step in range(1, kv_heads // ranks + 1 if ranks <= kv_heads else 0):
+        kv = even_cut(kv_heads, step, ranks)
+        if kv is not None:
+            yield HeadCut(kv.scaled(groups), kv, (groups,) * ranks)
+    for step in range(1, heads // ranks + 1 if ranks <= heads else 0):
+        query = even_cut(heads, step, ranks)
+        if query is not None and ranks > 1:
+            yield _by_query(query, kv_heads, groups)
+
+
+def _by_query(query: Cut, kv_heads: int, groups: int) -> HeadCut:
+    parts, local_groups = [], []
+    for rank in range(len(query.parts)):
+        ((first, last),) = query.segments(rank)
+        needed = [head // groups for head in range(first, last)]
+        distinct = sorted(set(needed))
+        if len({needed.count(head) for head in distinct}) == 1:
+            parts.append(tuple((head, head + 1) for head in distinct))
+            local_groups.append(len(needed) // len(distinct))
+        else:
+            parts.append(tuple((head, head + 1) for head in needed))
+            local_groups.append(1)
+    return HeadCut(query, Cut(kv_heads, tuple(parts)), tuple(local_groups))

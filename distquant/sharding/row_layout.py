@@ -1,0 +1,98 @@
+"""Components of a weight as they flow: row by row, from the rank that quantizes rows to those that keep them.
+
+A band says how many elements of a component lie before a given row, and which of a row's elements belong to a run of
+columns. Both follow from the component's layout; that is all it takes to cut what was quantized whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distquant.sharding.layout import ALL, Component
+from distquant.sharding.partition import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """One component of consecutive rows.
+
+    Attributes:
+        name: of the component.
+        dtype: of its elements.
+        rows: of the weight.
+        width: columns of the weight that flow.
+        row_span: rows that share an element.
+        column_span: columns that share an element; 0 where elements straddle rows.
+        flat: elements of the weight per element of the band, where they straddle rows.
+        whole: whether every rank needs it for all rows and columns (a statistic over the tensor).
+    """
+
+    name: str
+    dtype: torch.dtype
+    rows: int
+    width: int
+    row_span: int = 1
+    column_span: int = 1
+    flat: int = 0
+    whole: bool = False
+
+    @property
+    def per_row(self) -> int:
+        """Elements of a row (of `row_span` rows)."""
+        return -(-self.width // self.column_span)
+
+    def before(self, row: int) -> int:
+        """Elements that lie before a row; `row` is a multiple of `row_span`, or the number of rows."""
+        if not self.column_span:
+            return -(-row * self.width // self.flat)
+        return -(-row // self.row_span) * self.per_row
+
+    def count(self, start: int, stop: int) -> int:
+        """Elements of rows `[start, stop)`."""
+        return self.before(stop) - self.before(start)
+
+    def nbytes(self, start: int, stop: int) -> int:
+        return self.count(start, stop) * self.dtype.itemsize
+
+    def columns(self, start: int, stop: int) -> Segment:
+        """The elements of a row under columns `[start, stop)`."""
+        return start // self.column_span, -(-stop // self.column_span)
+
+
+def band_of(component: Component, shape: Sequence[int], whole: bool = False) -> Band:
+    """The band of a component of a weight `[rows, width]`."""
+    rows, width = shape
+    dtype = getattr(torch, component.dtype)
+    if component.flat:
+        span = component.flat if width % component.flat == 0 else 0
+        return Band(component.name, dtype, rows, width, 1, span, component.flat, whole)
+    down, across = component.spans
+    if down == ALL:
+        raise ValueError(f"component {component.name!r} reduces over all rows, it cannot flow row by row")
+    return Band(component.name, dtype, rows, width, down, max(width, 1) if across == ALL else across, 0, whole)
+
+
+def row_step(components: Sequence[Component], shape: tuple[int, int]) -> int:
+    """Rows that must be quantized together: each component has whole elements in them."""
+    return math.lcm(
+        *(component.units(shape, 0)[-1] if component.flat else component.spans[0] for component in components)
+    )
+
+
+def column_step(components: Sequence[Component], shape: tuple[int, int]) -> int | None:
+    """Columns at which rows may be quantized apart; None where an element needs the whole row, or straddles rows."""
+    steps = []
+    for component in components:
+        if component.flat:
+            if shape[1] % component.flat:
+                return None
+            steps.append(component.flat)
+        elif component.spans[1] == ALL:
+            return None
+        else:
+            steps.append(component.spans[1])
+    return math.lcm(*steps)

@@ -1,0 +1,52 @@
+"""One rank's part of a weight, in logical terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distquant.sharding.partition import Cut, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one rank holds of a linear weight.
+
+    Attributes:
+        name: path of the parameter.
+        shape: logical `[out, in]` of the whole.
+        dtype: torch's name of the dtype that is quantized from.
+        dim: the dim that is cut; None = the rank holds everything.
+        cut: the cut of that dim over the axis.
+        rank: position on the axis.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    dim: int | None = None
+    cut: Cut | None = None
+    rank: int = 0
+
+    @property
+    def rows(self) -> tuple[Segment, ...]:
+        """Segments of `out` that are held, in local order."""
+        return self.cut.segments(self.rank) if self.dim == 0 and self.cut else ((0, self.shape[0]),)
+
+    @property
+    def columns(self) -> tuple[Segment, ...]:
+        """Segments of `in` that are held, in local order."""
+        return self.cut.segments(self.rank) if self.dim == 1 and self.cut else ((0, self.shape[1]),)
+
+    @property
+    def owned(self) -> tuple[tuple[Segment, int], ...]:
+        """Segments of the cut dim that this rank is the first to hold, each with its local start.
+
+        Uncut weights belong to rank 0 of the axis.
+        """
+        if self.cut is None:
+            return (((0, self.shape[0]), 0),) if self.rank == 0 else ()
+        return self.cut.owned(self.rank)
+
+    @property
+    def local_shape(self) -> tuple[int, int]:
+        return sum(b - a for a, b in self.rows), sum(b - a for a, b in self.columns)

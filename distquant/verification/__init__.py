@@ -1,0 +1,1 @@
+"""Proofs of a loaded model: its fingerprint, and its perplexity."""

@@ -1,0 +1,201 @@
+"""The skeleton of small configs: what is built, its dtypes, ties, heads and experts, and what cannot be built."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from distquant.errors import InputError, Problems
+from distquant.model import Attention, Linear, Skeleton, Source, build, build_skeleton
+from distquant.model.description import wildcard
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 48,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def skeleton_of(folder, name: str, drop: tuple[str, ...] = (), dtype: str | None = None, **more) -> Skeleton:
+    getattr(transformers, f"{name}Config")(**{**SMALL, **more}).save_pretrained(folder)
+    model = build(folder, dtype)
+    tensors = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in drop}
+    problems = Problems()
+    skeleton = build_skeleton(model, tensors, {}, problems)
+    assert not problems
+    return skeleton
+
+
+def test_llama(tmp_path):
+    skeleton = skeleton_of(tmp_path, "Llama")
+    assert (skeleton.model_type, skeleton.architecture) == ("llama", "LlamaForCausalLM")
+    assert skeleton.attentions == {
+        f"model.layers.{i}.self_attn": Attention(f"model.layers.{i}.self_attn", 8, 2, 8) for i in range(2)
+    }
+    assert skeleton.linears["model.layers.1.mlp.down_proj"] == Linear("model.layers.1.mlp.down_proj", 64, 96, False)
+    assert len(skeleton.linears) == 2 * 7 + 1
+    assert skeleton.params["model.layers.0.self_attn.k_proj.weight"].shape == (16, 64)
+    assert (skeleton.input_embedding, skeleton.output_embedding) == ("model.embed_tokens", "lm_head")
+    assert skeleton.embeddings == ("model.embed_tokens",)
+    assert (skeleton.experts, skeleton.tied, skeleton.missing, skeleton.unexpected) == ({}, {}, (), ())
+    assert skeleton.default_skip == ("lm_head",)
+    assert skeleton.tp_plan["model.layers.*.mlp.down_proj"] == "rowwise"
+    assert skeleton.tp_plan["lm_head"] == "colwise_gather_output"
+    assert skeleton.no_split == ("LlamaDecoderLayer",)
+    assert "model.layers.1.self_attn.q_proj" in skeleton.modules
+    assert "" not in skeleton.modules
+    assert skeleton.sources["model.norm.weight"] == (Source("model.norm.weight"),)
+
+
+def test_nothing_is_allocated(tmp_path):
+    transformers.LlamaConfig(**{**SMALL, "vocab_size": 10**8, "hidden_size": 8192}).save_pretrained(tmp_path)
+    model = build(tmp_path, "bfloat16")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "expected"),
+    [("bfloat16", None, "bfloat16"), (None, None, "float32"), ("bfloat16", "float16", "float16")],
+)
+def test_dtype(tmp_path, config, asked, expected):
+    transformers.LlamaConfig(**SMALL, dtype=config).save_pretrained(tmp_path)
+    skeleton = build_skeleton(build(tmp_path, asked), {}, {}, Problems())
+    assert {param.dtype for param in skeleton.params.values()} == {expected}
+
+
+def test_building_leaves_torchs_default_dtype_alone(tmp_path):
+    skeleton_of(tmp_path, "Llama", dtype="bfloat16")
+    assert torch.get_default_dtype() is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("drop", "tied", "loaded"),
+    [
+        (("lm_head.weight",), {"lm_head.weight": "model.embed_tokens.weight"}, "model.embed_tokens.weight"),
+        (("model.embed_tokens.weight",), {"model.embed_tokens.weight": "lm_head.weight"}, "lm_head.weight"),
+    ],
+)
+def test_tied_embedding_loads_the_one_that_the_checkpoint_holds(tmp_path, drop, tied, loaded):
+    skeleton = skeleton_of(tmp_path, "Llama", drop, tie_word_embeddings=True)
+    assert skeleton.tied == tied
+    assert loaded in skeleton.params
+    assert next(iter(tied)) not in skeleton.params
+    assert skeleton.sources[loaded] == (Source(loaded),)
+    assert skeleton.missing == ()
+
+
+def test_tied_embedding_with_both_in_the_checkpoint_loads_both(tmp_path):
+    skeleton = skeleton_of(tmp_path, "Llama", tie_word_embeddings=True)
+    assert skeleton.tied == {}
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(skeleton.params)
+
+
+def test_tied_embedding_with_neither_in_the_checkpoint_is_missing_once(tmp_path):
+    drop = ("lm_head.weight", "model.embed_tokens.weight")
+    skeleton = skeleton_of(tmp_path, "Llama", drop, tie_word_embeddings=True)
+    assert skeleton.missing == ("model.embed_tokens.weight",)
+
+
+def test_qwen2_biases(tmp_path):
+    skeleton = skeleton_of(tmp_path, "Qwen2")
+    biased = {name.rpartition(".")[2] for name, linear in skeleton.linears.items() if linear.bias}
+    assert biased == {"q_proj", "k_proj", "v_proj"}
+    assert skeleton.params["model.layers.0.self_attn.k_proj.bias"].shape == (16,)
+
+
+def test_gpt_neox_heads(tmp_path):
+    skeleton = skeleton_of(tmp_path, "GPTNeoX", num_key_value_heads=8)
+    assert skeleton.attentions["gpt_neox.layers.0.attention"] == Attention("gpt_neox.layers.0.attention", 8, 8, 8)
+    assert skeleton.linears["gpt_neox.layers.0.attention.query_key_value"].out_features == 192
+
+
+def test_gpt2_is_transposed(tmp_path):
+    transformers.GPT2Config(n_embd=64, n_layer=1, n_head=8, vocab_size=48, n_positions=16).save_pretrained(tmp_path)
+    model = build(tmp_path, None)
+    skeleton = build_skeleton(model, {n: tuple(t.shape) for n, t in model.state_dict().items()}, {}, Problems())
+    packed = skeleton.linears["transformer.h.0.attn.c_attn"]
+    assert packed == Linear("transformer.h.0.attn.c_attn", 192, 64, True, transposed=True)
+    assert skeleton.params["transformer.h.0.attn.c_attn.weight"].shape == (64, 192)
+
+
+def test_mixtral_experts(tmp_path):
+    skeleton = skeleton_of(tmp_path, "Mixtral", num_local_experts=4)
+    assert tuple(skeleton.experts) == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    assert skeleton.params["model.layers.0.mlp.experts.down_proj"].shape == (4, 64, 96)
+
+
+def test_persistent_buffers_are_named_as_such(tmp_path):
+    skeleton = skeleton_of(tmp_path, "Falcon", alibi=False, num_kv_heads=2)
+    assert not any(param.buffer for param in skeleton.params.values())
+    (tmp_path / "moe").mkdir()
+    more = {
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 8,
+    }
+    skeleton = skeleton_of(tmp_path / "moe", "DeepseekV3", dtype="bfloat16", num_experts_per_tok=2, **more)
+    buffers = {name: param.dtype for name, param in skeleton.params.items() if param.buffer}
+    assert buffers == {"model.layers.1.mlp.gate.e_score_correction_bias": "float32"}
+
+
+def test_quantized_checkpoints_are_built_plain(tmp_path):
+    config = transformers.LlamaConfig(**SMALL).to_dict()
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = build(tmp_path, "bfloat16")
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert getattr(model.config, "quantization_config", None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"config\.json"),
+        ('{"model_type": "no_such_model"}', r"no_such_model"),
+        ("{}", r"model_type"),
+        ('{"model_type": "vit"}', r"ViTConfig"),
+        ("{", r"config\.json"),
+    ],
+)
+def test_what_cannot_be_built(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        build(tmp_path, None)
+    (problem,) = caught.value.problems
+    assert problem.where == str(tmp_path)
+    assert "check config.json" in problem.fix
+
+
+def test_code_from_the_checkpoint_needs_trust(tmp_path):
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
+    (tmp_path / "own.py").write_text("raise SystemExit('must not run')")
+    with pytest.raises(InputError, match="trust_remote_code=True"):
+        build(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.10.mlp.up_proj", "model.layers.*.mlp.up_proj"),
+        ("model.layers.0.experts.3.w1", "model.layers.*.experts.*.w1"),
+        ("model.layers.7", "model.layers.*"),
+        ("model.h2.conv1d", "model.h2.conv1d"),
+        ("lm_head", "lm_head"),
+    ],
+)
+def test_wildcard(name, expected):
+    assert wildcard(name) == expected
