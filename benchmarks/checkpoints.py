@@ -34,9 +34,9 @@ def total_bytes(path: str) -> int:
 def headers(path: str) -> Iterator[tuple[str, int, dict[str, dict[str, Any]]]]:
     """(file, its first byte of data, entry of every tensor by name) of every file."""
     for file in shards(path):
-        with open(file, "rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            entries = json.loads(opened.read(size))
+        with open(file, "rb") as prepared:
+            size = int.from_bytes(prepared.read(8), "little")
+            entries = json.loads(prepared.read(size))
         entries.pop("__metadata__", None)
         yield file, 8 + size, entries
 
@@ -95,11 +95,11 @@ def reader(path: str, threads: int, direct: bool = False, part: slice = slice(No
         buffer.write(bytes(CHUNK))
 
     def run() -> int:
-        opened = _open(list(sizes), direct)
+        prepared = _open(list(sizes), direct)
         waiting = iter(chunks)
 
         def work(buffer: mmap.mmap) -> int:
-            return sum(_fill(opened[file], offset, buffer, sizes[file]) for file, offset in waiting)
+            return sum(_fill(prepared[file], offset, buffer, sizes[file]) for file, offset in waiting)
 
         try:
             if threads == 1:
@@ -107,7 +107,7 @@ def reader(path: str, threads: int, direct: bool = False, part: slice = slice(No
             with ThreadPoolExecutor(threads) as pool:
                 return sum(pool.map(work, buffers))
         finally:
-            for descriptor in opened.values():
+            for descriptor in prepared.values():
                 os.close(descriptor)
 
     return run
@@ -118,7 +118,7 @@ def copier(path: str, threads: int) -> Callable[[], list[mmap.mmap]]:
     sizes, chunks = _chunks(path)
 
     def run() -> list[mmap.mmap]:
-        opened = _open(list(sizes), direct=False)
+        prepared = _open(list(sizes), direct=False)
         waiting = iter(chunks)
 
         def work(_: int) -> list[mmap.mmap]:
@@ -126,7 +126,7 @@ def copier(path: str, threads: int) -> Callable[[], list[mmap.mmap]]:
             for file, offset in waiting:
                 memory = mmap.mmap(-1, CHUNK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 memory.madvise(mmap.MADV_HUGEPAGE)
-                _fill(opened[file], offset, memory, sizes[file])
+                _fill(prepared[file], offset, memory, sizes[file])
                 kept.append(memory)
             return kept
 
@@ -134,7 +134,7 @@ def copier(path: str, threads: int) -> Callable[[], list[mmap.mmap]]:
             with ThreadPoolExecutor(threads) as pool:
                 return [memory for kept in pool.map(work, range(threads)) for memory in kept]
         finally:
-            for descriptor in opened.values():
+            for descriptor in prepared.values():
                 os.close(descriptor)
 
     return run

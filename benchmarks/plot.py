@@ -42,10 +42,10 @@ class Unreadable(Exception):
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
-def merged(spans: Sequence[Span], gap: float) -> list[Span]:
+def merged(block_shape: Sequence[Span], gap: float) -> list[Span]:
     """The union of spans, in order; those closer than `gap` become one."""
     found: list[Span] = []
-    for start, stop in sorted(spans):
+    for start, stop in sorted(block_shape):
         if found and start - found[-1][1] <= gap:
             found[-1] = (found[-1][0], max(found[-1][1], stop))
         else:
@@ -76,18 +76,18 @@ def draw_stages(trace: Any, out: str) -> None:
 
     rows = stage_rows(trace)
     ranks = sorted({rank for rank, _ in rows})
-    first = min(start for spans in rows.values() for start, _ in spans)
-    last = max(stop for spans in rows.values() for _, stop in spans)
+    first = min(start for block_shape in rows.values() for start, _ in block_shape)
+    last = max(stop for block_shape in rows.values() for _, stop in block_shape)
     least = (last - first) / 3000  # what is closer than a pixel is drawn as one
     height, places = 0.72, {}
     for key in rows:
         places[key] = len(places) + 0.6 * ranks.index(key[0])  # a gap between ranks
     figure, axes = plt.subplots(figsize=(11, 1.5 + 0.34 * (max(places.values()) + 1)), layout="constrained")
-    for (rank, stage), spans in rows.items():
+    for (rank, stage), block_shape in rows.items():
         at = places[rank, stage]
-        bars = [(start, max(stop - start, least)) for start, stop in merged(spans, least)]
+        bars = [(start, max(stop - start, least)) for start, stop in merged(block_shape, least)]
         axes.broken_barh(bars, (at - height / 2, height), color=COLOURS[stage], linewidth=0)
-        busy = sum(stop - start for start, stop in merged(spans, 0)) / (last - first)
+        busy = sum(stop - start for start, stop in merged(block_shape, 0)) / (last - first)
         axes.text(1.01, at, f"{busy:.0%}", transform=axes.get_yaxis_transform(), va="center", fontsize=10)
     axes.text(1.01, -0.9, "busy", transform=axes.get_yaxis_transform(), va="center", fontsize=10, color="#666666")
     axes.set_yticks(list(places.values()), [f"rank {rank}  {stage}" for rank, stage in rows])

@@ -189,9 +189,9 @@ def write_sparse(file: Path, tensors: list[Tensor]) -> None:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(file, "wb") as opened:
-        opened.write(len(text).to_bytes(8, "little") + text)
-        opened.truncate(8 + len(text) + end)
+    with open(file, "wb") as prepared:
+        prepared.write(len(text).to_bytes(8, "little") + text)
+        prepared.truncate(8 + len(text) + end)
 
 
 def write_shape(name: str, folder: Path) -> int:

@@ -48,18 +48,18 @@ class Forgetful:
         self._memory: dict[str, Any] = {}
         self._lock = threading.Lock()
 
-    def direct(self, band: Any, start: int, stop: int) -> Any:
+    def direct(self, row_layout: Any, start: int, stop: int) -> Any:
         """Memory for rows `[start, stop)` of a component, flat."""
         import torch
 
         with self._lock:
-            if band.name not in self._memory:
-                self._memory[band.name] = torch.empty(self.largest, dtype=torch.uint8)
-            whole = self._memory[band.name]
-        return whole[: band.nbytes(start, stop)].view(band.dtype)
+            if row_layout.name not in self._memory:
+                self._memory[row_layout.name] = torch.empty(self.largest, dtype=torch.uint8)
+            whole = self._memory[row_layout.name]
+        return whole[: row_layout.nbytes(start, stop)].view(row_layout.dtype)
 
-    def place(self, band: Any, values: Any, start: int, stop: int) -> int:
-        self.direct(band, start, stop).copy_(values)
+    def place(self, row_layout: Any, values: Any, start: int, stop: int) -> int:
+        self.direct(row_layout, start, stop).copy_(values)
         return int(values.nbytes)
 
 
@@ -120,7 +120,7 @@ def within(jobs: Iterable[Any], infos: Any, limit: int | None) -> list[Any]:
     found: list[Any] = []
     nbytes = 0
     for job in jobs:
-        nbytes += sum(infos[source.tensor].nbytes for source in job.flow.sources)
+        nbytes += sum(infos[source.tensor].nbytes for source in job.transfer.sources)
         if limit is not None and nbytes > limit and found:
             break
         found.append(job.task)
@@ -134,11 +134,11 @@ def stream(plan: Any, io: str, limit: int | None, tell: Callable[[int, int], Non
     from distquant.kernels.choice import choose
     from distquant.loading.jobs import jobs_of
     from distquant.loading.loader import scheme_of
-    from distquant.loading.stream.arena import Board
     from distquant.loading.stream.budget import Budget
     from distquant.loading.stream.engine import Engine
     from distquant.loading.stream.files import Files
-    from distquant.loading.stream.stages import Stages
+    from distquant.loading.stream.stage_timer import StageTimer
+    from distquant.loading.stream.staging_buffer import LoadState
 
     checkpoint = open_checkpoint(plan.model)
     device, ops = torch.device("cpu"), choose("auto", torch.device("cpu")).ops
@@ -146,7 +146,7 @@ def stream(plan: Any, io: str, limit: int | None, tell: Callable[[int, int], Non
     jobs = jobs_of(plan, scheme_of(plan), (0,), infos, lambda _: device, lambda _: ops)
     tasks = within(jobs, infos, limit)
     sink = Forgetful(Budget.of(plan.staging, tasks).largest)
-    board, stages, files = Board(600), Stages(), Files(checkpoint.path, io)
+    load_state, stages, files = LoadState(600), StageTimer(), Files(checkpoint.path, io)
     found = Streamed(tensors=len({task.name for task in tasks}), staging=plan.staging, before=resident())
     found.parameters = sum(task.rows.rows * task.rows.width for task in tasks if task.encode is not None)
     sampler = Sampler()
@@ -159,12 +159,14 @@ def stream(plan: Any, io: str, limit: int | None, tell: Callable[[int, int], Non
     try:
         with (
             sampler,
-            Engine(0, tasks, files, plan.staging, board, stages, lambda _: sink, lambda *_: None, progress) as engine,
+            Engine(
+                0, tasks, files, plan.staging, load_state, stages, lambda _: sink, lambda *_: None, progress
+            ) as engine,
         ):
             engine.start()
             engine.run()
             found.seconds = time.perf_counter() - start
-            found.slots = engine.arena.slot_bytes * engine.arena.slots
+            found.slots = engine.staging_buffer.slot_bytes * engine.staging_buffer.slots
     finally:
         files.close()
     found.nbytes, found.direct, found.samples = sampler.done, files.stats.direct, sampler.samples

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from distquant.environment import Facts, parse_bytes
+from distquant.environment import Environment, parse_bytes
 from distquant.errors import InputError
 from distquant.options import Options, Progress
 from distquant.planning import LoadPlan
@@ -74,13 +74,13 @@ def plan(
         revision=revision,
     )
     memory = _rank_memory(max_memory)
-    facts = Facts(
+    environment = Environment(
         capability=capability,
         memory=memory,
         memory_source="max_memory" if memory is not None else "unknown",
         packages=packages(),
     )
-    return make_plan(request, facts)
+    return make_plan(request, environment)
 
 
 def load(
@@ -117,7 +117,7 @@ def load(
             through the page cache, the rest past it.
         trace: file to write a trace of all ranks' stages to, for Perfetto.
         timeout: seconds that a rank waits for the others before it gives up.
-        progress: called with `Seen` (bytes taken, bytes in all, stage that limits) as rows arrive.
+        progress: called with `LoadProgress` (bytes taken, bytes in all, stage that limits) as rows arrive.
 
     Returns:
         A `transformers.PreTrainedModel` in eval mode whose quantized modules are the ecosystem's own, of local size.
@@ -168,7 +168,7 @@ def _mesh_size(request: Request) -> int:
     try:
         return Mesh.parse(request.mesh).size
     except InputError:
-        make_plan(request, Facts())  # tells this and whatever else is wrong
+        make_plan(request, Environment())  # tells this and whatever else is wrong
         raise
 
 

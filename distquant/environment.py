@@ -46,7 +46,7 @@ def format_bytes(count: float) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class Environment:
     """Devices and packages as far as they are known; None means unknown until load."""
 
     device_type: str | None = None

@@ -38,7 +38,7 @@ class Forward(str, Enum):
 FORWARDS = tuple(each.value for each in Forward)
 
 
-class Seen(NamedTuple):
+class LoadProgress(NamedTuple):
     """How far one rank is."""
 
     done: int = 0
@@ -49,7 +49,7 @@ class Seen(NamedTuple):
     """The stage that holds it back."""
 
 
-Progress = Callable[[Seen], None]
+Progress = Callable[[LoadProgress], None]
 """Called as rows arrive."""
 
 

@@ -3,7 +3,7 @@
     python docs/draw_layouts.py
 
 Nothing in a picture or a table is typed in: a small weight is laid out by the scheme's own `layout`, its cut falls on
-the layout's own units, and the slices are those in which a load reads a checkpoint (`flows_of`, by `Component.slice`).
+the layout's own units, and the slices are those in which a load reads a checkpoint (`transfers_of`, by `Component.slice`).
 Pictures are `layouts/<method>.svg`; tables stand in `layouts.md` between `<!-- table: METHOD -->` and `<!-- end -->`.
 """
 
@@ -21,11 +21,11 @@ from distquant.checkpoint import TensorInfo
 from distquant.config.resolve import parse
 from distquant.model.description import Source
 from distquant.planning.load_plan import TensorPlan
-from distquant.planning.transfers import flows_of
+from distquant.planning.transfers import transfers_of
 from distquant.quantization.registry import config_classes, scheme_for
 from distquant.quantization.scheme import Scheme
 from distquant.sharding.layout import ALL, Component
-from distquant.sharding.partition import Cut, even_cut
+from distquant.sharding.partition import Partition, even_partition
 
 DOCS = Path(__file__).resolve().parent
 NAME, DTYPE, RANKS = "layers.0.proj.weight", "bfloat16", 2
@@ -144,15 +144,15 @@ class Laid:
 
     scheme: Scheme
     shape: tuple[int, int]
-    cuts: dict[int, Cut | None] = field(default_factory=dict)
+    partitions: dict[int, Partition | None] = field(default_factory=dict)
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
 
     @property
     def components(self) -> tuple[Component, ...]:
         return self.scheme.layout(NAME, self.shape, DTYPE).components
 
-    def units(self, dim: int) -> tuple[int, ...]:
-        return self.scheme.layout(NAME, self.shape, DTYPE).units(self.shape, dim)
+    def alignments(self, dim: int) -> tuple[int, ...]:
+        return self.scheme.layout(NAME, self.shape, DTYPE).alignments(self.shape, dim)
 
 
 def laid(example: Example) -> Laid:
@@ -161,14 +161,14 @@ def laid(example: Example) -> Laid:
     assert config is not None, example
     found = Laid(scheme_for(config), example.shape)
     for dim in (OUT, IN):
-        cuts = (even_cut(example.shape[dim], unit, RANKS) for unit in found.units(dim))
-        found.cuts[dim] = cut = next((c for c in cuts if c is not None), None)
-        found.pieces[dim] = list(_pieces(found, dim, cut)) if cut else []
+        partitions = (even_partition(example.shape[dim], alignment, RANKS) for alignment in found.alignments(dim))
+        found.preferred_alignments[dim] = partition = next((c for c in partitions if c is not None), None)
+        found.pieces[dim] = list(_pieces(found, dim, partition)) if partition else []
     return found
 
 
-def _pieces(found: Laid, dim: int, cut: Cut) -> Iterator[Piece]:
-    """Each component as `flows_of` cuts it where a checkpoint stores it."""
+def _pieces(found: Laid, dim: int, partition: Partition) -> Iterator[Piece]:
+    """Each component as `transfers_of` cuts it where a checkpoint stores it."""
     infos, sources = {}, []
     for at, component in enumerate(found.components):
         tensor = f"{at:02}"
@@ -178,19 +178,21 @@ def _pieces(found: Laid, dim: int, cut: Cut) -> Iterator[Piece]:
         sources.append(Source(tensor, component.name))
     name = found.scheme.name
     plan = TensorPlan(NAME, found.shape, DTYPE, name, tuple(sources), dim, "cut")
-    for component, flow in zip(found.components, flows_of(plan, cut, found.scheme, True, infos), strict=True):
-        if flow.dim is None or flow.cut is None:
+    for component, transfer in zip(
+        found.components, transfers_of(plan, partition, found.scheme, True, infos), strict=True
+    ):
+        if transfer.shard_dim is None or transfer.partition is None:
             shape = component.shape(found.shape)
             yield Piece(component, shape, lines=_lines(component, len(shape)))
         else:
-            yield Piece(component, flow.shape, flow.dim, flow.cut.parts, _lines(component, 2))
+            yield Piece(component, transfer.shape, transfer.shard_dim, transfer.partition.parts, _lines(component, 2))
 
 
 def _lines(component: Component, dims: int) -> tuple[int, ...]:
-    if dims == 1 or component.flat or not component.words:
+    if dims == 1 or component.flat or not component.stored_per_block:
         return (1,) * dims
-    steps = tuple(1 if s == ALL else w for s, w in zip(component.spans, component.words, strict=True))
-    return steps[::-1] if component.turned else steps
+    steps = tuple(1 if s == ALL else w for s, w in zip(component.block_shape, component.stored_per_block, strict=True))
+    return steps[::-1] if component.transposed else steps
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -204,10 +206,10 @@ def label(component: Component) -> str:
 def covers(component: Component) -> str:
     """What one stored element (or the elements of a span) stands for, out x in."""
     if component.flat:
-        return f"{component.flat} of the weight" if component.gathered else f"a run of {component.flat}"
-    words = component.words or (1, 1)
-    spans = ["all" if s == ALL else str(s) for s in component.spans]
-    text = f"{spans[0]} x {spans[1]}"
+        return f"{component.flat} of the weight" if component.replicated else f"a run of {component.flat}"
+    words = component.stored_per_block or (1, 1)
+    block_shape = ["all" if s == ALL else str(s) for s in component.block_shape]
+    text = f"{block_shape[0]} x {block_shape[1]}"
     if math.prod(words) > 1:
         text += f", in {words[0]} x {words[1]} elements"
     return text
@@ -224,21 +226,23 @@ def table(method: str) -> str:
         out, into = found.shape
         rows.append(f"| *{example.caption}, [{out}, {into}]* | | | | {_told(found, OUT)} | {_told(found, IN)} | | |")
         for at, component in enumerate(found.components):
-            stored = f"{list(component.shape(found.shape))}{', turned' if component.turned else ''}"
-            units = ["any" if component.gathered else _steps(component.units(found.shape, d)) for d in (OUT, IN)]
+            stored = f"{list(component.shape(found.shape))}{', transposed' if component.transposed else ''}"
+            alignments = [
+                "any" if component.replicated else _steps(component.alignments(found.shape, d)) for d in (OUT, IN)
+            ]
             ways = [_way(found.pieces[d], at) for d in (OUT, IN)]
-            cells = (f"`{label(component)}`", component.dtype, covers(component), stored, *units, *ways)
+            cells = (f"`{label(component)}`", component.dtype, covers(component), stored, *alignments, *ways)
             rows.append(f"| {' | '.join(cells)} |")
         rows += [f"| `{n}` | | no slices | | any | any | whole | whole |" for n in sorted(found.scheme.unsliced)]
     return "\n".join(rows)
 
 
 def _told(found: Laid, dim: int) -> str:
-    return f"**{_steps(found.units(dim))}**"
+    return f"**{_steps(found.alignments(dim))}**"
 
 
-def _steps(units: tuple[int, ...]) -> str:
-    return ", else ".join(map(str, units)) or "none"
+def _steps(alignments: tuple[int, ...]) -> str:
+    return ", else ".join(map(str, alignments)) or "none"
 
 
 def _way(pieces: list[Piece], at: int) -> str:
@@ -274,7 +278,7 @@ def picture(method: str) -> str:
         for dim in (OUT, IN):
             y += 22
             parts.append(_text(LEFT, y, _heading(found, dim)))
-            if found.cuts[dim] is None:
+            if found.preferred_alignments[dim] is None:
                 continue
             y += 10
             boxes = list(_boxes(found, dim))
@@ -300,19 +304,19 @@ def picture(method: str) -> str:
 
 
 def _heading(found: Laid, dim: int) -> str:
-    cut, units = found.cuts[dim], found.units(dim)
-    if cut is None:
+    partition, alignments = found.preferred_alignments[dim], found.alignments(dim)
+    if partition is None:
         return f"{STYLES[dim]}: no exact cut, every rank holds everything"
-    unit = next(u for u in units if cut.legal(u))
-    return f"{STYLES[dim]}: {DIMS[dim]} {' + '.join(map(str, cut.lengths))}, in units of {unit}"
+    alignment = next(u for u in alignments if partition.legal(u))
+    return f"{STYLES[dim]}: {DIMS[dim]} {' + '.join(map(str, partition.lengths))}, in units of {alignment}"
 
 
 def _boxes(found: Laid, dim: int) -> Iterator[tuple[list[str], str]]:
     """The logical weight, then every component: lines of text, and the drawing."""
-    cut = found.cuts[dim]
-    assert cut is not None
+    partition = found.preferred_alignments[dim]
+    assert partition is not None
     weight = Component(name="", dtype=DTYPE)
-    logical = Piece(weight, found.shape, dim, cut.parts, found.shape)
+    logical = Piece(weight, found.shape, dim, partition.parts, found.shape)
     shares = [_range(logical, rank) for rank in range(RANKS)]
     yield ["logical weight", f"[{found.shape[0]}, {found.shape[1]}]", *shares], _drawing(logical)
     for piece in found.pieces[dim]:
@@ -331,7 +335,7 @@ def _boxes(found: Laid, dim: int) -> Iterator[tuple[list[str], str]]:
 
 def _range(piece: Piece, rank: int) -> str:
     ranges = ", ".join(f"{a}:{b}" for a, b in piece.parts[rank])
-    return f"rank {rank}: [{ranges}, :]" if piece.dim == 0 else f"rank {rank}: [:, {ranges}]"
+    return f"rank {rank}: [{ranges}, :]" if piece.shard_dim == 0 else f"rank {rank}: [:, {ranges}]"
 
 
 def _drawing(piece: Piece) -> str:
@@ -341,14 +345,14 @@ def _drawing(piece: Piece) -> str:
     cells = [-(-size // step) for size, step in zip(shape, lines, strict=True)]
     single = piece.lines == piece.shape and math.prod(shape) > 1  # the logical weight: one surface
     height, width = (SIDE if single else min(SIDE, CELL * count) for count in cells)
-    along, found = (height, width)[piece.dim or 0], []
+    along, found = (height, width)[piece.shard_dim or 0], []
     if not piece.parts:
         found.append(f'<rect width="{width}" height="{height}" fill="url(#both)"/>')
     for rank, segments in enumerate(piece.parts):
         for segment in segments:
-            start, stop = (edge * along / shape[piece.dim or 0] for edge in segment)
+            start, stop = (edge * along / shape[piece.shard_dim or 0] for edge in segment)
             box = f'x="0" y="{_pixels(start)}" width="{width}" height="{_pixels(stop - start)}"'
-            if piece.dim == 1:
+            if piece.shard_dim == 1:
                 box = f'x="{_pixels(start)}" y="0" width="{_pixels(stop - start)}" height="{height}"'
             found.append(f'<rect {box} fill="{COLOURS[rank]}"/>')
     path = ""
@@ -359,8 +363,8 @@ def _drawing(piece: Piece) -> str:
     if path:
         found.append(f'<path d="{path}" stroke="{INK}" stroke-width="0.4" stroke-opacity="0.6" fill="none"/>')
     for segments in piece.parts[1:]:
-        edge = _pixels(segments[0][0] * along / shape[piece.dim or 0])
-        line = f"M{edge} -5V{height + 5}" if piece.dim else f"M-5 {edge}H{width + 5}"
+        edge = _pixels(segments[0][0] * along / shape[piece.shard_dim or 0])
+        line = f"M{edge} -5V{height + 5}" if piece.shard_dim else f"M-5 {edge}H{width + 5}"
         found.append(f'<path d="{line}" stroke="#c0202c" stroke-width="2" fill="none"/>')
     found.append(f'<rect width="{width}" height="{height}" fill="none" stroke="{INK}"/>')
     return "".join(found)

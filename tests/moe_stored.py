@@ -146,14 +146,14 @@ def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return blocks.to(torch.uint8), (power.squeeze(-1) + 127).to(torch.uint8), dense.flatten(-2)
 
 
-def write_mxfp4(source: Path, target: Path, twin: Path, turned: bool = True) -> None:
+def write_mxfp4(source: Path, target: Path, twin: Path, transposed: bool = True) -> None:
     """A checkpoint of fused experts (as gpt-oss's, `[expert, in, out]`, if turned) in MXFP4, and its dense twin."""
     stored, dense = {}, {}
     for name, value in read_all(source).items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            blocks, scales, meant = mxfp4(value.transpose(1, 2) if turned else value)
+            blocks, scales, meant = mxfp4(value.transpose(1, 2) if transposed else value)
             stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-            dense[name] = meant.transpose(1, 2) if turned else meant
+            dense[name] = meant.transpose(1, 2) if transposed else meant
         else:
             stored[name] = dense[name] = value
     _write(source, target, stored, MXFP4)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from distquant.cli.render import table
 from distquant.config import QuantizationConfig
-from distquant.environment import Facts, format_bytes
+from distquant.environment import Environment, format_bytes
 from distquant.quantization import Context, Scheme
 
 HEADER = ("method", "names", "pre-quantized", "on the fly", "tp", "ep", "experts", "train", "state")
@@ -28,12 +28,16 @@ def doctor_text(quant: str | None) -> str:
     from distquant.runtime import local
     from distquant.runtime.measure import host_memory, measure, packages, watched
 
-    found, facts = packages(), measure(local.device(), None)
-    gpu = f" {torch.cuda.get_device_name()}, capability {facts.capability}" if facts.device_type == "cuda" else ""
+    found, environment = packages(), measure(local.device(), None)
+    gpu = (
+        f" {torch.cuda.get_device_name()}, capability {environment.capability}"
+        if environment.device_type == "cuda"
+        else ""
+    )
     lines = [
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores, "
         f"{format_bytes(host_memory())} free",
-        f"device: {facts.device_type}{gpu}",
+        f"device: {environment.device_type}{gpu}",
         "",
         table(("package", "version"), [(name, found.get(name, "missing")) for name in watched()]),
         "",
@@ -46,7 +50,7 @@ def doctor_text(quant: str | None) -> str:
         schemes = [scheme(_example(scheme.config_class)) for scheme in discover().values()]
     rows, missing = [], []
     for scheme in schemes:
-        problems = dict.fromkeys(_problems(scheme, facts))
+        problems = dict.fromkeys(_problems(scheme, environment))
         rows.append((*_abilities(scheme), "see below" if problems else "ready"))
         missing += [f"{scheme.name}: {problem}" for problem in problems]
     lines.append(table(HEADER, rows))
@@ -59,9 +63,18 @@ def doctor_text(quant: str | None) -> str:
 def _abilities(scheme: Scheme) -> tuple[str, ...]:
     """What a method can do at all."""
     names = ", ".join(scheme.config_class.short_names) or "-"
-    cut, train = ("no", "as transformers") if scheme.delegated else ("yes", "adapters")
+    partition, train = ("no", "as transformers") if scheme.delegated else ("yes", "adapters")
     experts = "-" if scheme.delegated else "quantized" if scheme.stacks else "plain"
-    return (scheme.name, names, _yes(scheme.reads_stored()), _yes(scheme.quantizes()), cut, cut, experts, train)
+    return (
+        scheme.name,
+        names,
+        _yes(scheme.reads_stored()),
+        _yes(scheme.quantizes()),
+        partition,
+        partition,
+        experts,
+        train,
+    )
 
 
 def _example(kind: type[QuantizationConfig]) -> QuantizationConfig:
@@ -73,18 +86,20 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _problems(scheme: Scheme, facts: Facts) -> Iterator[str]:
+def _problems(scheme: Scheme, environment: Environment) -> Iterator[str]:
     """What keeps the method from running on this machine, whatever the checkpoint."""
-    from distquant.model import Skeleton
+    from distquant.model import ModelDescription
     from distquant.model.description import Linear
     from distquant.sharding.mesh import Mesh
 
     name = "layers.0.proj"  # for methods that ask whether their patterns match something
     linears = {name: Linear(name, 4096, 4096, False)}
-    small = Skeleton(
+    small = ModelDescription(
         model_type="", architecture="", params={}, tied={}, sources={}, unexpected=(), missing=(), linears=linears,
         attentions={}, embeddings=(), input_embedding=None, output_embedding=None, experts={}, tp_plan={}, ep_plan={},
         default_skip=(),
     )  # fmt: skip
-    context = Context(facts=facts, mesh=Mesh(), skeleton=small, device_map=None, prequantized=not scheme.quantizes())
+    context = Context(
+        environment=environment, mesh=Mesh(), description=small, device_map=None, prequantized=not scheme.quantizes()
+    )
     return (f"{problem.what}. {problem.fix}" for problem in scheme.validate(context))

@@ -23,10 +23,18 @@ def plan_html(plan: LoadPlan) -> str:
     """The whole plan: memory per rank as bars, every rule with its reason, notes, and every tensor with its cut."""
     rules = [(r.pattern, r.asked, r.became, str(r.modules), r.reason) for r in plan.rules]
     tensors = [
-        (t.name, " x ".join(map(str, t.shape)), t.dtype, t.scheme, "" if t.dim is None else f"dim {t.dim}: {t.cut}")
+        (
+            t.name,
+            " x ".join(map(str, t.shape)),
+            t.dtype,
+            t.scheme,
+            "" if t.shard_dim is None else f"dim {t.shard_dim}: {t.partition}",
+        )
         for t in plan.tensors
     ]
-    cuts = [(key, str(cut.size), ", ".join(map(str, cut.lengths))) for key, cut in plan.cuts.items()]
+    partitions = [
+        (key, str(partition.size), ", ".join(map(str, partition.lengths))) for key, partition in plan.partitions.items()
+    ]
     notes = [*plan.notes, *(f"checked at load: {item}" for item in plan.check_at_load)]
     title = html.escape(f"{plan.architecture}, {plan.quantization_config.get('quant_method')}, {plan.mesh}")
     return "\n".join(
@@ -40,7 +48,7 @@ def plan_html(plan: LoadPlan) -> str:
             "<h2>Rules</h2>",
             _table(("rule", "asked", "became", "modules", "why"), rules),
             "<h2>Cuts</h2>",
-            _table(("cut", "size", "per rank"), cuts),
+            _table(("cut", "size", "per rank"), partitions),
             "<h2>Tensors</h2>",
             _table(("name", "shape", "dtype", "scheme", "cut"), tensors),
             "</body></html>\n",

@@ -17,9 +17,9 @@ from typing import Any
 from distquant.cli.progress import ProgressLine
 from distquant.errors import DistquantError, InputError, Problem, Problems, RankError, said
 from distquant.model import source_of, tokenizer_file_problems
-from distquant.planning.validation import refuse_unsupported
+from distquant.planning.validation import check_supported
 from distquant.runtime.job import Job, Outcome
-from distquant.runtime.measure import refuse_crowd
+from distquant.runtime.measure import check_rank_count
 from distquant.sharding.mesh import Mesh
 
 OUTCOME = "DISTQUANT_OUTCOME"
@@ -61,8 +61,8 @@ def run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | No
         return _here(arguments, job, mesh, "local")
     if launched:
         return _here(arguments, job, mesh, "torchrun")
-    refuse_unsupported(plan(arguments.model, **load_options(arguments, mesh)))  # before ranks are started
-    refuse_crowd(size)
+    check_supported(plan(arguments.model, **load_options(arguments, mesh)))  # before ranks are started
+    check_rank_count(size)
     return _start_ranks(arguments, argv, size)
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 
 from distquant.environment import format_bytes
-from distquant.options import Seen
+from distquant.options import LoadProgress
 
 EVERY = 0.2
 """Seconds between updates on a terminal; ten times that elsewhere."""
@@ -18,7 +18,7 @@ class ProgressLine:
     def __init__(self, ranks: int):
         self.ranks, self.started, self.last = ranks, time.perf_counter(), 0.0
         self.terminal = sys.stderr.isatty()
-        self.seen: list[Seen] = []
+        self.seen: list[LoadProgress] = []
 
     def __enter__(self) -> ProgressLine:
         return self
@@ -26,7 +26,7 @@ class ProgressLine:
     def __exit__(self, *_: object) -> None:
         self.end()
 
-    def show(self, ranks: list[Seen]) -> None:
+    def show(self, ranks: list[LoadProgress]) -> None:
         """Takes how far every rank is that is known."""
         if not self.ranks or not ranks:
             return

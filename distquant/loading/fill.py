@@ -13,7 +13,7 @@ from distquant.loading.devices import Devices
 from distquant.loading.jobs import Job
 from distquant.loading.local_modules import local_shape, set_tensor, shard_of, stored_turned
 from distquant.loading.report import RankReport
-from distquant.loading.sinks import BandSink, Home
+from distquant.loading.shard_buffer import Allocator, ShardBuffer
 from distquant.model import STAR
 from distquant.parallel.experts import Experts
 from distquant.planning.expert_parallel import Piece
@@ -21,11 +21,11 @@ from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.quantization import Scheme, Shard
 
 
-class Filling:
+class WeightPlacer:
     """Fills one rank's model, tensor by tensor.
 
     Args:
-        model: with its experts as `localize_experts` left them; the rest is localized before anything is filled in.
+        model: with its experts as `shard_experts` left them; the rest is localized before anything is filled in.
         plan: the whole plan.
         scheme: the plan's.
         at: the rank's position on the axes of the mesh.
@@ -60,7 +60,7 @@ class Filling:
         """Modules of experts, by name; each is asked for many times."""
         self._homes = threading.Lock()
 
-    def home(self, job: Job) -> Home | None:
+    def home(self, job: Job) -> Allocator | None:
         """Where components of an expert are read or quantized to: straight into the memory of its stack.
 
         Threads may ask for the homes of several experts of a stack at once.
@@ -76,7 +76,7 @@ class Filling:
         stack = module.stack(path.partition(".")[0])
         return self._alone(lambda name, count, dtype: stack.home(name, number, count, dtype, device))
 
-    def _alone(self, home: Home) -> Home:
+    def _alone(self, home: Allocator) -> Allocator:
         """Asked by one thread at a time."""
 
         def alone(name: str, count: int, dtype: torch.dtype) -> Tensor | None:
@@ -93,7 +93,7 @@ class Filling:
         module = self._experts[owner]
         return module, piece.number - module.first, path
 
-    def fill(self, job: Job, sink: BandSink) -> None:
+    def fill(self, job: Job, sink: ShardBuffer) -> None:
         """Puts what has arrived into the model; components of a stored weight are gathered until the last is there."""
         tensor, memory = job.tensor, sink.memory
         if job.piece.stack.experts is not None:
@@ -109,10 +109,10 @@ class Filling:
         if self.plan.dequantize:
             self._put(tensor, self._dequantized(module, tensor, shard))
             return
-        if job.flow.stored is not None:
-            self.scheme.restore(shard, module, *self._taken())
+        if job.transfer.stored is not None:
+            self.scheme.load_prequantized(shard, module, *self._taken())
         else:
-            self.scheme.complete(shard, module, memory, self.ops(self.devices.of(tensor.name)))
+            self.scheme.load_encoded(shard, module, memory, self.ops(self.devices.of(tensor.name)))
         self.filled.append(tensor.name)
         self.report.quantized_bytes += self.scheme.held_nbytes(module)
         if self.devices.place(tensor.name) == "disk":
@@ -120,10 +120,10 @@ class Filling:
 
     def _gather(self, job: Job, memory: Mapping[str, Tensor]) -> bool:
         """Keeps a stored component; whether the weight is complete, as one quantized on the way always is."""
-        if job.flow.stored is not None:
-            self._stored[job.flow.stored] = memory[job.flow.stored]
-            self._whole |= job.flow.whole
-        return job.flow.stored is None or job.last
+        if job.transfer.stored is not None:
+            self._stored[job.transfer.stored] = memory[job.transfer.stored]
+            self._whole |= job.transfer.whole
+        return job.transfer.stored is None or job.last
 
     def _taken(self) -> tuple[dict[str, Tensor], frozenset[str]]:
         """The gathered components of a stored weight, and those of them that are whole; they are gone then."""
@@ -131,7 +131,7 @@ class Filling:
         self._stored, self._whole = {}, set()
         return found
 
-    def _fill_expert(self, job: Job, sink: BandSink) -> None:
+    def _fill_expert(self, job: Job, sink: ShardBuffer) -> None:
         """Puts one expert's components into its stack, or what they mean into a plain parameter."""
         piece, tensor, memory = job.piece, job.tensor, sink.memory
         module, number, path = self._expert(piece)
@@ -143,8 +143,8 @@ class Filling:
         ops = self.ops(self.devices.of(tensor.name))
         if not self._gather(job, memory):
             return
-        if job.flow.stored is not None:
-            components = self.scheme.adopt(shard, *self._taken())
+        if job.transfer.stored is not None:
+            components = self.scheme.pack_prequantized(shard, *self._taken())
         else:
             components = self.scheme.pack(shard, memory, ops)
         if self.plan.dequantize:
@@ -173,7 +173,7 @@ class Filling:
     def _dequantized(self, module: Any, tensor: TensorPlan, shard: Shard) -> Tensor:
         """What the stored components mean, in the form of the model's own module."""
         quantized = self.scheme.module(module, shard)
-        self.scheme.restore(shard, quantized, *self._taken())
+        self.scheme.load_prequantized(shard, quantized, *self._taken())
         value = self.scheme.dequantized(quantized, shard, self.ops(self.devices.of(tensor.name)))
         value = value.to(getattr(torch, tensor.dtype))
         return value.t().contiguous() if stored_turned(module, tensor) else value

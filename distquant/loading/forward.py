@@ -18,7 +18,7 @@ from distquant.quantization import Scheme
 from distquant.quantization.linear import gptqmodel_matmul as gptqmodel_product
 from distquant.quantization.linear.float8_matmul import is_float8, missing
 from distquant.quantization.linear.quantized_linear import QuantizedLinear
-from distquant.quantization.packed_int import PackedGroupsScheme
+from distquant.quantization.packed_int import PackedIntScheme
 from distquant.sharding.device_map import is_offloaded
 
 DEQUANTIZED = "dequantized and multiplied"
@@ -30,13 +30,13 @@ FIX = "Take 'auto' or 'dequantize'"
 """What to do where there is no such product."""
 
 
-def refuse_forward(plan: LoadPlan, scheme: Scheme, forward: Forward, device: torch.device) -> None:
+def check_forward(plan: LoadPlan, scheme: Scheme, forward: Forward, device: torch.device) -> None:
     """Raises `InputError` where another way to multiply is asked for than there is."""
     if forward is Forward.FLOAT8:
         _refuse_float8(plan, scheme, device)
     elif forward is Forward.GPTQMODEL:
         _refuse_gptqmodel(plan, scheme, device)
-    elif forward.tries(Forward.GPTQMODEL, device) and not plan.dequantize and isinstance(scheme, PackedGroupsScheme):
+    elif forward.tries(Forward.GPTQMODEL, device) and not plan.dequantize and isinstance(scheme, PackedIntScheme):
         gptqmodel_product.missing()  # imports it, before the load is timed
 
 
@@ -52,7 +52,7 @@ def _refuse_float8(plan: LoadPlan, scheme: Scheme, device: torch.device) -> None
 
 def _refuse_gptqmodel(plan: LoadPlan, scheme: Scheme, device: torch.device) -> None:
     """All ranks' parts are looked at, so that all ranks give the same answer."""
-    if plan.dequantize or not plan.converted or not isinstance(scheme, PackedGroupsScheme):
+    if plan.dequantize or not plan.converted or not isinstance(scheme, PackedIntScheme):
         what = "'gptqmodel' is for weights that are kept in the layouts of GPTQ and AWQ"
         raise InputError.one("forward", f"{what}; {scheme.name} as it is configured has none", FIX)
     device_map = plan.device_map or {}
@@ -104,7 +104,7 @@ def set_forward(model: nn.Module, scheme: Scheme, forward: Forward, devices: Dev
 def _take_gptqmodel(module: QuantizedLinear, forward: Forward, device: torch.device) -> str:
     """Lets one of gptqmodel's kernels multiply a module's weight; returns why none does, where one is expected."""
     asked = forward is Forward.GPTQMODEL
-    if not forward.tries(Forward.GPTQMODEL, device) or not isinstance(module.scheme, PackedGroupsScheme):
+    if not forward.tries(Forward.GPTQMODEL, device) or not isinstance(module.scheme, PackedIntScheme):
         return ""
     if not asked and gptqmodel_product.missing() is not None:
         return ""

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from distquant.checkpoint import TensorInfo
-from distquant.loading.sinks import BandSink, Home
+from distquant.loading.shard_buffer import Allocator, ShardBuffer
 from distquant.loading.stream.rows import RowMap
 from distquant.loading.stream.tasks import TORCH_DTYPE, Task
 from distquant.planning.expert_parallel import Piece, owner_of, pieces_of
 from distquant.planning.load_plan import LoadPlan, TensorPlan
-from distquant.planning.read_assignment import Dealer, column_segments, node_columns, row_segments, rows_and_width
-from distquant.planning.transfers import Flow, flows_of
+from distquant.planning.read_assignment import ReadAssigner, column_segments, node_columns, row_segments, rows_and_width
+from distquant.planning.transfers import Transfer, transfers_of
 from distquant.quantization import Scheme
-from distquant.sharding.row_layout import band_of
+from distquant.sharding.row_layout import row_layout_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Job:
 
     task: Task
     piece: Piece
-    flow: Flow
+    transfer: Transfer
     last: bool
 
     @property
@@ -53,72 +53,80 @@ def jobs_of(
         device_of: where a tensor is quantized and kept.
         ops_of: kernels of a device.
     """
-    dealer, index = Dealer(plan.mesh, node), 0
+    assigner, index = ReadAssigner(plan.mesh, node), 0
     shapes = {name: info.shape for name, info in infos.items()}
     places: dict[int, tuple[int, ...]] = {}
     for rank in node:
         ep = plan.mesh.coordinates(rank)["ep"]
         places[ep] = (*places.get(ep, ()), rank)
     for piece in pieces_of(plan.tensors, shapes):
-        tensor, keepers = piece.tensor, node
+        tensor, owners = piece.tensor, node
         if piece.stack.experts is not None:
-            keepers = places.get(owner_of(plan.cuts[piece.stack.experts], piece.number), ())
-            if not keepers:
+            owners = places.get(owner_of(plan.partitions[piece.stack.experts], piece.number), ())
+            if not owners:
                 continue
-        cut = plan.cuts[tensor.cut] if tensor.cut else None
-        flows = list(flows_of(tensor, cut, scheme, plan.prequantized, infos))
-        for number, flow in enumerate(flows, 1):
-            task = _task(index, tensor, flow, dealer, keepers, infos, device_of(tensor.name))
-            if tensor.scheme != "none" and flow.stored is None:
+        partition = plan.partitions[tensor.partition] if tensor.partition else None
+        transfers = list(transfers_of(tensor, partition, scheme, plan.prequantized, infos))
+        for number, transfer in enumerate(transfers, 1):
+            task = _task(index, tensor, transfer, assigner, owners, infos, device_of(tensor.name))
+            if tensor.scheme != "none" and transfer.stored is None:
                 task.encode = bind(scheme.encode, tensor.name, ops=ops_of(task.device))
-            elif flow.decoded:
+            elif transfer.decoded:
                 task.encode = bind(scheme.decode, tensor.name, ops=ops_of(task.device))
-            yield Job(task, piece, flow, number == len(flows))
+            yield Job(task, piece, transfer, number == len(transfers))
             index += 1
 
 
 def _task(
     index: int,
     tensor: TensorPlan,
-    flow: Flow,
-    dealer: Dealer,
-    keepers: tuple[int, ...],
+    transfer: Transfer,
+    assigner: ReadAssigner,
+    owners: tuple[int, ...],
     infos: Mapping[str, TensorInfo],
     device: torch.device,
 ) -> Task:
-    rows = rows_and_width(flow.shape)[0]
-    positions = [dealer.positions[rank] for rank in keepers]
-    columns = node_columns(flow.shape, flow.dim, flow.cut, positions, flow.apart)
-    stored = infos[flow.sources[0].tensor].shape if flow.decoded else flow.shape
-    row_map = RowMap(stored[::-1] if flow.turned else stored, flow.sources, infos)
+    rows = rows_and_width(transfer.shape)[0]
+    positions = [assigner.positions[rank] for rank in owners]
+    columns = node_columns(transfer.shape, transfer.shard_dim, transfer.partition, positions, transfer.apart)
+    stored = infos[transfer.sources[0].tensor].shape if transfer.decoded else transfer.shape
+    row_map = RowMap(stored[::-1] if transfer.transposed else stored, transfer.sources, infos)
     row_bytes = row_map.row_bytes()
-    if not flow.decoded:
+    if not transfer.decoded:
         row_bytes = row_bytes * (columns[1] - columns[0]) // max(row_map.width, 1)
-    parts = dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.turned or flow.entire > 0, keepers)
-    dtype = getattr(torch, flow.dtype) if flow.dtype else TORCH_DTYPE[infos[flow.sources[0].tensor].dtype]
+    parts = assigner.assign_reads(
+        transfer.shape,
+        transfer.shard_dim,
+        transfer.partition,
+        row_bytes,
+        transfer.step,
+        transfer.transposed or transfer.whole_weight_workspace > 0,
+        owners,
+    )
+    dtype = getattr(torch, transfer.dtype) if transfer.dtype else TORCH_DTYPE[infos[transfer.sources[0].tensor].dtype]
     # What a rank gets whole is told apart only where that differs from what it keeps.
-    whole = flow.whole if flow.stored is None else frozenset()
+    whole = transfer.whole if transfer.stored is None else frozenset()
     shape = (rows, columns[1] - columns[0])
-    bands = [band_of(component, shape, component.name in whole) for component in flow.components]
-    if flow.stored is not None:
-        bands = [replace(band, dtype=dtype) for band in bands]
+    row_layouts = [row_layout_of(component, shape, component.name in whole) for component in transfer.components]
+    if transfer.stored is not None:
+        row_layouts = [replace(row_layout, dtype=dtype) for row_layout in row_layouts]
     return Task(
         index=index,
         name=tensor.name,
         rows=row_map,
-        columns=(0, row_map.width) if flow.turned or flow.decoded else columns,
-        step=flow.step,
-        bands=tuple(bands),
+        columns=(0, row_map.width) if transfer.transposed or transfer.decoded else columns,
+        step=transfer.step,
+        row_layouts=tuple(row_layouts),
         parts=parts,
-        keepers=keepers,
+        owners=owners,
         dtype=dtype,
         encode=None,
-        turned=flow.turned,
+        transposed=transfer.transposed,
         device=device,
     )
 
 
-def sink_of(job: Job, tp: int, partial: bool, home: Home | None) -> BandSink:
+def sink_of(job: Job, tp: int, partial: bool, home: Allocator | None) -> ShardBuffer:
     """Memory for what a position on tp keeps.
 
     Args:
@@ -127,9 +135,9 @@ def sink_of(job: Job, tp: int, partial: bool, home: Home | None) -> BandSink:
         partial: whether other nodes read rows of it, too.
         home: gives the memory that is there for a component.
     """
-    task, flow = job.task, job.flow
-    rows = row_segments(flow.shape, flow.dim, flow.cut, tp)
-    kept = column_segments(flow.shape, flow.dim, flow.cut, tp)
-    width = rows_and_width(flow.shape)[1]
-    columns = (0, width) if task.turned or flow.decoded else task.columns
-    return BandSink(task.bands, columns, width, rows, kept, task.device, partial, home)
+    task, transfer = job.task, job.transfer
+    rows = row_segments(transfer.shape, transfer.shard_dim, transfer.partition, tp)
+    kept = column_segments(transfer.shape, transfer.shard_dim, transfer.partition, tp)
+    width = rows_and_width(transfer.shape)[1]
+    columns = (0, width) if task.transposed or transfer.decoded else task.columns
+    return ShardBuffer(task.row_layouts, columns, width, rows, kept, task.device, partial, home)

@@ -16,32 +16,32 @@ from distquant.config import parse
 from distquant.errors import DistquantError, InputError, Problem, RankError
 from distquant.garbage_collection import without_collector
 from distquant.kernels.choice import Choice, choose
-from distquant.loading import check_complete, delegated, finish, install_styles, localize, localize_experts
+from distquant.loading import check_complete, delegated, finish, install_styles, shard_experts, shard_modules
 from distquant.loading.devices import Devices
-from distquant.loading.fill import Filling
+from distquant.loading.fill import WeightPlacer
 from distquant.loading.finish import fill_computed_buffers, refuse_format
-from distquant.loading.forward import refuse_forward, set_forward
+from distquant.loading.forward import check_forward, set_forward
 from distquant.loading.jobs import jobs_of, sink_of
 from distquant.loading.report import RankReport
-from distquant.loading.sinks import BandSink
+from distquant.loading.shard_buffer import ShardBuffer
 from distquant.loading.stream.accelerator import Collectives
-from distquant.loading.stream.arena import Board
 from distquant.loading.stream.engine import Engine
 from distquant.loading.stream.files import Files, ReadError
-from distquant.loading.stream.stages import Stages
+from distquant.loading.stream.stage_timer import StageTimer
+from distquant.loading.stream.staging_buffer import LoadState
 from distquant.loading.stream.tasks import Task
 from distquant.loading.stream.trace import write_trace
 from distquant.model import build
-from distquant.options import Forward, Options, Progress, Seen
+from distquant.options import Forward, LoadProgress, Options, Progress
 from distquant.parallel.comm import Comm
 from distquant.parallel.experts import join_experts
 from distquant.parallel.lora import watch_adapters
 from distquant.parallel.replicas import refuse_wrappers
 from distquant.planning.expert_parallel import ALL_REDUCE
 from distquant.planning.load_plan import LoadPlan
-from distquant.planning.prepared import Opened
+from distquant.planning.prepared import Prepared
 from distquant.planning.read_assignment import node_ranks
-from distquant.planning.validation import refuse_kernel, refuse_unsupported
+from distquant.planning.validation import check_kernel, check_supported
 from distquant.process_state import changing_process_state
 from distquant.quantization import Scheme, config_classes, scheme_for
 from distquant.quantization.linear.state import state_of
@@ -78,7 +78,7 @@ def load_shard(
     device: torch.device | str,
     options: Options | None = None,
     progress: Progress | None = None,
-    opened: Opened | None = None,
+    prepared: Prepared | None = None,
 ) -> Any:
     """Loads this rank's part of the model.
 
@@ -95,26 +95,28 @@ def load_shard(
         ReadError: a file cannot be read as its header says.
         RankError: another rank failed, or was not heard of for the timeout.
     """
-    refuse_unsupported(plan)
+    check_supported(plan)
     options = options or Options()
     device = torch.device(device)
     if scheme_of(plan).delegated:
         return _delegate(plan, comm, device)
     # What cannot run here is told before anything is read.
     with changing_process_state():
-        refuse_kernel(plan, scheme_of(plan), choose(options.kernel, device).kernel)
-        refuse_forward(plan, scheme_of(plan), Forward(options.forward), device)
+        check_kernel(plan, scheme_of(plan), choose(options.kernel, device).kernel)
+        check_forward(plan, scheme_of(plan), Forward(options.forward), device)
         _import_libraries(plan)
     comm.collect(None)  # ranks that import slowly are not counted as loading
     start = time.perf_counter()
-    checkpoint = _same_files(plan, comm, opened)
-    loading = _Loading(plan, comm, checkpoint, device, options, progress, opened.model if opened is not None else None)
+    checkpoint = _same_files(plan, comm, prepared)
+    loading = _Loading(
+        plan, comm, checkpoint, device, options, progress, prepared.model if prepared is not None else None
+    )
     try:
         model = loading.run()
     except ReadError as error:
         raise ReadError(f"rank {comm.rank}: {error}") from error
     except RuntimeError as error:
-        raise _cause(error, loading.board) from error
+        raise _cause(error, loading.load_state) from error
     loading.report.seconds = time.perf_counter() - start
     model.distquant = Loaded(plan, loading.scheme, comm, loading.report)
     if options.trace is not None:
@@ -134,10 +136,10 @@ def _delegate(plan: LoadPlan, comm: Comm, device: torch.device) -> Any:
     return model
 
 
-def _cause(error: RuntimeError, board: Board) -> BaseException:
+def _cause(error: RuntimeError, load_state: LoadState) -> BaseException:
     """What another rank said or did, where that is why a collective failed here; else the error itself."""
-    known = isinstance(error, DistquantError) or not isinstance(board.failure, RankError)
-    return error if known or board.failure is None else board.failure
+    known = isinstance(error, DistquantError) or not isinstance(load_state.failure, RankError)
+    return error if known or load_state.failure is None else load_state.failure
 
 
 def _import_libraries(plan: LoadPlan) -> None:
@@ -146,7 +148,7 @@ def _import_libraries(plan: LoadPlan) -> None:
         importlib.import_module(MODULES.get(package, package))
 
 
-def _same_files(plan: LoadPlan, comm: Comm, opened: Opened | None) -> Checkpoint:
+def _same_files(plan: LoadPlan, comm: Comm, prepared: Prepared | None) -> Checkpoint:
     """Opens the checkpoint on this rank and compares it with the plan; a difference on any rank stops all.
 
     Ranks that were given different plans stop, too; only the folder may have another path on another machine.
@@ -159,7 +161,7 @@ def _same_files(plan: LoadPlan, comm: Comm, opened: Opened | None) -> Checkpoint
             what = f"rank {rank} has the plan {theirs[:16]}, rank {comm.rank} has {decided[:16]}"
             raise InputError.one("plan", what, "Give every rank the same arguments, or the same plan")
     try:
-        checkpoint = opened.checkpoint if opened is not None else open_checkpoint(plan.model)
+        checkpoint = prepared.checkpoint if prepared is not None else open_checkpoint(plan.model)
         mine = checkpoint.digests()
         for file in sorted(plan.shards.keys() | mine.keys()):
             if plan.shards.get(file) != tuple(mine.get(file, ())):
@@ -195,9 +197,9 @@ class _Loading:
         self.axis = self.comm.axis("tp")
         self.at = self.plan.mesh.coordinates(self.comm.rank)
         self.devices = Devices(self.device, self.plan.device_map)
-        self.stages = Stages(traced=self.options.trace is not None)
-        self.board = Board(self.comm.timeout)
-        self.collectives = Collectives(self.board)
+        self.stages = StageTimer(traced=self.options.trace is not None)
+        self.load_state = LoadState(self.comm.timeout)
+        self.collectives = Collectives(self.load_state)
         self.kernels: dict[torch.device, Choice] = {}
         self.started = time.perf_counter()
 
@@ -207,14 +209,14 @@ class _Loading:
         if model is None:
             model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
         with changing_process_state():
-            localize_experts(model, plan, self.scheme, self.at["tp"], self.at["ep"])
+            shard_experts(model, plan, self.scheme, self.at["tp"], self.at["ep"])
         files = Files(self.checkpoint.folder, self.options.io)
-        filling = Filling(model, plan, self.scheme, self.at, self.devices, self._ops, self.report)
+        placer = WeightPlacer(model, plan, self.scheme, self.at, self.devices, self._ops, self.report)
         try:
-            self._stream(filling, files)
+            self._stream(placer, files)
         finally:
             files.close()
-        self._complete(model, filling.filled)
+        self._complete(model, placer.filled)
         self._tell(files)
         return model
 
@@ -248,7 +250,7 @@ class _Loading:
             refuse_wrappers(model, plan, self.comm.rank)
         if plan.dequantize and not sharded:
             for name in plan.experts:
-                model.set_submodule(name, model.get_submodule(name).give_back())
+                model.set_submodule(name, model.get_submodule(name).to_original())
         else:
             join_experts(model, plan, self.comm)
             sharded = sharded or bool(plan.experts)
@@ -265,31 +267,31 @@ class _Loading:
 
     # -- streaming -------------------------------------------------------------------------------------------------
 
-    def _stream(self, filling: Filling, files: Files) -> None:
+    def _stream(self, placer: WeightPlacer, files: Files) -> None:
         plan = self.plan
         node = node_ranks(plan.nodes, self.comm.rank)
         jobs = list(jobs_of(plan, self.scheme, node, self.checkpoint.tensors, self.devices.of, self._ops))
         partial = any(plan.nodes[rank] != plan.nodes[self.comm.rank] for rank in plan.mesh.peers(self.comm.rank, "tp"))
 
-        def sink(task: Task) -> BandSink:
+        def sink(task: Task) -> ShardBuffer:
             job = jobs[task.index]
-            return sink_of(job, self.at["tp"], partial, filling.home(job))
+            return sink_of(job, self.at["tp"], partial, placer.home(job))
 
         def finished(task: Task, filled: Any) -> None:
             if partial:
                 self._join_statistics(task, filled)
-            filling.fill(jobs[task.index], filled)
+            placer.fill(jobs[task.index], filled)
 
         def progress(done: int, total: int) -> None:
             assert self.progress is not None
-            self.progress(Seen(done, total, self.stages.limit(time.perf_counter() - self.started)))
+            self.progress(LoadProgress(done, total, self.stages.limit(time.perf_counter() - self.started)))
 
         with Engine(
             self.comm.rank,
             [job.task for job in jobs],
             files,
             plan.staging,
-            self.board,
+            self.load_state,
             self.stages,
             sink,
             finished,
@@ -300,22 +302,24 @@ class _Loading:
                 engine.peers.connect(self.comm, node)
             engine.start()
             with changing_process_state():
-                localize(filling.model, plan, self.scheme, self.at["tp"])  # while the first weights are read
+                shard_modules(placer.model, plan, self.scheme, self.at["tp"])  # while the first weights are read
             engine.run()
-            self.report.staging_bytes = engine.arena.slot_bytes * engine.arena.slots
+            self.report.staging_bytes = engine.staging_buffer.slot_bytes * engine.staging_buffer.slots
             self.report.bytes_sent += engine.moved.sent
             self.report.bytes_received += engine.moved.received
 
-    def _join_statistics(self, task: Task, sink: BandSink) -> None:
+    def _join_statistics(self, task: Task, sink: ShardBuffer) -> None:
         """Fills in the statistics of rows that other nodes read: a maximum over zeros, which is exact."""
 
         def late() -> RankError:
-            what = f"the statistics of {task.name} were not joined with other nodes' within {self.board.timeout:g} s"
+            what = (
+                f"the statistics of {task.name} were not joined with other nodes' within {self.load_state.timeout:g} s"
+            )
             return RankError(self.comm.rank, what)
 
-        for band in task.bands:
-            if band.whole:
-                start, values = time.perf_counter(), sink.memory[band.name]
+        for row_layout in task.row_layouts:
+            if row_layout.whole:
+                start, values = time.perf_counter(), sink.memory[row_layout.name]
                 # As integers: non-negative floats order the same, and a NaN stays one.
                 self.collectives.run(lambda v: self.axis.all_reduce(v, "max"), values.view(torch.int32), late)
                 self.stages.add("exchange", start, task.name, values.nbytes)

@@ -26,19 +26,19 @@ KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 
 def shard_of(tensor: TensorPlan, plan: LoadPlan, tp_rank: int) -> Shard:
     """This rank's part of a linear weight."""
-    cut = plan.cuts[tensor.cut] if tensor.cut else None
-    return Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype, tensor.dim, cut, tp_rank)
+    partition = plan.partitions[tensor.partition] if tensor.partition else None
+    return Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype, tensor.shard_dim, partition, tp_rank)
 
 
 def local_shape(tensor: TensorPlan, plan: LoadPlan, tp_rank: int) -> tuple[int, ...]:
     """Shape that this rank stores of a parameter."""
     shape = list(tensor.shape)
-    if tensor.cut is not None and tensor.dim is not None:
-        shape[tensor.dim] = plan.cuts[tensor.cut].length(tp_rank)
+    if tensor.partition is not None and tensor.shard_dim is not None:
+        shape[tensor.shard_dim] = plan.partitions[tensor.partition].length(tp_rank)
     return tuple(shape)
 
 
-def localize_experts(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int, ep_rank: int = 0) -> None:
+def shard_experts(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int, ep_rank: int = 0) -> None:
     """Replaces modules of experts on `meta` for this rank: before anything is read, which goes straight there."""
     for name in plan.experts:
         model.set_submodule(name, _experts(model.get_submodule(name), name, plan, ep_rank))
@@ -48,7 +48,7 @@ def localize_experts(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: 
             _add_stack(model.get_submodule(owner), tensor, plan, scheme, tp_rank)
 
 
-def localize(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int) -> None:
+def shard_modules(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int) -> None:
     """Replaces and resizes all other modules on `meta` for this rank. Weights are placed later."""
     for tensor in plan.tensors:
         if tensor.experts is not None:
@@ -60,7 +60,7 @@ def localize(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int) -> 
                 new = scheme.module(old, shard_of(tensor, plan, tp_rank))
             new.__dict__["source_cls"] = type(old)  # what transformers' saving and dequantizing look at
             model.set_submodule(owner, new.requires_grad_(False).train(old.training))
-        elif tensor.cut is not None:
+        elif tensor.partition is not None:
             shape = local_shape(tensor, plan, tp_rank)
             module = model.get_submodule(owner)
             _resize(module, leaf, shape[::-1] if stored_turned(module, tensor) else shape)
@@ -76,7 +76,7 @@ def _experts(original: nn.Module, name: str, plan: LoadPlan, ep_rank: int) -> Ex
     shapes = {leaf: tuple(parameter.shape) for leaf, parameter in original.named_parameters(recurse=False)}
     form = form_of(name, original, shapes)
     assert form is not None, "the planner splits experts of known form only"
-    module = Experts(original, form, plan.cuts[plan.experts[name].dealt], ep_rank)
+    module = Experts(original, form, plan.partitions[plan.experts[name].dealt], ep_rank)
     module.__dict__["source_cls"] = type(original)
     return module.train(original.training)
 

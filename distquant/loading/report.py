@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from distquant.loading.stream.stages import STAGES
+from distquant.loading.stream.stage_timer import STAGES
 from distquant.planning.load_plan import LoadPlan
 
 

@@ -4,8 +4,8 @@ Everything that depends on the version of `transformers` lives in this package.
 """
 
 from distquant.model.as_stored import FLOATS, Kept, as_stored
-from distquant.model.build import build, build_skeleton
-from distquant.model.description import ROWS, STAR, Attention, Experts, Linear, Param, Skeleton, Source, taken
+from distquant.model.build import build, describe_model
+from distquant.model.description import ROWS, STAR, Attention, Experts, Linear, ModelDescription, Param, Source, taken
 from distquant.model.experts import EXPECTED, sources_by_expert, split_experts
 from distquant.model.gguf import GgufNames, gguf_names, source_of, with_gguf_sources
 from distquant.model.sidecars import model_file_problems, tokenizer_file_problems
@@ -21,12 +21,12 @@ __all__ = [
     "GgufNames",
     "Kept",
     "Linear",
+    "ModelDescription",
     "Param",
-    "Skeleton",
     "Source",
     "as_stored",
     "build",
-    "build_skeleton",
+    "describe_model",
     "gguf_names",
     "model_file_problems",
     "source_of",

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from distquant.checkpoint import TensorInfo
-from distquant.model.description import Param, Skeleton, Source
+from distquant.model.description import ModelDescription, Param, Source
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 """Checkpoint dtypes that need no scheme to be read."""
@@ -38,38 +38,40 @@ class Kept:
     beside: tuple[str, ...] = ()
 
 
-def as_stored(skeleton: Skeleton, tensors: Mapping[str, TensorInfo]) -> tuple[Skeleton, Kept]:
+def as_stored(description: ModelDescription, tensors: Mapping[str, TensorInfo]) -> tuple[ModelDescription, Kept]:
     """The skeleton with the checkpoint's own dtypes and packed tensors, and what of it is quantized.
 
     Args:
-        skeleton: as `build_skeleton` returns it.
+        skeleton: as `describe_model` returns it.
         tensors: the checkpoint's headers.
     """
-    kept = _in_their_places(skeleton, tensors)
-    owners = {_owner(source.tensor) for name in kept for source in skeleton.sources[name]}
-    beside = tuple(name for name in skeleton.unexpected if _owner(name) in owners)
-    unplaced = [name for name in skeleton.unexpected if _owner(name) not in owners]
-    inside = _instead_of_missing(skeleton, unplaced)
-    weights = {name for name in skeleton.missing if _owner(name) in inside.values() and _is_weight(skeleton, name)}
+    kept = _in_their_places(description, tensors)
+    owners = {_owner(source.tensor) for name in kept for source in description.sources[name]}
+    beside = tuple(name for name in description.unexpected if _owner(name) in owners)
+    unplaced = [name for name in description.unexpected if _owner(name) not in owners]
+    inside = _instead_of_missing(description, unplaced)
+    weights = {
+        name for name in description.missing if _owner(name) in inside.values() and _is_weight(description, name)
+    }
     instead = {name: Param(name, tensors[name].shape, _dtype(tensors[name], "float32")) for name in inside}
-    packed = {_owner(name) for name, param in kept.items() if param.shape != skeleton.params[name].shape}
-    params = {name: kept.get(name, param) for name, param in skeleton.params.items() if name not in weights}
+    packed = {_owner(name) for name, param in kept.items() if param.shape != description.params[name].shape}
+    params = {name: kept.get(name, param) for name, param in description.params.items() if name not in weights}
     found = replace(
-        skeleton,
+        description,
         params=params | instead,
-        sources=skeleton.sources | {name: (Source(name),) for name in inside},
+        sources=description.sources | {name: (Source(name),) for name in inside},
         unexpected=tuple(name for name in unplaced if name not in inside),
-        missing=tuple(name for name in skeleton.missing if name not in weights),
-        linears={n: linear for n, linear in skeleton.linears.items() if n not in packed.union(inside.values())},
+        missing=tuple(name for name in description.missing if name not in weights),
+        linears={n: linear for n, linear in description.linears.items() if n not in packed.union(inside.values())},
     )
     return found, Kept((*kept, *inside), beside)
 
 
-def _in_their_places(skeleton: Skeleton, tensors: Mapping[str, TensorInfo]) -> dict[str, Param]:
+def _in_their_places(description: ModelDescription, tensors: Mapping[str, TensorInfo]) -> dict[str, Param]:
     """Weights whose tensors the model has a place for, with the dtype and the shape in which they are stored."""
     kept = {}
-    for name, sources in skeleton.sources.items():
-        param, infos = skeleton.params[name], [tensors[source.tensor] for source in sources]
+    for name, sources in description.sources.items():
+        param, infos = description.params[name], [tensors[source.tensor] for source in sources]
         if param.dtype.startswith(("float", "bfloat")) and any(info.dtype not in FLOATS for info in infos):
             same = len({info.dtype for info in infos}) == 1
             other = len(infos) == 1 and math.prod(infos[0].shape) != math.prod(param.shape)
@@ -78,9 +80,9 @@ def _in_their_places(skeleton: Skeleton, tensors: Mapping[str, TensorInfo]) -> d
     return kept
 
 
-def _instead_of_missing(skeleton: Skeleton, unplaced: Iterable[str]) -> dict[str, str]:
+def _instead_of_missing(description: ModelDescription, unplaced: Iterable[str]) -> dict[str, str]:
     """Tensors inside a module that lacks a weight -> the module: they are what the weight is stored as."""
-    lacking = {_owner(name) for name in skeleton.missing if _is_weight(skeleton, name)}
+    lacking = {_owner(name) for name in description.missing if _is_weight(description, name)}
     found = {}
     for name in unplaced:
         module = _owner(name)
@@ -91,8 +93,8 @@ def _instead_of_missing(skeleton: Skeleton, unplaced: Iterable[str]) -> dict[str
     return found
 
 
-def _is_weight(skeleton: Skeleton, name: str) -> bool:
-    return len(skeleton.params[name].shape) > 1
+def _is_weight(description: ModelDescription, name: str) -> bool:
+    return len(description.params[name].shape) > 1
 
 
 def _owner(name: str) -> str:

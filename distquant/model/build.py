@@ -1,4 +1,4 @@
-"""Builds the model on `meta` with transformers, and describes it as a `Skeleton`."""
+"""Builds the model on `meta` with transformers, and describes it as a `ModelDescription`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distquant.errors import InputError, Problems, said
-from distquant.model.description import Attention, Linear, Param, Skeleton, Source
+from distquant.model.description import Attention, Linear, ModelDescription, Param, Source
 from distquant.model.experts import experts_of
 from distquant.model.gguf import source_of
 from distquant.model.sidecars import model_file_problems
@@ -66,12 +66,12 @@ def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> 
     return model.eval()
 
 
-def build_skeleton(
+def describe_model(
     model: PreTrainedModel,
     tensors: Mapping[str, tuple[int, ...]],
     suffixes: Mapping[str, str],
     problems: Problems,
-) -> Skeleton:
+) -> ModelDescription:
     """Describes a model on `meta` and places the checkpoint's tensors in it.
 
     Args:
@@ -90,7 +90,7 @@ def build_skeleton(
     params = {name: param for name, param in params.items() if name not in tied}
     sources = {name: found for name, found in sources.items() if name in params}
     _, missing = ignorable([n for n in params if n not in sources], model._keys_to_ignore_on_load_missing)
-    return Skeleton(
+    return ModelDescription(
         model_type=model.config.model_type,
         architecture=type(model).__name__,
         params=params,

@@ -84,7 +84,7 @@ class Projection:
     out_features: int
     in_features: int
     start: int = 0
-    dim: int = 0
+    shard_dim: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Skeleton:
+class ModelDescription:
     """The whole model as data. Names are module or parameter paths."""
 
     model_type: str

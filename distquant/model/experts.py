@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from distquant.model.description import ROWS, STAR, Experts, Linear, Param, Projection, Skeleton, Source
+from distquant.model.description import ROWS, STAR, Experts, Linear, ModelDescription, Param, Projection, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,7 +81,7 @@ def form_of(name: str, module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Ex
         )
     else:
         columns = (Projection(first, first, wide, hidden),)
-    down = Projection("down_proj", "down_proj", hidden, intermediate, dim=1)
+    down = Projection("down_proj", "down_proj", hidden, intermediate, shard_dim=1)
     return Experts(name, count, intermediate, (*columns, down), transposed, interleaved, bias, dense)
 
 
@@ -90,18 +90,20 @@ def stack_name(module: str, projection: str) -> str:
     return f"{module}.{STAR}.{projection}"
 
 
-def split_experts(skeleton: Skeleton, modules: Iterable[str], tensors: Mapping[str, tuple[int, ...]]) -> Skeleton:
+def split_experts(
+    description: ModelDescription, modules: Iterable[str], tensors: Mapping[str, tuple[int, ...]]
+) -> ModelDescription:
     """The skeleton with one stack for each projection in place of these modules' own parameters.
 
     Args:
-        skeleton: as `build_skeleton` returns it.
-        modules: keys of `skeleton.experts`.
+        skeleton: as `describe_model` returns it.
+        modules: keys of `description.experts`.
         tensors: shape of each checkpoint tensor.
     """
-    params, sources, linears = dict(skeleton.params), dict(skeleton.sources), dict(skeleton.linears)
-    parts, missing = dict(skeleton.parts), list[str]()
+    params, sources, linears = dict(description.params), dict(description.sources), dict(description.linears)
+    parts, missing = dict(description.parts), list[str]()
     for module in modules:
-        experts = skeleton.experts[module]
+        experts = description.experts[module]
         for projection in experts.projections:
             name = stack_name(module, projection.name)
             linears[name] = Linear(
@@ -114,15 +116,15 @@ def split_experts(skeleton: Skeleton, modules: Iterable[str], tensors: Mapping[s
             )
             fused = f"{module}.{projection.parameter}"
             shape = (experts.count, projection.out_features, projection.in_features)
-            params[f"{name}.weight"] = Param(f"{name}.weight", shape, skeleton.params[fused].dtype)
-            found = tuple(s for s in _sources_of(skeleton, experts, projection) if _inside(s, experts.count))
+            params[f"{name}.weight"] = Param(f"{name}.weight", shape, description.params[fused].dtype)
+            found = tuple(s for s in _sources_of(description, experts, projection) if _inside(s, experts.count))
             if found:
                 sources[f"{name}.weight"] = found
             lacking = set(range(experts.count)).difference(*(_experts_in(source, experts.count) for source in found))
             numbers = [STAR] if len(lacking) == experts.count else sorted(lacking)
             missing += [f"{name}.weight".replace(STAR, str(number)) for number in numbers]
             if experts.bias:
-                plain = skeleton.params[f"{fused}_bias"]
+                plain = description.params[f"{fused}_bias"]
                 params[f"{name}.bias"] = Param(f"{name}.bias", plain.shape, plain.dtype)
                 if f"{fused}_bias" in sources:
                     sources[f"{name}.bias"] = sources[f"{fused}_bias"]
@@ -133,21 +135,21 @@ def split_experts(skeleton: Skeleton, modules: Iterable[str], tensors: Mapping[s
                 for table in (params, sources, parts):
                     table.pop(fused, None)
     return replace(
-        skeleton,
+        description,
         params=params,
         sources=sources,
         linears=linears,
         parts=parts,
-        missing=(*(name for name in skeleton.missing if name in params), *missing),
+        missing=(*(name for name in description.missing if name in params), *missing),
     )
 
 
-def _sources_of(skeleton: Skeleton, experts: Experts, projection: Projection) -> Iterable[Source]:
+def _sources_of(description: ModelDescription, experts: Experts, projection: Projection) -> Iterable[Source]:
     """What fills one projection, of what fills the parameter that holds it."""
     fused = f"{experts.name}.{projection.parameter}"
     sharers = [p.name for p in experts.projections if p.parameter == projection.parameter]
     first, last = projection.start, projection.start + projection.out_features
-    for source in skeleton.sources.get(fused, ()):
+    for source in description.sources.get(fused, ()):
         if source.offset is not None:
             expert, at = source.offset[0], source.offset[1] if len(source.offset) > 1 else 0
             if first <= at < last:
@@ -156,7 +158,7 @@ def _sources_of(skeleton: Skeleton, experts: Experts, projection: Projection) ->
             yield source
         else:
             yield replace(source, take=(1, first, last))
-    for part in skeleton.parts.get(fused, ()):
+    for part in description.parts.get(fused, ()):
         if sharers[min(part.index, len(sharers) - 1)] == projection.name:
             yield Source(part.tensor, part.component, (part.expert,))
 

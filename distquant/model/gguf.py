@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distquant.checkpoint.gguf import SUFFIX
 from distquant.errors import InputError
-from distquant.model.description import Skeleton, Source
+from distquant.model.description import ModelDescription, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,11 +73,11 @@ def gguf_names(model: PreTrainedModel, tensors: Mapping[str, Any], architecture:
     return GgufNames(params, interleaved)
 
 
-def with_gguf_sources(skeleton: Skeleton, names: GgufNames) -> Skeleton:
+def with_gguf_sources(description: ModelDescription, names: GgufNames) -> ModelDescription:
     """A skeleton that was built with the parameters' names, with those of the file's tensors as sources."""
     stored = {param: name for name, param in names.params.items()}
     sources = {
         name: tuple(Source(stored.get(source.tensor, source.tensor)) for source in found)
-        for name, found in skeleton.sources.items()
+        for name, found in description.sources.items()
     }
-    return replace(skeleton, sources=sources)
+    return replace(description, sources=sources)

@@ -24,9 +24,9 @@ from distquant.parallel.grouped_matmul import grouped_product, has_kernel
 from distquant.parallel.tensor_parallel import copy_input, reduce_output
 from distquant.planning.expert_parallel import ALL_TO_ALL
 from distquant.planning.load_plan import LoadPlan
-from distquant.quantization.linear.dequant_matmul import product
+from distquant.quantization.linear.dequant_matmul import dequant_matmul
 from distquant.sharding.mesh import REPLICA
-from distquant.sharding.partition import Cut
+from distquant.sharding.partition import Partition
 
 STACK = "_stack"
 """What follows a projection's name in that of its stack: PEFT, told to adapt all `gate_proj`, must not find it."""
@@ -52,7 +52,7 @@ class Experts(nn.Module):
     first: int
     last: int
 
-    def __init__(self, original: nn.Module, form: Form, dealt: Cut, rank: int):
+    def __init__(self, original: nn.Module, form: Form, dealt: Partition, rank: int):
         super().__init__()
         self.form, self.dealt, self.rank = form, dealt, rank
         ((self.first, self.last),) = dealt.segments(rank)
@@ -113,8 +113,8 @@ class Experts(nn.Module):
 
     @classmethod
     def around(cls, original: nn.Module, form: Form) -> Experts:
-        """The experts of a model's own module, with its parameters; what `give_back` undoes."""
-        module = cls(original, form, Cut(form.count, (((0, form.count),),)), 0)
+        """The experts of a model's own module, with its parameters; what `to_original` undoes."""
+        module = cls(original, form, Partition(form.count, (((0, form.count),),)), 0)
         for projection in form.projections:
             for suffix, leaf in (("", "weight"), *((("_bias", "bias"),) if form.bias else ())):
                 name = projection.parameter + suffix
@@ -126,19 +126,19 @@ class Experts(nn.Module):
                 module.plain[f"{projection.name}.{leaf}"] = (name, start, stop)
         return module
 
-    def give_back(self) -> nn.Module:
+    def to_original(self) -> nn.Module:
         """The model's own module, with the plain parameters of all experts in the form that it has them in."""
         own: nn.Module = self.__dict__["original"]
         for name, value in self._parameters.items():
             assert value is not None
-            turned = self.form.transposed and value.dim() == 3
-            data = value.detach().transpose(1, 2) if turned else value.detach()
+            transposed = self.form.transposed and value.dim() == 3
+            data = value.detach().transpose(1, 2) if transposed else value.detach()
             own._parameters[name] = nn.Parameter(data, requires_grad=value.requires_grad)
         return own
 
     def _bias(self, projection: Projection, number: int) -> Tensor | None:
         """A local expert's bias; of a projection that is summed over tp, on the first of its ranks only."""
-        if not self.form.bias or (projection.dim == 1 and self.tp.rank > 0):
+        if not self.form.bias or (projection.shard_dim == 1 and self.tp.rank > 0):
             return None
         return self.plain_value(f"{projection.name}.bias", number)
 
@@ -256,14 +256,14 @@ def join_experts(model: nn.Module, plan: LoadPlan, comm: Comm) -> None:
     """Makes the experts of every rank known to the modules of the others; where all are here, to themselves."""
     for name, shard in plan.experts.items():
         module: Any = model.get_submodule(name)
-        tp = comm.axis("tp") if shard.cut is not None else SoloAxis()
-        axis = comm.axis(REPLICA) if shard.cut is not None else comm.axis("ep")
+        tp = comm.axis("tp") if shard.partition is not None else SoloAxis()
+        axis = comm.axis(REPLICA) if shard.partition is not None else comm.axis("ep")
         module.join(axis, comm.axis("ep"), tp, plan.dispatch)
 
 
 def _times(rows: Tensor, weight: Callable[[], Tensor] | Tensor) -> Tensor:
     """`rows @ weight.T`, of a plain weight or of one that is dequantized for it."""
-    return product(rows, weight) if callable(weight) else nn.functional.linear(rows, weight.to(rows.dtype))
+    return dequant_matmul(rows, weight) if callable(weight) else nn.functional.linear(rows, weight.to(rows.dtype))
 
 
 class _Exchange(torch.autograd.Function):

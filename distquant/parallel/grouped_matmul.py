@@ -37,8 +37,8 @@ def grouped_product(rows: Tensor, weights: Weights, at_once: int = AT_ONCE) -> T
         weights: of the experts that were hit, in order; their counts add up to `n`.
         at_once: bytes of dequantized weights to hold at a time.
     """
-    product: Tensor = _Grouped.apply(rows, weights, at_once)
-    return product
+    dequant_matmul: Tensor = _Grouped.apply(rows, weights, at_once)
+    return dequant_matmul
 
 
 class _Grouped(torch.autograd.Function):

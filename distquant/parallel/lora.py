@@ -22,7 +22,7 @@ from distquant.parallel.comm import Axis
 from distquant.parallel.tensor_parallel import CopyInput, GatherOutput, ReduceOutput, RefuseDropout, SplitInput
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.tensor_parallel import COLWISE, COLWISE_GATHER, ROWWISE, ROWWISE_SPLIT, VOCAB_EMBEDDING
-from distquant.sharding.partition import Cut
+from distquant.sharding.partition import Partition
 
 WIRED = "_distquant_wired"
 
@@ -37,14 +37,14 @@ class _Watch:
 
     model: Any
     axis: Axis
-    children: dict[str, tuple[nn.Module, str, Cut]] = field(default_factory=dict)
+    children: dict[str, tuple[nn.Module, str, Partition]] = field(default_factory=dict)
     """Path from the parent -> the module that was loaded, its style and its cut."""
 
     def __call__(self, parent: nn.Module, args: Any) -> None:
-        for path, (loaded, style, cut) in self.children.items():
+        for path, (loaded, style, partition) in self.children.items():
             child = parent.get_submodule(path) if "." in path else getattr(parent, path)
             if child is not loaded:
-                _wire(path, child, style, cut, self.axis, getattr(self.model, "peft_config", {}))
+                _wire(path, child, style, partition, self.axis, getattr(self.model, "peft_config", {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
         return self
@@ -58,7 +58,7 @@ def watch_adapters(model: nn.Module, plan: LoadPlan, axis: Axis) -> None:
         if shard.style in (COLWISE, COLWISE_GATHER, ROWWISE, ROWWISE_SPLIT, VOCAB_EMBEDDING):
             parent, _, leaf = name.rpartition(".")
             watch = watches.setdefault(parent, _Watch(model, axis))
-            watch.children[leaf] = (model.get_submodule(name), shard.style, plan.cuts[shard.cut])
+            watch.children[leaf] = (model.get_submodule(name), shard.style, plan.partitions[shard.partition])
     for parent, watch in watches.items():
         owner = model.get_submodule(parent)
         if owner is model:
@@ -82,7 +82,9 @@ class _Elsewhere:
         return self
 
 
-def _wire(path: str, child: nn.Module, style: str, cut: Cut, axis: Axis, configs: Mapping[str, Any]) -> None:
+def _wire(
+    path: str, child: nn.Module, style: str, partition: Partition, axis: Axis, configs: Mapping[str, Any]
+) -> None:
     if hasattr(child, "modules_to_save"):
         return  # a whole copy of the module, hooks included
     if not hasattr(child, "lora_A") or not hasattr(child, "base_layer"):
@@ -92,14 +94,14 @@ def _wire(path: str, child: nn.Module, style: str, cut: Cut, axis: Axis, configs
         # The matrix itself is marked: another adapter may come under the same name.
         marks = lora.lora_A[adapter].__dict__ if adapter in lora.lora_A else {}
         if WIRED not in marks:
-            _check(path, child, adapter, style, cut, configs.get(adapter))
+            _check(path, child, adapter, style, partition, configs.get(adapter))
             if isinstance(lora.lora_dropout[adapter], nn.Dropout):  # else an identity
                 lora.lora_dropout[adapter].register_forward_pre_hook(RefuseDropout(f"{path}.lora_dropout"))
-            _wire_one(lora.lora_A[adapter], lora.lora_B[adapter], style, cut, axis)
+            _wire_one(lora.lora_A[adapter], lora.lora_B[adapter], style, partition, axis)
             marks[WIRED] = True
 
 
-def _check(path: str, child: Any, adapter: str, style: str, cut: Cut, config: Any) -> None:
+def _check(path: str, child: Any, adapter: str, style: str, partition: Partition, config: Any) -> None:
     if style == VOCAB_EMBEDDING:
         raise AdapterError(
             f"{path}: LoRA on a vocabulary-parallel embedding is not supported; leave it out of the targets"
@@ -114,23 +116,23 @@ def _check(path: str, child: Any, adapter: str, style: str, cut: Cut, config: An
         raise AdapterError(f"{path}: on a cut module only PEFT's plain LoRA is known, not {type(child).__name__}")
     if getattr(child, "use_dora", {}).get(adapter) or getattr(child, "lora_variant", {}).get(adapter) is not None:
         raise AdapterError(f"{path}: only plain LoRA is supported on cut modules (no DoRA or other variants)")
-    if cut.repeated:
+    if partition.repeated:
         raise AdapterError(
             f"{path}: its kv heads are repeated over ranks, their LoRA copies would drift apart; "
             "leave k_proj and v_proj out of the targets or use a smaller tp"
         )
 
 
-def _wire_one(lora_a: nn.Module, lora_b: nn.Module, style: str, cut: Cut, axis: Axis) -> None:
+def _wire_one(lora_a: nn.Module, lora_b: nn.Module, style: str, partition: Partition, axis: Axis) -> None:
     if style in (COLWISE, COLWISE_GATHER):
         replicated = lora_a
         lora_b.register_forward_pre_hook(CopyInput(axis))
         if style == COLWISE_GATHER:
-            lora_b.register_forward_hook(GatherOutput(axis, cut.lengths))
+            lora_b.register_forward_hook(GatherOutput(axis, partition.lengths))
     else:
         replicated = lora_b
         if style == ROWWISE_SPLIT:
-            lora_a.register_forward_pre_hook(SplitInput(axis, cut.lengths))
+            lora_a.register_forward_pre_hook(SplitInput(axis, partition.lengths))
         lora_a.register_forward_hook(ReduceOutput(axis), always_call=True)
     with torch.no_grad():
         for parameter in replicated.parameters():

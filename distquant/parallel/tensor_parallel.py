@@ -25,7 +25,7 @@ from distquant.planning.tensor_parallel import (
     ROWWISE_SPLIT,
     VOCAB_EMBEDDING,
 )
-from distquant.sharding.partition import Cut
+from distquant.sharding.partition import Partition
 
 
 @functools.cache
@@ -54,8 +54,12 @@ class _Copies(torch.autograd.Function):
     """A parameter as it is; its gradient is the sum over the ranks that hold the same elements."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, axis: Axis, cut: Cut | None) -> Tensor:
-        ctx.axis, ctx.segments, ctx.size = axis, cut and cut.segments(axis.rank), cut and cut.size
+    def forward(ctx: Any, parameter: Tensor, axis: Axis, partition: Partition | None) -> Tensor:
+        ctx.axis, ctx.segments, ctx.size = (
+            axis,
+            partition and partition.segments(axis.rank),
+            partition and partition.size,
+        )
         return parameter.view_as(parameter)
 
     @staticmethod
@@ -207,7 +211,7 @@ class SumGradients:
     """
 
     axis: Axis
-    cut: Cut | None = None
+    partition: Partition | None = None
     """Of the parameters' first dim, where some of its segments are held by several ranks; None = all hold all."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
@@ -216,7 +220,7 @@ class SumGradients:
         own = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
         module.__dict__["_own_parameters"] = own
         for name, parameter in own.items():
-            module._parameters[name] = _Copies.apply(parameter, self.axis, self.cut)
+            module._parameters[name] = _Copies.apply(parameter, self.axis, self.partition)
 
 
 @dataclass(frozen=True)
@@ -261,26 +265,26 @@ def install_styles(model: nn.Module, plan: LoadPlan, axis: Axis) -> None:
         if shard.style == GRAD_REDUCE:
             _sum_gradients(module, axis, None)
             continue
-        cut = plan.cuts[shard.cut]
-        if cut.repeated:
-            _sum_gradients(module, axis, cut)
+        partition = plan.partitions[shard.partition]
+        if partition.repeated:
+            _sum_gradients(module, axis, partition)
         module.__dict__["_tp_info"] = _RefuseAdapterSave()
         if shard.style in (COLWISE, COLWISE_GATHER):
             module.register_forward_pre_hook(CopyInput(axis))
             if shard.style == COLWISE_GATHER:
-                module.register_forward_hook(GatherOutput(axis, cut.lengths))
+                module.register_forward_hook(GatherOutput(axis, partition.lengths))
         elif shard.style in (ROWWISE, ROWWISE_SPLIT):
             if shard.style == ROWWISE_SPLIT:
-                module.register_forward_pre_hook(SplitInput(axis, cut.lengths))
+                module.register_forward_pre_hook(SplitInput(axis, partition.lengths))
             if module._parameters.get("bias") is not None:
                 module.register_forward_pre_hook(HideBias())
             module.register_forward_hook(ReduceOutput(axis), always_call=True)
         elif shard.style == VOCAB_EMBEDDING:
-            ((start, stop),) = cut.segments(axis.rank)
+            ((start, stop),) = partition.segments(axis.rank)
             module.register_forward_pre_hook(LocalIds(start, stop))
             module.register_forward_hook(SumRows(axis), always_call=True)
 
 
-def _sum_gradients(module: nn.Module, axis: Axis, cut: Cut | None) -> None:
-    module.register_forward_pre_hook(SumGradients(axis, cut))
+def _sum_gradients(module: nn.Module, axis: Axis, partition: Partition | None) -> None:
+    module.register_forward_pre_hook(SumGradients(axis, partition))
     module.register_forward_hook(OwnParameters(), always_call=True)

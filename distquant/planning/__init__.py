@@ -9,19 +9,19 @@ from distquant.planning.load_plan import (
     Rule,
     TensorPlan,
 )
-from distquant.sharding.heads import HeadCut, cut_heads
-from distquant.sharding.partition import Cut, even_cut
+from distquant.sharding.heads import HeadPartition, cut_heads
+from distquant.sharding.partition import Partition, even_partition
 
 __all__ = [
     "AttentionShard",
-    "Cut",
     "ExpertsShard",
-    "HeadCut",
+    "HeadPartition",
     "LoadPlan",
     "ModuleShard",
+    "Partition",
     "RankMemory",
     "Rule",
     "TensorPlan",
     "cut_heads",
-    "even_cut",
+    "even_partition",
 ]

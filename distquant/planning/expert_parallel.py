@@ -13,13 +13,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from distquant.model.description import STAR, Experts, Projection, Skeleton, wildcard
+from distquant.model.description import STAR, Experts, ModelDescription, Projection, wildcard
 from distquant.model.experts import sources_by_expert, stack_name
 from distquant.planning.load_plan import ExpertsShard, Rule, TensorPlan
 from distquant.planning.tensor_parallel import ParallelPlan, lengths
 from distquant.sharding.layout import Layout
 from distquant.sharding.mesh import Mesh
-from distquant.sharding.partition import Cut, even_cut, join_parts
+from distquant.sharding.partition import Partition, even_partition, join_partitions
 
 ALL_REDUCE, ALL_TO_ALL = "all_reduce", "all_to_all"
 
@@ -30,12 +30,12 @@ DISPATCH = {
 """How tokens reach experts on other ranks of ep."""
 
 
-def expert_rules(skeleton: Skeleton, plan: Mapping[str, str]) -> dict[str, dict[str, str]]:
+def expert_rules(description: ModelDescription, plan: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """The rules of a parallel plan that are for experts of known form: pattern of the module -> rule -> style.
 
     A rule is for a module's experts if it names the module, one of its parameters, or its router (which has no cut).
     """
-    found: dict[str, dict[str, str]] = {wildcard(name): {} for name in skeleton.experts}
+    found: dict[str, dict[str, str]] = {wildcard(name): {} for name in description.experts}
     for pattern, style in plan.items():
         owner = next((known for known in found if pattern == known or pattern.startswith(known + ".")), None)
         if owner is None and style == "ep_router":
@@ -47,7 +47,7 @@ def expert_rules(skeleton: Skeleton, plan: Mapping[str, str]) -> dict[str, dict[
 
 
 def plan_experts(
-    skeleton: Skeleton,
+    description: ModelDescription,
     modules: Iterable[str],
     mesh: Mesh,
     plans: tuple[Mapping[str, str], Mapping[str, str]],
@@ -58,44 +58,44 @@ def plan_experts(
 
     Args:
         skeleton: the model, these modules split into stacks.
-        modules: keys of `skeleton.experts`.
+        modules: keys of `description.experts`.
         mesh: its ep is at most the number of experts.
         plans: the model's tensor- and expert-parallel plans, after the scheme's hooks.
         layout_of: how each linear weight is stored.
         parallel: gets them.
     """
-    solved: dict[object, tuple[Cut | None, str]] = {}
+    solved: dict[object, tuple[Partition | None, str]] = {}
     told: dict[tuple[str, str], int] = {}
     for name in modules:
-        experts = skeleton.experts[name]
+        experts = description.experts[name]
         layouts = {p: layout_of(stack_name(name, p.name)) for p in experts.projections}
         key = (experts.count, experts.intermediate, experts.interleaved, *layouts.items())
         if key not in solved:
-            solved[key] = _cut_inside(experts, layouts, mesh.tp) if mesh.tp > 1 else (None, "")
-        cut, reason = solved[key]
-        dealt = even_cut(experts.count, 1, mesh.ep)
+            solved[key] = _partition_inside(experts, layouts, mesh.tp) if mesh.tp > 1 else (None, "")
+        partition, reason = solved[key]
+        dealt = even_partition(experts.count, 1, mesh.ep)
         assert dealt is not None, "more ranks of ep than experts are refused before"
-        inside = parallel.key_of(cut) if cut is not None else None
+        inside = parallel.key_of(partition) if partition is not None else None
         parallel.experts[name] = ExpertsShard(parallel.key_of(dealt), inside)
         for projection in experts.projections:
-            whole = cut_of(experts, projection, cut)
+            whole = partition_of(experts, projection, partition)
             if whole is not None:
-                parallel.stacks[stack_name(name, projection.name)] = (projection.dim, parallel.key_of(whole))
+                parallel.stacks[stack_name(name, projection.name)] = (projection.shard_dim, parallel.key_of(whole))
         became = f"experts {lengths(dealt)}" if mesh.ep > 1 else "every expert"
         if mesh.tp > 1:
-            became += f", features {lengths(cut)}" if cut else ", whole on every rank of tp"
+            became += f", features {lengths(partition)}" if partition else ", whole on every rank of tp"
         told[wildcard(name), f"{became}\0{reason}"] = told.get((wildcard(name), f"{became}\0{reason}"), 0) + 1
-    _tell(skeleton, plans, mesh, told, parallel)
+    _tell(description, plans, mesh, told, parallel)
 
 
 def _tell(
-    skeleton: Skeleton,
+    description: ModelDescription,
     plans: tuple[Mapping[str, str], Mapping[str, str]],
     mesh: Mesh,
     told: Mapping[tuple[str, str], int],
     parallel: ParallelPlan,
 ) -> None:
-    tp, ep = (expert_rules(skeleton, plan) for plan in plans)
+    tp, ep = (expert_rules(description, plan) for plan in plans)
     for (pattern, story), count in told.items():
         became, reason = story.split("\0")
         asked: dict[str, list[str]] = {}
@@ -108,35 +108,41 @@ def _tell(
         parallel.rules.append(Rule(pattern, styles, became, why, count))
 
 
-def _cut_inside(experts: Experts, layouts: Mapping[Projection, Layout], ranks: int) -> tuple[Cut | None, str]:
+def _partition_inside(
+    experts: Experts, layouts: Mapping[Projection, Layout], ranks: int
+) -> tuple[Partition | None, str]:
     """One cut of the intermediate features that is legal for every projection, and its unit; or why there is none."""
-    units = {p: layouts[p].units((p.out_features, p.in_features), p.dim) for p in experts.projections}
-    barred = [p.name for p, steps in units.items() if not steps]
+    alignments = {p: layouts[p].alignments((p.out_features, p.in_features), p.shard_dim) for p in experts.projections}
+    barred = [p.name for p, steps in alignments.items() if not steps]
     if barred:
         return None, f"{experts.intermediate} features, which the quantization blocks of {barred[0]} do not divide"
-    unit, enough = 1, False
-    for level in range(max(map(len, units.values()))):
-        steps = {p: each[min(level, len(each) - 1)] for p, each in units.items()}
-        unit = math.lcm(*(step for p, step in steps.items() if p.dim == 1 or p.out_features == experts.intermediate))
+    alignment, enough = 1, False
+    for level in range(max(map(len, alignments.values()))):
+        steps = {p: each[min(level, len(each) - 1)] for p, each in alignments.items()}
+        alignment = math.lcm(
+            *(step for p, step in steps.items() if p.shard_dim == 1 or p.out_features == experts.intermediate)
+        )
         # Of gate and up in one projection, one feature is two rows.
         for multiple in (1, 2, 4, 8, 16, 32, 64, 128):
-            cut = even_cut(experts.intermediate, unit * multiple, ranks)
-            if cut is None:
+            partition = even_partition(experts.intermediate, alignment * multiple, ranks)
+            if partition is None:
                 break
             enough = True
-            if all(whole is None or whole.legal(steps[p]) for p in steps for whole in [cut_of(experts, p, cut)]):
-                return cut, f"features in units of {unit * multiple}"
+            if all(
+                whole is None or whole.legal(steps[p]) for p in steps for whole in [partition_of(experts, p, partition)]
+            ):
+                return partition, f"features in units of {alignment * multiple}"
     if enough:
-        packed = next(p for p in units if p.dim == 0)
+        packed = next(p for p in alignments if p.shard_dim == 0)
         return None, f"no cut of gate and up, {experts.intermediate} features each, falls on the units of {packed.name}"
-    return None, f"{experts.intermediate} features are fewer than {ranks} units of {unit}"
+    return None, f"{experts.intermediate} features are fewer than {ranks} units of {alignment}"
 
 
-def cut_of(experts: Experts, projection: Projection, cut: Cut | None) -> Cut | None:
+def partition_of(experts: Experts, projection: Projection, partition: Partition | None) -> Partition | None:
     """The cut of a projection's own dim that follows from that of the intermediate features."""
-    if cut is None or projection.dim == 1 or projection.out_features == experts.intermediate:
-        return cut
-    return cut.scaled(2) if experts.interleaved else join_parts([cut, cut])
+    if partition is None or projection.shard_dim == 1 or projection.out_features == experts.intermediate:
+        return partition
+    return partition.scaled(2) if experts.interleaved else join_partitions([partition, partition])
 
 
 def expert_name(stack: str, number: int) -> str:
@@ -162,8 +168,8 @@ def experts_of(tensor: TensorPlan, tensors: Mapping[str, tuple[int, ...]]) -> It
             tensor.dtype,
             tensor.scheme,
             sources,
-            None if tensor.dim is None else tensor.dim - 1,
-            tensor.cut,
+            None if tensor.shard_dim is None else tensor.shard_dim - 1,
+            tensor.partition,
             tensor.transposed,
             tensor.reading,
         )
@@ -201,7 +207,7 @@ def pieces_of(tensors: Iterable[TensorPlan], shapes: Mapping[str, tuple[int, ...
     return sorted((piece for piece in pieces if piece.tensor.sources), key=place)
 
 
-def owner_of(dealt: Cut, number: int) -> int:
+def owner_of(dealt: Partition, number: int) -> int:
     """The position on ep that holds an expert."""
     return next(ep for ep in range(len(dealt.parts)) for a, b in dealt.segments(ep) if a <= number < b)
 
@@ -210,5 +216,7 @@ def one_of(tensor: TensorPlan) -> TensorPlan:
     """One expert of a stack, without its sources; a tensor that is no stack is itself."""
     if tensor.experts is None:
         return tensor
-    dim = None if tensor.dim is None else tensor.dim - 1
-    return replace(tensor, name=expert_name(tensor.name, 0), shape=tensor.shape[1:], dim=dim, experts=None, sources=())
+    dim = None if tensor.shard_dim is None else tensor.shard_dim - 1
+    return replace(
+        tensor, name=expert_name(tensor.name, 0), shape=tensor.shape[1:], shard_dim=dim, experts=None, sources=()
+    )

@@ -10,15 +10,15 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
-from distquant.environment import Facts
+from distquant.environment import Environment
 from distquant.errors import InputError
 from distquant.model.description import Source
 from distquant.planning.read_assignment import OWN
-from distquant.sharding.heads import HeadCut
+from distquant.sharding.heads import HeadPartition
 from distquant.sharding.mesh import Mesh
-from distquant.sharding.partition import Cut
+from distquant.sharding.partition import Partition
 
-PLAN_FORMAT = 4
+PLAN_FORMAT = 5
 """Version of the JSON; a plan of another version is refused."""
 
 
@@ -33,10 +33,10 @@ class TensorPlan:
         scheme: name of the scheme that stores it; "none" as it is.
         sources: checkpoint tensors that fill it.
         dim: dim that is cut over tp; None = every rank holds all of it.
-        cut: key into `LoadPlan.cuts`.
+        cut: key into `LoadPlan.partitions`.
         transposed: whether the checkpoint stores it `[in, out]` (GPT-2's Conv1D) and it is turned to be quantized.
         reading: how the ranks of a node read it, a key of `planning.reading.REASONS`.
-        experts: for a stack of experts, key into `LoadPlan.cuts` of how they are dealt out over ep; the first dim of
+        experts: for a stack of experts, key into `LoadPlan.partitions` of how they are dealt out over ep; the first dim of
             `shape` then counts them, `name` has a star for their number, and `dim` is never 0.
     """
 
@@ -45,8 +45,8 @@ class TensorPlan:
     dtype: str
     scheme: str
     sources: tuple[Source, ...]
-    dim: int | None = None
-    cut: str | None = None
+    shard_dim: int | None = None
+    partition: str | None = None
     transposed: bool = False
     reading: str = OWN
     experts: str | None = None
@@ -57,7 +57,7 @@ class ModuleShard:
     """How a cut module talks to the other ranks: its parallel style and the cut of its split dim."""
 
     style: str
-    cut: str
+    partition: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +73,12 @@ class ExpertsShard:
     """A module of fused experts that is loaded one by one: how they are dealt out, and cut inside.
 
     Attributes:
-        dealt: key into `LoadPlan.cuts` of the experts over ep.
+        dealt: key into `LoadPlan.partitions` of the experts over ep.
         cut: key of the intermediate features over tp; None = every rank of tp holds its experts whole.
     """
 
     dealt: str
-    cut: str | None
+    partition: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +130,8 @@ class LoadPlan:
     """Whether weights that are stored quantized are loaded in `dtype`, as ordinary linears."""
     tensors: tuple[TensorPlan, ...]
     tied: dict[str, str]
-    cuts: dict[str, Cut]
-    heads: dict[str, HeadCut]
+    partitions: dict[str, Partition]
+    heads: dict[str, HeadPartition]
     modules: dict[str, ModuleShard]
     attentions: dict[str, AttentionShard]
     experts: dict[str, ExpertsShard]
@@ -151,13 +151,13 @@ class LoadPlan:
     shards: dict[str, tuple[str, int]]
     """File -> (sha256 of its header, size): a rank whose files differ refuses to load."""
     check_at_load: tuple[str, ...]
-    facts: Facts = field(default_factory=Facts)
+    environment: Environment = field(default_factory=Environment)
     trust_remote_code: bool = False
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the canonical JSON without `facts`, 64 hex digits: it names what was decided, not from what."""
-        return hashlib.sha256(self._json(without="facts").encode()).hexdigest()
+        """sha256 over the canonical JSON without `environment`, 64 hex digits: it names what was decided, not from what."""
+        return hashlib.sha256(self._json(without="environment").encode()).hexdigest()
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -203,8 +203,8 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _cut(fields: dict[str, Any]) -> Cut:
-    return Cut(fields["size"], _tuples(fields["parts"]))
+def _partition(fields: dict[str, Any]) -> Partition:
+    return Partition(fields["size"], _tuples(fields["parts"]))
 
 
 def _source(tensor: str, component: str, offset: Any, take: Any) -> Source:
@@ -217,15 +217,17 @@ def _tensor(row: list[Any]) -> TensorPlan:
 
 
 def _restore(fields: dict[str, Any]) -> dict[str, Any]:
-    facts = dict(fields["facts"])
-    facts["capability"], facts["nodes"] = _tuples(facts["capability"]), tuple(facts["nodes"])
+    environment = dict(fields["environment"])
+    environment["capability"], environment["nodes"] = _tuples(environment["capability"]), tuple(environment["nodes"])
     heads = fields["heads"].items()
     return {
         **fields,
         "mesh": Mesh(**fields["mesh"]),
         "tensors": tuple(map(_tensor, fields["tensors"])),
-        "cuts": {key: _cut(cut) for key, cut in fields["cuts"].items()},
-        "heads": {key: HeadCut(_cut(h["query"]), _cut(h["kv"]), tuple(h["groups"])) for key, h in heads},
+        "partitions": {key: _partition(partition) for key, partition in fields["partitions"].items()},
+        "heads": {
+            key: HeadPartition(_partition(h["query"]), _partition(h["kv"]), tuple(h["groups"])) for key, h in heads
+        },
         "modules": {key: ModuleShard(**value) for key, value in fields["modules"].items()},
         "attentions": {key: AttentionShard(**value) for key, value in fields["attentions"].items()},
         "experts": {key: ExpertsShard(**value) for key, value in fields["experts"].items()},
@@ -236,5 +238,5 @@ def _restore(fields: dict[str, Any]) -> dict[str, Any]:
         "shards": {key: (digest, size) for key, (digest, size) in fields["shards"].items()},
         "check_at_load": tuple(fields["check_at_load"]),
         "nodes": tuple(fields["nodes"]),
-        "facts": Facts(**facts),
+        "environment": Environment(**environment),
     }

@@ -24,7 +24,7 @@ def notes_on(draft: Draft) -> Iterator[str]:
     if draft.scheme.delegated:
         sizes = "as they are stored" if draft.prequantized else "before quantization"
         yield f"DELEGATED: transformers loads the model with its own quantizer; sizes are {sizes}, bits are its own"
-    unexpected = draft.skeleton.unexpected
+    unexpected = draft.description.unexpected
     if unexpected:
         yield f"dropped: {len(unexpected)} checkpoint tensors that the model lacks ({_some(unexpected)})"
     if draft.dequantize:
@@ -41,17 +41,17 @@ def notes_on(draft: Draft) -> Iterator[str]:
 
 def _experts(draft: Draft) -> Iterator[str]:
     """Experts that are neither quantized nor dealt out, and how tokens reach those that are."""
-    skeleton, mesh = draft.skeleton, draft.mesh
-    left = [name for name in skeleton.experts if name not in draft.stacked]
-    if left or skeleton.unknown_experts:
-        names = {*left, *skeleton.unknown_experts}
+    description, mesh = draft.description, draft.mesh
+    left = [name for name in description.experts if name not in draft.stacked]
+    if left or description.unknown_experts:
+        names = {*left, *description.unknown_experts}
         kept = "left unquantized and whole on every rank" if draft.scheme.name != "none" else "whole on every rank"
         yield f"{kept}: {len(names)} modules of fused experts, {format_bytes(_nbytes(draft, names))} each rank"
     if mesh.ep > 1:
         yield f"tokens reach experts by {draft.dispatch}: {DISPATCH[draft.dispatch]}"
     elif draft.dispatch != ALL_REDUCE:
         yield f"of no consequence: dispatch {draft.dispatch!r}, for no experts are dealt out (ep=1)"
-    whole = [name for name, shard in draft.parallel.experts.items() if shard.cut is None]
+    whole = [name for name, shard in draft.parallel.experts.items() if shard.partition is None]
     if mesh.tp > 1 and whole:
         yield f"replicated: the experts of {len(whole)} modules are not cut inside, each rank of tp holds its own whole"
 
@@ -69,7 +69,7 @@ def _skipped(draft: Draft) -> Iterator[str]:
     if not draft.kept.weights:
         yield f"{told}; no weight is stored quantized"
         return
-    dtypes = Counter(draft.skeleton.params[name].dtype for name in draft.kept.weights)
+    dtypes = Counter(draft.description.params[name].dtype for name in draft.kept.weights)
     stored = ", ".join(f"{count:,} as {dtype}" for dtype, count in dtypes.most_common())
     yield f"{told}. Weights are planned as they are stored ({stored}), which can be read but not loaded"
     if draft.kept.beside:
@@ -85,11 +85,11 @@ def _left_unquantized(draft: Draft) -> Iterator[str]:
         what = f"left unquantized on cpu or disk: {len(draft.offloaded)} linear modules"
         yield f"{what} (llm_int8_enable_fp32_cpu_offload)"
     done = draft.offloaded.union(draft.converted)
-    left = [name for name in draft.skeleton.linears if name not in done]
-    loaded = [name for name in left if f"{name}.weight" in draft.skeleton.params]
+    left = [name for name in draft.description.linears if name not in done]
+    loaded = [name for name in left if f"{name}.weight" in draft.description.params]
     if loaded:
         yield f"left unquantized: {len(loaded)} linear modules ({_some(loaded)})"
-    tied = [name for name in left if f"{name}.weight" in draft.skeleton.tied]
+    tied = [name for name in left if f"{name}.weight" in draft.description.tied]
     if tied:
         yield f"left unquantized: {_some(tied)}, tied to an embedding"
 
@@ -110,7 +110,7 @@ def _exactness(draft: Draft) -> Iterator[str]:
     """What exact statistics and repeated rows cost over the uncut layout, summed over ranks."""
     extra = 0
     for tensor, times in draft.alike():
-        if tensor.scheme != "none" and tensor.cut:
+        if tensor.scheme != "none" and tensor.partition:
             one = one_of(tensor)
             number = tensor.shape[0] if tensor.experts is not None else 1
             whole = Shard(one.name, (one.shape[0], one.shape[1]), one.dtype)
@@ -122,12 +122,12 @@ def _exactness(draft: Draft) -> Iterator[str]:
 
 def _entire(draft: Draft) -> Iterator[str]:
     """What it costs that weights are quantized whole, and that packed ones have no slices."""
-    found = draft.entire()
+    found = draft.whole_weight_workspace()
     if found:
         tensor, nbytes = max(found, key=lambda pair: pair[1])
         what = f"quantized whole by one rank of a node: {len(found)} weights; the largest ({tensor.name}) takes"
         yield f"{what} {format_bytes(nbytes)} while it is, counted as staging"
-    uncut = [t for t in draft.tensors if t.scheme != "none" and t.cut and draft.prequantized]
+    uncut = [t for t in draft.tensors if t.scheme != "none" and t.partition and draft.prequantized]
     whole = [t for t in uncut if _goes_whole(draft, t)]
     if whole:
         yield (
@@ -140,7 +140,7 @@ def _goes_whole(draft: Draft, tensor: TensorPlan) -> bool:
     if any(source.component in draft.scheme.unsliced for source in tensor.sources):
         return True
     one = one_of(tensor)
-    return any(c.gathered and not c.name for c in draft.scheme.layout(one.name, one.shape, one.dtype).components)
+    return any(c.replicated and not c.name for c in draft.scheme.layout(one.name, one.shape, one.dtype).components)
 
 
 def _nbytes(draft: Draft, modules: set[str]) -> int:

@@ -11,17 +11,17 @@ from operator import itemgetter
 from typing import Any
 
 from distquant.checkpoint import Checkpoint
-from distquant.model import Kept, Skeleton, Source, taken
+from distquant.model import Kept, ModelDescription, Source, taken
 from distquant.planning.expert_parallel import ALL_REDUCE, experts_of, one_of, owner_of, pieces_of
 from distquant.planning.load_plan import RankMemory, TensorPlan
-from distquant.planning.read_assignment import Dealer, node_columns, rows_and_width
+from distquant.planning.read_assignment import ReadAssigner, node_columns, rows_and_width
 from distquant.planning.slots import READ_SLOTS, SEND_SLOTS, SLACK
 from distquant.planning.tensor_parallel import ParallelPlan
-from distquant.planning.transfers import Flow, flows_of
+from distquant.planning.transfers import Transfer, transfers_of
 from distquant.quantization import Scheme, Shard
 from distquant.sharding.layout import DTYPE_BYTES
 from distquant.sharding.mesh import Mesh
-from distquant.sharding.partition import Cut
+from distquant.sharding.partition import Partition
 
 
 @dataclass(kw_only=True)
@@ -37,7 +37,7 @@ class Draft:
     prequantized: bool
     dequantize: bool
     """Whether stored quantized weights become ordinary ones."""
-    skeleton: Skeleton
+    description: ModelDescription
     stacked: tuple[str, ...] = ()
     """Modules of experts that the skeleton has split into stacks."""
     skipped: dict[str, Any] | None = None
@@ -63,28 +63,28 @@ class Draft:
         """Elements and bytes of a rank's part of a tensor."""
         if tensor.experts is not None:
             count, nbytes = self.local(one_of(tensor), tp)
-            held = self.parallel.cuts[tensor.experts].length(ep)
+            held = self.parallel.partitions[tensor.experts].length(ep)
             return count * held, nbytes * held
-        cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
+        partition = self.parallel.partitions[tensor.partition] if tensor.partition else None
         if tensor.scheme != "none":
             shard = self.shard(tensor, tp)
             count = math.prod(shard.local_shape)
             return count, count * DTYPE_BYTES[tensor.dtype] if self.dequantize else self.scheme.shard_nbytes(shard)
         count = math.prod(tensor.shape)
-        if cut is not None:
-            count = count // cut.size * cut.length(tp)
+        if partition is not None:
+            count = count // partition.size * partition.length(tp)
         return count, count * DTYPE_BYTES.get(tensor.dtype, 4)
 
     def shard(self, tensor: TensorPlan, tp: int) -> Shard:
         """One rank's part of a linear weight."""
-        cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
-        return Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype, tensor.dim, cut, tp)
+        partition = self.parallel.partitions[tensor.partition] if tensor.partition else None
+        return Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype, tensor.shard_dim, partition, tp)
 
     def taken(self, source: Source) -> int:
         """Elements of a checkpoint tensor that a source takes."""
         return taken(source, self.checkpoint.tensors[source.tensor].shape)
 
-    def entire(self) -> list[tuple[TensorPlan, int]]:
+    def whole_weight_workspace(self) -> list[tuple[TensorPlan, int]]:
         """Tensors that one rank quantizes as one, with the bytes that this takes beside the staging asked for."""
         found = []
         for tensor in self.tensors:
@@ -92,10 +92,10 @@ class Draft:
                 continue
             if tensor.experts is not None:
                 tensor = next(experts_of(tensor, self.shapes))
-            working = self.scheme.entire(tensor.name, (tensor.shape[0], tensor.shape[1]))
+            working = self.scheme.whole_weight_workspace(tensor.name, (tensor.shape[0], tensor.shape[1]))
             if working:
                 read = sum(self.taken(s) * self._item(s) for s in tensor.sources)
-                flowing = self.scheme.flowing(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype)
+                flowing = self.scheme.encoded_components(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype)
                 slot = max(read, sum(c.nbytes(tensor.shape) for c in flowing)) + 2 * SLACK
                 found.append((tensor, max((READ_SLOTS + SEND_SLOTS) * slot - self.staging, 0) + working))
         return found
@@ -116,7 +116,15 @@ class Draft:
             if tensor.scheme != "none":
                 one = one_of(tensor)
                 layout = self.scheme.layout(one.name, one.shape, one.dtype)
-            key = (tensor.shape, tensor.dtype, tensor.scheme, tensor.dim, tensor.cut, tensor.experts, layout)
+            key = (
+                tensor.shape,
+                tensor.dtype,
+                tensor.scheme,
+                tensor.shard_dim,
+                tensor.partition,
+                tensor.experts,
+                layout,
+            )
             first.setdefault(key, tensor)
             counts[key] += 1
         return [(tensor, counts[key]) for key, tensor in first.items()]
@@ -124,7 +132,9 @@ class Draft:
     def memory(self) -> Iterator[RankMemory]:
         """The memory table, a row a rank. Ranks at the same place on tp and ep share their sizes."""
         alike, read = self.alike(), self._reads()
-        staging = self.staging + max([nbytes for _, nbytes in self.entire()] + self._unfinished(alike), default=0)
+        staging = self.staging + max(
+            [nbytes for _, nbytes in self.whole_weight_workspace()] + self._unfinished(alike), default=0
+        )
         rows: dict[tuple[int, int], RankMemory] = {}
         for rank in range(self.mesh.size):
             at = self.mesh.coordinates(rank)
@@ -142,10 +152,10 @@ class Draft:
             one = one_of(tensor)
             shape = (one.shape[0], one.shape[1])
             stored = {c.name: c.nbytes(shape) for c in self.scheme.layout(one.name, shape, one.dtype).components}
-            statistics = self.scheme.statistics(Shard(one.name, shape, one.dtype))
+            statistics = self.scheme.replicated_components(Shard(one.name, shape, one.dtype))
             arriving = sum(
                 component.nbytes(shape)
-                for component in self.scheme.flowing(one.name, shape, one.dtype)
+                for component in self.scheme.encoded_components(one.name, shape, one.dtype)
                 if component.name not in statistics and component.nbytes(shape) != stored.get(component.name)
             )
             largest = max(self.local(one, tp)[0] for tp in range(self.mesh.tp))
@@ -194,16 +204,24 @@ class Draft:
             key = (piece.stack.name, stored)  # experts are alike, and there may be thousands
             if key not in known:
                 known[key] = tuple(self._sized(piece.tensor))
-            dealt = self.parallel.cuts[piece.stack.experts] if piece.stack.experts is not None else None
+            dealt = self.parallel.partitions[piece.stack.experts] if piece.stack.experts is not None else None
             owner = None if dealt is None else owner_of(dealt, piece.number)
             found.setdefault(owner, []).append((index, known[key]))
         return found
 
     def _sized(self, tensor: TensorPlan) -> Iterator[_Sized]:
-        cut = self.parallel.cuts[tensor.cut] if tensor.cut else None
-        for flow in flows_of(tensor, cut, self.scheme, self.prequantized, self.checkpoint.tensors):
-            whole = flow.turned or flow.entire > 0
-            yield _Sized(flow.shape, flow.dim, flow.cut, flow.step, flow.apart, whole, self._stored_bytes(flow))
+        partition = self.parallel.partitions[tensor.partition] if tensor.partition else None
+        for transfer in transfers_of(tensor, partition, self.scheme, self.prequantized, self.checkpoint.tensors):
+            whole = transfer.transposed or transfer.whole_weight_workspace > 0
+            yield _Sized(
+                transfer.shape,
+                transfer.shard_dim,
+                transfer.partition,
+                transfer.step,
+                transfer.apart,
+                whole,
+                self._stored_bytes(transfer),
+            )
 
     def _places(self, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
         """The places on ep that a node has; and each rank's place on tp, with the number of its own among those."""
@@ -218,21 +236,29 @@ class Draft:
         work: _Work,
     ) -> dict[int, int]:
         """Bytes that each rank of one node reads."""
-        dealer = Dealer(self.mesh, ranks)
-        for number, flows in work:
+        assigner = ReadAssigner(self.mesh, ranks)
+        for number, transfers in work:
             kept = tuple(rank for rank, (_, ep) in zip(ranks, places, strict=True) if number in (None, ep))
-            positions = [dealer.positions[rank] for rank in kept]
-            for flow in flows:
-                rows, width = rows_and_width(flow.shape)
-                a, b = node_columns(flow.shape, flow.dim, flow.cut, positions, flow.apart)
-                row_bytes = flow.nbytes * (b - a) // max(rows * width, 1)
-                dealer.deal(flow.shape, flow.dim, flow.cut, row_bytes, flow.step, flow.whole, kept)
-        return dealer.loads
+            positions = [assigner.positions[rank] for rank in kept]
+            for transfer in transfers:
+                rows, width = rows_and_width(transfer.shape)
+                a, b = node_columns(transfer.shape, transfer.shard_dim, transfer.partition, positions, transfer.apart)
+                row_bytes = transfer.nbytes * (b - a) // max(rows * width, 1)
+                assigner.assign_reads(
+                    transfer.shape,
+                    transfer.shard_dim,
+                    transfer.partition,
+                    row_bytes,
+                    transfer.step,
+                    transfer.whole,
+                    kept,
+                )
+        return assigner.loads
 
-    def _stored_bytes(self, flow: Flow) -> int:
+    def _stored_bytes(self, transfer: Transfer) -> int:
         """Bytes of a whole flow in the checkpoint."""
         total = 0
-        for source in flow.sources:
+        for source in transfer.sources:
             info = self.checkpoint.tensors[source.tensor]
             total += self.taken(source) * info.nbytes // max(math.prod(info.shape), 1)
         return total
@@ -252,8 +278,8 @@ class _Sized:
     """What the planner's sums need of a flow: how it is cut, and its bytes in the checkpoint."""
 
     shape: tuple[int, ...]
-    dim: int | None
-    cut: Cut | None
+    shard_dim: int | None
+    partition: Partition | None
     step: int
     apart: int | None
     whole: bool

@@ -14,17 +14,17 @@ from typing import Any
 from distquant.checkpoint import Checkpoint, open_checkpoint
 from distquant.config import GgufConfig, Merged, NoneConfig, QuantizationConfig, detect
 from distquant.config.resolve import resolve
-from distquant.environment import Facts, parse_bytes
+from distquant.environment import Environment, parse_bytes
 from distquant.errors import InputError, Problems
 from distquant.garbage_collection import without_collector
 from distquant.model import (
     STAR,
     GgufNames,
     Linear,
-    Skeleton,
+    ModelDescription,
     as_stored,
     build,
-    build_skeleton,
+    describe_model,
     gguf_names,
     split_experts,
     tell_parts,
@@ -35,7 +35,7 @@ from distquant.planning.expert_parallel import expert_rules, plan_experts
 from distquant.planning.load_plan import LoadPlan, ModuleShard, RankMemory, TensorPlan
 from distquant.planning.notes import notes_on
 from distquant.planning.plan_builder import Draft
-from distquant.planning.prepared import Opened
+from distquant.planning.prepared import Prepared
 from distquant.planning.read_assignment import nodes_of, way_of_reading
 from distquant.planning.request import Request, collected, read_request
 from distquant.planning.tensor_parallel import (
@@ -54,18 +54,18 @@ from distquant.quantization import Scheme, Shard, config_classes, scheme_for
 from distquant.sharding.layout import Layout, plain
 from distquant.sharding.mesh import Mesh
 
-CUT_DIM = {COLWISE: 0, COLWISE_GATHER: 0, VOCAB_EMBEDDING: 0, ROWWISE: 1, ROWWISE_SPLIT: 1}
+SHARD_DIM = {COLWISE: 0, COLWISE_GATHER: 0, VOCAB_EMBEDDING: 0, ROWWISE: 1, ROWWISE_SPLIT: 1}
 """The weight's dim that each style cuts."""
 
 
-def make_plan(request: Request, facts: Facts) -> LoadPlan:
+def make_plan(request: Request, environment: Environment) -> LoadPlan:
     """Plans a load; raises `InputError` with every problem found."""
-    return plan_and_open(request, facts)[0]
+    return plan_and_open(request, environment)[0]
 
 
 @without_collector()
 @changing_process_state()
-def plan_and_open(request: Request, facts: Facts) -> tuple[LoadPlan, Opened]:
+def plan_and_open(request: Request, environment: Environment) -> tuple[LoadPlan, Prepared]:
     """As `make_plan`; also gives what was planned, for whoever loads it next."""
     problems = Problems()
     given = read_request(request, problems)
@@ -94,10 +94,10 @@ def plan_and_open(request: Request, facts: Facts) -> tuple[LoadPlan, Opened]:
         scheme=scheme,
         mesh=mesh,
         staging=given.staging,
-        nodes=facts.nodes if len(facts.nodes) == mesh.size else nodes_of(mesh.size, request.ranks_per_node),
+        nodes=environment.nodes if len(environment.nodes) == mesh.size else nodes_of(mesh.size, request.ranks_per_node),
         prequantized=described.merged.prequantized,
         dequantize=described.merged.dequantize and not scheme.delegated,
-        skeleton=described.split(described.stacked),
+        description=described.split(described.stacked),
         stacked=described.stacked,
         skipped=described.skipped,
         dispatch=given.dispatch,
@@ -107,13 +107,13 @@ def plan_and_open(request: Request, facts: Facts) -> tuple[LoadPlan, Opened]:
         needed = {name.partition(f".{STAR}.")[0] for name in draft.converted if STAR in name}
         if needed != set(draft.stacked):
             draft.stacked = tuple(name for name in draft.stacked if name in needed)
-            draft.skeleton = described.split(draft.stacked)
+            draft.description = described.split(draft.stacked)
     if described.names is not None:
-        draft.skeleton = with_gguf_sources(draft.skeleton, described.names)
+        draft.description = with_gguf_sources(draft.description, described.names)
     if draft.skipped is not None or (scheme.delegated and draft.prequantized):
-        draft.skeleton, draft.kept = as_stored(draft.skeleton, checkpoint.tensors)
-        draft.converted = [name for name in draft.converted if name in draft.skeleton.linears]
-    return _Planner(request, facts, draft, problems, understood).plan(model), Opened(checkpoint, model)
+        draft.description, draft.kept = as_stored(draft.description, checkpoint.tensors)
+        draft.converted = [name for name in draft.converted if name in draft.description.linears]
+    return _Planner(request, environment, draft, problems, understood).plan(model), Prepared(checkpoint, model)
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,14 @@ class _Described:
     scheme: Scheme
     merged: Merged
     skipped: dict[str, Any] | None
-    whole: Skeleton
+    whole: ModelDescription
     """With experts as the model's own parameters."""
     stacked: tuple[str, ...]
     """Modules of experts that may be split into stacks."""
     shapes: dict[str, tuple[int, ...]]
     names: GgufNames | None
 
-    def split(self, modules: tuple[str, ...]) -> Skeleton:
+    def split(self, modules: tuple[str, ...]) -> ModelDescription:
         return split_experts(self.whole, modules, self.shapes)
 
 
@@ -155,19 +155,21 @@ def _describe(
     unplaced = Problems()
     glued = {STAR + suffix: component for suffix, component in scheme.fused_suffixes.items()}
     suffixes = {**scheme.suffixes, **glued} if merged.prequantized else {}
-    skeleton = build_skeleton(model, shapes, suffixes, unplaced)
+    description = describe_model(model, shapes, suffixes, unplaced)
     divided = mesh.ep * mesh.tp > 1
-    stacked = tuple(skeleton.experts) if scheme.stacks or divided else ()
-    found = _Described(scheme, merged, skipped, skeleton, stacked, shapes, names)
-    whole = {name: parts for name, parts in skeleton.parts.items() if name.rpartition(".")[0] not in stacked}
+    stacked = tuple(description.experts) if scheme.stacks or divided else ()
+    found = _Described(scheme, merged, skipped, description, stacked, shapes, names)
+    whole = {name: parts for name, parts in description.parts.items() if name.rpartition(".")[0] not in stacked}
     tell_parts(whole, unplaced)
     if not unplaced or not merged.prequantized or request.on_unsupported != "skip":
         problems.extend(unplaced)
         return found
-    skeleton = build_skeleton(model, shapes, {}, problems)
-    stacked = tuple(skeleton.experts) if divided else ()
+    description = describe_model(model, shapes, {}, problems)
+    stacked = tuple(description.experts) if divided else ()
     without = Merged(NoneConfig(), False)
-    return _Described(scheme_for(without.config), without, detect(checkpoint.config), skeleton, stacked, shapes, names)
+    return _Described(
+        scheme_for(without.config), without, detect(checkpoint.config), description, stacked, shapes, names
+    )
 
 
 @dataclass
@@ -175,7 +177,7 @@ class _Planner:
     """Fills in a draft step by step, and freezes it."""
 
     request: Request
-    facts: Facts
+    environment: Environment
     draft: Draft
     problems: Problems
     understood: bool
@@ -187,7 +189,7 @@ class _Planner:
         if draft.device_map is not None:
             draft.offloaded = draft.scheme.offloaded(draft.converted, draft.device_map)
             draft.converted = [name for name in draft.converted if name not in draft.offloaded]
-        check_draft(draft, self.facts, self.request.device_map is not None, self.problems)
+        check_draft(draft, self.environment, self.request.device_map is not None, self.problems)
         draft.parallel = self._parallel()
         draft.tensors = tuple(self._tensors())
         memory: tuple[RankMemory, ...] = ()
@@ -197,8 +199,8 @@ class _Planner:
         self.problems.raise_if_any()
         return LoadPlan(
             model=str(draft.checkpoint.path),
-            model_type=draft.skeleton.model_type,
-            architecture=draft.skeleton.architecture,
+            model_type=draft.description.model_type,
+            architecture=draft.description.architecture,
             mesh=draft.mesh,
             dtype=str(model.dtype).removeprefix("torch."),
             quantization_config=draft.skipped if draft.kept.weights and draft.skipped else config.to_dict(),
@@ -206,8 +208,8 @@ class _Planner:
             prequantized=draft.prequantized or bool(draft.kept.weights),
             dequantize=draft.dequantize,
             tensors=draft.tensors,
-            tied=draft.skeleton.tied,
-            cuts=draft.parallel.cuts,
+            tied=draft.description.tied,
+            partitions=draft.parallel.partitions,
             heads=draft.parallel.heads,
             modules=draft.parallel.modules,
             attentions=draft.parallel.attentions,
@@ -222,7 +224,7 @@ class _Planner:
             device_map=draft.device_map,
             shards=draft.checkpoint.digests(),
             check_at_load=tuple(self._check_at_load()),
-            facts=self.facts,
+            environment=self.environment,
             trust_remote_code=self.request.trust_remote_code,
         )
 
@@ -238,7 +240,7 @@ class _Planner:
             return None
 
         def nbytes(name: str) -> int:
-            linear, weight = draft.skeleton.linears[name], draft.skeleton.params[f"{name}.weight"]
+            linear, weight = draft.description.linears[name], draft.description.params[f"{name}.weight"]
             shard = Shard(f"{name}.weight", (linear.out_features, linear.in_features), weight.dtype)
             return draft.scheme.shard_nbytes(shard) * max(linear.experts, 1)
 
@@ -253,7 +255,7 @@ class _Planner:
         given = self.request.max_memory
         if given is None or isinstance(given, Mapping):
             return given
-        return {"cpu" if self.facts.device_type == "cpu" else 0: given}
+        return {"cpu" if self.environment.device_type == "cpu" else 0: given}
 
     def _limits(self, device_map: Mapping[str, str]) -> Mapping[str, int]:
         """Bytes that each device of a map may hold, as far as they are given."""
@@ -266,56 +268,56 @@ class _Planner:
         if not self.understood:
             return
         if self.request.device_map is None:
-            check_rank_memory(self.draft, memory, self.facts, self.problems)
+            check_rank_memory(self.draft, memory, self.environment, self.problems)
         elif self.draft.device_map is not None:
             with collected(self.problems):
                 sizes = ((tensor.name, self.draft.local(tensor, 0)[1]) for tensor in self.draft.tensors)
                 check_memory(sizes, self.draft.device_map, self._limits(self.draft.device_map), self.problems)
 
     def _check_at_load(self) -> Iterator[str]:
-        if self.facts.device_type is None:
-            yield "device type and count" if self.facts.capability else "device type, capability and count"
-        if self.facts.memory is None and self.draft.device_map is None:
+        if self.environment.device_type is None:
+            yield "device type and count" if self.environment.capability else "device type, capability and count"
+        if self.environment.memory is None and self.draft.device_map is None:
             yield "memory of each rank (declare it with max_memory)"
-        if not self.facts.nodes and self.draft.mesh.size > 1:
+        if not self.environment.nodes and self.draft.mesh.size > 1:
             assumed = max(Counter(self.draft.nodes).values())
             yield f"which ranks share a node ({assumed} each, as planned)"
 
     # -- cutting ---------------------------------------------------------------------------------------------------
 
     def _parallel(self) -> ParallelPlan:
-        draft, skeleton, mesh = self.draft, self.draft.skeleton, self.draft.mesh
+        draft, description, mesh = self.draft, self.draft.description, self.draft.mesh
         scheme, converted = draft.scheme, set(draft.converted)
 
         def layout_of(name: str) -> Layout:
-            linear, weight = skeleton.linears[name], skeleton.params.get(f"{name}.weight")
+            linear, weight = description.linears[name], description.params.get(f"{name}.weight")
             dtype = weight.dtype if weight else "float32"
             shape = (linear.out_features, linear.in_features)
             first = f"{name}.weight".replace(STAR, "0")
             return scheme.layout(first, shape, dtype) if name in converted else plain(dtype)
 
         parallel = ParallelPlan()
-        plans = scheme.update_tp_plan(dict(skeleton.tp_plan)), scheme.update_ep_plan(dict(skeleton.ep_plan))
-        if mesh.tp > 1 and skeleton.tp_plan:
-            for_experts = {rule for rules in expert_rules(skeleton, plans[0]).values() for rule in rules}
+        plans = scheme.update_tp_plan(dict(description.tp_plan)), scheme.update_ep_plan(dict(description.ep_plan))
+        if mesh.tp > 1 and description.tp_plan:
+            for_experts = {rule for rules in expert_rules(description, plans[0]).values() for rule in rules}
             dense = {rule: style for rule, style in plans[0].items() if rule not in for_experts}
-            parallel = rewrite_tp_plan(skeleton, dense, mesh.tp, layout_of)
-        if draft.stacked and all(mesh.ep <= skeleton.experts[name].count for name in draft.stacked):
-            plan_experts(skeleton, draft.stacked, mesh, plans, layout_of, parallel)
+            parallel = rewrite_tp_plan(description, dense, mesh.tp, layout_of)
+        if draft.stacked and all(mesh.ep <= description.experts[name].count for name in draft.stacked):
+            plan_experts(description, draft.stacked, mesh, plans, layout_of, parallel)
         return parallel
 
     def _tensors(self) -> Iterator[TensorPlan]:
         """One entry a tensor, in the order of files and offsets."""
-        skeleton, converted = self.draft.skeleton, set(self.draft.converted)
+        description, converted = self.draft.description, set(self.draft.converted)
         order = {name: i for i, name in enumerate(self.draft.checkpoint.tensors)}
 
         def place(name: str) -> int:
-            return min((order[source.tensor] for source in skeleton.sources[name]), default=0)
+            return min((order[source.tensor] for source in description.sources[name]), default=0)
 
-        for name in sorted(skeleton.sources, key=place):
+        for name in sorted(description.sources, key=place):
             owner, _, leaf = name.rpartition(".")
             scheme = self.draft.scheme.name if owner in converted and leaf == "weight" else "none"
-            linear = skeleton.linears.get(owner)
+            linear = description.linears.get(owner)
             if linear is not None and linear.experts:
                 if self.draft.parallel.experts:
                     yield self._stack(linear, name, leaf, scheme)
@@ -324,55 +326,55 @@ class _Planner:
 
     def _tensor(self, linear: Linear | None, name: str, leaf: str, scheme: str) -> TensorPlan:
         draft, parallel = self.draft, self.draft.parallel
-        param, sources = draft.skeleton.params[name], draft.skeleton.sources[name]
+        param, sources = draft.description.params[name], draft.description.sources[name]
         shard = parallel.modules.get(name.rpartition(".")[0]) or self._tied_shard(name)
-        dim = _cut_dim(shard, leaf)
-        turned = scheme != "none" and linear is not None and linear.transposed
-        shape = param.shape[::-1] if turned else param.shape
-        cut = shard.cut if shard is not None and dim is not None else None
-        turned = turned and not draft.prequantized
-        reading = way_of_reading(dim, parallel.cuts[cut] if cut else None, draft.mesh, draft.nodes)
-        return TensorPlan(name, shape, param.dtype, scheme, sources, dim, cut, turned, reading)
+        dim = _shard_dim(shard, leaf)
+        transposed = scheme != "none" and linear is not None and linear.transposed
+        shape = param.shape[::-1] if transposed else param.shape
+        partition = shard.partition if shard is not None and dim is not None else None
+        transposed = transposed and not draft.prequantized
+        reading = way_of_reading(dim, parallel.partitions[partition] if partition else None, draft.mesh, draft.nodes)
+        return TensorPlan(name, shape, param.dtype, scheme, sources, dim, partition, transposed, reading)
 
     def _stack(self, linear: Linear, name: str, leaf: str, scheme: str) -> TensorPlan:
         """A projection of all experts of a module, or its biases."""
         draft, parallel = self.draft, self.draft.parallel
-        param, sources = draft.skeleton.params[name], draft.skeleton.sources[name]
+        param, sources = draft.description.params[name], draft.description.sources[name]
         dealt = parallel.experts[name.partition(f".{STAR}.")[0]].dealt
-        dim, cut = parallel.stacks.get(linear.name, (None, None))
+        dim, partition = parallel.stacks.get(linear.name, (None, None))
         if leaf == "bias" and dim == 1:
-            dim, cut = None, None
-        turned = linear.transposed and leaf == "weight" and not (draft.prequantized and scheme != "none")
-        found = parallel.cuts[cut] if cut else None
+            dim, partition = None, None
+        transposed = linear.transposed and leaf == "weight" and not (draft.prequantized and scheme != "none")
+        found = parallel.partitions[partition] if partition else None
         reading = way_of_reading(dim, found, draft.mesh, draft.nodes, expert=True)
         place = None if dim is None else dim + 1
-        return TensorPlan(name, param.shape, param.dtype, scheme, sources, place, cut, turned, reading, dealt)
+        return TensorPlan(name, param.shape, param.dtype, scheme, sources, place, partition, transposed, reading, dealt)
 
     def _tied_shard(self, name: str) -> ModuleShard | None:
         """The shard of a module whose parameter is tied to this one (its own module may have no rule)."""
-        modules, tied = self.draft.parallel.modules, self.draft.skeleton.tied
+        modules, tied = self.draft.parallel.modules, self.draft.description.tied
         sharers = (target.rpartition(".")[0] for target, source in tied.items() if source == name)
         return next((modules[module] for module in sharers if module in modules), None)
 
 
 def _converted(draft: Draft, problems: Problems) -> list[str]:
     """Modules to convert; a tied weight is never converted (it is an embedding's as well)."""
-    skeleton, scheme = draft.skeleton, draft.scheme
+    description, scheme = draft.description, draft.scheme
     if not draft.prequantized:
-        problems.extend(scheme.config.selection.unmatched(_leaves((*skeleton.modules, *_stacks_of(skeleton)))))
-    found = [name for name in scheme.converts(skeleton) if f"{name}.weight" in skeleton.params]
+        problems.extend(scheme.config.selection.unmatched(_leaves((*description.modules, *_stacks_of(description)))))
+    found = [name for name in scheme.select_modules(description) if f"{name}.weight" in description.params]
     return found if scheme.stacks else [name for name in found if STAR not in name]
 
 
-def _stacks_of(skeleton: Skeleton) -> list[str]:
-    return [name for name, linear in skeleton.linears.items() if linear.experts]
+def _stacks_of(description: ModelDescription) -> list[str]:
+    return [name for name, linear in description.linears.items() if linear.experts]
 
 
-def _cut_dim(shard: ModuleShard | None, leaf: str) -> int | None:
+def _shard_dim(shard: ModuleShard | None, leaf: str) -> int | None:
     """The dim of a module's parameter that its style cuts; None = replicated."""
     if shard is None or shard.style == GRAD_REDUCE:
         return None
-    dim = CUT_DIM[shard.style]
+    dim = SHARD_DIM[shard.style]
     if leaf == "bias":
         return 0 if dim == 0 else None
     return dim

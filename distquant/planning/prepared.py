@@ -15,7 +15,7 @@ from distquant.planning.request import Request, read_request
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class Prepared:
     """A checkpoint and its model.
 
     Attributes:
@@ -33,7 +33,7 @@ class Opened:
         return os.path.abspath(request.model) == os.path.abspath(plan.model)
 
 
-def open_early(request: Request) -> Opened | None:
+def open_early(request: Request) -> Prepared | None:
     """What a request will load, for a rank that waits for the plan; None where it must wait.
 
     Nothing is told here: rank 0 opens and builds the same and tells what is wrong, and what fails on this rank alone
@@ -44,6 +44,6 @@ def open_early(request: Request) -> Opened | None:
     given = read_request(request, Problems())
     try:
         model = build(Path(request.model), given.dtype, trust_remote_code=request.trust_remote_code)
-        return Opened(open_checkpoint(request.model, revision=request.revision), model)
+        return Prepared(open_checkpoint(request.model, revision=request.revision), model)
     except Exception:
         return None

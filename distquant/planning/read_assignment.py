@@ -14,7 +14,7 @@ from functools import cache
 from itertools import pairwise
 
 from distquant.sharding.mesh import Mesh
-from distquant.sharding.partition import Cut, Segment
+from distquant.sharding.partition import Partition, Segment
 
 OWN, DEALT, SCATTER = "own", "dealt", "scatter"
 
@@ -35,7 +35,7 @@ class Part:
 
     reader: int
     rows: Segment
-    holders: tuple[int, ...]
+    owners: tuple[int, ...]
 
 
 def rows_and_width(shape: Sequence[int]) -> tuple[int, int]:
@@ -54,26 +54,28 @@ def node_ranks(nodes: Sequence[int], rank: int) -> tuple[int, ...]:
     return tuple(other for other, node in enumerate(nodes) if node == nodes[rank])
 
 
-def row_segments(shape: Sequence[int], dim: int | None, cut: Cut | None, tp: int) -> tuple[Segment, ...]:
+def row_segments(shape: Sequence[int], dim: int | None, partition: Partition | None, tp: int) -> tuple[Segment, ...]:
     """Rows that a position on tp keeps (something of), in local order."""
     rows = rows_and_width(shape)[0]
-    if dim != 0 or cut is None or not shape:
+    if dim != 0 or partition is None or not shape:
         return ((0, rows),)
     per = rows // shape[0] if shape[0] else 0
-    return tuple((a * per, b * per) for a, b in cut.segments(tp))
+    return tuple((a * per, b * per) for a, b in partition.segments(tp))
 
 
-def column_segments(shape: Sequence[int], dim: int | None, cut: Cut | None, tp: int) -> tuple[Segment, ...]:
+def column_segments(shape: Sequence[int], dim: int | None, partition: Partition | None, tp: int) -> tuple[Segment, ...]:
     """Columns that a position on tp keeps of its rows, in local order."""
     width = rows_and_width(shape)[1]
-    return cut.segments(tp) if dim not in (None, 0) and cut is not None else ((0, width),)
+    return partition.segments(tp) if dim not in (None, 0) and partition is not None else ((0, width),)
 
 
-def way_of_reading(dim: int | None, cut: Cut | None, mesh: Mesh, nodes: Sequence[int], expert: bool = False) -> str:
+def way_of_reading(
+    dim: int | None, partition: Partition | None, mesh: Mesh, nodes: Sequence[int], expert: bool = False
+) -> str:
     """The way in which a tensor is read (a key of `REASONS`); `expert` marks one that lies on one position of ep."""
-    if dim not in (None, 0) and cut is not None:
+    if dim not in (None, 0) and partition is not None:
         return SCATTER
-    shared = any(_share_rows(cut, positions) for positions in _positions(mesh, tuple(nodes), expert))
+    shared = any(_share_rows(partition, positions) for positions in _positions(mesh, tuple(nodes), expert))
     return DEALT if shared else OWN
 
 
@@ -87,18 +89,18 @@ def _positions(mesh: Mesh, nodes: tuple[int, ...], expert: bool) -> frozenset[tu
     return frozenset(map(tuple, found.values()))
 
 
-def _share_rows(cut: Cut | None, positions: tuple[int, ...]) -> bool:
+def _share_rows(partition: Partition | None, positions: tuple[int, ...]) -> bool:
     """Whether two ranks of a node keep some rows both."""
-    if cut is None or len(set(positions)) < len(positions):
+    if partition is None or len(set(positions)) < len(positions):
         return len(positions) > 1
-    if not cut.repeated:
+    if not partition.repeated:
         return False
-    held = [(segment, tp) for tp in positions for segment in cut.segments(tp)]
+    held = [(segment, tp) for tp in positions for segment in partition.segments(tp)]
     return any(tp != other and a < d and c < b for (a, b), tp in held for (c, d), other in held)
 
 
 def node_columns(
-    shape: Sequence[int], dim: int | None, cut: Cut | None, positions: Iterable[int], step: int | None
+    shape: Sequence[int], dim: int | None, partition: Partition | None, positions: Iterable[int], step: int | None
 ) -> Segment:
     """Columns that a node reads of every row.
 
@@ -110,14 +112,14 @@ def node_columns(
         step: columns at which rows may be quantized apart; None = whole rows only.
     """
     width = rows_and_width(shape)[1]
-    if dim in (None, 0) or cut is None or step is None:
+    if dim in (None, 0) or partition is None or step is None:
         return (0, width)
-    wanted = [segment for tp in positions for segment in cut.segments(tp)]
+    wanted = [segment for tp in positions for segment in partition.segments(tp)]
     start, stop = min(a for a, _ in wanted), max(b for _, b in wanted)
     return (start, stop) if start % step == 0 and (stop % step == 0 or stop == width) else (0, width)
 
 
-class Dealer:
+class ReadAssigner:
     """Deals the rows of tensors, one tensor after the other, over the ranks of one node."""
 
     def __init__(self, mesh: Mesh, node: tuple[int, ...]):
@@ -125,17 +127,17 @@ class Dealer:
         self.positions: Mapping[int, int] = {rank: mesh.coordinates(rank)["tp"] for rank in node}
         self.loads = dict.fromkeys(node, 0)
         """Bytes that each rank has been dealt so far."""
-        self._runs: dict[tuple[int, Cut, tuple[int, ...]], list[tuple[Segment, tuple[int, ...]]]] = {}
+        self._runs: dict[tuple[int, Partition, tuple[int, ...]], list[tuple[Segment, tuple[int, ...]]]] = {}
 
-    def deal(
+    def assign_reads(
         self,
         shape: Sequence[int],
         dim: int | None,
-        cut: Cut | None,
+        partition: Partition | None,
         row_bytes: int,
         step: int,
         whole: bool = False,
-        keepers: tuple[int, ...] | None = None,
+        owners: tuple[int, ...] | None = None,
     ) -> list[Part]:
         """The parts of a tensor, in row order; every row that the node keeps is in exactly one.
 
@@ -148,47 +150,49 @@ class Dealer:
             whole: whether one rank must read all of it (it is turned, or quantized as a whole).
             keepers: ranks of the node that keep something of it; None = all.
         """
-        among = self.node if keepers is None else keepers
+        among = self.node if owners is None else owners
         if whole:
             rows = rows_and_width(shape)[0]
             return self._share(0, rows, among, row_bytes, step, whole) if rows else []
         parts: list[Part] = []
-        for (start, stop), holders in self._held(shape, dim, cut, among):
-            parts += self._share(start, stop, holders, row_bytes, step, whole)
+        for (start, stop), owners in self._held(shape, dim, partition, among):
+            parts += self._share(start, stop, owners, row_bytes, step, whole)
         return parts
 
     def _held(
-        self, shape: Sequence[int], dim: int | None, cut: Cut | None, among: tuple[int, ...]
+        self, shape: Sequence[int], dim: int | None, partition: Partition | None, among: tuple[int, ...]
     ) -> list[tuple[Segment, tuple[int, ...]]]:
         """Runs of rows that the same ranks keep."""
         rows, _ = rows_and_width(shape)
-        if dim != 0 or cut is None:
+        if dim != 0 or partition is None:
             return [((0, rows), among)] if rows else []
-        key = (rows, cut, among)
+        key = (rows, partition, among)
         if key not in self._runs:
-            self._runs[key] = self._runs_of(shape, cut, among)
+            self._runs[key] = self._runs_of(shape, partition, among)
         return self._runs[key]
 
-    def _runs_of(self, shape: Sequence[int], cut: Cut, among: tuple[int, ...]) -> list[tuple[Segment, tuple[int, ...]]]:
-        wanted = {rank: row_segments(shape, 0, cut, self.positions[rank]) for rank in among}
+    def _runs_of(
+        self, shape: Sequence[int], partition: Partition, among: tuple[int, ...]
+    ) -> list[tuple[Segment, tuple[int, ...]]]:
+        wanted = {rank: row_segments(shape, 0, partition, self.positions[rank]) for rank in among}
         edges = sorted({edge for segments in wanted.values() for segment in segments for edge in segment})
         runs = []
         for start, stop in pairwise(edges):
-            holders = tuple(r for r, segments in wanted.items() if any(a <= start and stop <= b for a, b in segments))
-            if holders:
-                runs.append(((start, stop), holders))
+            owners = tuple(r for r, segments in wanted.items() if any(a <= start and stop <= b for a, b in segments))
+            if owners:
+                runs.append(((start, stop), owners))
         return runs
 
     def _share(
-        self, start: int, stop: int, holders: tuple[int, ...], row_bytes: int, step: int, whole: bool
+        self, start: int, stop: int, owners: tuple[int, ...], row_bytes: int, step: int, whole: bool
     ) -> list[Part]:
-        count = len(holders)
+        count = len(owners)
         if count == 1 or whole or (stop - start) * row_bytes < SHARE * count:
-            reader = min(holders, key=lambda rank: (self.loads[rank], rank))
+            reader = min(owners, key=lambda rank: (self.loads[rank], rank))
             self.loads[reader] += (stop - start) * row_bytes
-            return [Part(reader, (start, stop), holders)]
+            return [Part(reader, (start, stop), owners)]
         edges = [start + (stop - start) * i // count // step * step for i in range(count)] + [stop]
-        parts = [Part(rank, (a, b), holders) for rank, (a, b) in zip(holders, pairwise(edges), strict=True) if a < b]
+        parts = [Part(rank, (a, b), owners) for rank, (a, b) in zip(owners, pairwise(edges), strict=True) if a < b]
         for part in parts:
             self.loads[part.reader] += (part.rows[1] - part.rows[0]) * row_bytes
         return parts

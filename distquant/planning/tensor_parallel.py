@@ -11,11 +11,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from distquant.model.description import Attention, Linear, Skeleton, wildcard
+from distquant.model.description import Attention, Linear, ModelDescription, wildcard
 from distquant.planning.load_plan import AttentionShard, ExpertsShard, ModuleShard, Rule
-from distquant.sharding.heads import HeadCut, cut_heads
+from distquant.sharding.heads import HeadPartition, cut_heads
 from distquant.sharding.layout import PLAIN_STEPS, Layout
-from distquant.sharding.partition import Cut, even_cut, join_parts
+from distquant.sharding.partition import Partition, even_partition, join_partitions
 
 COLUMN = {"colwise", "colwise_rep", "colwise_gather_output"}
 ROW = {"rowwise", "rowwise_rep", "rowwise_split_input"}
@@ -36,8 +36,8 @@ class NoCut(Exception):
 class ParallelPlan:
     """The rewritten plan: cuts by key, what each module became, and the story of every rule."""
 
-    cuts: dict[str, Cut] = field(default_factory=dict)
-    heads: dict[str, HeadCut] = field(default_factory=dict)
+    partitions: dict[str, Partition] = field(default_factory=dict)
+    heads: dict[str, HeadPartition] = field(default_factory=dict)
     modules: dict[str, ModuleShard] = field(default_factory=dict)
     attentions: dict[str, AttentionShard] = field(default_factory=dict)
     experts: dict[str, ExpertsShard] = field(default_factory=dict)
@@ -47,12 +47,12 @@ class ParallelPlan:
     """Modules whose rule asked for a cut that they cannot have -> why."""
     rules: list[Rule] = field(default_factory=list)
 
-    def key_of(self, cut: Cut) -> str:
+    def key_of(self, partition: Partition) -> str:
         """The key of a cut; equal cuts share one."""
-        key = next((known for known, other in self.cuts.items() if other == cut), None)
+        key = next((known for known, other in self.partitions.items() if other == partition), None)
         if key is None:
-            key = f"cut{len(self.cuts)}"
-            self.cuts[key] = cut
+            key = f"cut{len(self.partitions)}"
+            self.partitions[key] = partition
         return key
 
 
@@ -60,7 +60,9 @@ LayoutOf = Callable[[str], Layout]
 """Layout of a linear module's weight, by module name."""
 
 
-def rewrite_tp_plan(skeleton: Skeleton, tp_plan: dict[str, str], ranks: int, layout_of: LayoutOf) -> ParallelPlan:
+def rewrite_tp_plan(
+    description: ModelDescription, tp_plan: dict[str, str], ranks: int, layout_of: LayoutOf
+) -> ParallelPlan:
     """Cuts a model over `ranks`.
 
     Args:
@@ -70,27 +72,27 @@ def rewrite_tp_plan(skeleton: Skeleton, tp_plan: dict[str, str], ranks: int, lay
         ranks: size of the tp axis, above 1.
         layout_of: how each linear weight is stored.
     """
-    return _Rewriter(skeleton, tp_plan, ranks, layout_of).run()
+    return _Rewriter(description, tp_plan, ranks, layout_of).run()
 
 
 class _Rewriter:
-    def __init__(self, skeleton: Skeleton, tp_plan: dict[str, str], ranks: int, layout_of: LayoutOf):
-        self.skeleton, self.ranks, self.layout_of = skeleton, ranks, layout_of
+    def __init__(self, description: ModelDescription, tp_plan: dict[str, str], ranks: int, layout_of: LayoutOf):
+        self.description, self.ranks, self.layout_of = description, ranks, layout_of
         self.plan = ParallelPlan()
         self.tp_plan = tp_plan
         self.became: dict[tuple[str, str, str, str], int] = {}
-        self._heads: dict[object, tuple[HeadCut, dict[str, Cut]]] = {}
-        self._widths: dict[object, tuple[int, Cut]] = {}
+        self._heads: dict[object, tuple[HeadPartition, dict[str, Partition]]] = {}
+        self._widths: dict[object, tuple[int, Partition]] = {}
 
     def run(self) -> ParallelPlan:
         groups: dict[str, dict[str, str]] = {}
         matched: set[str] = set()
-        for name in (*self.skeleton.modules, *self.skeleton.params):
+        for name in (*self.description.modules, *self.description.params):
             style = self.tp_plan.get(wildcard(name)) or self.tp_plan.get(name)
             if style is not None:
                 matched.add(wildcard(name) if wildcard(name) in self.tp_plan else name)
                 groups.setdefault(name.rpartition(".")[0], {})[name] = style
-        vocabulary = {self.skeleton.input_embedding, self.skeleton.output_embedding}
+        vocabulary = {self.description.input_embedding, self.description.output_embedding}
         for parent, asked in groups.items():
             rest = {name: style for name, style in asked.items() if name not in vocabulary}
             if rest:
@@ -122,17 +124,17 @@ class _Rewriter:
                 self._tell(name, style, "replicate", str(why))
 
     def _is_unknown_expert(self, name: str) -> bool:
-        return any(name == known or name.startswith(known + ".") for known in self.skeleton.unknown_experts)
+        return any(name == known or name.startswith(known + ".") for known in self.description.unknown_experts)
 
     def _cut_group(self, parent: str, asked: dict[str, str]) -> None:
-        unknown = {n: s for n, s in asked.items() if s not in COLUMN | ROW or n not in self.skeleton.linears}
+        unknown = {n: s for n, s in asked.items() if s not in COLUMN | ROW or n not in self.description.linears}
         if unknown:
             name, style = next(iter(unknown.items()))
-            kind = "style" if name in self.skeleton.linears else "module for style"
+            kind = "style" if name in self.description.linears else "module for style"
             raise NoCut(f"{wildcard(name)} has a {kind} {style!r} that has no exact quantized form yet")
-        columns = [self.skeleton.linears[n] for n, s in asked.items() if s in COLUMN]
-        rows = [self.skeleton.linears[n] for n, s in asked.items() if s in ROW]
-        attention = self.skeleton.attentions.get(parent)
+        columns = [self.description.linears[n] for n, s in asked.items() if s in COLUMN]
+        rows = [self.description.linears[n] for n, s in asked.items() if s in ROW]
+        attention = self.description.attentions.get(parent)
         if attention is not None and len(rows) == 1 and rows[0].in_features == attention.heads * attention.head_dim:
             self._attention(attention, columns, rows[0], asked)
         elif len(rows) == 1 and columns:
@@ -173,27 +175,29 @@ class _Rewriter:
 
     def _solve_attention(
         self, attention: Attention, columns: list[Linear], row: Linear, roles: dict[str, str]
-    ) -> tuple[HeadCut, dict[str, Cut]]:
+    ) -> tuple[HeadPartition, dict[str, Partition]]:
         if self.ranks > attention.heads:
             raise NoCut(f"{attention.heads} query heads are fewer than {self.ranks} ranks")
         size = attention.head_dim
         for level in range(self._levels([*columns, row])):
-            units = {c.name: self._unit(c, 0, level) for c in columns} | {row.name: self._unit(row, 1, level)}
+            alignments = {c.name: self._unit(c, 0, level) for c in columns} | {row.name: self._unit(row, 1, level)}
             for heads in cut_heads(attention.heads, attention.kv_heads, self.ranks):
                 query, kv = heads.query.scaled(size), heads.kv.scaled(size)
-                cuts = {"query": query, "kv": kv, "packed": join_parts([query, kv, kv])}
-                cuts["per head"] = heads.query.scaled(3 * size)
-                used = [(cuts[roles[c.name]], units[c.name]) for c in columns] + [(query, units[row.name])]
-                if all(cut.legal(unit) for cut, unit in used):
-                    return heads, cuts
+                partitions = {"query": query, "kv": kv, "packed": join_partitions([query, kv, kv])}
+                partitions["per head"] = heads.query.scaled(3 * size)
+                used = [(partitions[roles[c.name]], alignments[c.name]) for c in columns] + [
+                    (query, alignments[row.name])
+                ]
+                if all(partition.legal(alignment) for partition, alignment in used):
+                    return heads, partitions
         smallest = math.lcm(*(self._unit(c, 0, -1) for c in columns), self._unit(row, 1, -1))
         raise NoCut(f"no cut of {attention.heads} heads of {size} over {self.ranks} ranks falls on units of {smallest}")
 
-    def _heads_told(self, heads: HeadCut) -> str:
+    def _heads_told(self, heads: HeadPartition) -> str:
         told = "whole kv heads" if not heads.kv.repeated else f"{heads.kv.repeated} kv heads are repeated"
         return f"{told}; query heads {lengths(heads.query)}, kv heads {lengths(heads.kv)}"
 
-    def _heads_key(self, heads: HeadCut) -> str:
+    def _heads_key(self, heads: HeadPartition) -> str:
         for key, known in self.plan.heads.items():
             if known == heads:
                 return key
@@ -212,21 +216,27 @@ class _Rewriter:
         key = ("mlp", width, len(packed), *self._signature(columns, row))
         if key not in self._widths:
             self._widths[key] = self._solve_mlp(width, columns, row, packed)
-        unit, cut = self._widths[key]
-        told = f"units of {unit} for {', '.join(c.name.rpartition('.')[2] for c in (*columns, row))}"
+        alignment, partition = self._widths[key]
+        told = f"units of {alignment} for {', '.join(c.name.rpartition('.')[2] for c in (*columns, row))}"
         for column in columns:
-            used = join_parts([cut, cut]) if column.name in packed else cut
+            used = join_partitions([partition, partition]) if column.name in packed else partition
             self._cut_module(column.name, COLWISE, used, asked, told)
-        self._cut_module(row.name, ROWWISE, cut, asked, told)
+        self._cut_module(row.name, ROWWISE, partition, asked, told)
 
-    def _solve_mlp(self, width: int, columns: list[Linear], row: Linear, packed: set[str]) -> tuple[int, Cut]:
-        unit = 1
+    def _solve_mlp(self, width: int, columns: list[Linear], row: Linear, packed: set[str]) -> tuple[int, Partition]:
+        alignment = 1
         for level in range(self._levels([*columns, row])):
-            unit = math.lcm(*(self._unit(c, 0, level) for c in columns), self._unit(row, 1, level))
-            cut = even_cut(width, unit, self.ranks)
-            if cut and all(join_parts([cut, cut]).legal(self._unit(c, 0, level)) for c in columns if c.name in packed):
-                return unit, cut
-        raise NoCut(f"{width} features are {-(-width // unit)} units of {unit}, fewer than {self.ranks} ranks")
+            alignment = math.lcm(*(self._unit(c, 0, level) for c in columns), self._unit(row, 1, level))
+            partition = even_partition(width, alignment, self.ranks)
+            if partition and all(
+                join_partitions([partition, partition]).legal(self._unit(c, 0, level))
+                for c in columns
+                if c.name in packed
+            ):
+                return alignment, partition
+        raise NoCut(
+            f"{width} features are {-(-width // alignment)} units of {alignment}, fewer than {self.ranks} ranks"
+        )
 
     def _each_alone(self, columns: list[Linear], rows: list[Linear], asked: dict[str, str]) -> None:
         """Honors rules that gather a projection's output and split the next one's input: no group, own cuts."""
@@ -241,44 +251,46 @@ class _Rewriter:
             if found is None:
                 raise NoCut(f"{wildcard(linear.name)} has fewer units than {self.ranks} ranks")
             chosen.append((linear.name, became, *found))
-        for name, became, cut, unit in chosen:  # only once every member has a cut
-            self._cut_module(name, became, cut, asked, f"on its own, units of {unit}")
+        for name, became, partition, alignment in chosen:  # only once every member has a cut
+            self._cut_module(name, became, partition, asked, f"on its own, units of {alignment}")
 
-    def _own_cuts(self, linear: Linear, dim: int) -> Iterator[tuple[Cut, int]]:
+    def _own_cuts(self, linear: Linear, dim: int) -> Iterator[tuple[Partition, int]]:
         size = linear.in_features if dim else linear.out_features
-        for unit in self.layout_of(linear.name).units((linear.out_features, linear.in_features), dim):
-            cut = even_cut(size, unit, self.ranks)
-            if cut is not None:
-                yield cut, unit
+        for alignment in self.layout_of(linear.name).alignments((linear.out_features, linear.in_features), dim):
+            partition = even_partition(size, alignment, self.ranks)
+            if partition is not None:
+                yield partition, alignment
 
     def _vocabulary(self) -> None:
         """Embedding and head are cut over the vocabulary, with one cut where they are tied."""
-        embedding, head = self.skeleton.input_embedding, self.skeleton.output_embedding
-        shared: tuple[Cut, int] | None = None
-        tied = f"{head}.weight" in self.skeleton.tied or f"{embedding}.weight" in self.skeleton.tied
-        if head is not None and head in self.skeleton.linears:
-            shared = next(self._own_cuts(self.skeleton.linears[head], 0), None)
+        embedding, head = self.description.input_embedding, self.description.output_embedding
+        shared: tuple[Partition, int] | None = None
+        tied = f"{head}.weight" in self.description.tied or f"{embedding}.weight" in self.description.tied
+        if head is not None and head in self.description.linears:
+            shared = next(self._own_cuts(self.description.linears[head], 0), None)
             self._vocabulary_module(head, COLWISE_GATHER, shared, tied)
         else:
             tied = False
-        rows = self.skeleton.params[f"{embedding}.weight"].shape[0] if self._is_plain_embedding(embedding) else 0
+        rows = self.description.params[f"{embedding}.weight"].shape[0] if self._is_plain_embedding(embedding) else 0
         if embedding is not None and rows:
             if not tied and (shared is None or shared[0].size != rows):
-                cuts = ((even_cut(rows, unit, self.ranks), unit) for unit in PLAIN_STEPS)
-                shared = next(((cut, unit) for cut, unit in cuts if cut is not None), None)
+                partitions = ((even_partition(rows, alignment, self.ranks), alignment) for alignment in PLAIN_STEPS)
+                shared = next(
+                    ((partition, alignment) for partition, alignment in partitions if partition is not None), None
+                )
             self._vocabulary_module(embedding, VOCAB_EMBEDDING, shared, tied)
 
     def _is_plain_embedding(self, name: str | None) -> bool:
-        return name in self.skeleton.embeddings and f"{name}.weight" in self.skeleton.params
+        return name in self.description.embeddings and f"{name}.weight" in self.description.params
 
-    def _vocabulary_module(self, name: str, style: str, cut: tuple[Cut, int] | None, tied: bool) -> None:
+    def _vocabulary_module(self, name: str, style: str, partition: tuple[Partition, int] | None, tied: bool) -> None:
         asked = {name: self.tp_plan.get(wildcard(name)) or "no rule"}
         together = ", embedding and head are tied: one cut" if tied else ""
-        if cut is None:
+        if partition is None:
             self._tell(name, asked[name], "replicate", f"fewer units than ranks{together}")
         else:
-            told = f"over the vocabulary, units of {cut[1]}{together}"
-            self._cut_module(name, style, cut[0], asked, told)
+            told = f"over the vocabulary, units of {partition[1]}{together}"
+            self._cut_module(name, style, partition[0], asked, told)
 
     # -- shared ----------------------------------------------------------------------------------------------------
 
@@ -288,31 +300,31 @@ class _Rewriter:
 
     def _levels(self, linears: list[Linear]) -> int:
         every = [self._units(x, dim) for x in linears for dim in (0, 1)]
-        return max((len(units) for units in every), default=1) or 1
+        return max((len(alignments) for alignments in every), default=1) or 1
 
     def _units(self, linear: Linear, dim: int) -> tuple[int, ...]:
-        return self.layout_of(linear.name).units((linear.out_features, linear.in_features), dim)
+        return self.layout_of(linear.name).alignments((linear.out_features, linear.in_features), dim)
 
     def _unit(self, linear: Linear, dim: int, level: int) -> int:
-        units = self._units(linear, dim)
-        if not units:
+        alignments = self._units(linear, dim)
+        if not alignments:
             side = "inputs" if dim else "outputs"
             count = linear.in_features if dim else linear.out_features
             raise NoCut(f"{wildcard(linear.name)} has {count} {side}, which its quantization blocks do not divide")
-        return units[min(level, len(units) - 1)]
+        return alignments[min(level, len(alignments) - 1)]
 
-    def _cut_module(self, name: str, style: str, cut: Cut, asked: dict[str, str], reason: str) -> None:
-        self.plan.modules[name] = ModuleShard(style, self.plan.key_of(cut))
-        self._tell(name, asked[name], f"{style} {lengths(cut)}", reason)
+    def _cut_module(self, name: str, style: str, partition: Partition, asked: dict[str, str], reason: str) -> None:
+        self.plan.modules[name] = ModuleShard(style, self.plan.key_of(partition))
+        self._tell(name, asked[name], f"{style} {lengths(partition)}", reason)
 
     def _tell(self, name: str, asked: str, became: str, reason: str) -> None:
         key = (wildcard(name), asked, became, reason)
         self.became[key] = self.became.get(key, 0) + 1
 
 
-def lengths(cut: Cut) -> str:
+def lengths(partition: Partition) -> str:
     """Local lengths in words: `384+320`, or the range of them where there are many ranks."""
-    lengths = cut.lengths
+    lengths = partition.lengths
     if len(lengths) <= 4:
         return "+".join(map(str, lengths))
     smallest, largest = min(lengths), max(lengths)

@@ -17,13 +17,13 @@ from distquant.model.description import Source, taken
 from distquant.planning.load_plan import TensorPlan
 from distquant.quantization.scheme import Scheme
 from distquant.sharding.layout import ALL, Component
-from distquant.sharding.partition import Cut
+from distquant.sharding.partition import Partition
 from distquant.sharding.row_layout import column_step, row_step
 from distquant.sharding.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)
-class Flow:
+class Transfer:
     """One run of rows.
 
     Attributes:
@@ -46,20 +46,20 @@ class Flow:
     shape: tuple[int, ...]
     dtype: str | None
     sources: tuple[Source, ...]
-    dim: int | None
-    cut: Cut | None
+    shard_dim: int | None
+    partition: Partition | None
     components: tuple[Component, ...]
     whole: frozenset[str] = frozenset()
     step: int = 1
     apart: int | None = 1
-    turned: bool = False
-    entire: int = 0
+    transposed: bool = False
+    whole_weight_workspace: int = 0
     decoded: bool = False
 
 
-def flows_of(
-    tensor: TensorPlan, cut: Cut | None, scheme: Scheme, prequantized: bool, infos: Mapping[str, TensorInfo]
-) -> Iterator[Flow]:
+def transfers_of(
+    tensor: TensorPlan, partition: Partition | None, scheme: Scheme, prequantized: bool, infos: Mapping[str, TensorInfo]
+) -> Iterator[Transfer]:
     """The flows of a tensor, in the order of the file.
 
     Args:
@@ -71,67 +71,75 @@ def flows_of(
     """
     if tensor.scheme == "none":
         component = Component(name="", dtype=tensor.dtype)
-        turned = tensor.transposed
-        apart = None if turned else 1
-        flow = Flow(
-            None, tensor.shape, tensor.dtype, tensor.sources, tensor.dim, cut, (component,), apart=apart, turned=turned
+        transposed = tensor.transposed
+        apart = None if transposed else 1
+        transfer = Transfer(
+            None,
+            tensor.shape,
+            tensor.dtype,
+            tensor.sources,
+            tensor.shard_dim,
+            partition,
+            (component,),
+            apart=apart,
+            transposed=transposed,
         )
-        step = scheme.decodes(tensor.name)
-        yield replace(flow, dtype=None, step=step, apart=None, decoded=True) if step else flow
+        step = scheme.plain_row_block(tensor.name)
+        yield replace(transfer, dtype=None, step=step, apart=None, decoded=True) if step else transfer
         return
-    shard = Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype, tensor.dim, cut)
+    shard = Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype, tensor.shard_dim, partition)
     if prequantized:
         layout = {each.name: each for each in scheme.layout(tensor.name, shard.shape, tensor.dtype).components}
-        whole = scheme.statistics(shard)
+        whole = scheme.replicated_components(shard)
         for source in sorted(tensor.sources, key=lambda s: (infos[s.tensor].file, infos[s.tensor].offset)):
             part = None if source.component in whole else layout.get(source.component)
             yield _stored(source, infos[source.tensor], part, shard)
         return
-    components = scheme.flowing(tensor.name, shard.shape, tensor.dtype)
-    entire = scheme.entire(tensor.name, shard.shape)
-    yield Flow(
+    components = scheme.encoded_components(tensor.name, shard.shape, tensor.dtype)
+    entire = scheme.whole_weight_workspace(tensor.name, shard.shape)
+    yield Transfer(
         stored=None,
         shape=shard.shape,
         dtype=tensor.dtype,
         sources=tensor.sources,
-        dim=tensor.dim,
-        cut=cut,
+        shard_dim=tensor.shard_dim,
+        partition=partition,
         components=components,
-        whole=scheme.statistics(shard),
+        whole=scheme.replicated_components(shard),
         step=shard.shape[0] if entire else row_step(components, shard.shape),
         apart=None if tensor.transposed or entire else column_step(components, shard.shape),
-        turned=tensor.transposed,
-        entire=entire,
+        transposed=tensor.transposed,
+        whole_weight_workspace=entire,
     )
 
 
-def _stored(source: Source, info: TensorInfo, component: Component | None, shard: Shard) -> Flow:
+def _stored(source: Source, info: TensorInfo, component: Component | None, shard: Shard) -> Transfer:
     """A stored component: cut like the weight where its layout lets it, whole for every rank where not.
 
     `component` is None where the layout does not know it, and where every rank needs all of it.
     """
     name, count = source.component, taken(source, info.shape)
     flowing = Component(name=name, dtype="uint8")  # its dtype is that of the file
-    part = None if component is None or component.gathered else _cut_part(component, shard)
+    part = None if component is None or component.replicated else _partition_part(component, shard)
     if part is None:
-        return Flow(name, (count,), None, (source,), None, None, (flowing,), frozenset((name,)))
-    shape, dim, cut = part
+        return Transfer(name, (count,), None, (source,), None, None, (flowing,), frozenset((name,)))
+    shape, dim, partition = part
     if math.prod(shape) != count:
         what = f"{info.name} stores {count} elements, its layout has {math.prod(shape)}"
         raise InputError.one(shard.name, what, "Check that config.json belongs to the checkpoint")
-    return Flow(name, shape, None, (source,), dim, cut, (flowing,))
+    return Transfer(name, shape, None, (source,), dim, partition, (flowing,))
 
 
-def _cut_part(component: Component, shard: Shard) -> tuple[tuple[int, int], int | None, Cut | None] | None:
+def _partition_part(component: Component, shard: Shard) -> tuple[tuple[int, int], int | None, Partition | None] | None:
     """Stored rows and columns, and their cut; None where the cut does not fall between stored elements."""
     if component.flat:
         if shard.shape[1] % component.flat:
             return None
-        component = replace(component, flat=0, spans=(1, component.flat))
-    (rows, columns), dim, cut = component.shape(shard.shape), shard.dim, shard.cut
-    if cut is None or dim is None or component.spans[dim] == ALL:
+        component = replace(component, flat=0, block_shape=(1, component.flat))
+    (rows, columns), dim, partition = component.shape(shard.shape), shard.shard_dim, shard.partition
+    if partition is None or dim is None or component.block_shape[dim] == ALL:
         return (rows, columns), None, None
-    if not cut.legal(component.spans[dim]):
+    if not partition.legal(component.block_shape[dim]):
         return None
 
     def stored(start: int, stop: int) -> tuple[int, int]:
@@ -139,5 +147,9 @@ def _cut_part(component: Component, shard: Shard) -> tuple[tuple[int, int], int 
         assert found is not None
         return found[1:]
 
-    parts = tuple(tuple(stored(*segment) for segment in part) for part in cut.parts)
-    return (rows, columns), 1 - dim if component.turned else dim, Cut(component.stored(dim, cut.size), parts)
+    parts = tuple(tuple(stored(*segment) for segment in part) for part in partition.parts)
+    return (
+        (rows, columns),
+        1 - dim if component.transposed else dim,
+        Partition(component.stored(dim, partition.size), parts),
+    )

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from distquant.config.resolve import is_known
-from distquant.environment import Facts, format_bytes
+from distquant.environment import Environment, format_bytes
 from distquant.errors import InputError, Problem, Problems
 from distquant.kernels.choice import Kernel
-from distquant.model import EXPECTED, FLOATS, ROWS, STAR, Param, Skeleton, Source, sources_by_expert
+from distquant.model import EXPECTED, FLOATS, ROWS, STAR, ModelDescription, Param, Source, sources_by_expert
 from distquant.planning.expert_parallel import ALL_REDUCE, expert_name
 from distquant.planning.load_plan import LoadPlan, RankMemory
 from distquant.planning.plan_builder import Draft
@@ -31,7 +31,7 @@ PLAIN = {"float64", "float32", "float16", "bfloat16", "int64", "bool"}
 OTHER_CHECKPOINT = "The checkpoint is of another model or method; check config.json"
 
 
-def check_draft(draft: Draft, facts: Facts, mapped: bool, problems: Problems) -> None:
+def check_draft(draft: Draft, environment: Environment, mapped: bool, problems: Problems) -> None:
     """Everything that does not depend on the cuts.
 
     Args:
@@ -41,22 +41,22 @@ def check_draft(draft: Draft, facts: Facts, mapped: bool, problems: Problems) ->
         problems: gets what cannot work.
     """
     context = Context(
-        facts=facts,
+        environment=environment,
         mesh=draft.mesh,
-        skeleton=draft.skeleton,
+        description=draft.description,
         device_map=draft.device_map,
         prequantized=draft.prequantized,
     )
     problems.extend(draft.scheme.validate(context))
-    _check_mesh(draft, None if mapped else facts.device_count, problems)
+    _check_mesh(draft, None if mapped else environment.device_count, problems)
     _check_experts(draft, problems)
     _check_missing(draft, problems)
-    _check_devices(draft, facts.device_type, problems)
+    _check_devices(draft, environment.device_type, problems)
     _check_moved(draft, problems)
     weights, kept = {f"{name}.weight" for name in draft.converted}, set(draft.kept.weights)
     wrong = 0
-    for name in draft.skeleton.params:
-        if name in draft.skeleton.sources:
+    for name in draft.description.params:
+        if name in draft.description.sources:
             found = list(_wrong_sources(draft, name, name in weights, name in kept))
             wrong += bool(found)
             problems.extend(found if wrong <= TOLD else ())
@@ -66,11 +66,11 @@ def check_draft(draft: Draft, facts: Facts, mapped: bool, problems: Problems) ->
 
 
 def _check_mesh(draft: Draft, devices: int | None, problems: Problems) -> None:
-    mesh, skeleton = draft.mesh, draft.skeleton
+    mesh, description = draft.mesh, draft.description
     if mesh.ep > 1:
         problems.extend(_wrong_ep(draft))
-    if mesh.tp > 1 and not skeleton.tp_plan:
-        what = f"{skeleton.architecture} has no tensor-parallel plan, tp={mesh.tp} needs one"
+    if mesh.tp > 1 and not description.tp_plan:
+        what = f"{description.architecture} has no tensor-parallel plan, tp={mesh.tp} needs one"
         problems.add("mesh", what, "Use tp=1, or device_map='auto' over the devices of one process")
     if devices is not None and devices != mesh.size:
         what = f"{mesh} needs {mesh.size} ranks, there are {devices}"
@@ -79,14 +79,14 @@ def _check_mesh(draft: Draft, devices: int | None, problems: Problems) -> None:
 
 def _wrong_ep(draft: Draft) -> Iterator[Problem]:
     """Why experts cannot be dealt out."""
-    mesh, skeleton = draft.mesh, draft.skeleton
-    if not skeleton.experts and not skeleton.unknown_experts:
-        yield Problem("mesh", f"ep={mesh.ep}, and {skeleton.architecture} has no experts", DENSE_FIX)
-    fewest = min(skeleton.experts.values(), key=lambda experts: experts.count, default=None)
+    mesh, description = draft.mesh, draft.description
+    if not description.experts and not description.unknown_experts:
+        yield Problem("mesh", f"ep={mesh.ep}, and {description.architecture} has no experts", DENSE_FIX)
+    fewest = min(description.experts.values(), key=lambda experts: experts.count, default=None)
     if fewest is not None and fewest.count < mesh.ep:
         what = f"ep={mesh.ep} ranks for the {fewest.count} experts of {fewest.name}"
         yield Problem("mesh", what, f"Use at most ep={fewest.count}; cut inside experts with tp")
-    dense = next((experts for experts in skeleton.experts.values() if experts.dense), None)
+    dense = next((experts for experts in description.experts.values() if experts.dense), None)
     if dense is not None and draft.dispatch != ALL_REDUCE:
         what = f"{draft.dispatch!r}, and {dense.name} is called with every token for every expert"
         yield Problem("dispatch", what, f"Use {ALL_REDUCE!r}")
@@ -94,9 +94,9 @@ def _wrong_ep(draft: Draft) -> Iterator[Problem]:
 
 def _check_experts(draft: Draft, problems: Problems) -> None:
     """Experts of a form that is not known cannot be quantized or dealt out; left as they are, they only cost memory."""
-    skeleton, selection = draft.skeleton, draft.scheme.config.selection
+    description, selection = draft.description, draft.scheme.config.selection
     wanted = draft.scheme.stacks and not draft.prequantized
-    for name, found in skeleton.unknown_experts.items():
+    for name, found in description.unknown_experts.items():
         if draft.mesh.ep > 1 or (wanted and selection.selects(name)):
             fix = f"Leave '.*{name.rpartition('.')[2]}' out of the modules to convert, and use ep=1"
             problems.add(name, f"{found} is no form of experts that is known, which is {EXPECTED}", fix)
@@ -106,26 +106,26 @@ def _check_experts(draft: Draft, problems: Problems) -> None:
 
 
 def _check_missing(draft: Draft, problems: Problems) -> None:
-    missing = draft.skeleton.missing
+    missing = draft.description.missing
     fix = "Download the checkpoint again, or check that config.json belongs to it"
     for name in missing[:TOLD]:
-        what = f"the checkpoint has no tensor for it (shape {list(_shape_of(draft.skeleton, name))})"
+        what = f"the checkpoint has no tensor for it (shape {list(_shape_of(draft.description, name))})"
         problems.add(name, what, fix)
     if len(missing) > TOLD:
         what = f"{len(missing) - TOLD} more parameters have no tensor in it"
         problems.add(str(draft.checkpoint.path), what, fix)
 
 
-def _shape_of(skeleton: Skeleton, name: str) -> tuple[int, ...]:
+def _shape_of(description: ModelDescription, name: str) -> tuple[int, ...]:
     """The shape of a parameter, which may be one expert's."""
-    if name in skeleton.params:
-        return skeleton.params[name].shape
-    return skeleton.params[re.sub(r"\.\d+(\.[^.]+\.[^.]+)$", rf".{STAR}\1", name)].shape[1:]
+    if name in description.params:
+        return description.params[name].shape
+    return description.params[re.sub(r"\.\d+(\.[^.]+\.[^.]+)$", rf".{STAR}\1", name)].shape[1:]
 
 
 def _check_devices(draft: Draft, here: str | None, problems: Problems) -> None:
     device_map = draft.device_map or {}
-    for name, source in draft.skeleton.tied.items():
+    for name, source in draft.description.tied.items():
         mine, other = place_of(device_map, name), place_of(device_map, source)
         if mine != other and "disk" in (mine, other):
             what = f"{name} is tied to {source}, and they are mapped to {mine} and {other}"
@@ -159,8 +159,8 @@ def _movable(place: str) -> str:
 
 def _wrong_sources(draft: Draft, name: str, quantized: bool, kept: bool) -> Iterator[Problem]:
     """Why the checkpoint's tensors cannot fill a parameter."""
-    param, sources = draft.skeleton.params[name], draft.skeleton.sources[name]
-    linear = draft.skeleton.linears.get(name.rpartition(".")[0])
+    param, sources = draft.description.params[name], draft.description.sources[name]
+    linear = draft.description.linears.get(name.rpartition(".")[0])
     if linear is None or not linear.experts:
         logical = param.shape[::-1] if quantized and linear is not None and linear.transposed else param.shape
         yield from _wrong(draft, param, logical, sources, quantized, kept)
@@ -189,7 +189,7 @@ def _wrong(
     name, tensors = param.name, draft.checkpoint.tensors
     infos = {source.component: tensors[source.tensor] for source in sources}
     shapes = {source.component: _taken_shape(source, tensors[source.tensor].shape) for source in sources}
-    if (quantized and draft.prequantized) or draft.scheme.decodes(name):
+    if (quantized and draft.prequantized) or draft.scheme.plain_row_block(name):
         yield from draft.scheme.check_stored(name, logical, shapes)
         yield from draft.scheme.check_dtypes(name, {component: info.dtype for component, info in infos.items()})
         return
@@ -203,7 +203,7 @@ def _wrong(
         if found:
             others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             stored = f"{found[0]}{others} is stored as {tensors[found[0]].dtype}"
-            of_experts = any(name.startswith(f"{module}.") for module in draft.skeleton.experts)
+            of_experts = any(name.startswith(f"{module}.") for module in draft.description.experts)
             if draft.prequantized and of_experts and len(tensors[found[0]].shape) == 3:
                 what = f"{stored}: experts that are quantized in one tensor are read in MXFP4's form only"
                 yield Problem(name, what, "Take a checkpoint with a tensor for each expert, or an unquantized one")
@@ -234,32 +234,34 @@ def _taken_shape(source: Source, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:dim], stop - start, *shape[dim + 1 :])
 
 
-def check_rank_memory(draft: Draft, memory: tuple[RankMemory, ...], facts: Facts, problems: Problems) -> None:
+def check_rank_memory(
+    draft: Draft, memory: tuple[RankMemory, ...], environment: Environment, problems: Problems
+) -> None:
     """Whether every rank's finished shard and staging fit, with the arithmetic of the worst."""
-    if facts.memory is None:
+    if environment.memory is None:
         return
-    limit = draft.scheme.adjust_max_memory(facts.memory)
+    limit = draft.scheme.adjust_max_memory(environment.memory)
     short = [row for row in memory if row.peak > limit]
     if short:
         worst = max(short, key=lambda row: row.peak)
         what = (
             f"needs {format_bytes(worst.quantized)} quantized + {format_bytes(worst.unquantized)} unquantized "
             f"+ {format_bytes(worst.staging)} staging = {format_bytes(worst.peak)}, and "
-            f"{format_bytes(limit)} of {format_bytes(facts.memory)} ({facts.memory_source}) may be used"
+            f"{format_bytes(limit)} of {format_bytes(environment.memory)} ({environment.memory_source}) may be used"
         )
         others = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
         fix = "Use more ranks, a smaller staging, fewer bits, or more memory"
         problems.add(f"rank {worst.rank}{others}", what, fix)
 
 
-def refuse_kernel(plan: LoadPlan, scheme: Scheme, kernel: Kernel) -> None:
+def check_kernel(plan: LoadPlan, scheme: Scheme, kernel: Kernel) -> None:
     """Raises `InputError` where the library bitsandbytes shall quantize by a method that it does not know."""
     if kernel is Kernel.BITSANDBYTES and plan.converted and not plan.prequantized and not scheme.by_bitsandbytes:
         what = f"'bitsandbytes' has no kernels for {scheme.name}"
         raise InputError.one("kernel", what, "Take 'auto', 'cpu', 'triton' or 'reference'")
 
 
-def refuse_unsupported(plan: LoadPlan) -> None:
+def check_supported(plan: LoadPlan) -> None:
     """Raises `InputError` for a plan that keeps weights as a method stores them that has no scheme here.
 
     Such a plan (`on_unsupported="skip"`) is to be read: values without their scales are wrong.

@@ -26,11 +26,11 @@ from torch import Tensor
 from distquant.config import QuantizationConfig
 from distquant.config.checks import where
 from distquant.errors import InputError, Problem
-from distquant.quantization.algorithms.bit_packing import pack_bytes, pack_words, span_of, unpack_words
-from distquant.quantization.algorithms.rtn import Grid, quantize_min_max, rows_at_once
+from distquant.quantization.algorithms.bit_packing import pack_bytes, pack_factor, pack_words, unpack_words
+from distquant.quantization.algorithms.rtn import Grid, quantize_rtn, rows_at_once
 from distquant.quantization.module_selection import one_of
 from distquant.quantization.scheme import Stream
-from distquant.quantization.weight_only import FLOATS, DequantizingScheme, wrong_dtypes
+from distquant.quantization.weight_only import FLOATS, WeightOnlyScheme, wrong_dtypes
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW, Tally
@@ -111,7 +111,7 @@ def problems_of_fields(field: str, pattern: str, own: Any) -> Iterator[Problem]:
             yield Problem(where(field), f"{pattern!r} has {key}={own[key]!r}", fix)
 
 
-class PackedGroupsScheme(DequantizingScheme):
+class PackedIntScheme(WeightOnlyScheme):
     """Integers in words, with a scale and a zero point per group."""
 
     suffixes: ClassVar[Mapping[str, str]] = {name: name for name in ("qweight", "qzeros", "scales", "g_idx")}
@@ -135,18 +135,26 @@ class PackedGroupsScheme(DequantizingScheme):
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         packing = self.packing(name)
-        per, words = span_of(packing.bits)
+        per, words = pack_factor(packing.bits)
         group = packing.group(shape[1])
         count = 1
         if packing.gathered and group != ALL:
             group, count = ALL, packing.groups(shape[1])
         if packing.kind == "awq":
-            codes = Component(name="qweight", dtype="int32", spans=(per, 1), turned=True, cuts=PLAIN_STEPS)
+            codes = Component(
+                name="qweight", dtype="int32", block_shape=(per, 1), transposed=True, preferred_alignments=PLAIN_STEPS
+            )
         else:
-            codes = Component(name="qweight", dtype="int32", spans=(1, per), words=(1, words), turned=True)
-        scales = Component(name="scales", dtype="float16", spans=(1, group), words=(1, count), turned=True)
-        zeros = Component(name="qzeros", dtype="int32", spans=(per, group), words=(words, count), turned=True)
-        index = (Component(name="g_idx", dtype="int32", spans=(ALL, 1)),) if packing.index else ()
+            codes = Component(
+                name="qweight", dtype="int32", block_shape=(1, per), stored_per_block=(1, words), transposed=True
+            )
+        scales = Component(
+            name="scales", dtype="float16", block_shape=(1, group), stored_per_block=(1, count), transposed=True
+        )
+        zeros = Component(
+            name="qzeros", dtype="int32", block_shape=(per, group), stored_per_block=(words, count), transposed=True
+        )
+        index = (Component(name="g_idx", dtype="int32", block_shape=(ALL, 1)),) if packing.index else ()
         return Layout((codes, zeros, scales, *index))
 
     def shard_nbytes(self, shard: Shard) -> int:
@@ -159,7 +167,7 @@ class PackedGroupsScheme(DequantizingScheme):
 
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         packing, (rows, columns) = self.packing(name), shape
-        per, words = span_of(packing.bits)
+        per, words = pack_factor(packing.bits)
         fix = "Leave this module out, or choose another method"
         found = []
         if rows % per:
@@ -201,7 +209,7 @@ class PackedGroupsScheme(DequantizingScheme):
 
     # -- pre-quantized ---------------------------------------------------------------------------------------------
 
-    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         packing, index = self.packing(shard.name), parts.get("g_idx")
         if index is not None:
             self._check_index(shard, index.long(), "g_idx" in whole)
@@ -239,21 +247,21 @@ class PackedGroupsScheme(DequantizingScheme):
 
     # -- on the way ------------------------------------------------------------------------------------------------
 
-    def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+    def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         """Codes packed along the dim along which they are stored (3 bits: one a byte); zeros are packed last."""
         packing = self.packing(name)
-        per, group = span_of(packing.bits)[0], packing.group(shape[1])
+        per, group = pack_factor(packing.bits)[0], packing.group(shape[1])
         codes = Component(name="qweight", dtype="uint8")
         if packing.kind == "awq":
-            codes = Component(name="qweight", dtype="int32", spans=(per, 1))
+            codes = Component(name="qweight", dtype="int32", block_shape=(per, 1))
         elif packing.bits != 3:
-            codes = Component(name="qweight", dtype="int32", spans=(1, per))
-        scales = Component(name="scales", dtype="float16", spans=(1, group))
-        return codes, scales, Component(name="qzeros", dtype="uint8", spans=(1, group))
+            codes = Component(name="qweight", dtype="int32", block_shape=(1, per))
+        scales = Component(name="scales", dtype="float16", block_shape=(1, group))
+        return codes, scales, Component(name="qzeros", dtype="uint8", block_shape=(1, group))
 
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         packing, (n, columns) = self.packing(name), rows.shape
-        per = span_of(packing.bits)[0]
+        per = pack_factor(packing.bits)[0]
         size = columns if packing.group_size == -1 else min(packing.group_size, columns)
         by_rows = packing.kind == "awq"
         codes = out["qweight"].view(n // per, columns) if by_rows else out["qweight"].view(torch.uint8).view(n, -1)
@@ -261,7 +269,7 @@ class PackedGroupsScheme(DequantizingScheme):
         step = rows_at_once(columns, per if by_rows else 1)
         for at in range(0, n, step):
             here = slice(at, at + step)
-            found, scales[here], zeros[here] = quantize_min_max(rows[here], size, packing.grid)
+            found, scales[here], zeros[here] = quantize_rtn(rows[here], size, packing.grid)
             if by_rows:
                 codes[at // per : (at + step) // per] = pack_words(found, packing.bits, 0, packing.order)
             else:
@@ -270,7 +278,7 @@ class PackedGroupsScheme(DequantizingScheme):
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
         packing, (rows, _) = self.packing(shard.name), shard.local_shape
         if packing.kind == "awq":
-            codes = parts["qweight"].view(rows // span_of(packing.bits)[0], -1).t().contiguous()
+            codes = parts["qweight"].view(rows // pack_factor(packing.bits)[0], -1).t().contiguous()
         elif packing.bits == 3:
             codes = pack_words(parts["qweight"].view(rows, -1).t(), 3, 0)
         else:
@@ -333,7 +341,7 @@ class PackedGroupsScheme(DequantizingScheme):
         else:
             super().tally(module, shard, tally)
 
-    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+    def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         packing = self.packing(shard.name)
         yield "code", self._codes(packing, components["qweight"], torch.uint8).t(), 1
         scales, zeros = components["scales"].float(), self.zeros_of(packing, components["qzeros"], torch.uint8)

@@ -13,7 +13,7 @@ from distquant.quantization.scheme import Scheme
 
 ENTRY_POINTS = "distquant.quantization"
 BUILT_IN = tuple(
-    f"distquant.quantization.{module}"
+    f"distquant.quantization.methods.{module}"
     for module in (
         "none",
         "bitsandbytes_4bit",

@@ -2,11 +2,11 @@
 
 The planner calls the hooks on the coordinator, where there is no device and no weight. Of the ranks, the one that reads
 rows calls `encode` with all their columns; what comes out is cut by its layout, and every rank that keeps a part
-calls `complete` with it (or `restore`, with what a checkpoint stores). A method that needs slicing code of its own
+calls `load_encoded` with it (or `load_prequantized`, with what a checkpoint stores). A method that needs slicing code of its own
 lacks a word in `layout`.
 
-What a rank stores is a dict of components, and four functions speak of it without a module: `pack` and `adopt` make
-it, `dequantize` and `streams` read it. Experts are kept as stacks of such components, so a method holds them by these
+What a rank stores is a dict of components, and four functions speak of it without a module: `pack` and `pack_prequantized` make
+it, `dequantize` and `fingerprint_streams` read it. Experts are kept as stacks of such components, so a method holds them by these
 four alone.
 """
 
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from packaging.version import Version
 
 from distquant.config import QuantizationConfig, torch_dtype
-from distquant.environment import Facts
+from distquant.environment import Environment
 from distquant.errors import Problem
-from distquant.model.description import Skeleton
+from distquant.model.description import ModelDescription
 from distquant.quantization.linear.float8_matmul import Float8Kernel
 from distquant.quantization.linear.state import state_of
 from distquant.sharding.layout import Component, Layout
@@ -43,9 +43,9 @@ Stream = tuple[str, "Tensor", int]
 class Context:
     """What `Scheme.validate` may look at."""
 
-    facts: Facts
+    environment: Environment
     mesh: Mesh
-    skeleton: Skeleton
+    description: ModelDescription
     device_map: Mapping[str, str] | None
     prequantized: bool
 
@@ -87,14 +87,14 @@ class Scheme(ABC):
         """Everything that keeps the method from working there; packages and capability are checked here."""
         found = []
         for package, minimum in self.requires.items():
-            have = context.facts.packages.get(package)
+            have = context.environment.packages.get(package)
             if have is None or Version(have) < Version(minimum):
                 any_version = Version(minimum) == Version("0")
                 what = f"{package} {have}" if have else f"{package} is not installed"
                 what += f", {self.name} needs it" if any_version else f", {self.name} needs {minimum} or newer"
                 wanted = package if any_version else f"{package}>={minimum}"
                 found.append(Problem("environment", what, f"Run: pip install '{wanted}'"))
-        capability = context.facts.capability
+        capability = context.environment.capability
         if self.min_capability and capability and capability < self.min_capability:
             have, need = (".".join(map(str, c)) for c in (capability, self.min_capability))
             found.append(
@@ -106,11 +106,11 @@ class Scheme(ABC):
         """What could multiply a parameter in float8, where its method means inputs to be float8, too."""
         return None
 
-    def converts(self, skeleton: Skeleton) -> list[str]:
+    def select_modules(self, description: ModelDescription) -> list[str]:
         """Modules to convert: all linears that the configuration's selection takes."""
         selection = self.config.selection
-        skip = skeleton.default_skip if selection.skip is None else ()
-        chosen = (name for name in skeleton.linears if selection.selects(name))
+        skip = description.default_skip if selection.skip is None else ()
+        chosen = (name for name in description.linears if selection.selects(name))
         return [name for name in chosen if name not in skip]
 
     def update_device_map(self, device_map: dict[str, str] | None) -> dict[str, str] | None:
@@ -157,11 +157,11 @@ class Scheme(ABC):
         """Bytes that a finished shard takes; by default what the layout says of a weight of its size."""
         return self.layout(shard.name, shard.local_shape, shard.dtype).nbytes(shard.local_shape)
 
-    def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+    def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         """The components that `encode` fills, row by row; by default all of the layout that are not `gathered`."""
-        return tuple(c for c in self.layout(name, shape, dtype).components if not c.gathered)
+        return tuple(c for c in self.layout(name, shape, dtype).components if not c.replicated)
 
-    def statistics(self, shard: Shard) -> frozenset[str]:
+    def replicated_components(self, shard: Shard) -> frozenset[str]:
         """Of those, the ones that every rank needs for the whole weight; the same answer for every rank's shard."""
         return frozenset()
 
@@ -173,16 +173,16 @@ class Scheme(ABC):
     @classmethod
     def reads_stored(cls) -> bool:
         """Whether it loads checkpoints that are stored quantized with it."""
-        return cls.restore is not Scheme.restore
+        return cls.load_prequantized is not Scheme.load_prequantized
 
-    def entire(self, name: str, shape: tuple[int, int]) -> int:
+    def whole_weight_workspace(self, name: str, shape: tuple[int, int]) -> int:
         """Bytes that `encode` takes beside rows and components where it must get all rows at once; 0: it need not.
 
         One rank of each node then reads and quantizes the whole weight.
         """
         return 0
 
-    def decodes(self, name: str) -> int:
+    def plain_row_block(self, name: str) -> int:
         """Rows that `decode` needs together, of a parameter that is kept plain and stored otherwise; 0: as it is."""
         return 0
 
@@ -209,22 +209,24 @@ class Scheme(ABC):
         """
 
     def decode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
-        """Makes plain values (`out[""]`, flat) of whole rows as they are stored, where `decodes` says so."""
+        """Makes plain values (`out[""]`, flat) of whole rows as they are stored, where `plain_row_block` says so."""
         raise NotImplementedError(f"{self.name} stores no unquantized parameter in another form")
 
     @abstractmethod
-    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
         """Fills `module` when all rows have come.
 
         Args:
             shard: this rank's part.
             module: as `module` made it.
-            parts: component -> what the shard keeps of it, flat, rows in local order; of `statistics` all of the
+            parts: component -> what the shard keeps of it, flat, rows in local order; of `replicated_components` all of the
                 whole weight. On the device; the memory is the module's to keep.
             ops: kernels, as `encode` gets them.
         """
 
-    def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
+    def load_prequantized(
+        self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]
+    ) -> None:
         """Fills `module` from a pre-quantized weight.
 
         Args:
@@ -241,7 +243,7 @@ class Scheme(ABC):
         return sum(p.nbytes for n, p in state_of(module) if n not in self.constants and n != "bias")
 
     def components(self, module: Any) -> dict[str, Tensor]:
-        """What a filled module stores, for `dequantize` and `streams`."""
+        """What a filled module stores, for `dequantize` and `fingerprint_streams`."""
         raise NotImplementedError(f"{self.name} does not say what its modules store")
 
     def dequantized(self, module: nn.Module, shard: Shard, ops: Any) -> Tensor:
@@ -257,23 +259,23 @@ class Scheme(ABC):
 
     def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:
         """Adds the module's codes and scales, as its kernel uses them, to the fingerprint."""
-        for stream, values, span in self.streams(shard, self.components(module)):
-            tally.shard(stream, values, shard.shape, shard.dim, shard.owned, span=span)
+        for stream, values, span in self.fingerprint_streams(shard, self.components(module)):
+            tally.shard(stream, values, shard.shape, shard.shard_dim, shard.owned, span=span)
 
     # -- stored components, without a module (every rank) ----------------------------------------------------------
 
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
-        """The stored local components, from what flowed; arguments as of `complete`."""
+        """The stored local components, from what flowed; arguments as of `load_encoded`."""
         raise NotImplementedError(f"{self.name} has no components without a module")
 
-    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
-        """The stored local components, from those of a pre-quantized weight; arguments and errors as of `restore`."""
+    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+        """The stored local components, from those of a pre-quantized weight; arguments and errors as of `load_prequantized`."""
         raise NotImplementedError(f"{self.name} has no components without a module")
 
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
         """The weight, `dtype` `shard.local_shape`, from its stored components."""
         raise NotImplementedError(f"{self.name} has no components without a module")
 
-    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+    def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         """What the fingerprint counts: unpacked codes, and scales and zeros as the kernel uses them."""
         raise NotImplementedError(f"{self.name} has no components without a module")

@@ -27,7 +27,7 @@ SPELLED = {name: spelled for spelled, name in TORCH_NAMES.items()}
 """Safetensors' name of a torch dtype."""
 
 
-class DequantizingScheme(Scheme):
+class WeightOnlyScheme(Scheme):
     """`QuantizedLinear` of local size. Components have the names of their checkpoints; "" is `weight`."""
 
     stacks: ClassVar[bool] = True
@@ -40,18 +40,18 @@ class DequantizingScheme(Scheme):
         """The weight, `dtype` `shard.local_shape`, from its components in their stored local shapes."""
 
     @abstractmethod
-    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+    def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         """What the fingerprint counts: unpacked codes, and scales and zeros as the kernel uses them."""
 
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
         """The stored local components, from what flowed (flat); by default what flowed is what is stored."""
         return self.shaped(shard, parts)
 
-    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         """The local components, from those of a pre-quantized weight (flat); `whole` are those that were not cut."""
         return self.shaped(shard, parts)
 
-    def float8_product(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def float8_matmul(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """`x @ W.T` by the weight's `float8_kernel`, `[..., out]` from `[..., in]`."""
         raise NotImplementedError(f"{self.name} has no weights for products in float8")
 
@@ -71,7 +71,7 @@ class DequantizingScheme(Scheme):
 
     @classmethod
     def quantizes(cls) -> bool:
-        return cls.encode is not DequantizingScheme.encode
+        return cls.encode is not WeightOnlyScheme.encode
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         found = []
@@ -103,11 +103,11 @@ class DequantizingScheme(Scheme):
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         raise NotImplementedError(f"{self.name} is not quantized on the way")
 
-    def complete(self, shard: Shard, module: Any, parts: dict[str, Tensor], ops: Any) -> None:
+    def load_encoded(self, shard: Shard, module: Any, parts: dict[str, Tensor], ops: Any) -> None:
         module.take(self.pack(shard, parts, ops))
 
-    def restore(self, shard: Shard, module: Any, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
-        module.take(self.adopt(shard, parts, whole))
+    def load_prequantized(self, shard: Shard, module: Any, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
+        module.take(self.pack_prequantized(shard, parts, whole))
 
     def components(self, module: Any) -> dict[str, Tensor]:
         return module.components

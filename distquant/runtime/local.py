@@ -30,9 +30,9 @@ def load(
     progress: Progress | None = None,
 ) -> Any:
     """Plans (unless that is done) and loads in this process."""
-    own, opened = device(), None
+    own, prepared = device(), None
     if isinstance(request, LoadPlan):
         plan = request
     else:
-        plan, opened = plan_and_open(request, measure(own, max_memory))
-    return load_shard(plan, SoloComm(), own, options, progress, opened)
+        plan, prepared = plan_and_open(request, measure(own, max_memory))
+    return load_shard(plan, SoloComm(), own, options, progress, prepared)

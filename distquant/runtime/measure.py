@@ -1,4 +1,4 @@
-"""Measures `Facts` about the devices that ranks will use."""
+"""Measures `Environment` about the devices that ranks will use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from distquant.environment import Facts, format_bytes, installed
+from distquant.environment import Environment, format_bytes, installed
 from distquant.errors import InputError
 from distquant.quantization.registry import discover
 
@@ -43,7 +43,7 @@ def host_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def refuse_crowd(ranks: int) -> None:
+def check_rank_count(ranks: int) -> None:
     """Raises `InputError` where so many ranks cannot be started on this machine, whatever they load."""
     need, have = ranks * PROCESS, host_memory()
     if need > have:
@@ -69,7 +69,7 @@ def numbered(names: Sequence[str]) -> tuple[int, ...]:
     return tuple(numbers.setdefault(name, len(numbers)) for name in names)
 
 
-def measure(device: torch.device, max_memory: int | None, nodes: tuple[int, ...] = (0,), rank: int = 0) -> Facts:
+def measure(device: torch.device, max_memory: int | None, nodes: tuple[int, ...] = (0,), rank: int = 0) -> Environment:
     """Facts of ranks on devices like `device`.
 
     Args:
@@ -85,7 +85,7 @@ def measure(device: torch.device, max_memory: int | None, nodes: tuple[int, ...]
     else:
         local_ranks = nodes.count(nodes[rank])
         free, source = host_memory() // local_ranks, "free on the host, divided by its ranks"
-    return Facts(
+    return Environment(
         device_type=device.type,
         device_count=len(nodes),
         capability=capability,

@@ -20,16 +20,16 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distquant.api import Model, _rank_memory
-from distquant.environment import Facts
+from distquant.environment import Environment
 from distquant.errors import InputError
-from distquant.options import Options, Seen
+from distquant.options import LoadProgress, Options
 from distquant.planning import LoadPlan
 from distquant.planning.planner import make_plan
 from distquant.planning.request import DEFAULT_STAGING, Request
-from distquant.planning.validation import refuse_unsupported
+from distquant.planning.validation import check_supported
 from distquant.quiet import quiet_imports
 from distquant.runtime.job import Job, Outcome
-from distquant.runtime.measure import numbered, packages, refuse_crowd
+from distquant.runtime.measure import check_rank_count, numbered, packages
 from distquant.runtime.ray_model import POLL, Sharded, gather, stop
 from distquant.sharding.mesh import Mesh
 
@@ -41,7 +41,7 @@ NAME = "ray"
 SCHEDULE_TIMEOUT = 60.0
 """Seconds that a placement group may take to be scheduled."""
 
-Progress = Callable[[list[Seen]], None]
+Progress = Callable[[list[LoadProgress]], None]
 """Called with how far every rank is."""
 
 
@@ -65,7 +65,7 @@ class Worker:
         quiet_imports()
         torch.set_num_threads(threads)
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        self.rank, self.world, self.seen, self.model = rank, world, Seen(), None
+        self.rank, self.world, self.seen, self.model = rank, world, LoadProgress(), None
         self.store: TCPStore | None = None
         """On rank 0: the store at which ranks meet."""
 
@@ -85,7 +85,7 @@ class Worker:
 
         return node_name()
 
-    def facts(self, max_memory: int | None, nodes: tuple[int, ...]) -> Facts:
+    def environment(self, max_memory: int | None, nodes: tuple[int, ...]) -> Environment:
         from distquant.runtime import local as one
         from distquant.runtime.measure import measure
 
@@ -104,11 +104,11 @@ class Worker:
         comm = process_group.GroupComm(loaded.mesh, options.timeout)
         self.model = load_shard(loaded, comm, one.device(), options, self._progress)
 
-    def _progress(self, seen: Seen) -> None:
+    def _progress(self, seen: LoadProgress) -> None:
         self.seen = seen
 
     @ray.method(concurrency_group="progress")
-    def progress(self) -> Seen:
+    def progress(self) -> LoadProgress:
         return self.seen
 
     def perform(self, job: Job) -> Outcome:
@@ -174,8 +174,8 @@ def load(
     options = Options(kernel=kernel, forward=forward, io=io, trace=written, timeout=timeout)
     memory = _rank_memory(max_memory)
     source = "max_memory" if memory is not None else "unknown"
-    first = make_plan(request, Facts(memory=memory, memory_source=source, packages=packages()))
-    refuse_unsupported(first)
+    first = make_plan(request, Environment(memory=memory, memory_source=source, packages=packages()))
+    check_supported(first)
     world = first.mesh.size
     started_ray = _start(world)
     workers: list[Any] = []
@@ -202,7 +202,7 @@ def _start(world: int) -> bool:
         return False
     local = not os.environ.get("RAY_ADDRESS")
     if local:
-        refuse_crowd(world)
+        check_rank_count(world)
     arguments: dict[str, Any] = {"include_dashboard": False, "num_cpus": world} if local else {}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     with _on_loopback() if local else nullcontext():
@@ -253,12 +253,12 @@ def _workers(world: int, resources: Resources, group: PlacementGroup, threads: i
 def _plan(request: Request, workers: list[Any], max_memory: int | None) -> LoadPlan:
     """The plan with what the workers measured; the weakest device counts."""
     nodes = numbered(gather([worker.node.remote() for worker in workers]))
-    facts = gather([worker.facts.remote(max_memory, nodes) for worker in workers])
-    weakest = min(facts, key=lambda f: (f.capability or (0, 0), f.memory or 0))
+    environment = gather([worker.environment.remote(max_memory, nodes) for worker in workers])
+    weakest = min(environment, key=lambda f: (f.capability or (0, 0), f.memory or 0))
     return make_plan(request, weakest)
 
 
-def _seen(workers: list[Any]) -> list[Seen]:
+def _seen(workers: list[Any]) -> list[LoadProgress]:
     try:
         return ray.get([worker.progress.remote() for worker in workers], timeout=1)
     except (ray.exceptions.RayError, TimeoutError):

@@ -37,7 +37,7 @@ class Sharded:
 
     def __init__(self, plan: LoadPlan, workers: list[Any], group: PlacementGroup | None, started_ray: bool):
         self.plan, self._workers, self._group, self._started_ray = plan, workers, group, started_ray
-        self._turn = threading.Lock()
+        self._transpose = threading.Lock()
         self._behind: list[Any] = []
         """Results of a call that failed, which other ranks may still be waiting in."""
         self._failure: DistquantError | None = None
@@ -91,7 +91,7 @@ class Sharded:
         return self._everywhere("call", function, *args, **kwargs)
 
     def _everywhere(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        with self._turn:
+        with self._transpose:
             self._check_usable()
             futures = [getattr(worker, method).remote(*args, **kwargs) for worker in self._workers]
             try:

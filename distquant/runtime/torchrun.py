@@ -14,7 +14,7 @@ from distquant.loading.loader import load_shard
 from distquant.options import Options, Progress
 from distquant.planning import LoadPlan
 from distquant.planning.planner import Request, plan_and_open
-from distquant.planning.prepared import Opened, open_early
+from distquant.planning.prepared import Prepared, open_early
 from distquant.runtime import process_group
 from distquant.runtime.measure import measure, node_name, numbered
 from distquant.sharding.mesh import Mesh
@@ -50,21 +50,21 @@ def load(
     own, timeout = device(), options.timeout if options else None
     if not dist.is_initialized():
         process_group.init(timeout=timeout)
-    plan, opened = (request, None) if isinstance(request, LoadPlan) else agree(request, own, max_memory)
+    plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own, max_memory)
     check_world(plan.mesh, dist.get_world_size())
     comm = process_group.GroupComm(plan.mesh, timeout)
-    return load_shard(plan, comm, own, options, progress, opened)
+    return load_shard(plan, comm, own, options, progress, prepared)
 
 
-def agree(request: Request, own: torch.device, max_memory: int | None) -> tuple[LoadPlan, Opened | None]:
+def agree(request: Request, own: torch.device, max_memory: int | None) -> tuple[LoadPlan, Prepared | None]:
     """Rank 0's plan, on every rank; its error too. With it what this rank has opened of it already."""
     outcome: Any = None
     nodes = numbered(process_group.collect(node_name()))
     if dist.get_rank() != 0:
-        opened = open_early(request)
+        prepared = open_early(request)
     else:
         try:
-            plan, opened = plan_and_open(request, measure(own, max_memory, nodes))
+            plan, prepared = plan_and_open(request, measure(own, max_memory, nodes))
             outcome = plan.to_json()
         except InputError as error:
             outcome = error
@@ -75,7 +75,7 @@ def agree(request: Request, own: torch.device, max_memory: int | None) -> tuple[
     if isinstance(outcome, Exception):
         raise outcome
     plan = LoadPlan.from_json(outcome)
-    return plan, opened if opened is not None and opened.fits(plan, request) else None
+    return plan, prepared if prepared is not None and prepared.fits(plan, request) else None
 
 
 def check_world(mesh: Mesh, world: int | None = None) -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from distquant.sharding.partition import Cut, even_cut
+from distquant.sharding.partition import Partition, even_partition
 
 
 @dataclass(frozen=True, slots=True)
-class HeadCut:
+class HeadPartition:
     """Heads per rank.
 
     Attributes:
@@ -24,8 +24,8 @@ class HeadCut:
         groups: query heads per stored kv head, per rank (`num_key_value_groups`).
     """
 
-    query: Cut
-    kv: Cut
+    query: Partition
+    kv: Partition
     groups: tuple[int, ...]
 
     def describe(self, rank: int) -> str:
@@ -36,20 +36,20 @@ class HeadCut:
         return f"query heads {first}-{last - 1}, kv heads {','.join(map(str, kv))}{each}"
 
 
-def cut_heads(heads: int, kv_heads: int, ranks: int) -> Iterator[HeadCut]:
+def cut_heads(heads: int, kv_heads: int, ranks: int) -> Iterator[HeadPartition]:
     """Every way to deal out the heads, best first: whole kv heads, then repeated ones; small steps before large."""
     groups = heads // kv_heads
     for step in range(1, kv_heads // ranks + 1 if ranks <= kv_heads else 0):
-        kv = even_cut(kv_heads, step, ranks)
+        kv = even_partition(kv_heads, step, ranks)
         if kv is not None:
-            yield HeadCut(kv.scaled(groups), kv, (groups,) * ranks)
+            yield HeadPartition(kv.scaled(groups), kv, (groups,) * ranks)
     for step in range(1, heads // ranks + 1 if ranks <= heads else 0):
-        query = even_cut(heads, step, ranks)
+        query = even_partition(heads, step, ranks)
         if query is not None and ranks > 1:
             yield _by_query(query, kv_heads, groups)
 
 
-def _by_query(query: Cut, kv_heads: int, groups: int) -> HeadCut:
+def _by_query(query: Partition, kv_heads: int, groups: int) -> HeadPartition:
     parts, local_groups = [], []
     for rank in range(len(query.parts)):
         ((first, last),) = query.segments(rank)
@@ -61,4 +61,4 @@ def _by_query(query: Cut, kv_heads: int, groups: int) -> HeadCut:
         else:
             parts.append(tuple((head, head + 1) for head in needed))
             local_groups.append(1)
-    return HeadCut(query, Cut(kv_heads, tuple(parts)), tuple(local_groups))
+    return HeadPartition(query, Partition(kv_heads, tuple(parts)), tuple(local_groups))

@@ -2,7 +2,7 @@
 
 A component (codes, absmax, row scales, ...) says for each dim of the logical weight `[out, in]` how many logical
 elements one stored element spans. More words: `ALL`, where it reduces over a whole dim; `words`, where a span is stored
-in several elements (32 values of 3 bits in 3 integers, a GGUF block in 34 bytes); `turned`, where it is stored
+in several elements (32 values of 3 bits in 3 integers, a GGUF block in 34 bytes); `transposed`, where it is stored
 `[in, out]`; and `flat`, where runs of elements are counted over the row-major weight and may straddle rows
 (bitsandbytes). From that follow the unit at which a dim may be cut, the slice of each component for a slice of the
 weight, and the bytes that a shape takes.
@@ -49,7 +49,7 @@ class Component:
         words: stored elements that a span takes, per dim; () = one each. Where the span is `ALL`, they are needed
             whole for any part of the dim (scales that an index gathers).
         turned: whether the dims of the stored tensor are in reverse order, `[in, out]`.
-        flat: if not 0, logical elements per stored element along the row-major weight (`spans` is then unused).
+        flat: if not 0, logical elements per stored element along the row-major weight (`block_shape` is then unused).
         cuts: steps at which a cut is preferred or still possible, best first. For a flat component they are the block
             sizes in which a local shard can store it without changing a value; a row of the weight must be a multiple
             of one of them to be cut along `in`.
@@ -58,41 +58,41 @@ class Component:
 
     name: str
     dtype: str
-    spans: tuple[int, ...] = (1, 1)
-    words: tuple[int, ...] = ()
-    turned: bool = False
+    block_shape: tuple[int, ...] = (1, 1)
+    stored_per_block: tuple[int, ...] = ()
+    transposed: bool = False
     flat: int = 0
-    cuts: tuple[int, ...] = ()
-    gathered: bool = False
+    preferred_alignments: tuple[int, ...] = ()
+    replicated: bool = False
 
     def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
         """Stored shape for a logical weight of this shape (1-D for flat components)."""
         if self.flat:
             return (-(-math.prod(weight) // self.flat),)
         sizes = tuple(self.stored(dim, size) for dim, size in enumerate(weight))
-        return sizes[::-1] if self.turned else sizes
+        return sizes[::-1] if self.transposed else sizes
 
     def stored(self, dim: int, size: int) -> int:
         """Stored elements of the first `size` logical ones of a dim; whole spans, but at the end of the dim."""
-        span = self.spans[dim]
-        return (1 if span == ALL else -(-size // span)) * self._words(dim)
+        span = self.block_shape[dim]
+        return (1 if span == ALL else -(-size // span)) * self._stored_per_block(dim)
 
-    def _words(self, dim: int) -> int:
-        return self.words[dim] if self.words else 1
+    def _stored_per_block(self, dim: int) -> int:
+        return self.stored_per_block[dim] if self.stored_per_block else 1
 
     def nbytes(self, weight: tuple[int, ...]) -> int:
         """Stored bytes for a logical weight of this shape."""
         return math.prod(self.shape(weight)) * DTYPE_BYTES[self.dtype]
 
-    def units(self, weight: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    def alignments(self, weight: tuple[int, ...], dim: int) -> tuple[int, ...]:
         """Steps at which `dim` may be cut so that every local stored element comes from one global one."""
         if not self.flat:
-            span = self.spans[dim]
-            return (1,) if span == ALL else tuple(s for s in self.cuts if s % span == 0) or (span,)
+            span = self.block_shape[dim]
+            return (1,) if span == ALL else tuple(s for s in self.preferred_alignments if s % span == 0) or (span,)
         row = math.prod(weight[dim + 1 :])
         if dim == 0:
             return (self.flat // math.gcd(self.flat, row),)
-        return tuple(block for block in (self.cuts or (self.flat,)) if weight[dim] % block == 0)
+        return tuple(block for block in (self.preferred_alignments or (self.flat,)) if weight[dim] % block == 0)
 
     def slice(self, weight: tuple[int, ...], dim: int, start: int, stop: int) -> tuple[int, int, int] | None:
         """The stored elements under `weight[..., start:stop, ...]` along `dim`, as (dim of the component, start, stop).
@@ -100,10 +100,10 @@ class Component:
         None where the slice is not one range of the component: the whole component is then needed.
         """
         if not self.flat:
-            if self.spans[dim] == ALL:
+            if self.block_shape[dim] == ALL:
                 return None
-            at = len(weight) - 1 - dim if self.turned else dim
-            return at, start // self.spans[dim] * self._words(dim), self.stored(dim, stop)
+            at = len(weight) - 1 - dim if self.transposed else dim
+            return at, start // self.block_shape[dim] * self._stored_per_block(dim), self.stored(dim, stop)
         if dim != 0:
             return None
         row = math.prod(weight[1:])
@@ -116,14 +116,14 @@ class Layout:
 
     components: tuple[Component, ...]
 
-    def units(self, weight: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    def alignments(self, weight: tuple[int, ...], dim: int) -> tuple[int, ...]:
         """Legal units of `dim`, the preferred first; empty where the dim cannot be cut exactly.
 
         A unit is the lcm over all components. Components with several legal steps are combined level by level: all
         preferred ones first, then all finest ones.
         """
-        limiting = (component for component in self.components if not component.gathered)
-        lists = [component.units(weight, dim) for component in limiting]
+        limiting = (component for component in self.components if not component.replicated)
+        lists = [component.alignments(weight, dim) for component in limiting]
         if any(not steps for steps in lists):
             return ()
         levels = max((len(steps) for steps in lists), default=0)
@@ -144,4 +144,4 @@ class Layout:
 
 def plain(dtype: str, dims: int = 2) -> Layout:
     """A weight as it is: one stored element a logical element, cut at multiples of 16 where there are enough."""
-    return Layout((Component(name="", dtype=dtype, spans=(1,) * dims, cuts=PLAIN_STEPS),))
+    return Layout((Component(name="", dtype=dtype, block_shape=(1,) * dims, preferred_alignments=PLAIN_STEPS),))

@@ -13,7 +13,7 @@ Segment = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Partition:
     """The segments of a dim that each rank holds, in the order in which it stores them.
 
     Segments of different ranks may overlap (repeated kv heads): such elements count for their first holder.
@@ -49,15 +49,15 @@ class Cut:
             local += stop - start
         return tuple(found)
 
-    def legal(self, unit: int) -> bool:
+    def legal(self, alignment: int) -> bool:
         """Whether every boundary lies on the unit's grid (the end of the dim always does)."""
         edges = {edge for part in self.parts for segment in part for edge in segment}
-        return all(edge % unit == 0 or edge == self.size for edge in edges)
+        return all(edge % alignment == 0 or edge == self.size for edge in edges)
 
-    def scaled(self, factor: int) -> Cut:
+    def scaled(self, factor: int) -> Partition:
         """The same cut of a dim with `factor` elements for each of this one's (heads to rows)."""
         parts = tuple(tuple((a * factor, b * factor) for a, b in part) for part in self.parts)
-        return Cut(self.size * factor, parts)
+        return Partition(self.size * factor, parts)
 
 
 def _outside(start: int, stop: int, seen: list[Segment]) -> list[Segment]:
@@ -68,28 +68,32 @@ def _outside(start: int, stop: int, seen: list[Segment]) -> list[Segment]:
     return left
 
 
-def even_cut(size: int, unit: int, ranks: int) -> Cut | None:
+def even_partition(size: int, alignment: int, ranks: int) -> Partition | None:
     """Divides a dim in whole units as evenly as they allow; the last unit may be ragged. None: fewer units than ranks.
 
     >>> even_cut(704, 64, 2).lengths
     [384, 320]
     """
-    units = -(-size // unit)
-    if units < ranks:
+    alignments = -(-size // alignment)
+    if alignments < ranks:
         return None
-    share, extra = divmod(units, ranks)
+    share, extra = divmod(alignments, ranks)
     edges = [0]
     for rank in range(ranks):
-        edges.append(min(size, edges[-1] + (share + (rank < extra)) * unit))
-    return Cut(size, tuple(((a, b),) for a, b in pairwise(edges)))
+        edges.append(min(size, edges[-1] + (share + (rank < extra)) * alignment))
+    return Partition(size, tuple(((a, b),) for a, b in pairwise(edges)))
 
 
-def join_parts(cuts: list[Cut]) -> Cut:
+def join_partitions(partitions: list[Partition]) -> Partition:
     """The cut of a packed dim `[part | part | ...]`: each rank holds its share of every part."""
-    offsets = [sum(cut.size for cut in cuts[:i]) for i in range(len(cuts))]
-    ranks = len(cuts[0].parts)
+    offsets = [sum(partition.size for partition in partitions[:i]) for i in range(len(partitions))]
+    ranks = len(partitions[0].parts)
     parts = tuple(
-        tuple((a + at, b + at) for cut, at in zip(cuts, offsets, strict=True) for a, b in cut.parts[rank])
+        tuple(
+            (a + at, b + at)
+            for partition, at in zip(partitions, offsets, strict=True)
+            for a, b in partition.parts[rank]
+        )
         for rank in range(ranks)
     )
-    return Cut(sum(cut.size for cut in cuts), parts)
+    return Partition(sum(partition.size for partition in partitions), parts)

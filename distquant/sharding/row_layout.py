@@ -17,7 +17,7 @@ from distquant.sharding.partition import Segment
 
 
 @dataclass(frozen=True, slots=True)
-class Band:
+class RowLayout:
     """One component of consecutive rows.
 
     Attributes:
@@ -35,21 +35,21 @@ class Band:
     dtype: torch.dtype
     rows: int
     width: int
-    row_span: int = 1
-    column_span: int = 1
+    row_block: int = 1
+    column_block: int = 1
     flat: int = 0
     whole: bool = False
 
     @property
     def per_row(self) -> int:
-        """Elements of a row (of `row_span` rows)."""
-        return -(-self.width // self.column_span)
+        """Elements of a row (of `row_block` rows)."""
+        return -(-self.width // self.column_block)
 
     def before(self, row: int) -> int:
-        """Elements that lie before a row; `row` is a multiple of `row_span`, or the number of rows."""
-        if not self.column_span:
+        """Elements that lie before a row; `row` is a multiple of `row_block`, or the number of rows."""
+        if not self.column_block:
             return -(-row * self.width // self.flat)
-        return -(-row // self.row_span) * self.per_row
+        return -(-row // self.row_block) * self.per_row
 
     def count(self, start: int, stop: int) -> int:
         """Elements of rows `[start, stop)`."""
@@ -60,26 +60,29 @@ class Band:
 
     def columns(self, start: int, stop: int) -> Segment:
         """The elements of a row under columns `[start, stop)`."""
-        return start // self.column_span, -(-stop // self.column_span)
+        return start // self.column_block, -(-stop // self.column_block)
 
 
-def band_of(component: Component, shape: Sequence[int], whole: bool = False) -> Band:
+def row_layout_of(component: Component, shape: Sequence[int], whole: bool = False) -> RowLayout:
     """The band of a component of a weight `[rows, width]`."""
     rows, width = shape
     dtype = getattr(torch, component.dtype)
     if component.flat:
         span = component.flat if width % component.flat == 0 else 0
-        return Band(component.name, dtype, rows, width, 1, span, component.flat, whole)
-    down, across = component.spans
+        return RowLayout(component.name, dtype, rows, width, 1, span, component.flat, whole)
+    down, across = component.block_shape
     if down == ALL:
         raise ValueError(f"component {component.name!r} reduces over all rows, it cannot flow row by row")
-    return Band(component.name, dtype, rows, width, down, max(width, 1) if across == ALL else across, 0, whole)
+    return RowLayout(component.name, dtype, rows, width, down, max(width, 1) if across == ALL else across, 0, whole)
 
 
 def row_step(components: Sequence[Component], shape: tuple[int, int]) -> int:
     """Rows that must be quantized together: each component has whole elements in them."""
     return math.lcm(
-        *(component.units(shape, 0)[-1] if component.flat else component.spans[0] for component in components)
+        *(
+            component.alignments(shape, 0)[-1] if component.flat else component.block_shape[0]
+            for component in components
+        )
     )
 
 
@@ -91,8 +94,8 @@ def column_step(components: Sequence[Component], shape: tuple[int, int]) -> int 
             if shape[1] % component.flat:
                 return None
             steps.append(component.flat)
-        elif component.spans[1] == ALL:
+        elif component.block_shape[1] == ALL:
             return None
         else:
-            steps.append(component.spans[1])
+            steps.append(component.block_shape[1])
     return math.lcm(*steps)

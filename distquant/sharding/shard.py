@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distquant.sharding.partition import Cut, Segment
+from distquant.sharding.partition import Partition, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +23,19 @@ class Shard:
     name: str
     shape: tuple[int, int]
     dtype: str
-    dim: int | None = None
-    cut: Cut | None = None
+    shard_dim: int | None = None
+    partition: Partition | None = None
     rank: int = 0
 
     @property
     def rows(self) -> tuple[Segment, ...]:
         """Segments of `out` that are held, in local order."""
-        return self.cut.segments(self.rank) if self.dim == 0 and self.cut else ((0, self.shape[0]),)
+        return self.partition.segments(self.rank) if self.shard_dim == 0 and self.partition else ((0, self.shape[0]),)
 
     @property
     def columns(self) -> tuple[Segment, ...]:
         """Segments of `in` that are held, in local order."""
-        return self.cut.segments(self.rank) if self.dim == 1 and self.cut else ((0, self.shape[1]),)
+        return self.partition.segments(self.rank) if self.shard_dim == 1 and self.partition else ((0, self.shape[1]),)
 
     @property
     def owned(self) -> tuple[tuple[Segment, int], ...]:
@@ -43,9 +43,9 @@ class Shard:
 
         Uncut weights belong to rank 0 of the axis.
         """
-        if self.cut is None:
+        if self.partition is None:
             return (((0, self.shape[0]), 0),) if self.rank == 0 else ()
-        return self.cut.owned(self.rank)
+        return self.partition.owned(self.rank)
 
     @property
     def local_shape(self) -> tuple[int, int]:

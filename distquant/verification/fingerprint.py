@@ -100,13 +100,15 @@ def _experts(module: Experts, stack: TensorPlan, path: str, plan: LoadPlan, at: 
         if at["tp"] == 0:
             tally.constant(f"{tensor.scheme} {list(tensor.shape)} {tensor.dtype}")
         if path in module.plain:
-            owned = plan.cuts[tensor.cut].owned(at["tp"]) if tensor.cut else None
-            _tally_value(module.plain_value(path, number - module.first), owned, tensor.dim, at["tp"], tally)
+            owned = plan.partitions[tensor.partition].owned(at["tp"]) if tensor.partition else None
+            _tally_value(module.plain_value(path, number - module.first), owned, tensor.shard_dim, at["tp"], tally)
         else:
             stacked, shard = module.stack(path.partition(".")[0]), shard_of(tensor, plan, at["tp"])
             with present(stacked):
-                for stream, values, span in stacked.scheme.streams(shard, stacked.components(number - module.first)):
-                    tally.shard(stream, values, shard.shape, shard.dim, shard.owned, span=span)
+                for stream, values, span in stacked.scheme.fingerprint_streams(
+                    shard, stacked.components(number - module.first)
+                ):
+                    tally.shard(stream, values, shard.shape, shard.shard_dim, shard.owned, span=span)
         yield tally
 
 
@@ -120,7 +122,13 @@ def _tally_plain(module: Any, tensor: Any, plan: Any, rank: int, tally: Tally) -
     leaf = tensor.name.rpartition(".")[2]
     value = module._parameters.get(leaf)
     value = module._buffers[leaf] if value is None else value
-    _tally_value(value, plan.cuts[tensor.cut].owned(rank) if tensor.cut else None, tensor.dim, rank, tally)
+    _tally_value(
+        value,
+        plan.partitions[tensor.partition].owned(rank) if tensor.partition else None,
+        tensor.shard_dim,
+        rank,
+        tally,
+    )
 
 
 def _tally_value(value: Tensor, owned: Any, dim: int | None, rank: int, tally: Tally) -> None:

@@ -80,8 +80,8 @@ class Int8GroupsScheme(Scheme):
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         """One code an element; a scale spans one row and a group of inputs. Units and memory follow from it."""
-        codes = Component(name="", dtype="int8", cuts=PLAIN_STEPS)
-        scales = Component(name="weight_scale", dtype="float32", spans=(1, self.config.group_size))
+        codes = Component(name="", dtype="int8", preferred_alignments=PLAIN_STEPS)
+        scales = Component(name="weight_scale", dtype="float32", block_shape=(1, self.config.group_size))
         return Layout((codes, scales))
 
     # Ranks call these: `encode` with whole rows, the others with their own shard.
@@ -101,7 +101,7 @@ class Int8GroupsScheme(Scheme):
         codes = torch.round(groups / divisors).to(torch.int8).view(count, -1)[:, :columns]
         out[""].view(count, columns).copy_(codes)
 
-    def complete(self, shard: Shard, module: Any, parts: dict[str, Tensor], ops: Any) -> None:
+    def load_encoded(self, shard: Shard, module: Any, parts: dict[str, Tensor], ops: Any) -> None:
         """Takes what came of the shard's rows, in order."""
         rows, columns = shard.local_shape
         module.weight = nn.Parameter(parts[""].view(rows, columns), requires_grad=False)
@@ -113,5 +113,7 @@ class Int8GroupsScheme(Scheme):
 
     def tally(self, module: Any, shard: Shard, tally: Any) -> None:
         """Counts what this rank owns, at its place in the whole weight."""
-        tally.shard("code", module.weight, shard.shape, shard.dim, shard.owned)
-        tally.shard("scale", module.weight_scale, shard.shape, shard.dim, shard.owned, span=self.config.group_size)
+        tally.shard("code", module.weight, shard.shape, shard.shard_dim, shard.owned)
+        tally.shard(
+            "scale", module.weight_scale, shard.shape, shard.shard_dim, shard.owned, span=self.config.group_size
+        )

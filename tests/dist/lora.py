@@ -24,16 +24,16 @@ def wrap(model: Any, targets: tuple[str, ...] = TARGETS) -> Any:
     return get_peft_model(model, config)
 
 
-def cut_of(plan: Any, module: str, side: str) -> tuple[int, Any] | None:
+def partition_of(plan: Any, module: str, side: str) -> tuple[int, Any] | None:
     """(dim, cut) of an adapter's matrix: outputs of `lora_B` in column-, inputs of `lora_A` in row-parallel modules."""
     shard = plan.modules.get(module)
     if shard is None:
         return None
     column = shard.style in (COLWISE, COLWISE_GATHER)
     if side == "lora_B" and column:
-        return 0, plan.cuts[shard.cut]
+        return 0, plan.partitions[shard.partition]
     if side == "lora_A" and not column:
-        return 1, plan.cuts[shard.cut]
+        return 1, plan.partitions[shard.partition]
     return None
 
 
@@ -51,13 +51,13 @@ def fill(model: Any) -> None:
     """Gives every rank its slice of one global value a matrix."""
     plan, tp = model.distquant.plan, model.distquant.comm.axis("tp").rank
     for (module, side), parameter in adapters(model).items():
-        cut, shape = cut_of(plan, module, side), list(parameter.shape)
-        if cut:
-            shape[cut[0]] = cut[1].size
+        partition, shape = partition_of(plan, module, side), list(parameter.shape)
+        if partition:
+            shape[partition[0]] = partition[1].size
         generator = torch.Generator().manual_seed(zlib.crc32(f"{module} {side}".encode()))
         whole = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-        parts = [whole.narrow(cut[0], a, b - a) for a, b in cut[1].segments(tp)] if cut else [whole]
-        parameter.data.copy_(torch.cat(parts, cut[0] if cut else 0))
+        parts = [whole.narrow(partition[0], a, b - a) for a, b in partition[1].segments(tp)] if partition else [whole]
+        parameter.data.copy_(torch.cat(parts, partition[0] if partition else 0))
 
 
 def step(model: Any) -> tuple[Tensor, float, dict[tuple[str, str], Tensor]]:

@@ -19,11 +19,11 @@ def quantized_linear(scheme: Scheme, name: str, weight: Tensor) -> tuple[nn.Modu
     """The method's own module for an `nn.Linear` of this weight `[out, in]`, quantized whole on one rank."""
     shape = (weight.shape[0], weight.shape[1])
     shard = Shard(name, shape, str(weight.dtype).removeprefix("torch."))
-    flowing = scheme.flowing(name, shape, shard.dtype)
+    flowing = scheme.encoded_components(name, shape, shard.dtype)
     parts = {c.name: torch.empty(c.shape(shape), dtype=getattr(torch, c.dtype)).view(-1) for c in flowing}
     scheme.encode(name, weight.contiguous(), parts, reference)
     module = scheme.module(nn.Linear(shape[1], shape[0], bias=False, device="meta"), shard)
-    scheme.complete(shard, module, parts, reference)
+    scheme.load_encoded(shard, module, parts, reference)
     return module, shard
 
 

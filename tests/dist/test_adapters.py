@@ -23,10 +23,10 @@ def compare(path: str, name: str, mesh: str, results: list, whole) -> None:
         assert their_loss == pytest.approx(loss, rel=ROUNDING)
     for (module, side), truth in gradients.items():
         assert truth.abs().max() > 1e-6, f"{module} {side}: a gradient of zero would prove nothing"
-        cut = lora.cut_of(plan, module, side)
+        partition = lora.partition_of(plan, module, side)
         for rank, (_, _, found) in enumerate(results):
-            parts = [truth.narrow(cut[0], a, b - a) for a, b in cut[1].segments(rank)] if cut else [truth]
-            expected = torch.cat(parts, cut[0] if cut else 0)
+            parts = [truth.narrow(partition[0], a, b - a) for a, b in partition[1].segments(rank)] if partition else [truth]
+            expected = torch.cat(parts, partition[0] if partition else 0)
             error = (found[module, side] - expected).abs().max() / truth.abs().max()
             assert float(error) < ROUNDING, f"{module} {side} on rank {rank}"
 

@@ -43,7 +43,7 @@ def test_fingerprint_and_bytes_on_the_way_at_every_width(ranks, model_of, family
 def test_every_projection_is_cut(model_of, family, way):
     """Without this, equal fingerprints would prove nothing."""
     plan = dq.plan(model_of(family), quantization_config=compressed.WAYS[way], mesh="tp=2")
-    assert [t.name for t in plan.tensors if t.scheme != "none" and t.cut is None] == []
+    assert [t.name for t in plan.tensors if t.scheme != "none" and t.partition is None] == []
 
 
 @pytest.mark.parametrize("quant", ["int4", compressed.BLOCKS])
@@ -52,8 +52,8 @@ def test_groups_and_blocks_of_128_with_biases(ranks, model_of, quant):
     whole, *_ = compressed.loaded(path, quant)
     assert [found for found, *_ in ranks.run(2, compressed.loaded, path, quant, "tp=2")] == [whole] * 2
     plan = dq.plan(path, quantization_config=quant, mesh="tp=2")
-    cuts = {t.name: plan.cuts[t.cut].lengths for t in plan.tensors if t.scheme != "none" and t.cut}
-    assert cuts["model.layers.0.mlp.down_proj.weight"] == [128, 128]
+    partitions = {t.name: plan.partitions[t.partition].lengths for t in plan.tensors if t.scheme != "none" and t.partition}
+    assert partitions["model.layers.0.mlp.down_proj.weight"] == [128, 128]
     truth = compressed.logits(path, quant)
     for found in ranks.run(2, compressed.logits, path, quant, "tp=2"):
         assert float((found - truth).abs().max() / truth.abs().max()) < ROUNDING
@@ -62,7 +62,7 @@ def test_groups_and_blocks_of_128_with_biases(ranks, model_of, quant):
 def test_misaligned_cuts_are_moved(model_of):
     plan = dq.plan(model_of("llama-352"), quantization_config=compressed.WAYS["int4"], mesh="tp=2")
     tensor = next(t for t in plan.tensors if t.name == "model.layers.0.mlp.down_proj.weight")
-    assert plan.cuts[tensor.cut].lengths == [192, 160]
+    assert plan.partitions[tensor.partition].lengths == [192, 160]
 
 
 def test_ways_have_different_fingerprints(model_of):
@@ -164,7 +164,7 @@ def test_lora_learns_what_it_does_on_one_rank(ranks, model_of, way):
         assert their_loss == pytest.approx(loss, rel=LEARNING)
         for (module, side), truth in gradients.items():
             assert truth.abs().max() > 1e-6
-            cut = lora.cut_of(plan, module, side)
-            parts = [truth.narrow(cut[0], a, b - a) for a, b in cut[1].segments(rank)] if cut else [truth]
-            expected = torch.cat(parts, cut[0] if cut else 0)
+            partition = lora.partition_of(plan, module, side)
+            parts = [truth.narrow(partition[0], a, b - a) for a, b in partition[1].segments(rank)] if partition else [truth]
+            expected = torch.cat(parts, partition[0] if partition else 0)
             assert float((found[module, side] - expected).abs().max() / truth.abs().max()) < LEARNING

@@ -40,7 +40,7 @@ def test_every_projection_is_cut_over_two_ranks(model_of, family, quant):
     """Without this, equal fingerprints would prove nothing: replicas are equal too."""
     plan = dq.plan(model_of(family), quantization_config=quant, mesh="tp=2")
     linears = [t for t in plan.tensors if t.name.endswith("weight") and len(t.shape) == 2]
-    assert [t.name for t in linears if t.cut is None] == []
+    assert [t.name for t in linears if t.partition is None] == []
 
 
 def test_schemes_have_different_fingerprints(model_of):

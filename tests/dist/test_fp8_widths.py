@@ -61,7 +61,7 @@ def test_fingerprint_is_the_same_at_every_width(ranks, model_of, saved, family, 
 def test_every_projection_is_cut_over_two_ranks(model_of, saved, family, method):
     for path, quant in ((model_of(family), METHODS[method]), (saved(family, method), None)):
         plan = dq.plan(path, quantization_config=quant, mesh="tp=2")
-        assert [t.name for t in plan.tensors if t.scheme != "none" and t.cut is None] == []
+        assert [t.name for t in plan.tensors if t.scheme != "none" and t.partition is None] == []
 
 
 @pytest.mark.parametrize("width", [2, 3])

@@ -45,11 +45,11 @@ def test_repeated_kv_heads_as_full_weights(ranks, model_of, family, width):
     whole = full_training.accumulated(path, None, "_proj")
     for rank, theirs in enumerate(ranks.run(width, full_training.accumulated, path, mesh, "_proj")):
         for name in (name for name in whole if "k_proj" in name or "v_proj" in name):
-            cut = plan.cuts[plan.modules[name.rpartition(".")[0]].cut]
-            assert cut.repeated
+            partition = plan.partitions[plan.modules[name.rpartition(".")[0]].partition]
+            assert partition.repeated
             if "k_proj.bias" in name:
                 continue  # its gradient is zero: it adds the same to all scores of a query
-            parts = torch.cat([whole[name][a:b] for a, b in cut.segments(rank)])
+            parts = torch.cat([whole[name][a:b] for a, b in partition.segments(rank)])
             assert (theirs[name] - parts).abs().max() / whole[name].abs().max() < ROUNDING, name
 
 

@@ -107,7 +107,7 @@ def test_misaligned_cuts_are_moved_and_bytes_are_planned(ranks, file_of):
     """352 inputs are 11 blocks of 32: over two ranks 6 and 5."""
     path = file_of("llama-352", "Q4_0")
     plan = dq.plan(path, mesh="tp=2")
-    assert plan.cuts[plan.modules["model.layers.0.mlp.down_proj"].cut].lengths == [192, 160]
+    assert plan.partitions[plan.modules["model.layers.0.mlp.down_proj"].partition].lengths == [192, 160]
     found = ranks.run(2, work.loaded, plan)
     assert [report.quantized_bytes for _, report in found] == [row.quantized for row in plan.memory]
     assert sum(report.bytes_read for _, report in found) < Path(path).stat().st_size

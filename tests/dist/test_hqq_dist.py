@@ -247,7 +247,7 @@ def lora_gradients(path: str, quant: Any, mesh: str | None) -> dict[str, float]:
     return {
         f"{module}.{side}": float(parameter.grad.norm())
         for (module, side), parameter in lora.adapters(model).items()
-        if lora.cut_of(model.distquant.plan, module, side) is None or mesh is None
+        if lora.partition_of(model.distquant.plan, module, side) is None or mesh is None
     }
 
 

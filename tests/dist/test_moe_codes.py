@@ -78,11 +78,11 @@ def test_ranks_hold_slices_of_the_whole(ranks, moe_of, family, mesh):
             tp = plan.mesh.coordinates(rank)["tp"]
             for name, (weight, _) in held.items():
                 stack = stacks[re.sub(r"\.experts\.\d+\.", ".experts.*.", name)]
-                assert (stack.cut is not None) == ("tp" in mesh)
+                assert (stack.partition is not None) == ("tp" in mesh)
                 expected = whole[name][0]
-                if stack.cut is not None:
-                    pieces = plan.cuts[stack.cut].segments(tp)
-                    expected = torch.cat([expected.narrow(stack.dim - 1, a, b - a) for a, b in pieces], stack.dim - 1)
+                if stack.partition is not None:
+                    pieces = plan.partitions[stack.partition].segments(tp)
+                    expected = torch.cat([expected.narrow(stack.shard_dim - 1, a, b - a) for a, b in pieces], stack.shard_dim - 1)
                 assert torch.equal(weight, expected), f"{name} on rank {rank}"
                 seen[name] += 1
         assert set(seen.values()) == {2 if "tp" in mesh else 1}

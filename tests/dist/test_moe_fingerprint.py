@@ -56,7 +56,7 @@ def test_experts_are_cut_and_dealt_out(moe_of, family):
         for tensor in experts:
             if tensor.name.endswith("weight"):
                 assert tensor.scheme == "bitsandbytes_4bit", tensor.name
-                assert axis == "ep" or tensor.cut is not None, tensor.name
+                assert axis == "ep" or tensor.partition is not None, tensor.name
         whole = dq.plan(moe_of(family), quantization_config="nf4-dq").memory[0]
         assert max(row.quantized for row in plan.memory) < 0.75 * whole.quantized
 

@@ -79,7 +79,7 @@ def test_experts_that_are_whole_or_plain_in_part(ranks, moe_of, family, quant):
             assert distance(found, expected) < ROUNDING, mesh
         assert ranks.run(MESHES[mesh], moe_ranks.fingerprints, jobs, mesh) == [whole] * MESHES[mesh]
         stacks = {t.name: t for t in dq.plan(moe_of(family), quantization_config=quant, mesh=mesh).tensors if t.experts}
-        assert any(stack.cut is None for stack in stacks.values()) == (family == "mixtral")
+        assert any(stack.partition is None for stack in stacks.values()) == (family == "mixtral")
         assert {stack.scheme == "none" for stack in stacks.values()} == ({True, False} if family == "olmoe" else {False})
 
 

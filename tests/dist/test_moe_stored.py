@@ -93,7 +93,7 @@ def test_each_byte_of_stored_experts_is_read_once(ranks, stored, kind):
 def test_fused_components_are_split_into_gate_and_up(ranks, moe_of, tmp_path):
     """MXFP4 under the names of fused parameters, of a model that keeps gate and up apart."""
     stored, twin = tmp_path / "stored", tmp_path / "twin"
-    write_mxfp4(Path(moe_of("mixtral", "fused")), stored, twin, turned=False)
+    write_mxfp4(Path(moe_of("mixtral", "fused")), stored, twin, transposed=False)
     jobs = [(str(stored), None)]
     (found,) = moe_ranks.logits(jobs)
     with torch.no_grad():

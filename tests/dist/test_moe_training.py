@@ -89,10 +89,10 @@ def test_adapters_on_attention_learn_as_on_one_rank(ranks, moe_of, family, metho
             assert their_losses == pytest.approx(losses, rel=1e-4)
             for (module, side), truth in gradients.items():
                 assert truth.abs().max() > 1e-6, f"{module} {side}: a gradient of zero would prove nothing"
-                cut = lora.cut_of(plan, module, side)
+                partition = lora.partition_of(plan, module, side)
                 tp = plan.mesh.coordinates(rank)["tp"]
-                parts = [truth.narrow(cut[0], a, b - a) for a, b in cut[1].segments(tp)] if cut else [truth]
-                expected = torch.cat(parts, cut[0] if cut else 0)
+                parts = [truth.narrow(partition[0], a, b - a) for a, b in partition[1].segments(tp)] if partition else [truth]
+                expected = torch.cat(parts, partition[0] if partition else 0)
                 error = (found[module, side] - expected).abs().max() / truth.abs().max()
                 assert float(error) < ROUNDING, f"{module} {side} at {mesh} on rank {rank}"
 

@@ -37,7 +37,7 @@ def test_fingerprint_is_the_same_at_every_width(ranks, model_of, saved):
 def test_every_projection_is_cut(model_of, saved):
     for path, quant in ((model_of(FAMILY), "mxfp4"), (saved, None)):
         plan = dq.plan(path, quantization_config=quant, mesh="tp=3")
-        assert [t.name for t in plan.tensors if t.scheme != "none" and t.cut is None] == []
+        assert [t.name for t in plan.tensors if t.scheme != "none" and t.partition is None] == []
         became = {rule.pattern.rpartition(".")[2]: rule.became for rule in plan.rules}
         assert became["down_proj"] == "rowwise 128+128+96"
 

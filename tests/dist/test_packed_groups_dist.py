@@ -100,9 +100,9 @@ def test_shards_are_tensors_of_their_format(ranks, packed, name):
             assert shard.keys() == whole[module].keys()
             assert ("g_idx" in shard) == (kind.method == "gptq")
             dense = dense_weight(whole[module], packing)
-            assert tensor.cut is not None and tensor.dim is not None, f"{module} is not cut"
-            pieces = [dense.narrow(tensor.dim, a, b - a) for a, b in plan.cuts[tensor.cut].segments(rank)]
-            assert torch.equal(dense_weight(shard, packing), torch.cat(pieces, tensor.dim)), module
+            assert tensor.partition is not None and tensor.shard_dim is not None, f"{module} is not cut"
+            pieces = [dense.narrow(tensor.shard_dim, a, b - a) for a, b in plan.partitions[tensor.partition].segments(rank)]
+            assert torch.equal(dense_weight(shard, packing), torch.cat(pieces, tensor.shard_dim)), module
 
 
 ON_THE_WAY = {

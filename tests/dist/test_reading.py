@@ -19,7 +19,7 @@ from distquant.errors import InputError
 from distquant.kernels.choice import choose
 from distquant.planning.read_assignment import column_segments, row_segments, rows_and_width
 from distquant.loading.stream.files import Files
-from distquant.loading.stream.stages import STAGES
+from distquant.loading.stream.stage_timer import STAGES
 
 QUANTS = ("none", "nf4-dq", "int8")
 BUFFERED = {"io": "buffered"}
@@ -110,11 +110,11 @@ def kept_on(plan: dq.LoadPlan, node: int, itemsize: int = 2) -> int:
     positions = [plan.mesh.coordinates(rank)["tp"] for rank, its in enumerate(plan.nodes) if its == node]
     total = 0
     for tensor in plan.tensors:
-        cut = plan.cuts[tensor.cut] if tensor.cut else None
+        partition = plan.partitions[tensor.partition] if tensor.partition else None
         rows, columns = set(), set()
         for tp in positions:
-            rows |= {r for a, b in row_segments(tensor.shape, tensor.dim, cut, tp) for r in range(a, b)}
-            columns |= {c for a, b in column_segments(tensor.shape, tensor.dim, cut, tp) for c in (a, b)}
+            rows |= {r for a, b in row_segments(tensor.shape, tensor.shard_dim, partition, tp) for r in range(a, b)}
+            columns |= {c for a, b in column_segments(tensor.shape, tensor.shard_dim, partition, tp) for c in (a, b)}
         assert max(columns, default=0) <= rows_and_width(tensor.shape)[1]
         total += len(rows) * (max(columns) - min(columns)) * itemsize
     return total

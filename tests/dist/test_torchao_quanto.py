@@ -74,7 +74,7 @@ def test_one_fingerprint_at_every_width_and_bytes_as_planned(ranks, model_of, fa
             assert found[0] == truth[0]
             assert found[1] == found[2]
     plan = dq.plan(path, quantization_config=quant, mesh="tp=2")
-    assert [t.name for t in plan.tensors if t.scheme != "none" and t.cut is None] == []
+    assert [t.name for t in plan.tensors if t.scheme != "none" and t.partition is None] == []
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("quanto-float8", "quanto-int4")])

@@ -69,8 +69,8 @@ def test_shards_dequantize_to_slices_of_the_whole(ranks, model_of, family, name)
     for tensor in tensors:
         module = tensor.name.removesuffix(".weight")
         for rank, shard in enumerate(shards):
-            pieces = [whole[module].narrow(tensor.dim, a, b - a) for a, b in plan.cuts[tensor.cut].segments(rank)]
-            assert torch.equal(shard[module], torch.cat(pieces, tensor.dim)), f"{module} on rank {rank}"
+            pieces = [whole[module].narrow(tensor.shard_dim, a, b - a) for a, b in plan.partitions[tensor.partition].segments(rank)]
+            assert torch.equal(shard[module], torch.cat(pieces, tensor.shard_dim)), f"{module} on rank {rank}"
 
 
 @pytest.mark.parametrize("name", ["none", "nf4", "nf4-dq", "int8"])

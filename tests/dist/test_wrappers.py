@@ -70,9 +70,9 @@ def test_ddp_over_the_replicas_gives_the_gradients_of_one_rank(ranks, model_of):
     ):
         assert fingerprint == print_of_one
         for (module, side), whole in truth.items():
-            cut = lora.cut_of(plan, module, side)
-            parts = [whole.narrow(cut[0], a, b - a) for a, b in cut[1].segments(rank % 2)] if cut else [whole]
-            expected = torch.cat(parts, cut[0] if cut else 0)
+            partition = lora.partition_of(plan, module, side)
+            parts = [whole.narrow(partition[0], a, b - a) for a, b in partition[1].segments(rank % 2)] if partition else [whole]
+            expected = torch.cat(parts, partition[0] if partition else 0)
             assert (gradients[module, side] - expected).abs().max() / whole.abs().max() < 5e-5, f"{module} {side}"
 
 

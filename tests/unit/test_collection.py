@@ -13,7 +13,9 @@ from hypothesis import settings
 TESTS = Path(__file__).parents[1]
 
 CLOCKS = {
-    name + unit for name in ("monotonic", "perf_counter", "process_time", "thread_time", "time") for unit in ("", "_ns")
+    name + alignment
+    for name in ("monotonic", "perf_counter", "process_time", "thread_time", "time")
+    for alignment in ("", "_ns")
 } | {"clock_gettime", "default_timer", "getrusage", "times", "repeat", "timeit"}
 """Functions that tell the time, of `time`, `timeit`, `os` and `resource`."""
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distquant.environment import Facts, format_bytes, installed, parse_bytes
+from distquant.environment import Environment, format_bytes, installed, parse_bytes
 from distquant.errors import InputError
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=200)
@@ -92,10 +92,12 @@ def test_installed_reads_versions_and_imports_nothing():
 
 
 def test_unknown_facts():
-    facts = Facts()
-    assert (facts.device_type, facts.device_count, facts.capability, facts.memory) == (None,) * 4
-    assert facts.memory_source == "unknown"
-    assert Facts().packages is not facts.packages
+    environment = Environment()
+    assert (environment.device_type, environment.device_count, environment.capability, environment.memory) == (
+        None,
+    ) * 4
+    assert environment.memory_source == "unknown"
+    assert Environment().packages is not environment.packages
 
 
 @pytest.mark.parametrize("size", ["9" * 4000, "9" * 4000 + "GiB", 10**100, f"{2**63}", "8388608TiB"])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import distquant as dq
 from distquant.errors import InputError
 from distquant.planning import LoadPlan
-from distquant.planning.validation import refuse_unsupported
+from distquant.planning.validation import check_supported
 
 Copy = Callable[[str], Path]
 
@@ -71,9 +71,9 @@ def test_skipped_weights_keep_their_places_in_the_dtype_of_the_files(fp8: Path) 
 
 def test_skipped_weights_are_cut_as_the_model_asks(fp8: Path, model_of: Callable[[str], str]) -> None:
     plan, plain = dq.plan(fp8, mesh="tp=2", on_unsupported="skip"), dq.plan(model_of("llama-gqa"), mesh="tp=2")
-    assert (plan.cuts, plan.modules, plan.rules) == (plain.cuts, plain.modules, plain.rules)
-    cuts, plain_cuts = ({t.name: (t.dim, t.cut) for t in its.tensors} for its in (plan, plain))
-    assert cuts == plain_cuts
+    assert (plan.partitions, plan.modules, plan.rules) == (plain.partitions, plain.modules, plain.rules)
+    partitions, plain_cuts = ({t.name: (t.shard_dim, t.partition) for t in its.tensors} for its in (plan, plain))
+    assert partitions == plain_cuts
 
 
 def test_notes_say_what_is_skipped_and_what_is_left_out(fp8: Path) -> None:
@@ -91,7 +91,7 @@ def test_tensors_of_other_names_take_the_place_of_their_weight(copy_of: Copy) ->
     module = "model.layers.0.mlp.down_proj"
     assert f"{module}.weight" not in tensors
     assert (tensors[f"{module}.qweight"].dtype, tensors[f"{module}.qweight"].shape) == ("int32", (24, 128))
-    assert tensors[f"{module}.scales"].dim is None, "nothing tells how to cut it"
+    assert tensors[f"{module}.scales"].shard_dim is None, "nothing tells how to cut it"
     assert module not in plan.modules and "model.layers.0.self_attn.o_proj" in plan.modules
     assert any(rule.pattern == "model.layers.*.mlp.down_proj" and rule.became == "replicate" for rule in plan.rules)
     assert dq.plan(folder, on_unsupported="skip").memory[0].read == stored_bytes(folder)
@@ -101,7 +101,7 @@ def test_a_packed_weight_of_the_right_name_is_planned_in_its_stored_shape(copy_o
     folder = packed(copy_of("llama-gqa"))
     plan = dq.plan(folder, mesh="tp=2", on_unsupported="skip")
     tensor = next(t for t in plan.tensors if t.name == "model.layers.1.mlp.up_proj.weight")
-    assert (tensor.shape, tensor.dtype, tensor.dim) == ((192, 64), "uint8", None)
+    assert (tensor.shape, tensor.dtype, tensor.shard_dim) == ((192, 64), "uint8", None)
     assert dq.plan(folder, on_unsupported="skip").memory[0].unquantized == stored_bytes(folder)
 
 
@@ -112,7 +112,7 @@ def test_load_refuses_before_a_weight_is_read(store, copy_of: Copy, monkeypatch:
     method = plan.quantization_config["quant_method"]
     message = rf"^on_unsupported: weights are stored quantized with '{method}'.* \d+ tensors, model\."
     with pytest.raises(InputError, match=message):
-        refuse_unsupported(plan)
+        check_supported(plan)
     monkeypatch.setattr("distquant.loading.loader.build", lambda *_, **__: pytest.fail("the refusal came too late"))
     for given in (plan, LoadPlan.from_json(plan.to_json())):
         with pytest.raises(InputError, match=message):

@@ -118,8 +118,8 @@ def encode_4bit(
     flat = weight.reshape(-1)
     _check(flat, blocksize)
     packed = prepared(codes, (flat.numel() // 2,), torch.uint8, flat.device)
-    cut = ragged or flat.numel() % blocksize
-    tail = (flat.numel() - 1) // blocksize * blocksize if cut else flat.numel()
+    partition = ragged or flat.numel() % blocksize
+    tail = (flat.numel() - 1) // blocksize * blocksize if partition else flat.numel()
     _run(flat, absmax.contiguous(), packed, blocksize, quant_type, tail, True)
     return packed
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from distquant.loading.stream.arena import Board
+from distquant.loading.stream.staging_buffer import LoadState
 
 SHORTEST, LONGEST = 20e-6, 1e-3
 """Seconds between looks at an event: at first, and when it takes long."""
@@ -57,13 +57,13 @@ def reached(event: torch.Event, until: float, stop: Callable[[], bool] = lambda:
     return True
 
 
-def await_event(event: torch.Event, board: Board, late: Callable[[], BaseException]) -> None:
+def await_event(event: torch.Event, load_state: LoadState, late: Callable[[], BaseException]) -> None:
     """Waits until a device has reached an event.
 
     Raises what went wrong anywhere, and `late()` when the load's timeout is over.
     """
-    if not reached(event, time.monotonic() + board.timeout, lambda: board.failure is not None):
-        raise board.failure or late()
+    if not reached(event, time.monotonic() + load_state.timeout, lambda: load_state.failure is not None):
+        raise load_state.failure or late()
 
 
 class Collectives:
@@ -73,8 +73,8 @@ class Collectives:
     that may need just that to get there (a slot, which is free when the listening thread has copied from it).
     """
 
-    def __init__(self, board: Board):
-        self._board = board
+    def __init__(self, load_state: LoadState):
+        self._board = load_state
         self._streams = Streams()
 
     def run(self, collective: Callable[[Tensor], object], values: Tensor, late: Callable[[], BaseException]) -> None:

@@ -43,5 +43,5 @@ class Budget:
 
 def _least(task: Task) -> int:
     """Bytes of the smallest piece of a tensor."""
-    rows = min(task.step, task.bands[0].rows)
+    rows = min(task.step, task.row_layouts[0].rows)
     return max(task.row_bytes * rows, task.payload(0, rows, -1)[1]) if rows else 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distquant.errors import RankError
 from distquant.loading.stream.accelerator import Streams, await_event, current, reached
-from distquant.loading.stream.arena import Board
+from distquant.loading.stream.staging_buffer import LoadState
 
 IN_FLIGHT = 2
 """Copies whose slots are not free yet."""
@@ -25,8 +25,8 @@ class Copier:
         board: of the load; a copy may take as long as its timeout.
     """
 
-    def __init__(self, pinned: bool, rank: int, board: Board):
-        self._pinned, self._rank, self._board = pinned, rank, board
+    def __init__(self, pinned: bool, rank: int, load_state: LoadState):
+        self._pinned, self._rank, self._board = pinned, rank, load_state
         self._pending: deque[tuple[torch.device, torch.Event, Callable[[], None]]] = deque()
         self._streams = Streams()
 

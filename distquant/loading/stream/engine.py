@@ -23,15 +23,15 @@ from torch import Tensor
 
 from distquant.environment import format_bytes
 from distquant.errors import InputError
-from distquant.loading.stream.arena import Arena, Board, Slots
+from distquant.loading.stream.arrivals import ArrivalTracker
 from distquant.loading.stream.budget import Budget
 from distquant.loading.stream.copier import Copier
 from distquant.loading.stream.files import Files
-from distquant.loading.stream.ledger import Ledger
-from distquant.loading.stream.peers import PIECE, Message, Peer, Peers
+from distquant.loading.stream.peers import DATA, Message, Peer, Peers
 from distquant.loading.stream.reader import Reader
 from distquant.loading.stream.sender import Sender
-from distquant.loading.stream.stages import Stages
+from distquant.loading.stream.stage_timer import StageTimer
+from distquant.loading.stream.staging_buffer import LoadState, Slots, StagingBuffer
 from distquant.loading.stream.tasks import TORCH_DTYPE, Chunk, Sink, Task, batches, chunks_of
 from distquant.planning.slots import READ_SLOTS, SEND_SLOTS
 
@@ -47,7 +47,7 @@ def cores_of_a_rank(ranks: int) -> int:
 
 
 @dataclass
-class Moved:
+class TrafficStats:
     """Bytes handed to other ranks and taken from them."""
 
     sent: int = 0
@@ -76,31 +76,31 @@ class Engine:
         tasks: Sequence[Task],
         files: Files,
         staging: int,
-        board: Board,
-        stages: Stages,
+        load_state: LoadState,
+        stages: StageTimer,
         sink: Callable[[Task], Sink],
         finish: Callable[[Task, Sink], None],
         progress: Callable[[int, int], None] | None = None,
         joined: bool = False,
     ):
         self.rank, self.tasks, self.files = rank, tasks, files
-        self.board, self.stages, self.moved = board, stages, Moved()
+        self.load_state, self.stages, self.moved = load_state, stages, TrafficStats()
         self._make_sink, self._finish, self._progress, self._joined = sink, finish, progress, joined
         self.budget = Budget.of(staging, tasks)
-        self.arena = Arena(READ_SLOTS + SEND_SLOTS, self.budget.slot)
+        self.staging_buffer = StagingBuffer(READ_SLOTS + SEND_SLOTS, self.budget.slot)
         self._devices = {task.device: None for task in tasks if task.device.type != "cpu"}
         """Devices that weights go to, in their order of use."""
-        pinned = bool(self._devices) and self.arena.pin(next(iter(self._devices)))
-        self._reads = Slots(range(READ_SLOTS), board.watch)
-        self._sends = Slots(range(READ_SLOTS, READ_SLOTS + SEND_SLOTS), board.watch)
-        self.ledger = Ledger(tasks, rank, board)
-        self.peers = Peers(rank, self.arena, board)
-        self._sender = Sender(self.arena, self._sends, self.peers, board, self.ledger.late)
-        self.copier = Copier(pinned, rank, board)
+        pinned = bool(self._devices) and self.staging_buffer.pin(next(iter(self._devices)))
+        self._reads = Slots(range(READ_SLOTS), load_state.watch)
+        self._sends = Slots(range(READ_SLOTS, READ_SLOTS + SEND_SLOTS), load_state.watch)
+        self.arrivals = ArrivalTracker(tasks, rank, load_state)
+        self.peers = Peers(rank, self.staging_buffer, load_state)
+        self._sender = Sender(self.staging_buffer, self._sends, self.peers, load_state, self.arrivals.late)
+        self.copier = Copier(pinned, rank, load_state)
         self._streams: list[torch.Stream] = []
         """The main thread's current streams."""
         self._sinks: dict[int, Sink] = {}
-        self._turning: dict[int, Tensor] = {}
+        self._transposing: dict[int, Tensor] = {}
         self._sink_lock = threading.Lock()
         self._reader: Reader | None = None
         self._lent = False
@@ -110,21 +110,21 @@ class Engine:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.board.stop()
+        self.load_state.stop()
         if self._reader is not None:
             self._reader.join()
-        until = monotonic() + self.board.timeout
+        until = monotonic() + self.load_state.timeout
         ended = self.peers.close(error, until)
         ended = self.copier.close(until) and ended
         self._sinks.clear()
-        self._turning.clear()
+        self._transposing.clear()
         self._reader = None
         if ended:
-            self.arena.close()
+            self.staging_buffer.close()
         else:
-            self.arena.keep()
-            size = format_bytes(self.arena.slot_bytes * self.arena.slots)
-            what = f"rank {self.rank}: a device still copies {self.board.timeout:g} s after the load ended"
+            self.staging_buffer.keep()
+            size = format_bytes(self.staging_buffer.slot_bytes * self.staging_buffer.slots)
+            what = f"rank {self.rank}: a device still copies {self.load_state.timeout:g} s after the load ended"
             warnings.warn(f"{what}; {size} of staging memory stay in use", RuntimeWarning, stacklevel=2)
 
     # -- the main thread -------------------------------------------------------------------------------------------
@@ -135,7 +135,9 @@ class Engine:
             self._streams = [torch.accelerator.current_stream(device) for device in self._devices]
         self.peers.start(self)
         chunks, threads = batches(self._chunks(), self.budget.largest), self._readers()
-        self._reader = Reader(self.files, self.arena, self._reads, self.board, self.stages, chunks, threads)
+        self._reader = Reader(
+            self.files, self.staging_buffer, self._reads, self.load_state, self.stages, chunks, threads
+        )
 
     def run(self) -> None:
         """Loads everything that this rank keeps; returns when it is finished."""
@@ -155,8 +157,8 @@ class Engine:
                 self._sender.flush()
                 self._lent = False
         self._sender.flush()
-        while not self.ledger.ended:
-            self.ledger.await_next()
+        while not self.arrivals.ended:
+            self.arrivals.await_next()
             self._finish_arrived()
         self.copier.drain()
         self.peers.leave()
@@ -180,7 +182,7 @@ class Engine:
         for task in self.tasks:
             for part in task.parts:
                 if part.reader == self.rank:
-                    rows = task.rows.rows if task.turned else part.rows[1] - part.rows[0]
+                    rows = task.rows.rows if task.transposed else part.rows[1] - part.rows[0]
                     total += task.row_bytes * rows
         return total
 
@@ -198,26 +200,26 @@ class Engine:
         """
         task = chunk.task
         chunk.direct = chunk.span is not None and self.files.is_direct(chunk.span[0])
-        if task.encode is not None or task.turned or chunk.direct or task.device.type != "cpu":
+        if task.encode is not None or task.transposed or chunk.direct or task.device.type != "cpu":
             return
         if self._receivers(chunk) or TORCH_DTYPE[chunk.ranges[0].dtype] != task.dtype:
             return
         if any(self.files.is_direct(piece.file) for piece in chunk.ranges):
             return
-        sink, band = self._sink(task), task.bands[0]
-        if sink.holds(band, chunk.start, chunk.stop):
-            chunk.into = lambda: sink.direct(band, chunk.start, chunk.stop).view(torch.uint8)  # type: ignore[union-attr]
+        sink, row_layout = self._sink(task), task.row_layouts[0]
+        if sink.holds(row_layout, chunk.start, chunk.stop):
+            chunk.into = lambda: sink.direct(row_layout, chunk.start, chunk.stop).view(torch.uint8)  # type: ignore[union-attr]
 
     def _receivers(self, chunk: Chunk) -> tuple[int, ...]:
         """Other ranks of the node that keep something of these rows."""
-        if chunk.task.gathered:
+        if chunk.task.replicated:
             return tuple(filter(chunk.task.is_for, self.peers.peers))
-        return tuple(rank for rank in chunk.part.holders if rank != self.rank)
+        return tuple(rank for rank in chunk.part.owners if rank != self.rank)
 
     def _consume(self, chunk: Chunk) -> None:
         task = chunk.task
         if chunk.into is not None:
-            self.ledger.count(task, chunk.start, chunk.stop)
+            self.arrivals.count(task, chunk.start, chunk.stop)
             return
         assert chunk.raw is not None
         start = perf_counter()
@@ -225,7 +227,7 @@ class Engine:
         on_grid = chunk.raw.storage_offset() % kind.itemsize == 0
         raw = chunk.raw if on_grid else chunk.raw.clone()
         rows = raw.view(kind).view(chunk.stop - chunk.start, -1)
-        as_it_is = on_grid and task.encode is None and rows.dtype == task.dtype and not task.turned
+        as_it_is = on_grid and task.encode is None and rows.dtype == task.dtype and not task.transposed
         receivers = self._receivers(chunk)
         if as_it_is and (task.device.type == "cpu" or receivers):
             self._pass_on(chunk, rows.view(-1), receivers)
@@ -234,8 +236,8 @@ class Engine:
         moved = self.copier.to_device(rows, task.device, lambda: self._reads.release(chunk.slot))
         moved = moved.to(task.dtype)
         self.stages.add("copy", start, task.name, chunk.nbytes)
-        if task.turned:
-            self._turn(chunk, moved, receivers)
+        if task.transposed:
+            self._transpose(chunk, moved, receivers)
         else:
             self._emit(chunk, moved, chunk.start, chunk.stop, receivers)
         if task.device.type == "cpu":
@@ -247,33 +249,33 @@ class Engine:
         if receivers:
             self._lent = True
             self._reads.hold(chunk.slot, len(receivers))
-            offset = values.data_ptr() - self.arena.memory.data_ptr()
-            self._tell(receivers, Message(PIECE, chunk.slot, task.index, 1, chunk.start, chunk.stop, offset))
+            offset = values.data_ptr() - self.staging_buffer.memory.data_ptr()
+            self._tell(receivers, Message(DATA, chunk.slot, task.index, 1, chunk.start, chunk.stop, offset))
         start = perf_counter()
-        nbytes = self._sink(task).place(task.bands[0], values, chunk.start, chunk.stop)
+        nbytes = self._sink(task).place(task.row_layouts[0], values, chunk.start, chunk.stop)
         self.stages.add("place", start, task.name, nbytes)
-        self.ledger.count(task, chunk.start, chunk.stop)
+        self.arrivals.count(task, chunk.start, chunk.stop)
 
-    def _turn(self, chunk: Chunk, rows: Tensor, receivers: tuple[int, ...]) -> None:
+    def _transpose(self, chunk: Chunk, rows: Tensor, receivers: tuple[int, ...]) -> None:
         """Gathers a tensor that is stored `[in, out]`; its last row sends it on the right way round."""
         task = chunk.task
-        if task.index not in self._turning:
+        if task.index not in self._transposing:
             shape = (task.rows.rows, task.rows.width)
-            self._turning[task.index] = torch.empty(shape, dtype=task.dtype, device=task.device)
-        whole = self._turning[task.index]
+            self._transposing[task.index] = torch.empty(shape, dtype=task.dtype, device=task.device)
+        whole = self._transposing[task.index]
         whole[chunk.start : chunk.stop] = rows
         if chunk.stop < task.rows.rows:
             return
-        del self._turning[task.index]
+        del self._transposing[task.index]
         most = task.rows_within(self.budget.piece)
-        for first in range(0, task.bands[0].rows, most):
-            last = min(first + most, task.bands[0].rows)
+        for first in range(0, task.row_layouts[0].rows, most):
+            last = min(first + most, task.row_layouts[0].rows)
             self._emit(chunk, whole[:, first:last].t().contiguous(), first, last, receivers)
 
     def _emit(self, chunk: Chunk, rows: Tensor, start: int, stop: int, receivers: tuple[int, ...]) -> None:
         """Quantizes rows into their final place or a slot, and tells the ranks that keep something of them."""
         task = chunk.task
-        if start % task.step or (stop % task.step and stop < task.bands[0].rows):
+        if start % task.step or (stop % task.step and stop < task.row_layouts[0].rows):
             what = f"its parts start at row {start}, quantization blocks need multiples of {task.step}"
             raise InputError.one(task.name, what, "Skip the module, or convert the checkpoint first")
         mask = self._wanted(chunk) if receivers else 0
@@ -281,41 +283,44 @@ class Engine:
         slot, offset, views = -1, 0, {}
         if payload:
             slot, offset = self._room(nbytes, len(receivers))
-            memory = self.arena.memory[offset : offset + nbytes]
-            views = {band.name: memory[at : at + size].view(band.dtype) for band, at, size in payload}
+            memory = self.staging_buffer.memory[offset : offset + nbytes]
+            views = {row_layout.name: memory[at : at + size].view(row_layout.dtype) for row_layout, at, size in payload}
         begun = perf_counter()
         sink = self._sink(task)
-        places = {band.name: sink.direct(band, start, stop) for band in task.bands}
-        out = {band.name: self._target(band, places, views, task, start, stop) for band in task.bands}
+        places = {row_layout.name: sink.direct(row_layout, start, stop) for row_layout in task.row_layouts}
+        out = {
+            row_layout.name: self._target(row_layout, places, views, task, start, stop)
+            for row_layout in task.row_layouts
+        }
         if task.encode is not None:
             task.encode(rows, out)
             begun = self.stages.add("quantize", begun, task.name, rows.nbytes)
         else:
             out[""].copy_(rows.reshape(-1))
-        for band in task.bands:
-            view = views.get(band.name)
-            if view is not None and out[band.name] is not view:
-                view.copy_(out[band.name])
-            if out[band.name] is not places[band.name]:
-                sink.place(band, out[band.name], start, stop)
+        for row_layout in task.row_layouts:
+            view = views.get(row_layout.name)
+            if view is not None and out[row_layout.name] is not view:
+                view.copy_(out[row_layout.name])
+            if out[row_layout.name] is not places[row_layout.name]:
+                sink.place(row_layout, out[row_layout.name], start, stop)
         self.stages.add("place", begun, task.name, nbytes)
         if payload:
-            self._tell(receivers, Message(PIECE, slot, task.index, mask, start, stop, offset))
-        self.ledger.count(task, start, stop)
+            self._tell(receivers, Message(DATA, slot, task.index, mask, start, stop, offset))
+        self.arrivals.count(task, start, stop)
 
     @staticmethod
-    def _target(band, places, views, task, start, stop):  # type: ignore[no-untyped-def]
+    def _target(row_layout, places, views, task, start, stop):  # type: ignore[no-untyped-def]
         """Where a component is written first: its final place, the slot for the others, or memory of its own."""
-        if places[band.name] is not None:
-            return places[band.name]
-        if band.name in views and task.device.type == "cpu":
-            return views[band.name]
-        return torch.empty(band.count(start, stop), dtype=band.dtype, device=task.device)
+        if places[row_layout.name] is not None:
+            return places[row_layout.name]
+        if row_layout.name in views and task.device.type == "cpu":
+            return views[row_layout.name]
+        return torch.empty(row_layout.count(start, stop), dtype=row_layout.dtype, device=task.device)
 
     def _wanted(self, chunk: Chunk) -> int:
         """Mask of the components that other ranks need of these rows."""
-        shared = len(chunk.part.holders) > 1
-        return sum(1 << i for i, band in enumerate(chunk.task.bands) if band.whole or shared)
+        shared = len(chunk.part.owners) > 1
+        return sum(1 << i for i, row_layout in enumerate(chunk.task.row_layouts) if row_layout.whole or shared)
 
     def _tell(self, receivers: tuple[int, ...], message: Message) -> None:
         start = perf_counter()
@@ -333,20 +338,20 @@ class Engine:
 
     def _hold_back(self, task: Task) -> None:
         """Waits until the statistics of tensors in work, this one's included, fit beside the slots."""
-        ledger = self.ledger
-        while ledger.next < task.index and ledger.unfinished_statistics(task) > self.budget.statistics:
+        arrivals = self.arrivals
+        while arrivals.next < task.index and arrivals.unfinished_statistics(task) > self.budget.statistics:
             start = perf_counter()
             self._sender.flush()
-            ledger.await_next()
+            arrivals.await_next()
             self.stages.add("exchange", start)
             self._finish_arrived()
 
     def _finish_arrived(self) -> None:
         """Finishes the tensors that are complete, in order."""
-        while self.ledger.next_is_complete():
-            task = self.tasks[self.ledger.next]
+        while self.arrivals.next_is_complete():
+            task = self.tasks[self.arrivals.next]
             if not task.is_for(self.rank):
-                self.ledger.finished()
+                self.arrivals.finished()
                 continue
             sink = self._sink(task)
             start = perf_counter()
@@ -356,7 +361,7 @@ class Engine:
             self.stages.add("quantize" if task.encode is not None else "place", start, task.name)
             with self._sink_lock:
                 del self._sinks[task.index]
-            self.ledger.finished()
+            self.arrivals.finished()
 
     def _sink(self, task: Task) -> Sink:
         with self._sink_lock:
@@ -378,16 +383,16 @@ class Engine:
         begun = perf_counter()
         payload, _ = task.payload(message.start, message.stop, message.mask)
         received = 0
-        for band, at, nbytes in payload:
+        for row_layout, at, nbytes in payload:
             first = message.offset + at
-            values = peer.memory[first : first + nbytes].view(band.dtype)
-            received += sink.place(band, values, message.start, message.stop)
+            values = peer.memory[first : first + nbytes].view(row_layout.dtype)
+            received += sink.place(row_layout, values, message.start, message.stop)
         self.moved.received += received
         self.stages.add("exchange", begun, task.name, received)
         return received
 
     def arrived(self, message: Message) -> None:
-        self.ledger.count(self.tasks[message.tensor], message.start, message.stop)
+        self.arrivals.count(self.tasks[message.tensor], message.start, message.stop)
 
     def freed(self, message: Message) -> None:
         self.moved.sent += message.offset

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from distquant.errors import DistquantError, InputError, RankError
-from distquant.loading.stream.arena import Arena, Board
+from distquant.loading.stream.staging_buffer import LoadState, StagingBuffer
 from distquant.parallel.comm import Comm
 
-PIECE, DONE_WITH, FAILED, BYE = range(4)
+DATA, ACK, FAILED, CLOSE = range(4)
 HEADER = struct.Struct("<BxxxIIIQQQ")
 """Kind, slot, tensor, mask of components, first row, row after the last, offset in the sender's memory."""
 
@@ -44,7 +44,7 @@ CONNECT = 60.0
 class Message:
     """Rows of a tensor that lie in the sender's memory.
 
-    Of `DONE_WITH`, `stop` is how many pieces of a slot it is about, `offset` how many bytes were taken of them; of
+    Of `ACK`, `stop` is how many pieces of a slot it is about, `offset` how many bytes were taken of them; of
     `FAILED`, `stop` is how many bytes of text follow.
     """
 
@@ -79,7 +79,7 @@ class Peer:
             self.socket.sendall(data)
 
 
-class Ears(Protocol):
+class MessageHandler(Protocol):
     """Who is told what peers say; called on the listening thread."""
 
     def begin(self) -> None:
@@ -98,8 +98,8 @@ class Ears(Protocol):
 class Peers:
     """All other ranks of a node. `start` the listening thread, `leave` when all is done, `close` in any case."""
 
-    def __init__(self, rank: int, arena: Arena, board: Board):
-        self.rank, self.arena, self.board = rank, arena, board
+    def __init__(self, rank: int, staging_buffer: StagingBuffer, load_state: LoadState):
+        self.rank, self.staging_buffer, self.load_state = rank, staging_buffer, load_state
         self.peers: dict[int, Peer] = {}
         self._thread: threading.Thread | None = None
 
@@ -111,7 +111,7 @@ class Peers:
         Raises:
             InputError: ranks that were planned on one node share no memory.
         """
-        if self.arena.fd is None:
+        if self.staging_buffer.fd is None:
             what = "this system has no memory that processes can share by descriptor (memfd)"
             raise InputError.one("environment", what, "Use Linux, or one process")
         folder = tempfile.mkdtemp(prefix="distquant-")
@@ -124,10 +124,10 @@ class Peers:
                 paths = comm.collect(path)
                 for other in node:
                     if other < self.rank:
-                        self._meet(self._dial(other, paths[other]), other)
+                        self._handshake(self._connect(other, paths[other]), other)
                 for other in node:
                     if other > self.rank:  # they come in any order
-                        self._meet(listener.accept()[0], other)
+                        self._handshake(listener.accept()[0], other)
             except TimeoutError as error:
                 missing = sorted(set(node) - self.peers.keys() - {self.rank})
                 raise RankError(missing[0], f"did not connect to rank {self.rank} within {CONNECT:g} s") from error
@@ -135,7 +135,7 @@ class Peers:
                 os.unlink(path)
                 os.rmdir(folder)
 
-    def _dial(self, other: int, path: str) -> socket.socket:
+    def _connect(self, other: int, path: str) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(CONNECT)
         try:
@@ -146,14 +146,16 @@ class Peers:
             raise InputError.one("plan", what, "Plan again with the number of ranks that share a node") from error
         return connection
 
-    def _meet(self, connection: socket.socket, other: int) -> None:
+    def _handshake(self, connection: socket.socket, other: int) -> None:
         """Exchanges ranks and shared memory; `other` is who that may be."""
-        assert self.arena.fd is not None
+        assert self.staging_buffer.fd is not None
         connection.settimeout(CONNECT)
         data = b""
         fds: list[int] = []
         with suppress(ConnectionError):
-            socket.send_fds(connection, [HELLO.pack(self.rank, self.arena.memory.numel())], [self.arena.fd])
+            socket.send_fds(
+                connection, [HELLO.pack(self.rank, self.staging_buffer.memory.numel())], [self.staging_buffer.fd]
+            )
             data, fds, _, _ = socket.recv_fds(connection, HELLO.size, 1)
         if len(data) != HELLO.size:
             connection.close()
@@ -166,10 +168,10 @@ class Peers:
 
     # -- talking ---------------------------------------------------------------------------------------------------
 
-    def start(self, ears: Ears) -> None:
+    def start(self, handler: MessageHandler) -> None:
         """Listens from now on."""
         if self.peers:
-            self._thread = threading.Thread(target=self._listen, args=(ears,), name="distquant-peers", daemon=True)
+            self._thread = threading.Thread(target=self._listen, args=(handler,), name="distquant-peers", daemon=True)
             self._thread.start()
 
     def send(self, rank: int, message: Message) -> None:
@@ -193,22 +195,24 @@ class Peers:
         try:
             peer.send(data)
         except OSError as error:
-            with self.board.watch:  # what the peer said before it left is still to be read
-                self.board.watch.wait_for(lambda: self.board.failure is not None or self.board.stopped, 5.0)
-                failure = self.board.failure
+            with self.load_state.watch:  # what the peer said before it left is still to be read
+                self.load_state.watch.wait_for(
+                    lambda: self.load_state.failure is not None or self.load_state.stopped, 5.0
+                )
+                failure = self.load_state.failure
             raise failure or RankError(peer.rank, "ended during the load") from error
 
     def leave(self) -> None:
         """Says that this rank has sent all it had to, and waits until the others have said so."""
         for peer in self.peers.values():
-            self.send(peer.rank, Message(BYE))
+            self.send(peer.rank, Message(CLOSE))
 
         def late() -> RankError:
             rank = next(peer.rank for peer in self.peers.values() if not peer.left)
-            return RankError(rank, f"was not done {self.board.timeout:g} s after rank {self.rank}")
+            return RankError(rank, f"was not done {self.load_state.timeout:g} s after rank {self.rank}")
 
-        with self.board.watch:
-            self.board.wait(lambda: all(peer.left for peer in self.peers.values()), late)
+        with self.load_state.watch:
+            self.load_state.wait(lambda: all(peer.left for peer in self.peers.values()), late)
 
     def close(self, failure: BaseException | None = None, until: float | None = None) -> bool:
         """Ends the thread and the connections; on a failure tells the others what it was.
@@ -236,8 +240,8 @@ class Peers:
 
     # -- listening -------------------------------------------------------------------------------------------------
 
-    def _listen(self, ears: Ears) -> None:
-        ears.begin()
+    def _listen(self, handler: MessageHandler) -> None:
+        handler.begin()
         with selectors.DefaultSelector() as selector:
             for peer in self.peers.values():
                 selector.register(peer.socket, selectors.EVENT_READ, peer)
@@ -245,22 +249,22 @@ class Peers:
                 for key, _ in selector.select():
                     peer = key.data
                     try:
-                        going_on = self._hear(peer, ears)
+                        going_on = self._receive(peer, handler)
                     except BaseException as error:
-                        self.board.fail(error)
+                        self.load_state.fail(error)
                         return
                     if not going_on:
                         selector.unregister(peer.socket)
 
-    def _hear(self, peer: Peer, ears: Ears) -> bool:
+    def _receive(self, peer: Peer, handler: MessageHandler) -> bool:
         """Takes the messages that are there; False when the peer has hung up."""
         try:
             data = peer.socket.recv(AT_ONCE)
         except OSError:
             data = b""
         if not data:
-            if not peer.left and not self.board.stopped:
-                self.board.fail(RankError(peer.rank, "ended during the load"))
+            if not peer.left and not self.load_state.stopped:
+                self.load_state.fail(RankError(peer.rank, "ended during the load"))
             return False
         peer.heard += data
         pieces: list[Message] = []
@@ -268,25 +272,25 @@ class Peers:
         while len(peer.heard) >= HEADER.size:
             message = Message(*HEADER.unpack_from(peer.heard))
             del peer.heard[: HEADER.size]
-            if message.kind == PIECE:
+            if message.kind == DATA:
                 counted = done.setdefault(message.slot, [0, 0])
                 counted[0] += 1
-                counted[1] += ears.copy(peer, message)
+                counted[1] += handler.copy(peer, message)
                 pieces.append(message)
-            elif message.kind == DONE_WITH:
-                ears.freed(message)
+            elif message.kind == ACK:
+                handler.freed(message)
             elif message.kind == FAILED:
                 self._failed(peer, message.stop)
             else:
-                with self.board.watch:
+                with self.load_state.watch:
                     peer.left = True
-                    self.board.watch.notify_all()
+                    self.load_state.watch.notify_all()
         if pieces:
-            answers = (Message(DONE_WITH, slot=slot, stop=n, offset=taken) for slot, (n, taken) in done.items())
+            answers = (Message(ACK, slot=slot, stop=n, offset=taken) for slot, (n, taken) in done.items())
             with suppress(OSError):  # it may have left, and needs no slot any more
                 peer.send(b"".join(answer.pack() for answer in answers))
             for message in pieces:
-                ears.arrived(message)
+                handler.arrived(message)
         return True
 
     def _failed(self, peer: Peer, length: int) -> None:
@@ -295,7 +299,7 @@ class Peers:
         said = bytes(peer.heard[:length]) + (_receive(peer.socket, rest) or b"")
         peer.heard.clear()
         text = said if len(said) == length else b"ended during the load"
-        self.board.fail(_failure_of(peer.rank, text.decode()))
+        self.load_state.fail(_failure_of(peer.rank, text.decode()))
 
 
 def _failure_of(rank: int, said: str) -> RankError:

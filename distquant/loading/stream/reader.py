@@ -11,10 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from distquant.loading.stream.arena import Arena, Board, Slots
 from distquant.loading.stream.files import Files, ReadError
 from distquant.loading.stream.rows import RowRange
-from distquant.loading.stream.stages import Stages
+from distquant.loading.stream.stage_timer import StageTimer
+from distquant.loading.stream.staging_buffer import LoadState, Slots, StagingBuffer
 from distquant.loading.stream.tasks import Chunk
 
 AHEAD = 8
@@ -37,14 +37,20 @@ class Reader:
     def __init__(
         self,
         files: Files,
-        arena: Arena,
+        staging_buffer: StagingBuffer,
         slots: Slots,
-        board: Board,
-        stages: Stages,
+        load_state: LoadState,
+        stages: StageTimer,
         batches: Iterator[list[Chunk]],
         threads: int,
     ):
-        self._files, self._arena, self._slots, self._board, self._stages = files, arena, slots, board, stages
+        self._files, self._arena, self._slots, self._board, self._stages = (
+            files,
+            staging_buffer,
+            slots,
+            load_state,
+            stages,
+        )
         self._batches = batches
         self._order = threading.Lock()
         self._begun = self._taken = 0
@@ -119,14 +125,14 @@ class Reader:
 
     def _begin(self) -> tuple[int, list[Chunk]] | None:
         """The next batch with its slot; None at the end or when the load stops."""
-        board = self._board
+        load_state = self._board
         if self._ended:
             return None
         batch = next(self._batches, None)
-        with board.watch:
+        with load_state.watch:
             if batch is None:
                 self._ended = True
-                board.watch.notify_all()
+                load_state.watch.notify_all()
                 return None
             through = [chunk for chunk in batch if chunk.into is None]
 
@@ -147,11 +153,11 @@ class Reader:
 
         A thread waits as long as the consumer works; the consumer itself only waits for other ranks to copy.
         """
-        board = self._board
+        load_state = self._board
         if not self._threads:
-            return board.wait(room, self._late)
-        board.watch.wait_for(lambda: room() or board.stopped or board.failure is not None)
-        return not board.stopped and board.failure is None
+            return load_state.wait(room, self._late)
+        load_state.watch.wait_for(lambda: room() or load_state.stopped or load_state.failure is not None)
+        return not load_state.stopped and load_state.failure is None
 
     def _read(self, batch: list[Chunk]) -> None:
         start = time.perf_counter()

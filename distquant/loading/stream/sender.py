@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from distquant.errors import RankError
-from distquant.loading.stream.arena import Arena, Board, Slots
 from distquant.loading.stream.peers import Message, Peers
+from distquant.loading.stream.staging_buffer import LoadState, Slots, StagingBuffer
 
 TOGETHER = 8
 """Messages that are sent at once: whoever gets them is woken once for all."""
@@ -23,8 +23,15 @@ class Sender:
         late: who is to blame when no slot comes back.
     """
 
-    def __init__(self, arena: Arena, slots: Slots, peers: Peers, board: Board, late: Callable[[], RankError]):
-        self._arena, self._slots, self._peers, self._board, self._late = arena, slots, peers, board, late
+    def __init__(
+        self,
+        staging_buffer: StagingBuffer,
+        slots: Slots,
+        peers: Peers,
+        load_state: LoadState,
+        late: Callable[[], RankError],
+    ):
+        self._arena, self._slots, self._peers, self._board, self._late = staging_buffer, slots, peers, load_state, late
         self._slot, self._filled, self._told = -1, 0, 0
 
     def room(self, nbytes: int, receivers: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from distquant.loading.stream.rows import RowMap, RowRange
 from distquant.planning.read_assignment import Part
 from distquant.sharding.partition import Segment
-from distquant.sharding.row_layout import Band
+from distquant.sharding.row_layout import RowLayout
 
 TORCH_DTYPE = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -35,13 +35,13 @@ Encode = Callable[[Tensor, dict[str, Tensor]], None]
 class Sink(Protocol):
     """Where a rank puts what it keeps of a tensor."""
 
-    def direct(self, band: Band, start: int, stop: int) -> Tensor | None:
+    def direct(self, row_layout: RowLayout, start: int, stop: int) -> Tensor | None:
         """Final memory for all of rows `[start, stop)` of a component, flat; None where it is not one run."""
 
-    def holds(self, band: Band, start: int, stop: int) -> bool:
+    def holds(self, row_layout: RowLayout, start: int, stop: int) -> bool:
         """Whether `direct` gives memory; itself it makes none."""
 
-    def place(self, band: Band, values: Tensor, start: int, stop: int) -> int:
+    def place(self, row_layout: RowLayout, values: Tensor, start: int, stop: int) -> int:
         """Copies what is kept of rows `[start, stop)`; returns the bytes of it."""
 
 
@@ -52,7 +52,7 @@ class Task:
     Attributes:
         index: position in the order of loading, the same on every rank.
         name: path in the model.
-        rows: where its rows lie (as they are stored: turned, if `turned`).
+        rows: where its rows lie (as they are stored: turned, if `transposed`).
         columns: columns that this node reads of every row.
         step: rows that are quantized together.
         bands: components in which rows are handed on; a single one named "" for a tensor that stays as it is.
@@ -69,14 +69,14 @@ class Task:
     rows: RowMap
     columns: Segment
     step: int
-    bands: tuple[Band, ...]
+    row_layouts: tuple[RowLayout, ...]
     parts: Sequence[Part]
     dtype: torch.dtype
     encode: Encode | None
-    turned: bool = False
+    transposed: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    keepers: tuple[int, ...] | None = None
-    gathered: bool = field(init=False)
+    owners: tuple[int, ...] | None = None
+    replicated: bool = field(init=False)
     """Whether a component is needed by every rank that keeps something, for all rows."""
     statistics_bytes: int = field(init=False)
     """Bytes of the components that every rank holds whole until the tensor is finished."""
@@ -84,38 +84,38 @@ class Task:
     """Bytes that are read of a row."""
 
     def __post_init__(self) -> None:
-        whole = [band for band in self.bands if band.whole]
-        self.gathered = bool(whole)
-        self.statistics_bytes = sum(band.nbytes(0, band.rows) for band in whole)
+        whole = [row_layout for row_layout in self.row_layouts if row_layout.whole]
+        self.replicated = bool(whole)
+        self.statistics_bytes = sum(row_layout.nbytes(0, row_layout.rows) for row_layout in whole)
         width = self.columns[1] - self.columns[0]
         self.row_bytes = self.rows.row_bytes() // max(self.rows.width, 1) * width
 
     def is_for(self, rank: int) -> bool:
         """Whether a rank of the node keeps something of it."""
-        return self.keepers is None or rank in self.keepers
+        return self.owners is None or rank in self.owners
 
     def expected(self, rank: int) -> int:
         """Rows that come to a rank of this node."""
         if not self.is_for(rank):
             return 0
-        mine = (part for part in self.parts if self.gathered or rank in part.holders)
+        mine = (part for part in self.parts if self.replicated or rank in part.owners)
         return sum(part.rows[1] - part.rows[0] for part in mine)
 
-    def payload(self, start: int, stop: int, mask: int) -> tuple[list[tuple[Band, int, int]], int]:
+    def payload(self, start: int, stop: int, mask: int) -> tuple[list[tuple[RowLayout, int, int]], int]:
         """How the components in a mask lie one after the other: (band, byte offset, bytes), and all bytes."""
         found, at = [], 0
-        for number, band in enumerate(self.bands):
+        for number, row_layout in enumerate(self.row_layouts):
             if mask >> number & 1:
-                nbytes = band.nbytes(start, stop)
-                found.append((band, at, nbytes))
+                nbytes = row_layout.nbytes(start, stop)
+                found.append((row_layout, at, nbytes))
                 at += -(-nbytes // ALIGN) * ALIGN
         return found, at
 
     def rows_within(self, capacity: int) -> int:
         """Rows that fit into `capacity` bytes, read as well as encoded; at least one step."""
         read = self.row_bytes * self.step
-        encoded = sum(band.nbytes(0, min(self.step, band.rows)) for band in self.bands)
-        room = capacity - len(self.bands) * ALIGN
+        encoded = sum(row_layout.nbytes(0, min(self.step, row_layout.rows)) for row_layout in self.row_layouts)
+        room = capacity - len(self.row_layouts) * ALIGN
         return max(room // max(read, encoded, 1), 1) * self.step
 
 
@@ -171,7 +171,7 @@ def chunks_of(task: Task, rank: int, capacity: int) -> Iterator[Chunk]:
     for part in task.parts:
         if part.reader != rank:
             continue
-        first, last = (0, task.rows.rows) if task.turned else part.rows
+        first, last = (0, task.rows.rows) if task.transposed else part.rows
         most = task.rows_within(capacity)
         for start in range(first, last, most):
             yield from _same_dtype(task, part, start, min(start + most, last))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 
-from distquant.loading.stream.stages import STAGES, Stages
+from distquant.loading.stream.stage_timer import STAGES, StageTimer
 from distquant.parallel.comm import Comm
 
 MICROSECONDS = 1e6
 
 
-def write_trace(path: str, comm: Comm, stages: Stages, origin: float) -> None:
+def write_trace(path: str, comm: Comm, stages: StageTimer, origin: float) -> None:
     """Collects the events of all ranks; rank 0 writes them. Every rank must call it.
 
     Args:

@@ -16,7 +16,7 @@ WORD = 32
 """Bits of a word."""
 
 
-def span_of(bits: int) -> tuple[int, int]:
+def pack_factor(bits: int) -> tuple[int, int]:
     """Values that belong together, and the words they fill: (8, 1) of 4 bits, (32, 3) of 3 bits."""
     filled = math.lcm(bits, WORD)
     return filled // bits, filled // WORD
@@ -34,7 +34,7 @@ def unpack_words(
         dtype: of the result; it must hold `2^bits - 1`.
         order: `order[i]` is the value in slot `i` of a word, where that is not `i`.
     """
-    per, number = span_of(bits)
+    per, number = pack_factor(bits)
     grouped = words.unflatten(dim, (-1, number))
     shape = (*grouped.shape[: dim + 1], per, *grouped.shape[dim + 2 :])
     values = torch.empty(shape, dtype=dtype, device=words.device)
@@ -52,7 +52,7 @@ def unpack_words(
 
 def pack_words(values: Tensor, bits: int, dim: int, order: tuple[int, ...] | None = None) -> Tensor:
     """The inverse of `unpack_words`: int32 words from values in `[0, 2^bits)`, whole spans of them along `dim`."""
-    per, number = span_of(bits)
+    per, number = pack_factor(bits)
     grouped = values.unflatten(dim, (-1, per))
     shape = (*grouped.shape[: dim + 1], number, *grouped.shape[dim + 2 :])
     words = torch.zeros(shape, dtype=torch.int32, device=values.device)

@@ -62,8 +62,8 @@ def quantize_hqq(
             zero = _moved(whole, scale, zero, top, axis, partial(_each, pool, tiles))
 
         def encode(tile: Tile) -> None:
-            product = whole[tile] * _of(scale, tile, axis)
-            found[tile] = product.add_(_of(zero, tile, axis)).round_().clamp_(0, top)
+            dequant_matmul = whole[tile] * _of(scale, tile, axis)
+            found[tile] = dequant_matmul.add_(_of(zero, tile, axis)).round_().clamp_(0, top)
 
         _each(pool, tiles, encode)
         return 1.0 / scale, zero

@@ -87,7 +87,7 @@ def quantize_absmax(absmax: Tensor, shard: Shard, ops: Any) -> Statistics:
     def nested(first: int, last: int) -> tuple[Tensor, Tensor]:
         return ops.quantize_blockwise(absmax[first:last] - offset, values, SECOND)
 
-    if shard.dim != 0:
+    if shard.shard_dim != 0:
         codes, second = nested(0, len(absmax))
         return local_statistics(Statistics(None, codes, second, offset), shard, ops)
     segments = block_segments(shard)
@@ -110,7 +110,7 @@ def _joined(runs: list[Tensor]) -> Tensor:
 
 def local_block(shard: Shard) -> int:
     """Block size that this shard stores: 64, or 32 where the cut or the row is no multiple of 64."""
-    if shard.dim != 1:
+    if shard.shard_dim != 1:
         return BLOCK
     edges = {edge for segment in shard.columns for edge in segment} | {shard.shape[1]}
     return BLOCK if all(edge % BLOCK == 0 for edge in edges) else FINE_BLOCK
@@ -118,7 +118,9 @@ def local_block(shard: Shard) -> int:
 
 def cut_crosses_blocks(shard: Shard) -> bool:
     """Whether any rank's shard may hold part of a block of 64; the same answer on every rank."""
-    return shard.dim == 1 and not (shard.shape[1] % BLOCK == 0 and shard.cut is not None and shard.cut.legal(BLOCK))
+    return shard.shard_dim == 1 and not (
+        shard.shape[1] % BLOCK == 0 and shard.partition is not None and shard.partition.legal(BLOCK)
+    )
 
 
 def block_segments(shard: Shard) -> Segments:
@@ -129,9 +131,9 @@ def block_segments(shard: Shard) -> Segments:
 
 def keeps_nesting(shard: Shard) -> bool:
     """Whether the shard's absmax are whole runs of 256 of the weight's, so that their codes can be sliced."""
-    if shard.dim is None:
+    if shard.shard_dim is None:
         return True
-    if shard.dim == 1:
+    if shard.shard_dim == 1:
         return False
     segments = block_segments(shard)
     aligned = all(a % SECOND == 0 for a, _ in segments)
@@ -148,16 +150,16 @@ def block_index(shard: Shard, first: int, last: int, device: Any) -> Tensor:
 
 def local_statistics(whole: Statistics, shard: Shard, ops: Any = reference) -> Statistics:
     """A shard's statistics from the weight's; nested where the shard keeps nesting."""
-    if shard.dim is None:
+    if shard.shard_dim is None:
         return whole
-    if shard.dim == 0 and whole.codes is not None and keeps_nesting(shard):
+    if shard.shard_dim == 0 and whole.codes is not None and keeps_nesting(shard):
         assert whole.second is not None
         runs = block_segments(shard)
         codes = torch.cat([whole.codes[a:b] for a, b in runs])
         second = torch.cat([whole.second[a // SECOND : -(-b // SECOND)] for a, b in runs])
         return Statistics(None, codes, second, whole.offset, whole.values)
     absmax = whole.effective(ops)
-    if shard.dim == 0:
+    if shard.shard_dim == 0:
         return Statistics(torch.cat([absmax[a:b] for a, b in block_segments(shard)]))
     if not cut_crosses_blocks(shard):
         wide = absmax.view(shard.shape[0], -1)

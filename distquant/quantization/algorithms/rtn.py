@@ -47,7 +47,7 @@ def rows_at_once(columns: int, multiple: int = 1) -> int:
     return max(TILE // max(columns, 1) // multiple, 1) * multiple
 
 
-def quantize_min_max(rows: Tensor, group_size: int, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rtn(rows: Tensor, group_size: int, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 `[n, columns]`, scales float16 and zero points uint8 `[n, ceil(columns / group_size)]`.
 
     Args:

@@ -18,7 +18,9 @@ def ops_on(device: torch.device) -> Any:
     return choose(Kernel.AUTO, device).ops
 
 
-def product(x: Tensor, weight: Callable[[], Tensor], forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def dequant_matmul(
+    x: Tensor, weight: Callable[[], Tensor], forward: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """`x @ W.T` in the dtype of `x`; the gradient flows to `x` alone, through `W`.
 
     Args:

@@ -42,7 +42,7 @@ from distquant.errors import said
 from distquant.process_state import changing_process_state
 from distquant.quantization.algorithms.bit_packing import pack_words
 from distquant.quantization.linear.quantized_linear import QuantizedLinear
-from distquant.quantization.packed_int import PackedGroupsScheme
+from distquant.quantization.packed_int import PackedIntScheme
 from distquant.sharding.layout import ALL
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import Tally
@@ -109,7 +109,7 @@ def missing() -> str | None:
     return None
 
 
-def why_not(scheme: PackedGroupsScheme, shard: Shard, device: torch.device, keep: bool) -> str | None:
+def why_not(scheme: PackedIntScheme, shard: Shard, device: torch.device, keep: bool) -> str | None:
     """Why there is no kernel for a shard, as far as its config and shape tell; None where there may be one.
 
     Args:
@@ -125,7 +125,7 @@ def why_not(scheme: PackedGroupsScheme, shard: Shard, device: torch.device, keep
     return None if None in reasons else "; ".join(map(str, reasons)) or NONE
 
 
-def _unfit(scheme: PackedGroupsScheme, shard: Shard) -> str | None:
+def _unfit(scheme: PackedIntScheme, shard: Shard) -> str | None:
     """Why no kernel takes a shard, whichever there are."""
     packing, dtype = scheme.packing(shard.name), torch_dtype(shard.dtype)
     if dtype not in (torch.float16, torch.bfloat16):
@@ -142,11 +142,11 @@ def take_kernel(module: QuantizedLinear, keep: bool) -> str | None:
     """Lets the first kernel that multiplies a module's weight do so; returns why there is none.
 
     Args:
-        module: of a `PackedGroupsScheme`, filled, on its device.
+        module: of a `PackedIntScheme`, filled, on its device.
         keep: whether the words must stay as they are stored.
     """
     scheme, shard, words = module.scheme, module.shard, module.components
-    assert isinstance(scheme, PackedGroupsScheme)
+    assert isinstance(scheme, PackedIntScheme)
     device = words["qweight"].device
     if (reason := _unfit(scheme, shard)) is not None:
         return reason
@@ -190,7 +190,7 @@ def _tried(
 
 
 def _kinds(
-    scheme: PackedGroupsScheme, shard: Shard, device: torch.device, symmetric: bool, keep: bool
+    scheme: PackedIntScheme, shard: Shard, device: torch.device, symmetric: bool, keep: bool
 ) -> Iterator[tuple[Any, str | None]]:
     """Kernels for a shard, the fastest first, each with the reason why it cannot be."""
     from gptqmodel.utils.backend import BACKEND
@@ -216,7 +216,7 @@ def _kinds(
             yield kind, None if good else f"{kind.__name__}: {said(why)}"
 
 
-def _asked(scheme: PackedGroupsScheme, shard: Shard, symmetric: bool) -> dict[str, Any]:
+def _asked(scheme: PackedIntScheme, shard: Shard, symmetric: bool) -> dict[str, Any]:
     """What gptqmodel must know of a weight, in its words."""
     packing = scheme.packing(shard.name)
     group = packing.group(shard.shape[1])
@@ -235,7 +235,7 @@ def _filled(
 ) -> nn.Module:
     """A kernel with copies of the words: it may write to what it is given."""
     scheme, shard = module.scheme, module.shard
-    assert isinstance(scheme, PackedGroupsScheme)
+    assert isinstance(scheme, PackedIntScheme)
     packing, (rows, columns) = scheme.packing(shard.name), shard.local_shape
     with torch.device("meta"):
         asked = _asked(scheme, shard, symmetric)

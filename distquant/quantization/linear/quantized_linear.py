@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distquant.config import torch_dtype
 from distquant.errors import DistquantError, InputError
-from distquant.quantization.linear.dequant_matmul import ops_on, product
+from distquant.quantization.linear.dequant_matmul import dequant_matmul, ops_on
 from distquant.quantization.linear.keeps_dtypes import KeepsDtypes
 from distquant.quantization.public_names import PublicNames
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from distquant.quantization.linear.gptqmodel_matmul import Kernel
-    from distquant.quantization.weight_only import DequantizingScheme
+    from distquant.quantization.weight_only import WeightOnlyScheme
     from distquant.sharding.shard import Shard
 
 
@@ -66,7 +66,7 @@ class QuantizedLinear(PublicNames, KeepsDtypes, nn.Linear):
         bias: the linear's own, or None.
 
     Attributes:
-        float8: whether inputs are rounded to float8 and multiplied so (see `float8_product.py`).
+        float8: whether inputs are rounded to float8 and multiplied so (see `float8_matmul.py`).
         kernel: what multiplies inputs that need no gradient, if another library does (see `gptqmodel_product.py`).
         counted: what the fingerprint counts of the components, where the kernel has rearranged them and they are no
             longer here; then there is no `weight`, no state dict and no gradient.
@@ -75,7 +75,7 @@ class QuantizedLinear(PublicNames, KeepsDtypes, nn.Linear):
     _is_hf_initialized = True
     public_names: ClassVar[Mapping[str, str]] = {"weight": STORED_WEIGHT}
 
-    def __init__(self, scheme: DequantizingScheme, shard: Shard, bias: nn.Parameter | None):
+    def __init__(self, scheme: WeightOnlyScheme, shard: Shard, bias: nn.Parameter | None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = shard.local_shape
         self.scheme, self.shard, self.float8 = scheme, shard, False
@@ -133,7 +133,7 @@ class QuantizedLinear(PublicNames, KeepsDtypes, nn.Linear):
         return super()._apply(fn, recurse)
 
     def _multiplied(self, x: Tensor) -> Tensor:
-        return self.scheme.float8_product(self.shard, self.components, x)
+        return self.scheme.float8_matmul(self.shard, self.components, x)
 
     def _by(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """What multiplies without dequantizing."""
@@ -144,5 +144,5 @@ class QuantizedLinear(PublicNames, KeepsDtypes, nn.Linear):
         return self._multiplied if self.float8 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        output = product(x, self.dequantized, self._by(x))
+        output = dequant_matmul(x, self.dequantized, self._by(x))
         return output if self.bias is None else output + self.bias.to(output.dtype)

@@ -9,7 +9,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from distquant.quantization.algorithms.nested_absmax import Statistics
-from distquant.quantization.linear.dequant_matmul import ops_on, product
+from distquant.quantization.linear.dequant_matmul import dequant_matmul, ops_on
 from distquant.quantization.methods.bitsandbytes_4bit import components_of
 
 
@@ -23,12 +23,12 @@ def dequantized(module: nn.Module) -> Tensor:
     )
 
 
-class StraddlingLinear4bit(Linear4bit):
+class UnalignedLinear4bit(Linear4bit):
     """A `Linear4bit` whose rows are no multiple of the block, where upstream's CPU kernel reads the wrong absmax."""
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = x.to(self.compute_dtype) if self.compute_dtype is not None else x
-        output = product(inputs, partial(dequantized, self))
+        output = dequant_matmul(inputs, partial(dequantized, self))
         if self.bias is not None:
             output = output + self.bias.to(output.dtype)
         return output.to(x.dtype)

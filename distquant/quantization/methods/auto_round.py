@@ -15,10 +15,10 @@ from typing import Any, Literal
 from distquant.config import AutoRoundConfig
 from distquant.config.checks import where
 from distquant.errors import Problem
-from distquant.model.description import Skeleton
+from distquant.model.description import ModelDescription
 from distquant.quantization.algorithms.rtn import Grid
 from distquant.quantization.module_selection import compiles, in_blocks, one_of, unlike
-from distquant.quantization.packed_int import PackedGroupsScheme, Packing, problems_of_fields, valid_fields
+from distquant.quantization.packed_int import PackedIntScheme, Packing, problems_of_fields, valid_fields
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
 
@@ -40,7 +40,7 @@ def kind_of(packing_format: str) -> Kind | None:
 
 
 @register
-class AutoRoundScheme(PackedGroupsScheme):
+class AutoRoundScheme(PackedIntScheme):
     """The tensors of GPTQ or AWQ, dequantized in forward."""
 
     name = "auto-round"
@@ -67,13 +67,13 @@ class AutoRoundScheme(PackedGroupsScheme):
                 return own
         return {}
 
-    def converts(self, skeleton: Skeleton) -> list[str]:
+    def select_modules(self, description: ModelDescription) -> list[str]:
         config = self.config
         given = config.block_name_to_quantize or config.to_quant_block_names
         blocks = None if given is None else list(_flat(given.split(",") if isinstance(given, str) else given))
-        names = in_blocks(skeleton, blocks)
+        names = in_blocks(description, blocks)
         inside = set(names)
-        named = [name for name in skeleton.linears if name not in inside and self._own(one_of(name))]
+        named = [name for name in description.linears if name not in inside and self._own(one_of(name))]
         return [name for name in (*names, *named) if config.selection.selects(name) and not self._left_out(name)]
 
     def _left_out(self, module: str) -> bool:
@@ -99,7 +99,7 @@ class AutoRoundScheme(PackedGroupsScheme):
                 found += problems_of_fields("extra_config", pattern, own)
                 found += _problems_of_values(pattern, own if isinstance(own, Mapping) else {}, kind)
         if config.extra_config:
-            found += unlike(context.skeleton, lambda module: (self._left_out(module), self.packing_of(module)))
+            found += unlike(context.description, lambda module: (self._left_out(module), self.packing_of(module)))
         return found
 
 

@@ -4,7 +4,7 @@ The layout is AutoAWQ's (`awq/modules/linear/gemm.py`, `WQLinear_GEMM`): 4-bit c
 word in the order 0, 2, 4, 6, 1, 3, 5, 7, zero points likewise and as they are. Scaling by activations, which makes it
 AWQ, lies in the weights of a calibrated checkpoint and of its norms; nothing of it is left to do when loading.
 
-Rounding to nearest (`awq-rtn`) takes AutoAWQ's grid in `min_max`; `zero_point=False` takes the symmetric grid there,
+Rounding to nearest (`awq-rtn`) takes AutoAWQ's grid in `rtn`; `zero_point=False` takes the symmetric grid there,
 with the zero point 8 stored.
 """
 
@@ -13,10 +13,10 @@ from __future__ import annotations
 from distquant.config import AwqConfig
 from distquant.config.checks import where
 from distquant.errors import Problem
-from distquant.model.description import Skeleton
+from distquant.model.description import ModelDescription
 from distquant.quantization.algorithms.rtn import Grid
 from distquant.quantization.methods.gptq import problems_of_calibration
-from distquant.quantization.packed_int import PackedGroupsScheme, Packing
+from distquant.quantization.packed_int import PackedIntScheme, Packing
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
 
@@ -25,7 +25,7 @@ LEAST_RANGE = 1e-5
 
 
 @register
-class AwqScheme(PackedGroupsScheme):
+class AwqScheme(PackedIntScheme):
     """AWQ's tensors, dequantized in forward."""
 
     name = "awq"
@@ -36,10 +36,12 @@ class AwqScheme(PackedGroupsScheme):
         config = self.config
         return Packing("awq", config.bits, config.group_size, Grid(config.bits, not config.zero_point, LEAST_RANGE))
 
-    def converts(self, skeleton: Skeleton) -> list[str]:
+    def select_modules(self, description: ModelDescription) -> list[str]:
         """As transformers (`integrations/awq.py`): all linears but those named, and never its default skips."""
         selection = self.config.selection
-        return [name for name in skeleton.linears if selection.selects(name) and name not in skeleton.default_skip]
+        return [
+            name for name in description.linears if selection.selects(name) and name not in description.default_skip
+        ]
 
     def validate(self, context: Context) -> list[Problem]:
         config = self.config

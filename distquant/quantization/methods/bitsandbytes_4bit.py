@@ -75,14 +75,16 @@ class Bnb4bitScheme(BitsandbytesScheme):
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         word = DTYPE_BYTES[self.config.bnb_4bit_quant_storage]
         codes = Component(name="", dtype=self.config.bnb_4bit_quant_storage, flat=2 * word)
-        cuts = (BLOCK, FINE_BLOCK)
+        partitions = (BLOCK, FINE_BLOCK)
         if not self.config.bnb_4bit_use_double_quant:
-            return Layout((codes, Component(name="absmax", dtype="float32", flat=BLOCK, cuts=cuts)))
+            return Layout(
+                (codes, Component(name="absmax", dtype="float32", flat=BLOCK, preferred_alignments=partitions))
+            )
         return Layout(
             (
                 codes,
-                Component(name="absmax", dtype="uint8", flat=BLOCK, cuts=cuts),
-                Component(name="nested_absmax", dtype="float32", flat=BLOCK * SECOND, gathered=True),
+                Component(name="absmax", dtype="uint8", flat=BLOCK, preferred_alignments=partitions),
+                Component(name="nested_absmax", dtype="float32", flat=BLOCK * SECOND, replicated=True),
             )
         )
 
@@ -92,14 +94,14 @@ class Bnb4bitScheme(BitsandbytesScheme):
         nested = self.config.bnb_4bit_use_double_quant and keeps_nesting(shard)
         return -(-count // 2) + (blocks + 4 * -(-blocks // SECOND) if nested else 4 * blocks)
 
-    def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+    def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         """Codes by the byte, and the absmax that a second level is made from at the end."""
         return (
             Component(name="", dtype="uint8", flat=2),
             Component(name="absmax", dtype="float32", flat=BLOCK),
         )
 
-    def statistics(self, shard: Shard) -> frozenset[str]:
+    def replicated_components(self, shard: Shard) -> frozenset[str]:
         """absmax: all of them for a second level, and where a cut along `in` is finer than the blocks."""
         if self.config.bnb_4bit_use_double_quant or cut_crosses_blocks(shard):
             return frozenset(("absmax",))
@@ -131,10 +133,10 @@ class Bnb4bitScheme(BitsandbytesScheme):
     def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
         import bitsandbytes as bnb
 
-        from distquant.quantization.linear.unaligned_linear4bit import StraddlingLinear4bit
+        from distquant.quantization.linear.unaligned_linear4bit import UnalignedLinear4bit
 
         out_features, in_features = shard.local_shape
-        kind = StraddlingLinear4bit if in_features % local_block(shard) else bnb.nn.Linear4bit
+        kind = UnalignedLinear4bit if in_features % local_block(shard) else bnb.nn.Linear4bit
         module = kind(
             in_features,
             out_features,
@@ -152,26 +154,28 @@ class Bnb4bitScheme(BitsandbytesScheme):
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         ops.quantize_4bit(rows, BLOCK, self.config.bnb_4bit_quant_type, codes=out[""], absmax=out["absmax"])
 
-    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
         self.fill(shard, module, self.pack(shard, parts, ops), torch_dtype(shard.dtype))
 
-    def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
+    def load_prequantized(
+        self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]
+    ) -> None:
         dtype = getattr(torch, _state_of(parts)["dtype"])
-        self.fill(shard, module, self.adopt(shard, parts, whole), dtype)
+        self.fill(shard, module, self.pack_prequantized(shard, parts, whole), dtype)
 
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
         statistics = Statistics(parts["absmax"])
         if self.config.bnb_4bit_use_double_quant:
             statistics = quantize_absmax(parts["absmax"], shard, ops)
-        elif self.statistics(shard):
+        elif self.replicated_components(shard):
             statistics = local_statistics(statistics, shard, ops)
         return {"": parts[""], **statistics.components()}
 
-    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         state = _state_of(parts)
         self._check_state(shard, state)
         codes, columns = parts[""].view(torch.uint8), shard.shape[1]
-        if "" in whole and shard.dim == 0:
+        if "" in whole and shard.shard_dim == 0:
             codes = torch.cat([codes[a * columns // 2 : -(-b * columns // 2)] for a, b in shard.rows])
         statistics = Statistics(parts["absmax"].float())
         if "nested_offset" in state:
@@ -250,7 +254,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
         found = self.dequantize(shard, self.components(module), module.weight.quant_state.dtype, ops)
         return found.to(torch_dtype(shard.dtype))
 
-    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+    def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         rows, columns = shard.local_shape
         yield "code", reference.unpack_4bit(components[""])[: rows * columns].view(rows, columns), 1
         absmax, block = Statistics.of(components).effective(), local_block(shard)

@@ -40,8 +40,10 @@ class Bnb8bitScheme(BitsandbytesScheme):
     config: Bnb8bitConfig
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
-        codes = Component(name="", dtype="int8", cuts=PLAIN_STEPS)
-        return Layout((codes, Component(name="SCB", dtype="float32", spans=(1, ALL), cuts=PLAIN_STEPS)))
+        codes = Component(name="", dtype="int8", preferred_alignments=PLAIN_STEPS)
+        return Layout(
+            (codes, Component(name="SCB", dtype="float32", block_shape=(1, ALL), preferred_alignments=PLAIN_STEPS))
+        )
 
     def notes(self, converted: Iterable[str]) -> Iterator[str]:
         stacks = [name for name in converted if STAR in name]
@@ -79,16 +81,18 @@ class Bnb8bitScheme(BitsandbytesScheme):
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         ops.quantize_int8_rows(rows, codes=out[""].view(rows.shape), absmax=out["SCB"])
 
-    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
         self.fill(module, self.pack(shard, parts, ops))
 
-    def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
-        self.fill(module, self.adopt(shard, parts, whole))
+    def load_prequantized(
+        self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]
+    ) -> None:
+        self.fill(module, self.pack_prequantized(shard, parts, whole))
 
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
         return {"": parts[""].view(shard.local_shape), "SCB": parts["SCB"]}
 
-    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         found = int(parts["weight_format"].item()) if "weight_format" in parts else ROW_FORMAT
         if found != ROW_FORMAT:
             what = f"its weight_format is {found}, only {ROW_FORMAT} (row) is supported"
@@ -112,6 +116,6 @@ class Bnb8bitScheme(BitsandbytesScheme):
         scale = (components["SCB"].float() / 127).view(-1, 1)
         return components[""].float().mul_(scale).to(dtype)
 
-    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+    def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         yield "code", components[""], 1
         yield "scale", components["SCB"].view(-1, 1), WHOLE_ROW

@@ -14,7 +14,7 @@ from distquant import config as configs
 from distquant.config import QuantizationConfig
 from distquant.config.requirements import REQUIREMENTS
 from distquant.errors import Problem
-from distquant.model.description import Skeleton
+from distquant.model.description import ModelDescription
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context, Scheme
 from distquant.sharding.layout import Layout, plain
@@ -31,15 +31,15 @@ class DelegatedScheme(Scheme):
 
     def validate(self, context: Context) -> list[Problem]:
         """What transformers would refuse, with what is refused here: more than one rank."""
-        method, facts = self.config.quant_method, context.facts
+        method, environment = self.config.quant_method, context.environment
         needs = REQUIREMENTS[method]
         found = [] if self.config.dequantize else super().validate(context)
         for package, limit in needs.below.items():
-            have = facts.packages.get(package)
+            have = environment.packages.get(package)
             if have is not None and Version(have) >= Version(limit):
                 what = f"{package} {have}, {method!r} needs one below {limit}"
                 found.append(Problem("environment", what, f"Run: pip install '{package}<{limit}'"))
-        if facts.device_type == "cpu" and not needs.cpu and not self.config.dequantize:
+        if environment.device_type == "cpu" and not needs.cpu and not self.config.dequantize:
             note = f" ({needs.note})" if needs.note else ""
             found.append(Problem("environment", f"{method!r} does not run on a CPU{note}", "Use a GPU"))
         if context.mesh.size > 1:
@@ -58,7 +58,7 @@ class DelegatedScheme(Scheme):
     def reads_stored(cls) -> bool:
         return cls.config_class is not configs.Nvfp4Config  # transformers refuses them
 
-    def converts(self, skeleton: Skeleton) -> list[str]:
+    def select_modules(self, description: ModelDescription) -> list[str]:
         return []
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
@@ -70,7 +70,7 @@ class DelegatedScheme(Scheme):
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         raise AssertionError(_BY_TRANSFORMERS)
 
-    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
         raise AssertionError(_BY_TRANSFORMERS)
 
 

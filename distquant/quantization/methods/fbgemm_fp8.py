@@ -6,7 +6,7 @@ Stored as transformers 5.23 does (`integrations/fbgemm_fp8.py`, `FbgemmFp8Linear
 
 A row's scale reaches over `in`, so rows are quantized whole, by whichever rank reads them, and a shard that is cut
 along `in` keeps the scale of every row. In forward activations are float8, too, on a GPU that has it (see
-`float8_product.py`; FBGEMM bounds their scale by `activation_scale_ub`, which is not done here). Elsewhere the weight
+`float8_matmul.py`; FBGEMM bounds their scale by `activation_scale_ub`, which is not done here). Elsewhere the weight
 is dequantized and multiplied with the activations as they are.
 """
 
@@ -23,7 +23,7 @@ from distquant.errors import Problem
 from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Rows, multiply
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Stream
-from distquant.quantization.weight_only import FLOATS, DequantizingScheme, wrong_dtypes
+from distquant.quantization.weight_only import FLOATS, WeightOnlyScheme, wrong_dtypes
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
@@ -33,7 +33,7 @@ ROWS = (1, None)
 
 
 @register
-class FbgemmFp8Scheme(DequantizingScheme):
+class FbgemmFp8Scheme(WeightOnlyScheme):
     """float8 e4m3 rows and their scales in a `QuantizedLinear`."""
 
     name = "fbgemm_fp8"
@@ -42,8 +42,10 @@ class FbgemmFp8Scheme(DequantizingScheme):
     config: FbgemmFp8Config
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
-        codes = Component(name="", dtype="float8_e4m3fn", cuts=PLAIN_STEPS)
-        return Layout((codes, Component(name=SCALE, dtype="float32", spans=(1, ALL), cuts=PLAIN_STEPS)))
+        codes = Component(name="", dtype="float8_e4m3fn", preferred_alignments=PLAIN_STEPS)
+        return Layout(
+            (codes, Component(name=SCALE, dtype="float32", block_shape=(1, ALL), preferred_alignments=PLAIN_STEPS))
+        )
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         found = super().check_stored(name, shape, stored)
@@ -59,7 +61,7 @@ class FbgemmFp8Scheme(DequantizingScheme):
         codes, scale = out[""].view(rows.shape), out[SCALE].view(-1, 1)
         ops.quantize_fp8_rows(rows.to(torch.bfloat16), codes=codes, scale=scale)
 
-    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         return self.shaped(shard, {**parts, SCALE: parts[SCALE].float()})
 
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
@@ -68,9 +70,9 @@ class FbgemmFp8Scheme(DequantizingScheme):
     def float8_kernel(self, name: str) -> Float8Kernel | None:
         return Float8Kernel.SCALED_MM
 
-    def float8_product(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def float8_matmul(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return multiply(x, Float8Rows(components[""], components[SCALE]))
 
-    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+    def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         yield "code", components[""], 1
         yield "scale", components[SCALE], WHOLE_ROW

@@ -17,7 +17,7 @@ unquantized, are defined in `kernels/reference/fp8.py`. With one scale for the t
 row's amax; every rank then casts its part under the largest.
 
 In forward the weight is dequantized and multiplied with the activations as they are, as transformers does on a CPU.
-On a GPU with float8 and the kernel, activations are float8, too (`float8_product.py`), under `activation_scale` where
+On a GPU with float8 and the kernel, activations are float8, too (`float8_matmul.py`), under `activation_scale` where
 it is stored: with one scale for the tensor, and with tiles of 128 x 128.
 """
 
@@ -34,14 +34,14 @@ from distquant.errors import InputError, Problem
 from distquant.quantization.linear.float8_matmul import TILE, Float8Kernel, Float8Rows, multiply, multiply_tiles
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context, Stream
-from distquant.quantization.weight_only import FLOATS, DequantizingScheme, wrong_dtypes
+from distquant.quantization.weight_only import FLOATS, WeightOnlyScheme, wrong_dtypes
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
 
 if TYPE_CHECKING:
     from distquant.config.fp8 import Float8Config
-    from distquant.model.description import Skeleton
+    from distquant.model.description import ModelDescription
 
 SCALE, ACTIVATION, AMAX = "weight_scale_inv", "activation_scale", "amax"
 POWERS = ("F8_E8M0", "U8")
@@ -49,7 +49,7 @@ POWERS = ("F8_E8M0", "U8")
 
 
 @register
-class Fp8Scheme(DequantizingScheme):
+class Fp8Scheme(WeightOnlyScheme):
     """float8 e4m3 and its scales in a `QuantizedLinear`."""
 
     name = "fp8"
@@ -71,17 +71,17 @@ class Fp8Scheme(DequantizingScheme):
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         kind = "float8_e8m0fnu" if self.powers else "float32"
         components = [
-            Component(name="", dtype="float8_e4m3fn", cuts=PLAIN_STEPS),
-            Component(name=SCALE, dtype=kind, spans=self.block or (ALL, ALL), cuts=PLAIN_STEPS),
+            Component(name="", dtype="float8_e4m3fn", preferred_alignments=PLAIN_STEPS),
+            Component(name=SCALE, dtype=kind, block_shape=self.block or (ALL, ALL), preferred_alignments=PLAIN_STEPS),
         ]
         if self.config.activation_scheme == "static":
-            components.append(Component(name=ACTIVATION, dtype="float32", spans=(ALL, ALL)))
+            components.append(Component(name=ACTIVATION, dtype="float32", block_shape=(ALL, ALL)))
         return Layout(tuple(components))
 
-    def converts(self, skeleton: Skeleton) -> list[str]:
+    def select_modules(self, description: ModelDescription) -> list[str]:
         """In a quantized checkpoint, of the selected linears those that have a scale in it."""
-        chosen = super().converts(skeleton)
-        sources = {name: skeleton.sources.get(f"{name}.weight", ()) for name in chosen}
+        chosen = super().select_modules(description)
+        sources = {name: description.sources.get(f"{name}.weight", ()) for name in chosen}
         quantized = [name for name in chosen if any(source.component == SCALE for source in sources[name])]
         return quantized or chosen
 
@@ -121,12 +121,12 @@ class Fp8Scheme(DequantizingScheme):
 
     # -- executing -------------------------------------------------------------------------------------------------
 
-    def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+    def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         if self.block is not None:
             return self.layout(name, shape, dtype).components
-        return Component(name="", dtype=dtype), Component(name=AMAX, dtype="float32", spans=(1, ALL))
+        return Component(name="", dtype=dtype), Component(name=AMAX, dtype="float32", block_shape=(1, ALL))
 
-    def statistics(self, shard: Shard) -> frozenset[str]:
+    def replicated_components(self, shard: Shard) -> frozenset[str]:
         return frozenset((AMAX,)) if self.block is None else frozenset()
 
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
@@ -145,7 +145,7 @@ class Fp8Scheme(DequantizingScheme):
         codes, scale = ops.encode_fp8(parts[""].view(shard.local_shape), amax, (None, None))
         return {"": codes, SCALE: scale.view(())}
 
-    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         found = self.shaped(shard, {**parts, SCALE: self._scale(shard, parts[SCALE])})
         if ACTIVATION in found:
             found[ACTIVATION] = found[ACTIVATION].view(()).float()
@@ -172,13 +172,13 @@ class Fp8Scheme(DequantizingScheme):
             return Float8Kernel.SCALED_MM
         return Float8Kernel.TILES if self.block == TILE else None
 
-    def float8_product(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def float8_matmul(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
         codes, scale, activation = components[""], components[SCALE], components.get(ACTIVATION)
         if self.block is None:
             return multiply(x, Float8Rows(codes, scale.view(1, 1), activation))
         return multiply_tiles(x, codes, scale, activation)
 
-    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+    def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         codes = components[""]
         yield "code", codes, 1
         if self.block is None:

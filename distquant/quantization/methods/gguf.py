@@ -19,16 +19,16 @@ from distquant.checkpoint.gguf import BLOCKS
 from distquant.config import GgufConfig
 from distquant.errors import Problem
 from distquant.kernels.reference.gguf import dequantize_gguf
-from distquant.model.description import Skeleton
+from distquant.model.description import ModelDescription
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context, Stream
-from distquant.quantization.weight_only import DequantizingScheme
+from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 
 
 @register
-class GgufScheme(DequantizingScheme):
+class GgufScheme(WeightOnlyScheme):
     """`QuantizedLinear` with one component: uint8 `[out, in / block * bytes of a block]`."""
 
     name = "gguf"
@@ -52,15 +52,25 @@ class GgufScheme(DequantizingScheme):
             found.append(Problem("quantization_config", what, "Give the path of a .gguf file, or another method"))
         return found
 
-    def converts(self, skeleton: Skeleton) -> list[str]:
+    def select_modules(self, description: ModelDescription) -> list[str]:
         if self.config.dequantize:
             return []
-        chosen = (name for name in skeleton.linears if self.config.selection.selects(name))
+        chosen = (name for name in description.linears if self.config.selection.selects(name))
         return [name for name in chosen if BLOCKS[self.kind(f"{name}.weight")][0] > 1]
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         rows, (block, nbytes) = self.head(name) or 1, BLOCKS[self.kind(name)]
-        return Layout((Component(name="", dtype="uint8", spans=(rows, block), words=(rows, nbytes), cuts=PLAIN_STEPS),))
+        return Layout(
+            (
+                Component(
+                    name="",
+                    dtype="uint8",
+                    block_shape=(rows, block),
+                    stored_per_block=(rows, nbytes),
+                    preferred_alignments=PLAIN_STEPS,
+                ),
+            )
+        )
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         block, nbytes = BLOCKS[self.kind(name)]
@@ -74,7 +84,7 @@ class GgufScheme(DequantizingScheme):
 
     # -- what stays unquantized ------------------------------------------------------------------------------------
 
-    def decodes(self, name: str) -> int:
+    def plain_row_block(self, name: str) -> int:
         return self.head(name) or int(BLOCKS[self.kind(name)][0] > 1)
 
     def decode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
@@ -86,7 +96,7 @@ class GgufScheme(DequantizingScheme):
 
     # -- what stays quantized --------------------------------------------------------------------------------------
 
-    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         return {"": self._in_order(shard.name, self.shaped(shard, parts)[""])}
 
     def _in_order(self, name: str, rows: Tensor) -> Tensor:
@@ -99,7 +109,7 @@ class GgufScheme(DequantizingScheme):
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
         return dequantize_gguf(components[""], self.kind(shard.name), shard.local_shape[1]).to(dtype)
 
-    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+    def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         """The bytes of every block, eight at a time."""
         kind, (block, nbytes) = self.kind(shard.name), BLOCKS[self.kind(shard.name)]
         rows = shard.local_shape[0]

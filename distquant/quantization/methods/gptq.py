@@ -4,7 +4,7 @@ The layout is that of AutoGPTQ and GPTQModel (`nn_modules/qlinear/__init__.py`):
 the inputs, zero points packed along the outputs. `format` says how zero points are stored: `gptq` (v1) less one,
 `gptq_v2` as they are. Other formats are one kernel's own order of bytes, and refused.
 
-Rounding to nearest (`gptq-rtn`) takes the grid of `min_max`, and the config's `bits`, `group_size`, `sym` and `format`.
+Rounding to nearest (`gptq-rtn`) takes the grid of `rtn`, and the config's `bits`, `group_size`, `sym` and `format`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, Literal
 from distquant.config import GptqConfig
 from distquant.config.checks import where
 from distquant.errors import Problem
-from distquant.model.description import Skeleton
+from distquant.model.description import ModelDescription
 from distquant.quantization.algorithms.rtn import Grid
 from distquant.quantization.module_selection import compiles, in_blocks, members, one_of, stored_names, unlike
 from distquant.quantization.packed_int import (
     DECIDING,
-    PackedGroupsScheme,
+    PackedIntScheme,
     Packing,
     problems_of_fields,
     valid_fields,
@@ -51,7 +51,7 @@ def problems_of_calibration(config: Any) -> Iterator[Problem]:
 
 
 @register
-class GptqScheme(PackedGroupsScheme):
+class GptqScheme(PackedIntScheme):
     """GPTQ's tensors, dequantized in forward."""
 
     name = "gptq"
@@ -82,15 +82,15 @@ class GptqScheme(PackedGroupsScheme):
                 return None if pattern.startswith("-:") else own
         return {}
 
-    def converts(self, skeleton: Skeleton) -> list[str]:
+    def select_modules(self, description: ModelDescription) -> list[str]:
         config = self.config
         blocks = (config.block_name_to_quantize,) if config.block_name_to_quantize else None
-        names = in_blocks(skeleton, blocks)
+        names = in_blocks(description, blocks)
         if config.modules_in_block_to_quantize is not None:
             named = tuple(f".{name}" for names in config.modules_in_block_to_quantize for name in names)
-            names = [name for name in names if any(n.endswith(named) for n in stored_names(skeleton, name))]
-        head = skeleton.output_embedding
-        if config.lm_head and head is not None and head in skeleton.linears:
+            names = [name for name in names if any(n.endswith(named) for n in stored_names(description, name))]
+        head = description.output_embedding
+        if config.lm_head and head is not None and head in description.linears:
             names.append(head)
         return [name for name in names if config.selection.selects(name) and not self._left_out(name)]
 
@@ -109,16 +109,16 @@ class GptqScheme(PackedGroupsScheme):
         for pattern, own in (config.dynamic or {}).items():
             found += _problems_of_rule(pattern, own)
         if config.dynamic:
-            found += unlike(context.skeleton, lambda module: (self._left_out(module), self.packing_of(module)))
+            found += unlike(context.description, lambda module: (self._left_out(module), self.packing_of(module)))
         if not context.prequantized:
             found += problems_of_calibration(config)
-            found += self._unmatched(context.skeleton)
+            found += self._unmatched(context.description)
         return found
 
-    def _unmatched(self, skeleton: Skeleton) -> Iterator[Problem]:
+    def _unmatched(self, description: ModelDescription) -> Iterator[Problem]:
         """Rules for modules that this model does not have."""
         fix = "Name modules of this model, or remove it"
-        names = [member for name in skeleton.linears for member in members(skeleton, name)]
+        names = [member for name in description.linears for member in members(description, name)]
         for pattern in self.config.dynamic or {}:
             regex = regex_of(pattern)
             if compiles(regex) is None and not any(re.match(regex, name) for name in names):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from distquant.config import HqqConfig, torch_dtype
 from distquant.config.hqq import HqqWeight
 from distquant.errors import InputError, Problem
-from distquant.model.description import Skeleton
+from distquant.model.description import ModelDescription
 from distquant.quantization.algorithms.hqq_optimizer import quantize_hqq
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context, Scheme
@@ -158,8 +158,8 @@ class HqqScheme(Scheme):
                 break
         return found
 
-    def converts(self, skeleton: Skeleton) -> list[str]:
-        chosen = super().converts(skeleton)
+    def select_modules(self, description: ModelDescription) -> list[str]:
+        chosen = super().select_modules(description)
         if self.config.dynamic_config is None:
             return chosen
         return [name for name in chosen if linear_tag(name) in self.config.dynamic_config]
@@ -197,29 +197,36 @@ class HqqScheme(Scheme):
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         groups = self.groups(name, shape)
-        unit = groups.row_unit
+        alignment = groups.row_unit
         if groups.axis == 1:
-            codes = Component(name="", dtype="uint8", cuts=(16, unit))
+            codes = Component(name="", dtype="uint8", preferred_alignments=(16, alignment))
             return Layout((codes, *self._along(groups, dtype)))
-        return Layout((Component(name="", dtype="uint8", spans=(unit, 1), words=(unit, 1)), *self._striding(groups)))
+        return Layout(
+            (
+                Component(name="", dtype="uint8", block_shape=(alignment, 1), stored_per_block=(alignment, 1)),
+                *self._striding(groups),
+            )
+        )
 
-    def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+    def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         groups = self.groups(name, shape)
         pair = self._along(groups, dtype) if groups.axis == 1 else self._striding(groups)
         return (Component(name="", dtype="uint8"), *pair)
 
     @staticmethod
     def _along(groups: Groups, dtype: str) -> Iterable[Component]:
-        return (Component(name=name, dtype=dtype, spans=(1, groups.span)) for name in ("scales", "zeros"))
+        return (Component(name=name, dtype=dtype, block_shape=(1, groups.span)) for name in ("scales", "zeros"))
 
     @staticmethod
     def _striding(groups: Groups) -> Iterable[Component]:
-        return (Component(name=name, dtype="float32", flat=groups.fine, gathered=True) for name in ("scales", "zeros"))
+        return (
+            Component(name=name, dtype="float32", flat=groups.fine, replicated=True) for name in ("scales", "zeros")
+        )
 
-    def statistics(self, shard: Shard) -> frozenset[str]:
+    def replicated_components(self, shard: Shard) -> frozenset[str]:
         return frozenset(("scales", "zeros") if self.groups(shard.name, shard.shape).axis == 0 else ())
 
-    def entire(self, name: str, shape: tuple[int, int]) -> int:
+    def whole_weight_workspace(self, name: str, shape: tuple[int, int]) -> int:
         weight, groups = self.weight(name), self.groups(name, shape)
         if weight.optimize:
             return WORKING * math.prod(shape)
@@ -266,14 +273,16 @@ class HqqScheme(Scheme):
         out["scales"].copy_(groups.repeated(scale))
         out["zeros"].copy_(groups.repeated(zero))
 
-    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
         groups = self.groups(shard.name, shard.shape)
         pair = (parts["scales"], parts["zeros"])
         if groups.axis == 0:
             pair = tuple(_kept(p.view(groups.period, -1), shard, (shard.columns,)) for p in pair)  # type: ignore[assignment]
         self._fill(module, shard, parts[""].view(shard.local_shape), *pair)
 
-    def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
+    def load_prequantized(
+        self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]
+    ) -> None:
         from hqq.core.quantize import Quantizer
 
         groups = self.groups(shard.name, shard.shape)
@@ -358,7 +367,7 @@ class HqqScheme(Scheme):
         groups = self.groups(shard.name, shard.shape)
         grouped, (out, into) = groups.grouped(shard.local_shape), shard.local_shape
         codes = Quantizer.unpack[module.meta["packing"]](module.W_q.data, dtype=torch.uint8)[: grouped[0]]
-        tally.shard("code", codes.view(out, into), shard.shape, shard.dim, shard.owned)
+        tally.shard("code", codes.view(out, into), shard.shape, shard.shard_dim, shard.owned)
         for name in ("scale", "zero"):
             values = module.meta[name]
             if groups.axis == 1:
@@ -366,7 +375,7 @@ class HqqScheme(Scheme):
                 values = values.view(out, -1)
             else:
                 span, values = 1, values.view(groups.period, into).repeat(out // groups.period, 1)
-            tally.shard(name, values, shard.shape, shard.dim, shard.owned, span=span)
+            tally.shard(name, values, shard.shape, shard.shard_dim, shard.owned, span=span)
 
 
 def linear_tag(name: str) -> str:

@@ -26,19 +26,19 @@ from torch import Tensor, nn
 from distquant.config import Mxfp4Config
 from distquant.errors import Problem
 from distquant.quantization.registry import register
-from distquant.quantization.weight_only import DequantizingScheme, Stream, wrong_dtypes
+from distquant.quantization.weight_only import Stream, WeightOnlyScheme, wrong_dtypes
 from distquant.sharding.layout import PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 
 if TYPE_CHECKING:
-    from distquant.model.description import Skeleton
+    from distquant.model.description import ModelDescription
 
 SCALES = "scales"
 RUN, PER_BYTE = 32, 2
 
 
 @register
-class Mxfp4Scheme(DequantizingScheme):
+class Mxfp4Scheme(WeightOnlyScheme):
     """e2m1 codes and their e8m0 scales in a `QuantizedLinear`."""
 
     name = "mxfp4"
@@ -49,13 +49,15 @@ class Mxfp4Scheme(DequantizingScheme):
     # -- deciding --------------------------------------------------------------------------------------------------
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
-        codes = Component(name="", dtype="uint8", spans=(1, PER_BYTE), cuts=PLAIN_STEPS)
-        return Layout((codes, Component(name=SCALES, dtype="uint8", spans=(1, RUN), cuts=PLAIN_STEPS)))
+        codes = Component(name="", dtype="uint8", block_shape=(1, PER_BYTE), preferred_alignments=PLAIN_STEPS)
+        return Layout(
+            (codes, Component(name=SCALES, dtype="uint8", block_shape=(1, RUN), preferred_alignments=PLAIN_STEPS))
+        )
 
-    def converts(self, skeleton: Skeleton) -> list[str]:
+    def select_modules(self, description: ModelDescription) -> list[str]:
         """In a quantized checkpoint, of the selected modules those that have scales in it: gpt-oss has experts only."""
-        chosen = super().converts(skeleton)
-        stored = {name for name, sources in skeleton.sources.items() if any(s.component == SCALES for s in sources)}
+        chosen = super().select_modules(description)
+        stored = {name for name, sources in description.sources.items() if any(s.component == SCALES for s in sources)}
         return [name for name in chosen if f"{name}.weight" in stored] if stored else chosen
 
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
@@ -87,13 +89,13 @@ class Mxfp4Scheme(DequantizingScheme):
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         ops.quantize_mxfp4(rows, codes=out[""], scale=out[SCALES])
 
-    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         return self.shaped(shard, {name: value.view(torch.uint8) for name, value in parts.items()})
 
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
         return ops.dequantize_mxfp4(components[""], components[SCALES], dtype)
 
-    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+    def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         """Bytes of two codes, which no cut divides, and scales by their bytes."""
         yield "code", components[""], PER_BYTE
         yield "scale", components[SCALES], RUN

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from distquant.config import NoneConfig
-from distquant.model.description import Skeleton
+from distquant.model.description import ModelDescription
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Scheme
 from distquant.sharding.layout import Layout, plain
@@ -24,7 +24,7 @@ class NoneScheme(Scheme):
     config_class = NoneConfig
     unmoved: ClassVar[Mapping[str, str]] = {}
 
-    def converts(self, skeleton: Skeleton) -> list[str]:
+    def select_modules(self, description: ModelDescription) -> list[str]:
         return []
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
@@ -36,5 +36,5 @@ class NoneScheme(Scheme):
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         raise AssertionError("the scheme `none` converts no module")
 
-    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
         raise AssertionError("the scheme `none` converts no module")

@@ -36,7 +36,7 @@ from distquant.config import QuantoConfig, torch_dtype
 from distquant.errors import Problem
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context, Stream
-from distquant.quantization.weight_only import FLOATS, SPELLED, DequantizingScheme, wrong_dtypes
+from distquant.quantization.weight_only import FLOATS, SPELLED, WeightOnlyScheme, wrong_dtypes
 from distquant.sharding.layout import ALL, DTYPE_BYTES, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
@@ -77,7 +77,7 @@ def unpack_parts(packed: Tensor, bits: int, rows: int) -> Tensor:
 
 
 @register
-class QuantoScheme(DequantizingScheme):
+class QuantoScheme(WeightOnlyScheme):
     """`QLinear` of local size; the component "" is `weight._data`."""
 
     name = "quanto"
@@ -119,13 +119,18 @@ class QuantoScheme(DequantizingScheme):
         return Layout(self._components(dtype, group_of(shape[1]) if self.grouped else None))
 
     def _components(self, dtype: str, group: int | None) -> tuple[Component, ...]:
-        spans = (1, group or ALL)
-        scale = Component(name=SCALE, dtype=dtype, spans=spans, cuts=PLAIN_STEPS)
-        ones = tuple(Component(name=n, dtype=dtype, spans=(ALL, ALL), gathered=True) for n in OF_ACTIVATIONS)
+        block_shape = (1, group or ALL)
+        scale = Component(name=SCALE, dtype=dtype, block_shape=block_shape, preferred_alignments=PLAIN_STEPS)
+        ones = tuple(Component(name=n, dtype=dtype, block_shape=(ALL, ALL), replicated=True) for n in OF_ACTIVATIONS)
         if not self.grouped:
-            return Component(name="", dtype=self.codes_dtype, cuts=PLAIN_STEPS), scale, *ones
-        codes = Component(name="", dtype="uint8", flat=8 // self.bits, gathered=True)
-        return codes, scale, Component(name=SHIFT, dtype=dtype, spans=spans, cuts=PLAIN_STEPS), *ones
+            return Component(name="", dtype=self.codes_dtype, preferred_alignments=PLAIN_STEPS), scale, *ones
+        codes = Component(name="", dtype="uint8", flat=8 // self.bits, replicated=True)
+        return (
+            codes,
+            scale,
+            Component(name=SHIFT, dtype=dtype, block_shape=block_shape, preferred_alignments=PLAIN_STEPS),
+            *ones,
+        )
 
     def packed_shape(self, shape: tuple[int, ...], group: int | None) -> tuple[int, int]:
         """Shape of the packed codes of a weight (or of a shard)."""
@@ -152,7 +157,7 @@ class QuantoScheme(DequantizingScheme):
         floats = dict.fromkeys((SCALE, SHIFT, *OF_ACTIVATIONS), FLOATS)
         return wrong_dtypes(name, dtypes, {"": (SPELLED[self.codes_dtype],), **floats})
 
-    def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+    def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         codes = Component(name="", dtype=self.codes_dtype)
         return codes, *(c for c in self.layout(name, shape, dtype).components if c.name in (SCALE, SHIFT))
 
@@ -181,7 +186,7 @@ class QuantoScheme(DequantizingScheme):
         one = torch.ones((), dtype=torch_dtype(shard.dtype), device=parts[""].device)
         return self._stored(shard, parts, parts[""].view(shard.local_shape)) | {n: one.clone() for n in OF_ACTIVATIONS}
 
-    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         codes, dtype = parts[""], torch_dtype(shard.dtype)
         if self.grouped:
             packed = codes.view(self.packed_shape(shard.shape, group_of(shard.shape[1])))
@@ -214,11 +219,13 @@ class QuantoScheme(DequantizingScheme):
         module.register_parameter("bias", linear.bias)
         return module
 
-    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
         self._place(shard, module, self.pack(shard, parts, ops))
 
-    def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
-        self._place(shard, module, self.adopt(shard, parts, whole))
+    def load_prequantized(
+        self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]
+    ) -> None:
+        self._place(shard, module, self.pack_prequantized(shard, parts, whole))
 
     def _place(self, shard: Shard, module: Any, found: Mapping[str, Tensor]) -> None:
         module.weight = nn.Parameter(self.tensor(shard, found), requires_grad=False)
@@ -260,7 +267,7 @@ class QuantoScheme(DequantizingScheme):
         made: Any = self.tensor(shard, components)
         return made.dequantize().to(dtype)
 
-    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+    def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         group, codes = group_of(shard.shape[1]) if self.grouped else None, components[""]
         if self.grouped:
             rows = shard.local_shape[0] * shard.local_shape[1] // (group or shard.local_shape[1])

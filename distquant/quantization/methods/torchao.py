@@ -43,7 +43,7 @@ from distquant.config.frozen import thaw
 from distquant.errors import Problem
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context, Stream
-from distquant.quantization.weight_only import FLOATS, SPELLED, DequantizingScheme, wrong_dtypes
+from distquant.quantization.weight_only import FLOATS, SPELLED, WeightOnlyScheme, wrong_dtypes
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
@@ -73,7 +73,7 @@ UNKNOWN = ("act_pre_scale", "act_quant_scale", "act_quant_zero_point", "scale_an
 
 
 @register
-class TorchaoScheme(DequantizingScheme):
+class TorchaoScheme(WeightOnlyScheme):
     """`nn.Linear` with a torchao tensor of local size; the component "" is `qdata`."""
 
     name = "torchao"
@@ -164,13 +164,13 @@ class TorchaoScheme(DequantizingScheme):
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         group = self.group
-        spans = (ALL, ALL) if group == "tensor" else (1, ALL if group == "row" else int(group))
+        block_shape = (ALL, ALL) if group == "tensor" else (1, ALL if group == "row" else int(group))
         components = [
-            Component(name="", dtype=self.codes_dtype, cuts=PLAIN_STEPS),
-            Component(name=SCALE, dtype=dtype if self.kind == INTX else "float32", spans=spans),
+            Component(name="", dtype=self.codes_dtype, preferred_alignments=PLAIN_STEPS),
+            Component(name=SCALE, dtype=dtype if self.kind == INTX else "float32", block_shape=block_shape),
         ]
         if self.kind != FLOAT8:
-            components.append(Component(name=ZERO, dtype="int8", spans=spans))
+            components.append(Component(name=ZERO, dtype="int8", block_shape=block_shape))
         return Layout(tuple(components))
 
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
@@ -189,12 +189,12 @@ class TorchaoScheme(DequantizingScheme):
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
         return wrong_dtypes(name, dtypes, {"": (SPELLED[self.codes_dtype],), SCALE: FLOATS, ZERO: ("I8",)})
 
-    def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+    def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         if self.group == "tensor":
-            return Component(name="", dtype=dtype), Component(name=AMAX, dtype="float32", spans=(1, ALL))
-        return super().flowing(name, shape, dtype)
+            return Component(name="", dtype=dtype), Component(name=AMAX, dtype="float32", block_shape=(1, ALL))
+        return super().encoded_components(name, shape, dtype)
 
-    def statistics(self, shard: Shard) -> frozenset[str]:
+    def replicated_components(self, shard: Shard) -> frozenset[str]:
         return frozenset((AMAX,)) if self.group == "tensor" else frozenset()
 
     # -- executing -------------------------------------------------------------------------------------------------
@@ -263,13 +263,15 @@ class TorchaoScheme(DequantizingScheme):
         module.register_parameter("bias", linear.bias)  # type: ignore[arg-type]
         return module
 
-    def complete(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
         self._place(shard, module, self.pack(shard, parts, ops))
 
-    def restore(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]) -> None:
-        self._place(shard, module, self.adopt(shard, parts, whole))
+    def load_prequantized(
+        self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]
+    ) -> None:
+        self._place(shard, module, self.pack_prequantized(shard, parts, whole))
 
-    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         found = self.shaped(shard, parts)
         if self.kind == INTX:
             found[SCALE] = found[SCALE].to(torch_dtype(shard.dtype))
@@ -320,7 +322,7 @@ class TorchaoScheme(DequantizingScheme):
         made: Any = self.tensor(shard, components)
         return made.dequantize().to(dtype)
 
-    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+    def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         yield "code", components[""], 1
         span = self.group if isinstance(self.group, int) else WHOLE_ROW
         for stream, name in (("scale", SCALE), ("zero", ZERO)):

@@ -138,12 +138,12 @@ def test_hostile_files_give_one_error(tmp_path, case):
 
 
 @settings(deadline=None, max_examples=200)
-@given(at=st.integers(0, 400), value=st.integers(0, 255), cut=st.integers(0, 700))
-def test_any_damage_is_an_error_or_a_header_that_fits_the_file(tmp_path_factory, at, value, cut):
+@given(at=st.integers(0, 400), value=st.integers(0, 255), partition=st.integers(0, 700))
+def test_any_damage_is_an_error_or_a_header_that_fits_the_file(tmp_path_factory, at, value, partition):
     path = tmp_path_factory.getbasetemp() / "damaged.gguf"
     data = bytearray(good(path))
     data[at % len(data)] = value
-    path.write_bytes(bytes(data[: len(data) - cut]))
+    path.write_bytes(bytes(data[: len(data) - partition]))
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError:

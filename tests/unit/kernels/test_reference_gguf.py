@@ -38,5 +38,5 @@ def test_dequantizing_slices_is_slicing_what_was_dequantized(kind):
     block, nbytes = BLOCKS[kind]
     words = random_words(kind, 6, 1024)
     whole = dequantize_gguf(words, kind, 1024)
-    cut = 256 // block * nbytes
-    assert torch.equal(dequantize_gguf(words[2:5, cut : 3 * cut], kind, 512), whole[2:5, 256:768])
+    partition = 256 // block * nbytes
+    assert torch.equal(dequantize_gguf(words[2:5, partition : 3 * partition], kind, 512), whole[2:5, 256:768])

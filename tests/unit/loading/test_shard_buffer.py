@@ -10,18 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distquant.loading.sinks import BandSink
-from distquant.planning import Cut, even_cut
+from distquant.loading.shard_buffer import ShardBuffer
+from distquant.planning import Partition, even_partition
 from distquant.planning.read_assignment import column_segments, node_columns, row_segments
 from distquant.sharding.layout import ALL, Component
-from distquant.sharding.partition import join_parts
-from distquant.sharding.row_layout import Band, band_of, column_step, row_step
+from distquant.sharding.partition import join_partitions
+from distquant.sharding.row_layout import RowLayout, column_step, row_layout_of, row_step
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=250)
 CPU = torch.device("cpu")
 
-spans = st.builds(
-    lambda down, across: Component(name="", dtype="int32", spans=(down, across)),
+block_shape = st.builds(
+    lambda down, across: Component(name="", dtype="int32", block_shape=(down, across)),
     st.sampled_from([1, 1, 2, 3]),
     st.sampled_from([1, 2, 3, 8, ALL]),
 )
@@ -37,38 +37,41 @@ class Case:
 
     def __init__(self, draw):
         self.shape = draw(st.tuples(st.integers(1, 14), st.integers(1, 26)))
-        found = draw(st.lists(st.one_of(spans, flats), min_size=1, max_size=3))
+        found = draw(st.lists(st.one_of(block_shape, flats), min_size=1, max_size=3))
         self.components = [
-            Component(name=f"c{i}", dtype=c.dtype, spans=c.spans, flat=c.flat) for i, c in enumerate(found)
+            Component(name=f"c{i}", dtype=c.dtype, block_shape=c.block_shape, flat=c.flat) for i, c in enumerate(found)
         ]
         self.ranks = draw(st.integers(1, 4))
         dim = draw(st.sampled_from([None, 0, 1]))
-        self.statistics = {c.name for c in self.components if draw(st.booleans())}
+        self.replicated_components = {c.name for c in self.components if draw(st.booleans())}
         if dim == 1:
-            self.statistics |= {c.name for c in self.components if c.flat and self.shape[1] % c.flat}
+            self.replicated_components |= {c.name for c in self.components if c.flat and self.shape[1] % c.flat}
         self.step = row_step(self.components, self.shape)
-        self.cut = None if dim is None else self._cut(draw, dim)
-        self.dim = None if self.cut is None else dim
+        self.partition = None if dim is None else self._partition(draw, dim)
+        self.shard_dim = None if self.partition is None else dim
         self.whole = {c.name: self._values(c) for c in self.components}
 
-    def _cut(self, draw, dim: int) -> Cut | None:
+    def _partition(self, draw, dim: int) -> Partition | None:
         """On the grid of what is cut: rows of every component, columns of those that are not statistics."""
-        unit = self.step if dim == 0 else self._column_unit()
+        alignment = self.step if dim == 0 else self._column_unit()
         size = self.shape[dim]
         kind = draw(st.sampled_from(["even", "packed", "repeated"]))
-        if kind == "packed" and size >= 2 * unit * self.ranks:
-            first = size // 2 // unit * unit
-            cuts = [even_cut(first, unit, self.ranks), even_cut(size - first, unit, self.ranks)]
-            return join_parts([cut for cut in cuts if cut]) if all(cuts) else None
-        if kind == "repeated" and dim == 0 and size % unit == 0:
-            heads = st.lists(st.integers(0, size // unit - 1), min_size=1, max_size=3)
+        if kind == "packed" and size >= 2 * alignment * self.ranks:
+            first = size // 2 // alignment * alignment
+            partitions = [
+                even_partition(first, alignment, self.ranks),
+                even_partition(size - first, alignment, self.ranks),
+            ]
+            return join_partitions([partition for partition in partitions if partition]) if all(partitions) else None
+        if kind == "repeated" and dim == 0 and size % alignment == 0:
+            heads = st.lists(st.integers(0, size // alignment - 1), min_size=1, max_size=3)
             parts = tuple(tuple((h, h + 1) for h in sorted(draw(heads))) for _ in range(self.ranks))
-            return Cut(size // unit, parts).scaled(unit)
-        return even_cut(size, unit, self.ranks)
+            return Partition(size // alignment, parts).scaled(alignment)
+        return even_partition(size, alignment, self.ranks)
 
     def _column_unit(self) -> int:
-        cut = (c for c in self.components if c.name not in self.statistics)
-        return math.lcm(*(c.flat or c.spans[1] for c in cut if c.flat or c.spans[1] != ALL))
+        partition = (c for c in self.components if c.name not in self.replicated_components)
+        return math.lcm(*(c.flat or c.block_shape[1] for c in partition if c.flat or c.block_shape[1] != ALL))
 
     def _values(self, component: Component) -> np.ndarray:
         stored = component.shape(self.shape)
@@ -87,27 +90,29 @@ class Case:
     def expected(self, component: Component, tp: int) -> np.ndarray:
         """What a position keeps of a component, by slicing all of it."""
         whole = self.whole[component.name]
-        if component.name in self.statistics or self.cut is None:
+        if component.name in self.replicated_components or self.partition is None:
             return whole.reshape(-1)
-        if self.dim == 0:
-            pieces = (component.slice(self.shape, 0, a, b) for a, b in self.cut.segments(tp))
+        if self.shard_dim == 0:
+            pieces = (component.slice(self.shape, 0, a, b) for a, b in self.partition.segments(tp))
             rows = whole.reshape(-1) if component.flat else whole
             return np.concatenate([rows[first:last] for _, first, last in pieces]).reshape(-1)
-        if not component.flat and component.spans[1] == ALL:
+        if not component.flat and component.block_shape[1] == ALL:
             return whole.reshape(-1)
         return np.concatenate(
-            [whole[:, self.columns(component, a, b)] for a, b in self.cut.segments(tp)], axis=1
+            [whole[:, self.columns(component, a, b)] for a, b in self.partition.segments(tp)], axis=1
         ).reshape(-1)
 
-    def flowing(self, band: Band, component: Component, columns: tuple[int, int], start: int, stop: int):
+    def encoded_components(
+        self, row_layout: RowLayout, component: Component, columns: tuple[int, int], start: int, stop: int
+    ):
         """The elements of rows as they flow over a node that reads some columns."""
         whole = self.whole[component.name]
         if whole.ndim == 1:
-            values = whole[band.before(start) : band.before(stop)]
+            values = whole[row_layout.before(start) : row_layout.before(stop)]
         else:
-            rows = slice(start // band.row_span, -(-stop // band.row_span))
+            rows = slice(start // row_layout.row_block, -(-stop // row_layout.row_block))
             values = whole[rows, self.columns(component, *columns)]
-        return torch.from_numpy(np.ascontiguousarray(values).reshape(-1)).to(band.dtype)
+        return torch.from_numpy(np.ascontiguousarray(values).reshape(-1)).to(row_layout.dtype)
 
 
 def pieces_of(rows: int, step: int, chance: random.Random) -> list[tuple[int, int]]:
@@ -117,32 +122,34 @@ def pieces_of(rows: int, step: int, chance: random.Random) -> list[tuple[int, in
     return found
 
 
-def fill(case: Case, sink: BandSink, bands, columns, chance: random.Random) -> dict[str, int]:
+def fill(case: Case, sink: ShardBuffer, row_layouts, columns, chance: random.Random) -> dict[str, int]:
     """Brings all rows in pieces, by one of the two ways where there is a choice; bytes that were placed."""
     moved = dict.fromkeys(sink.memory, 0)
     for start, stop in pieces_of(case.shape[0], case.step, chance):
-        for band, component in zip(bands, case.components, strict=True):
-            values = case.flowing(band, component, columns, start, stop)
-            assert len(values) == band.count(start, stop)
-            target = sink.direct(band, start, stop)
+        for row_layout, component in zip(row_layouts, case.components, strict=True):
+            values = case.encoded_components(row_layout, component, columns, start, stop)
+            assert len(values) == row_layout.count(start, stop)
+            target = sink.direct(row_layout, start, stop)
             if target is not None and chance.random() < 0.6:
                 target.copy_(values)
-                moved[band.name] += values.nbytes
+                moved[row_layout.name] += values.nbytes
             else:
-                moved[band.name] += sink.place(band, values, start, stop)
+                moved[row_layout.name] += sink.place(row_layout, values, start, stop)
     return moved
 
 
-def sink_for(case: Case, tp: int, columns: tuple[int, int], partial: bool) -> tuple[BandSink, list[Band]]:
+def sink_for(case: Case, tp: int, columns: tuple[int, int], partial: bool) -> tuple[ShardBuffer, list[RowLayout]]:
     width = columns[1] - columns[0]
-    bands = [band_of(c, (case.shape[0], width), c.name in case.statistics) for c in case.components]
-    rows = row_segments(case.shape, case.dim, case.cut, tp)
-    kept = column_segments(case.shape, case.dim, case.cut, tp)
-    sink = BandSink(bands, columns, case.shape[1], rows, kept, CPU, partial)
+    row_layouts = [
+        row_layout_of(c, (case.shape[0], width), c.name in case.replicated_components) for c in case.components
+    ]
+    rows = row_segments(case.shape, case.shard_dim, case.partition, tp)
+    kept = column_segments(case.shape, case.shard_dim, case.partition, tp)
+    sink = ShardBuffer(row_layouts, columns, case.shape[1], rows, kept, CPU, partial)
     for name, memory in sink.memory.items():
-        if not (partial and name in case.statistics):
+        if not (partial and name in case.replicated_components):
             memory.fill_(-1)
-    return sink, bands
+    return sink, row_layouts
 
 
 @PROPERTY
@@ -151,8 +158,8 @@ def test_pieces_of_whole_rows_give_the_slice(data, chance):
     case = Case(data.draw)
     for tp in range(case.ranks):
         columns = (0, case.shape[1])
-        sink, bands = sink_for(case, tp, columns, False)
-        moved = fill(case, sink, bands, columns, chance)
+        sink, row_layouts = sink_for(case, tp, columns, False)
+        moved = fill(case, sink, row_layouts, columns, chance)
         for component in case.components:
             found = sink.memory[component.name]
             assert found.tolist() == case.expected(component, tp).tolist()
@@ -169,17 +176,17 @@ def test_nodes_that_read_some_columns(data, chance):
     for node in (range(first), range(first, case.ranks)):
         step = column_step(case.components, case.shape)
         for tp in node:
-            columns = node_columns(case.shape, case.dim, case.cut, node, step)
-            sink, bands = sink_for(case, tp, columns, True)
-            fill(case, sink, bands, columns, chance)
+            columns = node_columns(case.shape, case.shard_dim, case.partition, node, step)
+            sink, row_layouts = sink_for(case, tp, columns, True)
+            fill(case, sink, row_layouts, columns, chance)
             for component in case.components:
                 found = sink.memory[component.name]
-                if component.name in case.statistics:
+                if component.name in case.replicated_components:
                     joined[component.name] = torch.maximum(joined.get(component.name, found), found)
                 else:
                     assert found.tolist() == case.expected(component, tp).tolist()
     for component in case.components:
-        if component.name in case.statistics:
+        if component.name in case.replicated_components:
             assert joined[component.name].tolist() == case.whole[component.name].reshape(-1).tolist()
 
 
@@ -188,23 +195,28 @@ def test_nodes_that_read_some_columns(data, chance):
 def test_rows_that_are_not_kept_are_left_out(data, chance):
     case = Case(data.draw)
     tp, columns = data.draw(st.integers(0, case.ranks - 1)), (0, case.shape[1])
-    sink, bands = sink_for(case, tp, columns, False)
-    held = {row for a, b in row_segments(case.shape, case.dim, case.cut, tp) for row in range(a, b)}
+    sink, row_layouts = sink_for(case, tp, columns, False)
+    held = {row for a, b in row_segments(case.shape, case.shard_dim, case.partition, tp) for row in range(a, b)}
     for start, stop in pieces_of(case.shape[0], case.step, chance):
-        for band, component in zip(bands, case.components, strict=True):
-            if band.whole or held & set(range(start, stop)):
+        for row_layout, component in zip(row_layouts, case.components, strict=True):
+            if row_layout.whole or held & set(range(start, stop)):
                 continue
-            assert sink.direct(band, start, stop) is None
-            assert sink.place(band, case.flowing(band, component, columns, start, stop), start, stop) == 0
+            assert sink.direct(row_layout, start, stop) is None
+            assert (
+                sink.place(
+                    row_layout, case.encoded_components(row_layout, component, columns, start, stop), start, stop
+                )
+                == 0
+            )
     assert all((memory == -1).all() for memory in sink.memory.values())
 
 
 def test_rows_that_a_rank_holds_twice_have_no_single_place():
-    band = band_of(Component(name="", dtype="int32"), (4, 2))
-    sink = BandSink((band,), (0, 2), 2, [(0, 2), (0, 2), (2, 4)], [(0, 2)], CPU)
-    assert sink.direct(band, 0, 2) is None
-    assert sink.direct(band, 1, 3) is None
-    assert sink.direct(band, 2, 4).data_ptr() == sink.memory[""][8:].data_ptr()
-    assert sink.place(band, torch.arange(4, dtype=torch.int32), 0, 2) == 32
-    sink.direct(band, 2, 4).copy_(torch.arange(4, 8))
+    row_layout = row_layout_of(Component(name="", dtype="int32"), (4, 2))
+    sink = ShardBuffer((row_layout,), (0, 2), 2, [(0, 2), (0, 2), (2, 4)], [(0, 2)], CPU)
+    assert sink.direct(row_layout, 0, 2) is None
+    assert sink.direct(row_layout, 1, 3) is None
+    assert sink.direct(row_layout, 2, 4).data_ptr() == sink.memory[""][8:].data_ptr()
+    assert sink.place(row_layout, torch.arange(4, dtype=torch.int32), 0, 2) == 32
+    sink.direct(row_layout, 2, 4).copy_(torch.arange(4, 8))
     assert sink.memory[""].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]

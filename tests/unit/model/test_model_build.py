@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from distquant.errors import InputError, Problems
-from distquant.model import Attention, Linear, Skeleton, Source, build, build_skeleton
+from distquant.model import Attention, Linear, ModelDescription, Source, build, describe_model
 from distquant.model.description import wildcard
 
 SMALL = {
@@ -25,35 +25,35 @@ SMALL = {
 }
 
 
-def skeleton_of(folder, name: str, drop: tuple[str, ...] = (), dtype: str | None = None, **more) -> Skeleton:
+def skeleton_of(folder, name: str, drop: tuple[str, ...] = (), dtype: str | None = None, **more) -> ModelDescription:
     getattr(transformers, f"{name}Config")(**{**SMALL, **more}).save_pretrained(folder)
     model = build(folder, dtype)
     tensors = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in drop}
     problems = Problems()
-    skeleton = build_skeleton(model, tensors, {}, problems)
+    description = describe_model(model, tensors, {}, problems)
     assert not problems
-    return skeleton
+    return description
 
 
 def test_llama(tmp_path):
-    skeleton = skeleton_of(tmp_path, "Llama")
-    assert (skeleton.model_type, skeleton.architecture) == ("llama", "LlamaForCausalLM")
-    assert skeleton.attentions == {
+    description = skeleton_of(tmp_path, "Llama")
+    assert (description.model_type, description.architecture) == ("llama", "LlamaForCausalLM")
+    assert description.attentions == {
         f"model.layers.{i}.self_attn": Attention(f"model.layers.{i}.self_attn", 8, 2, 8) for i in range(2)
     }
-    assert skeleton.linears["model.layers.1.mlp.down_proj"] == Linear("model.layers.1.mlp.down_proj", 64, 96, False)
-    assert len(skeleton.linears) == 2 * 7 + 1
-    assert skeleton.params["model.layers.0.self_attn.k_proj.weight"].shape == (16, 64)
-    assert (skeleton.input_embedding, skeleton.output_embedding) == ("model.embed_tokens", "lm_head")
-    assert skeleton.embeddings == ("model.embed_tokens",)
-    assert (skeleton.experts, skeleton.tied, skeleton.missing, skeleton.unexpected) == ({}, {}, (), ())
-    assert skeleton.default_skip == ("lm_head",)
-    assert skeleton.tp_plan["model.layers.*.mlp.down_proj"] == "rowwise"
-    assert skeleton.tp_plan["lm_head"] == "colwise_gather_output"
-    assert skeleton.no_split == ("LlamaDecoderLayer",)
-    assert "model.layers.1.self_attn.q_proj" in skeleton.modules
-    assert "" not in skeleton.modules
-    assert skeleton.sources["model.norm.weight"] == (Source("model.norm.weight"),)
+    assert description.linears["model.layers.1.mlp.down_proj"] == Linear("model.layers.1.mlp.down_proj", 64, 96, False)
+    assert len(description.linears) == 2 * 7 + 1
+    assert description.params["model.layers.0.self_attn.k_proj.weight"].shape == (16, 64)
+    assert (description.input_embedding, description.output_embedding) == ("model.embed_tokens", "lm_head")
+    assert description.embeddings == ("model.embed_tokens",)
+    assert (description.experts, description.tied, description.missing, description.unexpected) == ({}, {}, (), ())
+    assert description.default_skip == ("lm_head",)
+    assert description.tp_plan["model.layers.*.mlp.down_proj"] == "rowwise"
+    assert description.tp_plan["lm_head"] == "colwise_gather_output"
+    assert description.no_split == ("LlamaDecoderLayer",)
+    assert "model.layers.1.self_attn.q_proj" in description.modules
+    assert "" not in description.modules
+    assert description.sources["model.norm.weight"] == (Source("model.norm.weight"),)
 
 
 def test_nothing_is_allocated(tmp_path):
@@ -69,8 +69,8 @@ def test_nothing_is_allocated(tmp_path):
 )
 def test_dtype(tmp_path, config, asked, expected):
     transformers.LlamaConfig(**SMALL, dtype=config).save_pretrained(tmp_path)
-    skeleton = build_skeleton(build(tmp_path, asked), {}, {}, Problems())
-    assert {param.dtype for param in skeleton.params.values()} == {expected}
+    description = describe_model(build(tmp_path, asked), {}, {}, Problems())
+    assert {param.dtype for param in description.params.values()} == {expected}
 
 
 def test_building_leaves_torchs_default_dtype_alone(tmp_path):
@@ -86,57 +86,57 @@ def test_building_leaves_torchs_default_dtype_alone(tmp_path):
     ],
 )
 def test_tied_embedding_loads_the_one_that_the_checkpoint_holds(tmp_path, drop, tied, loaded):
-    skeleton = skeleton_of(tmp_path, "Llama", drop, tie_word_embeddings=True)
-    assert skeleton.tied == tied
-    assert loaded in skeleton.params
-    assert next(iter(tied)) not in skeleton.params
-    assert skeleton.sources[loaded] == (Source(loaded),)
-    assert skeleton.missing == ()
+    description = skeleton_of(tmp_path, "Llama", drop, tie_word_embeddings=True)
+    assert description.tied == tied
+    assert loaded in description.params
+    assert next(iter(tied)) not in description.params
+    assert description.sources[loaded] == (Source(loaded),)
+    assert description.missing == ()
 
 
 def test_tied_embedding_with_both_in_the_checkpoint_loads_both(tmp_path):
-    skeleton = skeleton_of(tmp_path, "Llama", tie_word_embeddings=True)
-    assert skeleton.tied == {}
-    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(skeleton.params)
+    description = skeleton_of(tmp_path, "Llama", tie_word_embeddings=True)
+    assert description.tied == {}
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(description.params)
 
 
 def test_tied_embedding_with_neither_in_the_checkpoint_is_missing_once(tmp_path):
     drop = ("lm_head.weight", "model.embed_tokens.weight")
-    skeleton = skeleton_of(tmp_path, "Llama", drop, tie_word_embeddings=True)
-    assert skeleton.missing == ("model.embed_tokens.weight",)
+    description = skeleton_of(tmp_path, "Llama", drop, tie_word_embeddings=True)
+    assert description.missing == ("model.embed_tokens.weight",)
 
 
 def test_qwen2_biases(tmp_path):
-    skeleton = skeleton_of(tmp_path, "Qwen2")
-    biased = {name.rpartition(".")[2] for name, linear in skeleton.linears.items() if linear.bias}
+    description = skeleton_of(tmp_path, "Qwen2")
+    biased = {name.rpartition(".")[2] for name, linear in description.linears.items() if linear.bias}
     assert biased == {"q_proj", "k_proj", "v_proj"}
-    assert skeleton.params["model.layers.0.self_attn.k_proj.bias"].shape == (16,)
+    assert description.params["model.layers.0.self_attn.k_proj.bias"].shape == (16,)
 
 
 def test_gpt_neox_heads(tmp_path):
-    skeleton = skeleton_of(tmp_path, "GPTNeoX", num_key_value_heads=8)
-    assert skeleton.attentions["gpt_neox.layers.0.attention"] == Attention("gpt_neox.layers.0.attention", 8, 8, 8)
-    assert skeleton.linears["gpt_neox.layers.0.attention.query_key_value"].out_features == 192
+    description = skeleton_of(tmp_path, "GPTNeoX", num_key_value_heads=8)
+    assert description.attentions["gpt_neox.layers.0.attention"] == Attention("gpt_neox.layers.0.attention", 8, 8, 8)
+    assert description.linears["gpt_neox.layers.0.attention.query_key_value"].out_features == 192
 
 
 def test_gpt2_is_transposed(tmp_path):
     transformers.GPT2Config(n_embd=64, n_layer=1, n_head=8, vocab_size=48, n_positions=16).save_pretrained(tmp_path)
     model = build(tmp_path, None)
-    skeleton = build_skeleton(model, {n: tuple(t.shape) for n, t in model.state_dict().items()}, {}, Problems())
-    packed = skeleton.linears["transformer.h.0.attn.c_attn"]
+    description = describe_model(model, {n: tuple(t.shape) for n, t in model.state_dict().items()}, {}, Problems())
+    packed = description.linears["transformer.h.0.attn.c_attn"]
     assert packed == Linear("transformer.h.0.attn.c_attn", 192, 64, True, transposed=True)
-    assert skeleton.params["transformer.h.0.attn.c_attn.weight"].shape == (64, 192)
+    assert description.params["transformer.h.0.attn.c_attn.weight"].shape == (64, 192)
 
 
 def test_mixtral_experts(tmp_path):
-    skeleton = skeleton_of(tmp_path, "Mixtral", num_local_experts=4)
-    assert tuple(skeleton.experts) == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
-    assert skeleton.params["model.layers.0.mlp.experts.down_proj"].shape == (4, 64, 96)
+    description = skeleton_of(tmp_path, "Mixtral", num_local_experts=4)
+    assert tuple(description.experts) == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    assert description.params["model.layers.0.mlp.experts.down_proj"].shape == (4, 64, 96)
 
 
 def test_persistent_buffers_are_named_as_such(tmp_path):
-    skeleton = skeleton_of(tmp_path, "Falcon", alibi=False, num_kv_heads=2)
-    assert not any(param.buffer for param in skeleton.params.values())
+    description = skeleton_of(tmp_path, "Falcon", alibi=False, num_kv_heads=2)
+    assert not any(param.buffer for param in description.params.values())
     (tmp_path / "moe").mkdir()
     more = {
         "n_routed_experts": 4,
@@ -145,8 +145,8 @@ def test_persistent_buffers_are_named_as_such(tmp_path):
         "first_k_dense_replace": 1,
         "moe_intermediate_size": 8,
     }
-    skeleton = skeleton_of(tmp_path / "moe", "DeepseekV3", dtype="bfloat16", num_experts_per_tok=2, **more)
-    buffers = {name: param.dtype for name, param in skeleton.params.items() if param.buffer}
+    description = skeleton_of(tmp_path / "moe", "DeepseekV3", dtype="bfloat16", num_experts_per_tok=2, **more)
+    buffers = {name: param.dtype for name, param in description.params.items() if param.buffer}
     assert buffers == {"model.layers.1.mlp.gate.e_score_correction_bias": "float32"}
 
 

@@ -14,7 +14,7 @@ from moe_models import FAMILIES, FORMS, SMALL, TURNED, read_all
 from torch import Tensor, nn
 
 from distquant.errors import Problems
-from distquant.model import Skeleton, Source, build, build_skeleton, sources_by_expert, split_experts, taken
+from distquant.model import ModelDescription, Source, build, describe_model, sources_by_expert, split_experts, taken
 from distquant.model.description import ROWS, Experts, Projection
 from distquant.model.experts import experts_of, form_of
 
@@ -22,16 +22,16 @@ MX = {"*_blocks": "", "*_scales": "scales"}
 FP8 = {"weight_scale_inv": "weight_scale_inv"}
 
 
-def split(folder: Path, tensors: dict[str, Tensor], suffixes: dict[str, str] | None = None) -> Skeleton:
+def split(folder: Path, tensors: dict[str, Tensor], suffixes: dict[str, str] | None = None) -> ModelDescription:
     """The skeleton of a checkpoint with these tensors, all modules of experts split."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    skeleton = build_skeleton(build(folder, None), shapes, suffixes or {}, Problems())
-    return split_experts(skeleton, skeleton.experts, shapes)
+    description = describe_model(build(folder, None), shapes, suffixes or {}, Problems())
+    return split_experts(description, description.experts, shapes)
 
 
-def by_expert(skeleton: Skeleton, name: str, tensors: dict[str, Tensor]) -> list[tuple[Source, ...]]:
+def by_expert(description: ModelDescription, name: str, tensors: dict[str, Tensor]) -> list[tuple[Source, ...]]:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return sources_by_expert(skeleton.sources[name], skeleton.params[name].shape[0], shapes)
+    return sources_by_expert(description.sources[name], description.params[name].shape[0], shapes)
 
 
 def taken_part(source: Source, tensor: Tensor) -> Tensor:
@@ -63,18 +63,18 @@ def split_form(name: str, count: int, intermediate: int, hidden: int) -> Experts
     """Gate, up and down apart, as most models have them."""
     gate = Projection("gate_proj", "gate_up_proj", intermediate, hidden)
     up = Projection("up_proj", "gate_up_proj", intermediate, hidden, start=intermediate)
-    down = Projection("down_proj", "down_proj", hidden, intermediate, dim=1)
+    down = Projection("down_proj", "down_proj", hidden, intermediate, shard_dim=1)
     return Experts(name, count, intermediate, (gate, up, down))
 
 
 def packed_form(name: str, count: int, intermediate: int, hidden: int, **more: bool) -> Experts:
     """Gate and up in one, stored transposed."""
     both = Projection("gate_up_proj", "gate_up_proj", 2 * intermediate, hidden)
-    down = Projection("down_proj", "down_proj", hidden, intermediate, dim=1)
+    down = Projection("down_proj", "down_proj", hidden, intermediate, shard_dim=1)
     return Experts(name, count, intermediate, (both, down), transposed=True, **more)
 
 
-UNGATED = (Projection("up_proj", "up_proj", 352, 64), Projection("down_proj", "down_proj", 64, 352, dim=1))
+UNGATED = (Projection("up_proj", "up_proj", 352, 64), Projection("down_proj", "down_proj", 64, 352, shard_dim=1))
 EXPECTED = {
     "mixtral": [split_form(f"model.layers.{n}.mlp.experts", 8, 96, 64) for n in range(2)],
     "qwen2-moe": [split_form(f"model.layers.{n}.mlp.experts", 8, 352, 64) for n in range(2)],
@@ -115,7 +115,7 @@ def test_experts_without_a_gate_have_two_projections():
     assert found is not None
     assert found.projections == (
         Projection("up_proj", "up_proj", 6, 5),
-        Projection("down_proj", "down_proj", 5, 6, dim=1),
+        Projection("down_proj", "down_proj", 5, 6, shard_dim=1),
     )
 
 
@@ -156,22 +156,22 @@ def test_every_expert_is_put_together_from_its_own_sources(moe_of, family, form)
     """Each projection of each expert, from the checkpoint in either form, equals transformers' own parameter's part."""
     folder = Path(moe_of(family, form))
     tensors, own = read_all(folder), read_all(Path(moe_of(family, "fused")))
-    skeleton = split(folder, tensors)
-    assert not skeleton.missing and not skeleton.unexpected
-    assert all("*" not in name or name.endswith(("weight", "bias")) for name in skeleton.params)
-    for module, experts in skeleton.experts.items():
+    description = split(folder, tensors)
+    assert not description.missing and not description.unexpected
+    assert all("*" not in name or name.endswith(("weight", "bias")) for name in description.params)
+    for module, experts in description.experts.items():
         for projection in experts.projections:
             name = f"{module}.*.{projection.name}"
-            linear = skeleton.linears[name]
+            linear = description.linears[name]
             assert (linear.out_features, linear.in_features) == (projection.out_features, projection.in_features)
             assert (linear.experts, linear.transposed) == (experts.count, family in TURNED)
             whole = own[f"{module}.{projection.parameter}"]
             whole = whole.transpose(1, 2) if experts.transposed else whole
-            assert skeleton.params[f"{name}.weight"].shape == (
+            assert description.params[f"{name}.weight"].shape == (
                 experts.count,
                 *whole[0, : projection.out_features].shape,
             )
-            for number, sources in enumerate(by_expert(skeleton, f"{name}.weight", tensors)):
+            for number, sources in enumerate(by_expert(description, f"{name}.weight", tensors)):
                 (source,) = sources
                 assert source.component == "" and source.offset is None
                 found = taken_part(source, tensors[source.tensor])
@@ -180,7 +180,7 @@ def test_every_expert_is_put_together_from_its_own_sources(moe_of, family, form)
                 assert torch.equal(found.T if experts.transposed else found, expected)
             if experts.bias:
                 biases = own[f"{module}.{projection.parameter}_bias"]
-                for number, (source,) in enumerate(by_expert(skeleton, f"{name}.bias", tensors)):
+                for number, (source,) in enumerate(by_expert(description, f"{name}.bias", tensors)):
                     assert torch.equal(taken_part(source, tensors[source.tensor]), biases[number])
 
 
@@ -188,7 +188,7 @@ def test_every_expert_is_put_together_from_its_own_sources(moe_of, family, form)
 def test_parameters_of_experts_are_replaced_and_no_others(moe_of, family):
     tensors = read_all(Path(moe_of(family)))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    before = build_skeleton(build(Path(moe_of(family)), None), shapes, {}, Problems())
+    before = describe_model(build(Path(moe_of(family)), None), shapes, {}, Problems())
     (module, *rest) = before.experts
     after = split_experts(before, [module], shapes)
     gone = {name for name in before.params if name.startswith(module)}
@@ -222,10 +222,10 @@ def spoil(moe_of: Callable[..., str], family: str, pattern: str) -> tuple[Path, 
 def test_experts_that_the_checkpoint_lacks_are_named(moe_of, pattern, missing):
     """One that is missing moves no other, and all of a projection are told as one."""
     folder, tensors = spoil(moe_of, "mixtral", pattern)
-    skeleton = split(folder, tensors)
-    assert list(skeleton.missing) == missing
-    for name in [name for name in skeleton.sources if "*" in name]:
-        for number, sources in enumerate(by_expert(skeleton, name, tensors)):
+    description = split(folder, tensors)
+    assert list(description.missing) == missing
+    for name in [name for name in description.sources if "*" in name]:
+        for number, sources in enumerate(by_expert(description, name, tensors)):
             for source in sources:
                 assert f".experts.{number}." in source.tensor
             assert bool(sources) == (name.replace("*", str(number)) not in missing)
@@ -245,9 +245,9 @@ def test_experts_beyond_the_models_own_number_fill_nothing(moe_of, tmp_path):
     config.num_local_experts = 6
     config.save_pretrained(tmp_path)
     shapes, problems = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, Problems()
-    skeleton = build_skeleton(build(tmp_path, None), shapes, {}, problems)
+    description = describe_model(build(tmp_path, None), shapes, {}, problems)
     assert any("outside its shape [6, " in problem.what for problem in problems)
-    found = split_experts(skeleton, skeleton.experts, shapes)
+    found = split_experts(description, description.experts, shapes)
     assert not found.missing
     for name in [name for name in found.sources if "*" in name]:
         assert [len(sources) for sources in by_expert(found, name, tensors)] == [1] * 6
@@ -262,23 +262,23 @@ def test_components_of_single_experts_go_to_their_own_projection(moe_of):
     tensors = read_all(folder)
     weights = [name for name in tensors if ".experts." in name]
     tensors |= {name.replace("weight", "weight_scale_inv"): torch.ones(2, 2) for name in weights}
-    skeleton = split(folder, tensors, FP8)
-    assert not skeleton.missing and not skeleton.unexpected and not skeleton.parts
-    for name in [name for name in skeleton.sources if "*" in name]:
-        for number, sources in enumerate(by_expert(skeleton, name, tensors)):
+    description = split(folder, tensors, FP8)
+    assert not description.missing and not description.unexpected and not description.parts
+    for name in [name for name in description.sources if "*" in name]:
+        for number, sources in enumerate(by_expert(description, name, tensors)):
             own = name.replace("*", str(number))
             scale = own.replace("weight", "weight_scale_inv")
             assert set(sources) == {Source(own), Source(scale, "weight_scale_inv")}
 
 
-def in_mxfp4(tensors: dict[str, Tensor], turned: bool) -> dict[str, Tensor]:
+def in_mxfp4(tensors: dict[str, Tensor], transposed: bool) -> dict[str, Tensor]:
     """Experts' parameters as MXFP4 stores them, every byte another one in its order."""
     found = {}
     for name, value in tensors.items():
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             found[name] = value
             continue
-        experts, rows, columns = value.transpose(1, 2).shape if turned else value.shape
+        experts, rows, columns = value.transpose(1, 2).shape if transposed else value.shape
         found[f"{name}_blocks"] = torch.arange(experts * rows * columns // 2).view(experts, rows, columns // 32, 16)
         found[f"{name}_scales"] = torch.arange(experts * rows * columns // 32).view(experts, rows, columns // 32)
     return found
@@ -289,12 +289,12 @@ def test_fused_components_of_four_dims_are_split_like_the_weights(moe_of, family
     """gpt-oss keeps gate and up in one; of a model that has them apart, rows of both components are halved."""
     folder = Path(moe_of(family, "fused"))
     tensors = in_mxfp4(read_all(folder), family in TURNED)
-    skeleton = split(folder, tensors, MX)
-    assert not skeleton.missing and not skeleton.unexpected
-    for module, experts in skeleton.experts.items():
+    description = split(folder, tensors, MX)
+    assert not description.missing and not description.unexpected
+    for module, experts in description.experts.items():
         for projection in experts.projections:
             first, last = projection.start, projection.start + projection.out_features
-            found = by_expert(skeleton, f"{module}.*.{projection.name}.weight", tensors)
+            found = by_expert(description, f"{module}.*.{projection.name}.weight", tensors)
             for number, sources in enumerate(found):
                 assert {source.component for source in sources} == {"", "scales"}
                 for source in sources:

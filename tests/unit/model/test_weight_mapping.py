@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Concatenate, Transpose, WeightConverter
 
 from distquant.errors import Problems
-from distquant.model import Skeleton, Source, build, build_skeleton
+from distquant.model import ModelDescription, Source, build, describe_model
 from distquant.model.weight_mapping import ignorable, map_names, natural, split_component, tell_parts
 
 SMALL = {
@@ -44,16 +44,18 @@ def saved(folder: Path, name: str, **more) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def described(folder: Path, tensors: dict[str, torch.Tensor], problems: Problems | None = None, **suffixes) -> Skeleton:
+def described(
+    folder: Path, tensors: dict[str, torch.Tensor], problems: Problems | None = None, **suffixes
+) -> ModelDescription:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return build_skeleton(build(folder, None), shapes, suffixes, Problems() if problems is None else problems)
+    return describe_model(build(folder, None), shapes, suffixes, Problems() if problems is None else problems)
 
 
-def rebuilt(skeleton: Skeleton, tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+def rebuilt(description: ModelDescription, tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """A parameter put together from its sources; what no source fills stays NaN, and no element is filled twice."""
-    shape = skeleton.params[name].shape
+    shape = description.params[name].shape
     value, filled = torch.full(shape, torch.nan), torch.zeros(shape, dtype=torch.int64)
-    for source in skeleton.sources[name]:
+    for source in description.sources[name]:
         assert source.component == ""
         part = tensors[source.tensor]
         if source.take is not None:
@@ -97,15 +99,15 @@ def test_sources_rebuild_what_from_pretrained_loads(tmp_path, case):
     tensors = saved(tmp_path, name, **more)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
     problems = Problems()
-    skeleton = described(tmp_path, tensors, problems)
+    description = described(tmp_path, tensors, problems)
     assert list(problems) == []
-    assert (skeleton.unexpected, skeleton.missing) == ((), ())
-    assert set(skeleton.params) | set(skeleton.tied) == set(loaded)
-    for param in skeleton.params:
-        assert torch.equal(rebuilt(skeleton, tensors, param), loaded[param]), param
-    for target, source in skeleton.tied.items():
+    assert (description.unexpected, description.missing) == ((), ())
+    assert set(description.params) | set(description.tied) == set(loaded)
+    for param in description.params:
+        assert torch.equal(rebuilt(description, tensors, param), loaded[param]), param
+    for target, source in description.tied.items():
         assert torch.equal(loaded[target], loaded[source])
-    used = {source.tensor for sources in skeleton.sources.values() for source in sources}
+    used = {source.tensor for sources in description.sources.values() for source in sources}
     assert used == set(tensors)
 
 
@@ -114,17 +116,17 @@ def test_mixtral_offsets_by_hand(tmp_path):
     tensors = saved(tmp_path, "Mixtral", num_local_experts=12)
     moe = "model.layers.1.block_sparse_moe.experts"
     assert f"{moe}.11.w1.weight" in tensors, "this checkpoint is not in Mixtral's own spelling"
-    skeleton = described(tmp_path, tensors)
-    assert tuple(skeleton.experts) == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
-    assert skeleton.params["model.layers.1.mlp.experts.gate_up_proj"].shape == (12, 48, 16)
-    assert skeleton.sources["model.layers.1.mlp.experts.gate_up_proj"] == (
+    description = described(tmp_path, tensors)
+    assert tuple(description.experts) == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    assert description.params["model.layers.1.mlp.experts.gate_up_proj"].shape == (12, 48, 16)
+    assert description.sources["model.layers.1.mlp.experts.gate_up_proj"] == (
         *(Source(f"{moe}.{i}.w1.weight", "", (i, 0, 0)) for i in range(12)),
         *(Source(f"{moe}.{i}.w3.weight", "", (i, 24, 0)) for i in range(12)),
     )
-    down = skeleton.sources["model.layers.1.mlp.experts.down_proj"]
+    down = description.sources["model.layers.1.mlp.experts.down_proj"]
     assert down == tuple(Source(f"{moe}.{i}.w2.weight", "", (i, 0, 0)) for i in range(12))
     router = "model.layers.0.mlp.gate.weight"
-    assert skeleton.sources[router] == (Source("model.layers.0.block_sparse_moe.gate.weight"),)
+    assert description.sources[router] == (Source("model.layers.0.block_sparse_moe.gate.weight"),)
 
 
 @pytest.mark.parametrize("part", ["w1", "w2"])
@@ -133,9 +135,9 @@ def test_an_absent_expert_leaves_its_parameter_short(tmp_path, part):
     tensors = saved(tmp_path, "Mixtral", num_local_experts=4)
     del tensors[f"model.layers.0.block_sparse_moe.experts.1.{part}.weight"]
     name = f"model.layers.0.mlp.experts.{'down_proj' if part == 'w2' else 'gate_up_proj'}"
-    skeleton = described(tmp_path, tensors)
-    covered = sum(tensors[source.tensor].numel() for source in skeleton.sources[name])
-    assert covered == math.prod(skeleton.params[name].shape) - 24 * 16
+    description = described(tmp_path, tensors)
+    covered = sum(tensors[source.tensor].numel() for source in description.sources[name])
+    assert covered == math.prod(description.params[name].shape) - 24 * 16
 
 
 def test_no_source_lies_outside_its_parameter(tmp_path):
@@ -144,24 +146,24 @@ def test_no_source_lies_outside_its_parameter(tmp_path):
     moe = "model.layers.0.block_sparse_moe.experts"
     tensors[f"{moe}.4.w3.weight"] = tensors.pop(f"{moe}.1.w1.weight")
     problems = Problems()
-    skeleton = described(tmp_path, tensors, problems)
+    description = described(tmp_path, tensors, problems)
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    told = name in skeleton.missing or f"{moe}.4.w3.weight" in skeleton.unexpected or bool(problems)
-    assert told or all(source.offset[0] < 4 for source in skeleton.sources[name])
+    told = name in description.missing or f"{moe}.4.w3.weight" in description.unexpected or bool(problems)
+    assert told or all(source.offset[0] < 4 for source in description.sources[name])
 
 
 def test_chunked_tensor_is_taken_in_parts(tmp_path):
     tensors = saved(tmp_path, "HrmText")
-    skeleton = described(tmp_path, tensors)
-    taken = [s for sources in skeleton.sources.values() for s in sources if s.take is not None]
+    description = described(tmp_path, tensors)
+    taken = [s for sources in description.sources.values() for s in sources if s.take is not None]
     packed = {name for name in tensors if name.endswith(("gate_up_proj.weight", "gqkv_proj.weight"))}
     assert packed
     assert {source.tensor for source in taken} == packed
     for name in packed:
-        spans = sorted(source.take for source in taken if source.tensor == name)
-        assert spans[0][1] == 0
-        assert spans[-1][2] == tensors[name].shape[0]
-        assert all(a[2] == b[1] for a, b in pairwise(spans))
+        block_shape = sorted(source.take for source in taken if source.tensor == name)
+        assert block_shape[0][1] == 0
+        assert block_shape[-1][2] == tensors[name].shape[0]
+        assert all(a[2] == b[1] for a, b in pairwise(block_shape))
 
 
 def concatenating(tmp_path, monkeypatch, operations, dims):
@@ -182,22 +184,22 @@ def concatenating(tmp_path, monkeypatch, operations, dims):
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_concatenated_tensors_follow_the_order_of_the_patterns(tmp_path, monkeypatch, dim):
-    skeleton, tensors, problems = concatenating(tmp_path, monkeypatch, [Concatenate(dim=dim)], dim)
+    description, tensors, problems = concatenating(tmp_path, monkeypatch, [Concatenate(dim=dim)], dim)
     assert not problems
     whole = load_file(tmp_path / "model.safetensors")
     for layer in range(2):
         name = f"model.layers.{layer}.self_attn.q_proj.weight"
-        assert torch.equal(rebuilt(skeleton, tensors, name), whole[name])
-    assert skeleton.missing == ()
+        assert torch.equal(rebuilt(description, tensors, name), whole[name])
+    assert description.missing == ()
 
 
 def test_unknown_conversion_is_a_problem(tmp_path, monkeypatch):
-    skeleton, _, problems = concatenating(tmp_path, monkeypatch, [Transpose(0, 1)], 0)
+    description, _, problems = concatenating(tmp_path, monkeypatch, [Transpose(0, 1)], 0)
     told = [str(problem) for problem in problems]
     assert len(told) == 2
     assert told[0].startswith("model.layers.0.self_attn.q_proj.weight: the checkpoint stores it in a form that needs")
     assert "Transpose" in told[0]
-    assert skeleton.missing == tuple(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))
+    assert description.missing == tuple(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))
 
 
 def test_base_model_prefix_is_added(tmp_path):
@@ -206,12 +208,12 @@ def test_base_model_prefix_is_added(tmp_path):
     bare = {n.removeprefix("model."): t for n, t in tensors.items() if n != "lm_head.weight"}
     save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
-    skeleton = described(tmp_path, bare)
-    assert skeleton.missing == ("lm_head.weight",)
-    assert skeleton.unexpected == ()
-    assert skeleton.sources["model.norm.weight"] == (Source("norm.weight"),)
-    for name in skeleton.sources:
-        assert torch.equal(rebuilt(skeleton, bare, name), loaded[name])
+    description = described(tmp_path, bare)
+    assert description.missing == ("lm_head.weight",)
+    assert description.unexpected == ()
+    assert description.sources["model.norm.weight"] == (Source("norm.weight"),)
+    for name in description.sources:
+        assert torch.equal(rebuilt(description, bare, name), loaded[name])
 
 
 def test_base_model_prefix_is_stripped(tmp_path):
@@ -233,10 +235,10 @@ def test_unexpected_and_missing(tmp_path):
     tensors["model.layers.2.mlp.up_proj.weight"] = lost
     tensors["vision.patch.weight"] = lost
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = lost
-    skeleton = described(tmp_path, tensors)
-    assert skeleton.missing == ("model.layers.1.mlp.up_proj.weight",)
-    assert skeleton.unexpected == ("model.layers.2.mlp.up_proj.weight", "vision.patch.weight")
-    assert "model.layers.1.mlp.up_proj.weight" not in skeleton.sources
+    description = described(tmp_path, tensors)
+    assert description.missing == ("model.layers.1.mlp.up_proj.weight",)
+    assert description.unexpected == ("model.layers.2.mlp.up_proj.weight", "vision.patch.weight")
+    assert "model.layers.1.mlp.up_proj.weight" not in description.sources
 
 
 def test_components_go_with_their_weight(tmp_path):
@@ -244,13 +246,13 @@ def test_components_go_with_their_weight(tmp_path):
     base = "model.layers.0.mlp.up_proj"
     tensors[f"{base}.weight.absmax"] = torch.zeros(6)
     tensors[f"{base}.SCB"] = torch.zeros(24)
-    skeleton = described(tmp_path, tensors, **BNB)
-    assert set(skeleton.sources[f"{base}.weight"]) == {
+    description = described(tmp_path, tensors, **BNB)
+    assert set(description.sources[f"{base}.weight"]) == {
         Source(f"{base}.weight"),
         Source(f"{base}.weight.absmax", "absmax"),
         Source(f"{base}.SCB", "SCB"),
     }
-    assert (skeleton.unexpected, skeleton.missing) == ((), ())
+    assert (description.unexpected, description.missing) == ((), ())
     assert described(tmp_path, tensors).unexpected == (f"{base}.SCB", f"{base}.weight.absmax")
 
 

@@ -9,16 +9,16 @@ import transformers
 from parallel_plans import MODELS, SMALL
 
 from distquant.errors import Problems
-from distquant.model import Skeleton, build, build_skeleton
+from distquant.model import ModelDescription, build, describe_model
 
-_built: dict[tuple, Skeleton] = {}
+_built: dict[tuple, ModelDescription] = {}
 
 
 @pytest.fixture
 def make(tmp_path_factory):
     """A skeleton by the name of its model, built once per configuration."""
 
-    def skeleton(case: str, **more) -> Skeleton:
+    def description(case: str, **more) -> ModelDescription:
         key = (case, *sorted(more.items()))
         if key not in _built:
             folder: Path = tmp_path_factory.mktemp(case)
@@ -29,8 +29,8 @@ def make(tmp_path_factory):
             if own.get("tie_word_embeddings"):
                 del shapes["lm_head.weight"]
             problems = Problems()
-            _built[key] = build_skeleton(model, shapes, {}, problems)
+            _built[key] = describe_model(model, shapes, {}, problems)
             assert not problems
         return _built[key]
 
-    return skeleton
+    return description

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distquant.model import Skeleton
+from distquant.model import ModelDescription
 from distquant.planning.tensor_parallel import ParallelPlan, rewrite_tp_plan
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout, plain
 
@@ -21,13 +21,15 @@ SMALL = {
 NF4 = Layout(
     (
         Component(name="", dtype="uint8", flat=2),
-        Component(name="absmax", dtype="float32", flat=64, cuts=(64, 32)),
-        Component(name="nested_absmax", dtype="float32", flat=64 * 256, gathered=True),
+        Component(name="absmax", dtype="float32", flat=64, preferred_alignments=(64, 32)),
+        Component(name="nested_absmax", dtype="float32", flat=64 * 256, replicated=True),
     )
 )
-SCB = Component(name="SCB", dtype="float32", spans=(1, ALL), cuts=PLAIN_STEPS)
-INT8 = Layout((Component(name="", dtype="int8", cuts=PLAIN_STEPS), SCB))
-BLOCKS = Layout((Component(name="", dtype="float8_e4m3fn"), Component(name="scale", dtype="float32", spans=(128, 128))))
+SCB = Component(name="SCB", dtype="float32", block_shape=(1, ALL), preferred_alignments=PLAIN_STEPS)
+INT8 = Layout((Component(name="", dtype="int8", preferred_alignments=PLAIN_STEPS), SCB))
+BLOCKS = Layout(
+    (Component(name="", dtype="float8_e4m3fn"), Component(name="scale", dtype="float32", block_shape=(128, 128)))
+)
 LAYOUTS = {"nf4": NF4, "int8": INT8, "blocks": BLOCKS, "plain": plain("bfloat16")}
 MODELS = {
     "llama": ("Llama", {}),
@@ -42,21 +44,23 @@ MODELS = {
 }
 
 
-def layout_of(skeleton: Skeleton, layout: str):
-    return lambda name: plain("bfloat16") if name == skeleton.output_embedding else LAYOUTS[layout]
+def layout_of(description: ModelDescription, layout: str):
+    return lambda name: plain("bfloat16") if name == description.output_embedding else LAYOUTS[layout]
 
 
-def rewrite(skeleton: Skeleton, ranks: int, layout: str = "nf4", tp_plan: dict[str, str] | None = None) -> ParallelPlan:
-    return rewrite_tp_plan(skeleton, tp_plan or skeleton.tp_plan, ranks, layout_of(skeleton, layout))
+def rewrite(
+    description: ModelDescription, ranks: int, layout: str = "nf4", tp_plan: dict[str, str] | None = None
+) -> ParallelPlan:
+    return rewrite_tp_plan(description, tp_plan or description.tp_plan, ranks, layout_of(description, layout))
 
 
 def told(plan: ParallelPlan, pattern: str) -> list[tuple[str, str, str, int]]:
     return [(r.asked, r.became, r.reason, r.modules) for r in plan.rules if r.pattern.endswith(pattern)]
 
 
-def cut_of(plan: ParallelPlan, module: str):
-    return plan.cuts[plan.modules[module].cut]
+def partition_of(plan: ParallelPlan, module: str):
+    return plan.partitions[plan.modules[module].partition]
 
 
 def lengths(plan: ParallelPlan, module: str) -> list[int]:
-    return cut_of(plan, module).lengths
+    return partition_of(plan, module).lengths

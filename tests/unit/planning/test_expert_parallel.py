@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from parallel_plans import BLOCKS, INT8, NF4
 
-from distquant.model.description import Experts, Param, Projection, Skeleton
+from distquant.model.description import Experts, ModelDescription, Param, Projection
 from distquant.model.experts import split_experts
-from distquant.planning import Cut
+from distquant.planning import Partition
 from distquant.planning.expert_parallel import expert_rules, plan_experts
 from distquant.planning.tensor_parallel import ParallelPlan
 from distquant.sharding.layout import Component, Layout, plain
@@ -99,8 +99,8 @@ COUNT, INTERMEDIATE, HIDDEN = 8, 352, 256
 
 
 def form_of(model: str, layer: int = 0, intermediate: int = INTERMEDIATE) -> Experts:
-    """The experts of a model, as `skeleton.experts` describes them."""
-    down = Projection("down_proj", "down_proj", HIDDEN, intermediate, dim=1)
+    """The experts of a model, as `description.experts` describes them."""
+    down = Projection("down_proj", "down_proj", HIDDEN, intermediate, shard_dim=1)
     packed = Projection("gate_up_proj", "gate_up_proj", 2 * intermediate, HIDDEN)
     gate = Projection("gate_proj", "gate_up_proj", intermediate, HIDDEN)
     up = Projection("up_proj", "gate_up_proj", intermediate, HIDDEN, intermediate)
@@ -112,7 +112,7 @@ def form_of(model: str, layer: int = 0, intermediate: int = INTERMEDIATE) -> Exp
     return Experts(name, COUNT, intermediate, (packed, down), transposed=True, dense=True)
 
 
-def skeleton_of(model: str, layers: int = 2, intermediate: int = INTERMEDIATE) -> Skeleton:
+def skeleton_of(model: str, layers: int = 2, intermediate: int = INTERMEDIATE) -> ModelDescription:
     """A skeleton of nothing but experts, split into stacks."""
     experts = {form.name: form for form in (form_of(model, layer, intermediate) for layer in range(layers))}
     params = {}
@@ -120,7 +120,7 @@ def skeleton_of(model: str, layers: int = 2, intermediate: int = INTERMEDIATE) -
         for leaf in {projection.parameter for projection in form.projections}:
             for suffix in ("", "_bias") if form.bias else ("",):
                 params[f"{name}.{leaf}{suffix}"] = Param(f"{name}.{leaf}{suffix}", (COUNT, 1, 1), "bfloat16")
-    whole = Skeleton(
+    whole = ModelDescription(
         model_type=model,
         architecture=model,
         params=params,
@@ -143,9 +143,9 @@ def skeleton_of(model: str, layers: int = 2, intermediate: int = INTERMEDIATE) -
 
 def planned(model: str, version: str, mesh: str, layout: Layout = NF4, intermediate: int = INTERMEDIATE):
     """The plan of a model's experts under the rules of a version."""
-    skeleton, parallel = skeleton_of(model, intermediate=intermediate), ParallelPlan()
-    modules, plans = list(skeleton.experts), PLANS[model, version]
-    plan_experts(skeleton, modules, Mesh.parse(mesh), plans, lambda name: layout, parallel)
+    description, parallel = skeleton_of(model, intermediate=intermediate), ParallelPlan()
+    modules, plans = list(description.experts), PLANS[model, version]
+    plan_experts(description, modules, Mesh.parse(mesh), plans, lambda name: layout, parallel)
     return parallel
 
 
@@ -153,7 +153,7 @@ def planned(model: str, version: str, mesh: str, layout: Layout = NF4, intermedi
 @pytest.mark.parametrize("model", MODULES)
 def test_both_versions_become_the_same(model, mesh):
     old, new = (planned(model, version, mesh) for version in ("5.17", "5.23"))
-    assert (old.experts, old.stacks, old.cuts) == (new.experts, new.stacks, new.cuts)
+    assert (old.experts, old.stacks, old.partitions) == (new.experts, new.stacks, new.partitions)
     told = [[(rule.pattern, rule.became, rule.reason, rule.modules) for rule in plan.rules] for plan in (old, new)]
     assert told[0] == told[1]
 
@@ -211,9 +211,9 @@ def test_what_became_of_it_is_told():
 
 @pytest.mark.parametrize(("model", "version"), PLANS)
 def test_rules_of_other_modules_are_left_to_them(model, version):
-    skeleton = skeleton_of(model)
+    description = skeleton_of(model)
     for plan in PLANS[model, version]:
-        (found,) = expert_rules(skeleton, plan).values()
+        (found,) = expert_rules(description, plan).values()
         assert all(".experts" in rule or style == "ep_router" for rule, style in found.items())
         assert not [rule for rule in plan.keys() - found.keys() if ".experts" in rule or plan[rule] == "ep_router"]
 
@@ -222,9 +222,9 @@ def test_rules_of_other_modules_are_left_to_them(model, version):
 def test_experts_are_dealt_out_whole_and_in_order(ranks, expected):
     plan = planned("mixtral", "5.23", f"ep={ranks}")
     for shard in plan.experts.values():
-        dealt = plan.cuts[shard.dealt]
+        dealt = plan.partitions[shard.dealt]
         assert dealt.lengths == expected
-        assert shard.cut is None
+        assert shard.partition is None
         assert [segment for part in dealt.parts for segment in part] == sorted(s for part in dealt.parts for s in part)
     assert plan.stacks == {}
 
@@ -236,15 +236,15 @@ PLAIN = plain("bfloat16")
 
 def rows_of(form: Experts, projection: Projection, features: list[int]) -> list[int]:
     """Elements of a projection's cut dim that belong to these intermediate features."""
-    if projection.dim == 1 or projection.out_features == form.intermediate:
+    if projection.shard_dim == 1 or projection.out_features == form.intermediate:
         return features
     if form.interleaved:
         return [row for feature in features for row in (2 * feature, 2 * feature + 1)]
     return [*features, *(form.intermediate + feature for feature in features)]
 
 
-def held(cut: Cut, rank: int) -> list[int]:
-    return [element for start, stop in cut.segments(rank) for element in range(start, stop)]
+def held(partition: Partition, rank: int) -> list[int]:
+    return [element for start, stop in partition.segments(rank) for element in range(start, stop)]
 
 
 LAYOUTS = {"nf4": NF4, "int8": INT8, "fp8": BLOCKS, "plain": PLAIN}
@@ -257,15 +257,15 @@ CASES.remove(("llama4", "fp8", 352))  # it has no cut, see below
 def test_projections_of_an_expert_share_one_cut(model, layout, ranks, intermediate):
     layout = LAYOUTS[layout]
     form, plan = form_of(model, 0, intermediate), planned(model, "5.23", f"tp={ranks}", layout, intermediate)
-    inside = plan.experts[form.name].cut
+    inside = plan.experts[form.name].partition
     assert inside is not None
     for projection in form.projections:
         dim, key = plan.stacks[f"{form.name}.*.{projection.name}"]
-        steps = layout.units((projection.out_features, projection.in_features), dim)
-        assert dim == projection.dim
-        assert any(plan.cuts[key].legal(step) for step in steps)
+        steps = layout.alignments((projection.out_features, projection.in_features), dim)
+        assert dim == projection.shard_dim
+        assert any(plan.partitions[key].legal(step) for step in steps)
         for rank in range(ranks):
-            assert held(plan.cuts[key], rank) == rows_of(form, projection, held(plan.cuts[inside], rank))
+            assert held(plan.partitions[key], rank) == rows_of(form, projection, held(plan.partitions[inside], rank))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_features_are_dealt_out_in_units(layout, intermediate, ranks, expected):
     plan = planned("mixtral", "5.23", f"tp={ranks}", layout, intermediate)
     (shard, other) = plan.experts.values()
     assert shard == other
-    assert plan.cuts[shard.cut].lengths == expected
+    assert plan.partitions[shard.partition].lengths == expected
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_experts_without_a_cut_stay_whole_and_the_reason_is_told(model, layout, 
     for ep, dealt in ((1, "every expert"), (2, "experts 4+4")):
         plan = planned(model, "5.23", f"ep={ep},tp={ranks}", layout, intermediate)
         assert plan.stacks == {}
-        assert {shard.cut for shard in plan.experts.values()} == {None}
+        assert {shard.partition for shard in plan.experts.values()} == {None}
         (rule,) = plan.rules
         assert rule.became == f"{dealt}, whole on every rank of tp"
         assert rule.reason.endswith(reason)
@@ -310,11 +310,14 @@ def test_experts_without_a_cut_stay_whole_and_the_reason_is_told(model, layout, 
 
 def test_layers_of_other_layouts_get_other_cuts_and_a_line_each():
     """The first layer in tiles, the second left as it is."""
-    skeleton, parallel = skeleton_of("mixtral"), ParallelPlan()
-    modules, plans = list(skeleton.experts), PLANS["mixtral", "5.23"]
+    description, parallel = skeleton_of("mixtral"), ParallelPlan()
+    modules, plans = list(description.experts), PLANS["mixtral", "5.23"]
     layout_of = {"0": BLOCKS, "1": PLAIN}
-    plan_experts(skeleton, modules, Mesh.parse("tp=2"), plans, lambda name: layout_of[name.split(".")[2]], parallel)
-    assert [parallel.cuts[shard.cut].lengths for shard in parallel.experts.values()] == [[256, 96], [176, 176]]
+    plan_experts(description, modules, Mesh.parse("tp=2"), plans, lambda name: layout_of[name.split(".")[2]], parallel)
+    assert [parallel.partitions[shard.partition].lengths for shard in parallel.experts.values()] == [
+        [256, 96],
+        [176, 176],
+    ]
     assert [(rule.became, rule.modules) for rule in parallel.rules] == [
         ("every expert, features 256+96", 1),
         ("every expert, features 176+176", 1),
@@ -323,16 +326,16 @@ def test_layers_of_other_layouts_get_other_cuts_and_a_line_each():
 
 def test_cut_of_one_projection_may_be_the_strictest():
     """Words of eight outputs in gate and up alone bind down's inputs too."""
-    eight = Layout((Component(name="", dtype="int32", spans=(8, 1)),))
-    skeleton, parallel = skeleton_of("mixtral", intermediate=40), ParallelPlan()
-    modules, plans = list(skeleton.experts), PLANS["mixtral", "5.23"]
+    eight = Layout((Component(name="", dtype="int32", block_shape=(8, 1)),))
+    description, parallel = skeleton_of("mixtral", intermediate=40), ParallelPlan()
+    modules, plans = list(description.experts), PLANS["mixtral", "5.23"]
     free = Layout((Component(name="", dtype="bfloat16"),))
     plan_experts(
-        skeleton,
+        description,
         modules,
         Mesh.parse("tp=3"),
         plans,
         lambda name: free if name.endswith("down_proj") else eight,
         parallel,
     )
-    assert [parallel.cuts[shard.cut].lengths for shard in parallel.experts.values()] == [[16, 16, 8]] * 2
+    assert [parallel.partitions[shard.partition].lengths for shard in parallel.experts.values()] == [[16, 16, 8]] * 2

@@ -7,21 +7,21 @@ import json
 
 import pytest
 
-from distquant.environment import Facts
+from distquant.environment import Environment
 from distquant.errors import InputError
 from distquant.model import Source
 from distquant.planning import (
     AttentionShard,
-    Cut,
     ExpertsShard,
-    HeadCut,
+    HeadPartition,
     LoadPlan,
     ModuleShard,
+    Partition,
     RankMemory,
     Rule,
     TensorPlan,
     cut_heads,
-    even_cut,
+    even_partition,
 )
 from distquant.sharding.mesh import Mesh
 
@@ -49,10 +49,10 @@ def small_plan() -> LoadPlan:
             TensorPlan("gate", (8,), "float32", "none", (Source("packed", "", None, (0, 8, 16)),)),
         ),
         tied={"lm_head.weight": "model.embed_tokens.weight"},
-        cuts={
-            "cut0": even_cut(704, 64, 3),
-            "cut1": Cut(4, (((0, 1), (2, 3)), ((1, 2),), ((3, 4),))),
-            "cut2": even_cut(2, 1, 1),
+        partitions={
+            "cut0": even_partition(704, 64, 3),
+            "cut1": Partition(4, (((0, 1), (2, 3)), ((1, 2),), ((3, 4),))),
+            "cut2": even_partition(2, 1, 1),
         },
         heads={"heads0": next(cut_heads(10, 2, 3))},
         modules={"model.layers.0.mlp.up_proj": ModuleShard("colwise", "cut0")},
@@ -68,7 +68,9 @@ def small_plan() -> LoadPlan:
         device_map={"model": "cuda:0"},
         shards={"model-00001.safetensors": ("ab" * 32, 1000), "model-00002.safetensors": ("cd" * 32, 234)},
         check_at_load=("free memory",),
-        facts=Facts(device_type="cuda", device_count=6, capability=(8, 9), memory=24 << 30, packages={"torch": "2.11"}),
+        environment=Environment(
+            device_type="cuda", device_count=6, capability=(8, 9), memory=24 << 30, packages={"torch": "2.11"}
+        ),
         trust_remote_code=True,
     )
 
@@ -86,7 +88,7 @@ CHANGES = {
     "dequantize": True,
     "tensors": small_plan().tensors[::-1],
     "tied": {},
-    "cuts": {"cut0": even_cut(704, 32, 3)},
+    "partitions": {"cut0": even_partition(704, 32, 3)},
     "heads": {"heads0": next(cut_heads(10, 5, 3))},
     "modules": {"model.layers.0.mlp.up_proj": ModuleShard("rowwise", "cut0")},
     "attentions": {"model.layers.0.self_attn": AttentionShard("heads0", 32)},
@@ -100,7 +102,9 @@ CHANGES = {
     "device_map": None,
     "shards": {"model-00001.safetensors": ("ab" * 32, 1000), "model-00002.safetensors": ("ce" * 32, 234)},
     "check_at_load": (),
-    "facts": Facts(device_type="cuda", device_count=6, capability=(9, 0), memory=24 << 30, packages={"torch": "2.11"}),
+    "environment": Environment(
+        device_type="cuda", device_count=6, capability=(9, 0), memory=24 << 30, packages={"torch": "2.11"}
+    ),
     "trust_remote_code": False,
 }
 
@@ -110,8 +114,8 @@ TENSOR_CHANGES = {
     "dtype": "float16",
     "scheme": "none",
     "sources": (Source("y"),),
-    "dim": 1,
-    "cut": "cut1",
+    "shard_dim": 1,
+    "partition": "cut1",
     "transposed": True,
     "reading": "scatter",
     "experts": "cut2",
@@ -131,16 +135,16 @@ def test_round_trip_restores_types():
     again = LoadPlan.from_json(small_plan().to_json())
     assert type(again.tensors[1].sources[1].offset) is tuple
     assert type(again.tensors[2].sources[0].take) is tuple
-    assert isinstance(again.heads["heads0"], HeadCut)
-    assert again.cuts["cut0"].lengths == [256, 256, 192]
-    assert again.facts.capability == (8, 9)
+    assert isinstance(again.heads["heads0"], HeadPartition)
+    assert again.partitions["cut0"].lengths == [256, 256, 192]
+    assert again.environment.capability == (8, 9)
     assert again.shards["model-00001.safetensors"] == ("ab" * 32, 1000)
-    hash((again.tensors, again.cuts["cut1"], again.heads["heads0"], again.rules, again.memory))
+    hash((again.tensors, again.partitions["cut1"], again.heads["heads0"], again.rules, again.memory))
 
 
-@pytest.mark.parametrize("facts", [Facts(), Facts(memory=5, memory_source="--max-memory")])
-def test_round_trip_of_unknown_facts(facts):
-    plan = dataclasses.replace(small_plan(), facts=facts, device_map=None)
+@pytest.mark.parametrize("environment", [Environment(), Environment(memory=5, memory_source="--max-memory")])
+def test_round_trip_of_unknown_facts(environment):
+    plan = dataclasses.replace(small_plan(), environment=environment, device_map=None)
     assert LoadPlan.from_json(plan.to_json()) == plan
 
 
@@ -162,7 +166,7 @@ def test_every_field_but_the_facts_moves_the_digest(field):
     """The digest names what was decided; what was measured (free memory, say) changes from one load to the next."""
     plan = small_plan()
     changed = dataclasses.replace(plan, **{field: CHANGES[field]})
-    assert (changed.digest != plan.digest) == (field != "facts")
+    assert (changed.digest != plan.digest) == (field != "environment")
     assert LoadPlan.from_json(changed.to_json()) == changed
 
 
@@ -195,7 +199,12 @@ def test_digest_is_sha256_and_the_same_for_equal_plans():
 
 def test_frozen():
     plan = small_plan()
-    for target, field in ((plan, "model"), (plan.tensors[0], "name"), (plan.cuts["cut0"], "size"), (plan.mesh, "tp")):
+    for target, field in (
+        (plan, "model"),
+        (plan.tensors[0], "name"),
+        (plan.partitions["cut0"], "size"),
+        (plan.mesh, "tp"),
+    ):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(target, field, getattr(target, field))
 
@@ -210,8 +219,8 @@ def test_frozen():
         ("3", "no plan in JSON"),
         ("[]", ""),
         ('["format"]', ""),
-        ('{"format": 0}', r"format 0, this is 4\. Plan again"),
-        ('{"format": "1"}', "format 1, this is 4"),
+        ('{"format": 0}', r"format 0, this is 5\. Plan again"),
+        ('{"format": "1"}', "format 1, this is 5"),
         ('{"format": 4}', ""),
     ],
 )
@@ -222,9 +231,9 @@ def test_what_is_no_plan(text, message):
 
 def test_another_version_of_the_format_is_refused():
     fields = json.loads(small_plan().to_json())
-    assert fields["format"] == 4
+    assert fields["format"] == 5
     fields["format"] = 5
-    with pytest.raises(InputError, match=r"^plan: format 5, this is 4\. Plan again with this version"):
+    with pytest.raises(InputError, match=r"^plan: format 5, this is 5\. Plan again with this version"):
         LoadPlan.from_json(json.dumps(fields))
 
 
@@ -232,7 +241,7 @@ def test_another_version_of_the_format_is_refused():
 def test_a_plan_with_other_fields_is_refused(change):
     fields = json.loads(small_plan().to_json())
     if change == "lacks":
-        del fields["cuts"]
+        del fields["partitions"]
     else:
         fields["surprise"] = 1
     with pytest.raises(InputError, match=r"^plan: "):

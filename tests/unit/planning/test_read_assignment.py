@@ -6,14 +6,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from distquant.planning import Cut, even_cut
+from distquant.planning import Partition, even_partition
 from distquant.planning.read_assignment import (
     DEALT,
     OWN,
     REASONS,
     SCATTER,
     SHARE,
-    Dealer,
+    ReadAssigner,
     column_segments,
     node_columns,
     node_ranks,
@@ -23,7 +23,7 @@ from distquant.planning.read_assignment import (
     way_of_reading,
 )
 from distquant.sharding.mesh import Mesh
-from distquant.sharding.partition import join_parts
+from distquant.sharding.partition import join_partitions
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=200)
 
@@ -35,19 +35,27 @@ row_sizes = st.sampled_from([1, 6, 512, SHARE // 8, SHARE, 3 * SHARE + 2])
 
 
 @st.composite
-def cuts(draw, size: int, tp: int) -> Cut | None:
+def partitions(draw, size: int, tp: int) -> Partition | None:
     """An even cut, a packed one, or one in which ranks repeat what others (or they themselves) hold."""
     kind = draw(st.sampled_from(["none", "even", "packed", "repeated"]))
     if kind == "even":
-        return even_cut(size, draw(st.sampled_from([1, 2, 4])), tp)
+        return even_partition(size, draw(st.sampled_from([1, 2, 4])), tp)
     if kind == "packed" and size >= 2 * tp:
         first = draw(st.integers(tp, size - tp))
-        return join_parts([cut for cut in (even_cut(first, 1, tp), even_cut(size - first, 1, tp)) if cut])
+        return join_partitions(
+            [
+                partition
+                for partition in (even_partition(first, 1, tp), even_partition(size - first, 1, tp))
+                if partition
+            ]
+        )
     if kind == "repeated":
         heads = draw(st.integers(1, min(size, 4)))
         if size % heads == 0:
             each = [draw(st.lists(st.integers(0, heads - 1), min_size=1, max_size=3)) for _ in range(tp)]
-            return Cut(heads, tuple(tuple((h, h + 1) for h in sorted(held)) for held in each)).scaled(size // heads)
+            return Partition(heads, tuple(tuple((h, h + 1) for h in sorted(held)) for held in each)).scaled(
+                size // heads
+            )
     return None
 
 
@@ -58,17 +66,17 @@ def tensors(draw, tp: int):
     if draw(st.booleans()):
         shape = (shape[0] * 16, *shape[1:])
     dim = draw(st.sampled_from([None, 0, len(shape) - 1]))
-    cut = draw(cuts(shape[dim], tp)) if dim is not None else None
-    return shape, dim if cut is not None else None, cut
+    partition = draw(partitions(shape[dim], tp)) if dim is not None else None
+    return shape, dim if partition is not None else None, partition
 
 
-def kept(shape, dim, cut, tp) -> set[int]:
+def kept(shape, dim, partition, tp) -> set[int]:
     """Rows that a position on tp keeps something of, one by one."""
     rows, _ = rows_and_width(shape)
-    if dim != 0 or cut is None:
+    if dim != 0 or partition is None:
         return set(range(rows))
     per = rows // shape[0]
-    return {row for a, b in cut.segments(tp) for row in range(a * per, b * per)}
+    return {row for a, b in partition.segments(tp) for row in range(a * per, b * per)}
 
 
 def random_node(draw, mesh: Mesh) -> tuple[int, ...]:
@@ -80,29 +88,29 @@ def random_node(draw, mesh: Mesh) -> tuple[int, ...]:
 @given(meshes, st.data())
 def test_every_row_is_in_one_part(mesh, data):
     node = random_node(data.draw, mesh)
-    dealer = Dealer(mesh, node)
+    assigner = ReadAssigner(mesh, node)
     total = 0
     for _ in range(data.draw(st.integers(1, 4))):
-        shape, dim, cut = data.draw(tensors(mesh.tp))
+        shape, dim, partition = data.draw(tensors(mesh.tp))
         row_bytes, step, whole = data.draw(row_sizes), data.draw(steps), data.draw(st.booleans())
-        keepers = {rank: kept(shape, dim, cut, mesh.coordinates(rank)["tp"]) for rank in node}
+        owners = {rank: kept(shape, dim, partition, mesh.coordinates(rank)["tp"]) for rank in node}
         read: dict[int, int] = {}
-        parts = dealer.deal(shape, dim, cut, row_bytes, step, whole)
+        parts = assigner.assign_reads(shape, dim, partition, row_bytes, step, whole)
         if whole:  # one rank reads all, and all get what it makes of it
-            keepers = {rank: set(range(rows_and_width(shape)[0])) for rank in node}
+            owners = {rank: set(range(rows_and_width(shape)[0])) for rank in node}
             assert len(parts) <= 1
         assert [part.rows for part in parts] == sorted(part.rows for part in parts)
         for part in parts:
             start, stop = part.rows
             assert start < stop
-            assert part.reader in part.holders
+            assert part.reader in part.owners
             for row in range(start, stop):
                 assert row not in read, f"row {row} is read by {read[row]} and {part.reader}"
                 read[row] = part.reader
-                assert part.holders == tuple(rank for rank in node if row in keepers[rank])
-        assert set(read) == set().union(*keepers.values())
+                assert part.owners == tuple(rank for rank in node if row in owners[rank])
+        assert set(read) == set().union(*owners.values())
         total += len(read) * row_bytes
-    assert sum(dealer.loads.values()) == total
+    assert sum(assigner.loads.values()) == total
 
 
 @PROPERTY
@@ -110,14 +118,14 @@ def test_every_row_is_in_one_part(mesh, data):
 def test_parts_start_on_steps(mesh, data):
     """Of a run of rows with the same holders, so where a run starts on a step, all its parts do."""
     node = random_node(data.draw, mesh)
-    shape, dim, cut = data.draw(tensors(mesh.tp))
+    shape, dim, partition = data.draw(tensors(mesh.tp))
     step = data.draw(steps)
     runs: dict[int, tuple[int, ...]] = {}
     end = None
-    for part in Dealer(mesh, node).deal(shape, dim, cut, SHARE, step):
+    for part in ReadAssigner(mesh, node).assign_reads(shape, dim, partition, SHARE, step):
         start, stop = part.rows
-        if start != end or runs[max(runs)] != part.holders:
-            runs[start] = part.holders
+        if start != end or runs[max(runs)] != part.owners:
+            runs[start] = part.owners
         assert (start - max(runs)) % step == 0
         end = stop
 
@@ -127,9 +135,11 @@ def test_parts_start_on_steps(mesh, data):
 def test_one_rank_reads_what_must_be_read_whole(mesh, step, data):
     node = random_node(data.draw, mesh)
     shape = (data.draw(st.integers(1, 64)), data.draw(st.integers(1, 9)))
-    cut = data.draw(cuts(shape[1], mesh.tp))
-    parts = Dealer(mesh, node).deal(shape, 1 if cut else None, cut, 3 * SHARE, step, whole=True)
-    assert [(part.rows, part.holders) for part in parts] == [((0, shape[0]), node)]
+    partition = data.draw(partitions(shape[1], mesh.tp))
+    parts = ReadAssigner(mesh, node).assign_reads(
+        shape, 1 if partition else None, partition, 3 * SHARE, step, whole=True
+    )
+    assert [(part.rows, part.owners) for part in parts] == [((0, shape[0]), node)]
 
 
 @PROPERTY
@@ -137,24 +147,24 @@ def test_one_rank_reads_what_must_be_read_whole(mesh, step, data):
 def test_ranks_read_about_the_same(mesh, sizes):
     """What all keep: no rank reads more than its share, the largest tensor that is not divided, and ragged steps."""
     node = tuple(range(mesh.size))
-    dealer = Dealer(mesh, node)
+    assigner = ReadAssigner(mesh, node)
     whole = ragged = 0
-    for rows, row_bytes, step, turned in sizes:
-        parts = dealer.deal((rows, 7), None, None, row_bytes, step, turned)
+    for rows, row_bytes, step, transposed in sizes:
+        parts = assigner.assign_reads((rows, 7), None, None, row_bytes, step, transposed)
         if len(parts) > 1:
             ragged += step * row_bytes
         else:
             whole = max(whole, rows * row_bytes)
     share = sum(rows * row_bytes for rows, row_bytes, _, _ in sizes) / len(node)
-    assert max(dealer.loads.values()) <= share + whole + ragged
+    assert max(assigner.loads.values()) <= share + whole + ragged
 
 
 def test_large_tensors_are_divided_and_small_ones_are_not():
     mesh = Mesh(tp=4)
-    large = Dealer(mesh, (0, 1, 2, 3)).deal((4096, 8), None, None, SHARE // 1024, 1)
+    large = ReadAssigner(mesh, (0, 1, 2, 3)).assign_reads((4096, 8), None, None, SHARE // 1024, 1)
     assert [(part.reader, part.rows) for part in large] == [(r, (r * 1024, (r + 1) * 1024)) for r in range(4)]
-    dealer = Dealer(mesh, (0, 1, 2, 3))
-    small = [dealer.deal((4095, 8), None, None, SHARE // 1024, 1) for _ in range(8)]
+    assigner = ReadAssigner(mesh, (0, 1, 2, 3))
+    small = [assigner.assign_reads((4095, 8), None, None, SHARE // 1024, 1) for _ in range(8)]
     assert [[part.reader for part in parts] for parts in small] == [[r] for r in (0, 1, 2, 3, 0, 1, 2, 3)]
 
 
@@ -165,11 +175,11 @@ def test_large_tensors_are_divided_and_small_ones_are_not():
 @given(meshes, st.integers(1, 40), st.sampled_from([None, 1, 2, 3, 8]), st.data())
 def test_node_columns_cover_what_its_ranks_keep(mesh, width, step, data):
     node = random_node(data.draw, mesh)
-    shape, cut = (5, width), data.draw(cuts(width, mesh.tp))
-    dim = data.draw(st.sampled_from([None, 0, 1])) if cut is not None else None
+    shape, partition = (5, width), data.draw(partitions(width, mesh.tp))
+    dim = data.draw(st.sampled_from([None, 0, 1])) if partition is not None else None
     positions = [mesh.coordinates(rank)["tp"] for rank in node]
-    start, stop = node_columns(shape, dim, cut, positions, step)
-    segments = [segment for tp in positions for segment in column_segments(shape, dim, cut, tp)]
+    start, stop = node_columns(shape, dim, partition, positions, step)
+    segments = [segment for tp in positions for segment in column_segments(shape, dim, partition, tp)]
     hull = (min(a for a, _ in segments), max(b for _, b in segments))
     assert 0 <= start <= hull[0]
     assert hull[1] <= stop <= width
@@ -184,19 +194,19 @@ def test_node_columns_cover_what_its_ranks_keep(mesh, width, step, data):
 
 @pytest.mark.parametrize(("step", "expected"), [(1, (16, 48)), (16, (16, 48)), (32, (0, 64)), (None, (0, 64))])
 def test_node_columns(step, expected):
-    assert node_columns((3, 64), 1, even_cut(64, 16, 4), (1, 2), step) == expected
+    assert node_columns((3, 64), 1, even_partition(64, 16, 4), (1, 2), step) == expected
 
 
 # -- the way that is told ----------------------------------------------------------------------------------------------
 
 
-def way_by_rows(shape, dim, cut, mesh, nodes) -> str:
-    if cut is not None and dim not in (None, 0):
+def way_by_rows(shape, dim, partition, mesh, nodes) -> str:
+    if partition is not None and dim not in (None, 0):
         return SCATTER
     for rank in range(mesh.size):
-        mine = kept(shape, dim, cut, mesh.coordinates(rank)["tp"])
+        mine = kept(shape, dim, partition, mesh.coordinates(rank)["tp"])
         for other in node_ranks(nodes, rank):
-            if other != rank and mine & kept(shape, dim, cut, mesh.coordinates(other)["tp"]):
+            if other != rank and mine & kept(shape, dim, partition, mesh.coordinates(other)["tp"]):
                 return DEALT
     return OWN
 
@@ -205,11 +215,11 @@ def way_by_rows(shape, dim, cut, mesh, nodes) -> str:
 @given(meshes, st.data())
 def test_way_of_reading(mesh, data):
     nodes = nodes_of(mesh.size, data.draw(st.integers(1, mesh.size + 1)))
-    shape, dim, cut = data.draw(tensors(mesh.tp))
-    assume(cut is None or len(shape) > 1 or dim == 0)
-    way = way_of_reading(dim, cut, mesh, nodes)
+    shape, dim, partition = data.draw(tensors(mesh.tp))
+    assume(partition is None or len(shape) > 1 or dim == 0)
+    way = way_of_reading(dim, partition, mesh, nodes)
     assert way in REASONS
-    assert way == way_by_rows(shape, dim, cut, mesh, nodes)
+    assert way == way_by_rows(shape, dim, partition, mesh, nodes)
 
 
 @pytest.mark.parametrize(
@@ -222,15 +232,15 @@ def test_rows_and_width(shape, expected):
 @PROPERTY
 @given(meshes, st.data())
 def test_segments_of_rows_and_columns(mesh, data):
-    shape, dim, cut = data.draw(tensors(mesh.tp))
+    shape, dim, partition = data.draw(tensors(mesh.tp))
     rows, width = rows_and_width(shape)
     for tp in range(mesh.tp):
-        held = row_segments(shape, dim, cut, tp), column_segments(shape, dim, cut, tp)
+        held = row_segments(shape, dim, partition, tp), column_segments(shape, dim, partition, tp)
         counts = [sum(b - a for a, b in segments) for segments in held]
         local = list(shape)
-        if cut is not None:
-            local[dim] = cut.length(tp)
-        assert counts[0] * counts[1] == (rows * width if cut is None else _product(local))
+        if partition is not None:
+            local[dim] = partition.length(tp)
+        assert counts[0] * counts[1] == (rows * width if partition is None else _product(local))
 
 
 def _product(sizes) -> int:

@@ -6,10 +6,10 @@ import math
 from collections import Counter
 
 import pytest
-from parallel_plans import LAYOUTS, MODELS, cut_of, layout_of, lengths, rewrite, told
-from test_plan_cuts import assert_owned_partitions, held
+from parallel_plans import LAYOUTS, MODELS, layout_of, lengths, partition_of, rewrite, told
+from test_partition import assert_owned_partitions, held
 
-from distquant.model import Skeleton
+from distquant.model import ModelDescription
 from distquant.model.description import wildcard
 from distquant.planning.tensor_parallel import (
     COLWISE,
@@ -25,39 +25,43 @@ from distquant.sharding.layout import PLAIN_STEPS
 WIDTHS = [2, 3, 4, 8]
 
 
-def assert_sound(skeleton: Skeleton, plan: ParallelPlan, ranks: int, layout: str) -> None:
+def assert_sound(description: ModelDescription, plan: ParallelPlan, ranks: int, layout: str) -> None:
     """What holds for every model: sizes, coverage, units, no empty shard, one story per rule."""
     checked = set()
     for name, shard in plan.modules.items():
         if shard.style == GRAD_REDUCE:
             continue
-        cut = plan.cuts[shard.cut]
+        partition = plan.partitions[shard.partition]
         if shard.style == VOCAB_EMBEDDING:
-            size, units = skeleton.params[f"{name}.weight"].shape[0], PLAIN_STEPS
+            size, alignments = description.params[f"{name}.weight"].shape[0], PLAIN_STEPS
         else:
-            linear = skeleton.linears[name]
+            linear = description.linears[name]
             dim = {COLWISE: 0, COLWISE_GATHER: 0, ROWWISE: 1, ROWWISE_SPLIT: 1}[shard.style]
             shape = (linear.out_features, linear.in_features)
-            size, units = shape[dim], layout_of(skeleton, layout)(name).units(shape, dim)
-        assert cut.size == size, name
-        assert len(cut.parts) == ranks
-        assert min(cut.lengths) > 0, name
-        assert any(cut.legal(unit) for unit in units), f"{name}: {cut} is off its units {units}"
-        if shard.cut not in checked:
-            assert_owned_partitions(cut)
-            checked.add(shard.cut)
+            size, alignments = shape[dim], layout_of(description, layout)(name).alignments(shape, dim)
+        assert partition.size == size, name
+        assert len(partition.parts) == ranks
+        assert min(partition.lengths) > 0, name
+        assert any(partition.legal(alignment) for alignment in alignments), (
+            f"{name}: {partition} is off its units {alignments}"
+        )
+        if shard.partition not in checked:
+            assert_owned_partitions(partition)
+            checked.add(shard.partition)
         if shard.style != COLWISE:
-            assert cut.repeated == 0, name
+            assert partition.repeated == 0, name
     assert not set(plan.modules) & set(plan.replicated)
     assert all(plan.replicated.values())
-    expected = Counter(wildcard(n) for n in (*skeleton.modules, *skeleton.params) if wildcard(n) in skeleton.tp_plan)
+    expected = Counter(
+        wildcard(n) for n in (*description.modules, *description.params) if wildcard(n) in description.tp_plan
+    )
     stories = Counter(rule.pattern for rule in plan.rules)
     assert set(stories.values()) == {1}, "a rule is told twice"
     for rule in plan.rules:
         assert rule.reason
-        assert rule.asked == skeleton.tp_plan.get(rule.pattern, "no rule")
+        assert rule.asked == description.tp_plan.get(rule.pattern, "no rule")
         assert rule.modules == expected.get(rule.pattern, 1)
-    assert set(skeleton.tp_plan) <= set(stories)
+    assert set(description.tp_plan) <= set(stories)
 
 
 HOLDS = {
@@ -71,9 +75,9 @@ HOLDS = {
 }
 
 
-def assert_heads(skeleton: Skeleton, plan: ParallelPlan, ranks: int) -> None:
+def assert_heads(description: ModelDescription, plan: ParallelPlan, ranks: int) -> None:
     """Follows rows of q, k, v to heads: every local query head meets its own kv head, and o takes the same heads."""
-    for name, attention in skeleton.attentions.items():
+    for name, attention in description.attentions.items():
         cut_modules = [m for m, s in plan.modules.items() if m.startswith(name + ".") and s.style in (COLWISE, ROWWISE)]
         assert bool(cut_modules) == (name in plan.attentions)
         if not cut_modules:
@@ -92,17 +96,17 @@ def assert_heads(skeleton: Skeleton, plan: ParallelPlan, ranks: int) -> None:
             }
             rows["packed"] = rows["query"] + [at_k + r for r in rows["kv"]] + [at_v + r for r in rows["kv"]]
             for module in cut_modules:
-                assert held(cut_of(plan, module), rank) == rows[HOLDS[module.rpartition(".")[2]]], module
+                assert held(partition_of(plan, module), rank) == rows[HOLDS[module.rpartition(".")[2]]], module
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @pytest.mark.parametrize("ranks", WIDTHS)
 @pytest.mark.parametrize("case", sorted(MODELS))
 def test_every_model_at_every_width(make, case, ranks, layout):
-    skeleton = make(case)
-    plan = rewrite(skeleton, ranks, layout)
-    assert_sound(skeleton, plan, ranks, layout)
-    assert_heads(skeleton, plan, ranks)
+    description = make(case)
+    plan = rewrite(description, ranks, layout)
+    assert_sound(description, plan, ranks, layout)
+    assert_heads(description, plan, ranks)
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -110,8 +114,8 @@ def test_every_model_at_every_width(make, case, ranks, layout):
 @pytest.mark.parametrize("width", [704, 352, 96, 100])
 @pytest.mark.parametrize("case", ["llama", "phi3"])
 def test_every_intermediate_size(make, case, width, ranks, layout):
-    skeleton = make(case, intermediate_size=width)
-    plan = rewrite(skeleton, ranks, layout)
+    description = make(case, intermediate_size=width)
+    plan = rewrite(description, ranks, layout)
     steps = {"nf4": [s for s in (64, 32) if width % s == 0], "int8": [16, 1], "plain": [16, 1], "blocks": [128]}[layout]
     packed = case == "phi3"
     fits = [s for s in steps if math.ceil(width / s) >= ranks and (width % s == 0 or not packed)]
@@ -121,17 +125,17 @@ def test_every_intermediate_size(make, case, width, ranks, layout):
             assert f"{mlp}.down_proj" in plan.replicated
             assert f"{mlp}.down_proj" not in plan.modules
             continue
-        down = cut_of(plan, f"{mlp}.down_proj")
-        units = [math.ceil(n / fits[0]) for n in down.lengths]
+        down = partition_of(plan, f"{mlp}.down_proj")
+        alignments = [math.ceil(n / fits[0]) for n in down.lengths]
         assert down.legal(fits[0])
-        assert max(units) - min(units) <= 1
+        assert max(alignments) - min(alignments) <= 1
         for rank in range(ranks):
             mine = held(down, rank)
             if packed:
-                assert held(cut_of(plan, f"{mlp}.gate_up_proj"), rank) == mine + [width + e for e in mine]
+                assert held(partition_of(plan, f"{mlp}.gate_up_proj"), rank) == mine + [width + e for e in mine]
             else:
                 assert plan.modules[f"{mlp}.gate_proj"] == plan.modules[f"{mlp}.up_proj"]
-                assert held(cut_of(plan, f"{mlp}.gate_proj"), rank) == mine
+                assert held(partition_of(plan, f"{mlp}.gate_proj"), rank) == mine
 
 
 @pytest.mark.parametrize(

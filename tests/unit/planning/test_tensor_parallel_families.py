@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from parallel_plans import DIM, HEADS, KV, cut_of, lengths, rewrite, told
+from parallel_plans import DIM, HEADS, KV, lengths, partition_of, rewrite, told
 
 from distquant.planning.tensor_parallel import COLWISE, COLWISE_GATHER, GRAD_REDUCE, ROWWISE, ROWWISE_SPLIT
 
 
 def test_qwen2_biases_change_nothing(make):
     qwen, llama = rewrite(make("qwen2"), 3), rewrite(make("llama"), 3)
-    assert (qwen.modules, qwen.cuts, qwen.heads) == (llama.modules, llama.cuts, llama.heads)
+    assert (qwen.modules, qwen.partitions, qwen.heads) == (llama.modules, llama.partitions, llama.heads)
     assert make("qwen2").linears["model.layers.0.self_attn.q_proj"].bias
 
 
@@ -30,26 +30,26 @@ def test_phi3_packed_projections_are_cut_part_by_part(make, case):
     kv = KV if case == "phi3" else HEADS
     plan = rewrite(make(case), 2)
     q, k = HEADS * DIM, kv * DIM
-    qkv = cut_of(plan, "model.layers.0.self_attn.qkv_proj")
+    qkv = partition_of(plan, "model.layers.0.self_attn.qkv_proj")
     assert qkv.parts == (
         ((0, q // 2), (q, q + k // 2), (q + k, q + k + k // 2)),
         ((q // 2, q), (q + k // 2, q + k), (q + k + k // 2, q + 2 * k)),
     )
-    gate_up = cut_of(plan, "model.layers.0.mlp.gate_up_proj")
+    gate_up = partition_of(plan, "model.layers.0.mlp.gate_up_proj")
     assert gate_up.parts == (((0, 384), (704, 1088)), ((384, 704), (1088, 1408)))
     assert plan.modules["model.layers.0.self_attn.qkv_proj"].style == COLWISE
     assert plan.modules["model.layers.0.mlp.down_proj"].style == ROWWISE
-    units = "units of 64 for gate_up_proj, down_proj"
-    assert told(plan, "gate_up_proj") == [("colwise_gather_output", "colwise 768+640", units, 2)]
+    alignments = "units of 64 for gate_up_proj, down_proj"
+    assert told(plan, "gate_up_proj") == [("colwise_gather_output", "colwise 768+640", alignments, 2)]
 
 
 def test_gpt_neox_keeps_each_heads_qkv_together(make):
-    skeleton = make("gpt_neox")
-    plan = rewrite(skeleton, 3, "int8")
-    qkv = cut_of(plan, "gpt_neox.layers.0.attention.query_key_value")
+    description = make("gpt_neox")
+    plan = rewrite(description, 3, "int8")
+    qkv = partition_of(plan, "gpt_neox.layers.0.attention.query_key_value")
     assert qkv.parts == (((0, 288),), ((288, 576),), ((576, 768),))
     assert lengths(plan, "gpt_neox.layers.0.attention.dense") == [96, 96, 64]
-    asked = skeleton.tp_plan.get("gpt_neox.embed_in", "no rule")  # since transformers 5.24 it has one
+    asked = description.tp_plan.get("gpt_neox.embed_in", "no rule")  # since transformers 5.24 it has one
     assert told(plan, "embed_in")[0][:2] == (asked, "vocab_embedding 112+112+96")
     assert lengths(plan, "gpt_neox.layers.1.mlp.dense_4h_to_h") == [240, 240, 224]
 
@@ -66,25 +66,25 @@ def test_olmo2_gathers_q_and_k_for_their_norms(make):
 
 def test_olmo2_where_one_member_cannot_be_cut_is_replicated_as_a_whole(make):
     """o_proj has 2 blocks for 3 ranks: no member of the group keeps a cut, and each rule has one story."""
-    skeleton = make("olmo2", hidden_size=64)
-    plan = rewrite(skeleton, 3)
-    attention = [n for n in skeleton.linears if ".self_attn." in n]
+    description = make("olmo2", hidden_size=64)
+    plan = rewrite(description, 3)
+    attention = [n for n in description.linears if ".self_attn." in n]
     assert len(attention) == 8
     assert set(attention) <= set(plan.replicated)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         assert [became for _, became, _, _ in told(plan, f"self_attn.{name}")] == ["replicate"]
     assert not set(attention) & set(plan.modules)
-    assert set(plan.cuts) == {shard.cut for shard in plan.modules.values() if shard.cut}
+    assert set(plan.partitions) == {shard.partition for shard in plan.modules.values() if shard.partition}
 
 
 def test_experts_of_unknown_form_stay_whole_and_it_is_said(make):
-    skeleton = make("mixtral")
-    skeleton = replace(skeleton, experts={}, unknown_experts=dict.fromkeys(skeleton.experts, "another form"))
-    plan = rewrite(skeleton, 2)
-    patterns = [pattern for pattern in skeleton.tp_plan if ".experts" in pattern]
+    description = make("mixtral")
+    description = replace(description, experts={}, unknown_experts=dict.fromkeys(description.experts, "another form"))
+    plan = rewrite(description, 2)
+    patterns = [pattern for pattern in description.tp_plan if ".experts" in pattern]
     assert len(patterns) == 3
     for pattern in patterns:
         why = "experts of this form are kept whole on every rank of tp"
-        assert told(plan, pattern) == [(skeleton.tp_plan[pattern], "replicate", why, 2)]
+        assert told(plan, pattern) == [(description.tp_plan[pattern], "replicate", why, 2)]
     assert not any("experts" in name for name in plan.modules)
     assert lengths(plan, "model.layers.0.self_attn.q_proj") == [128, 128]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from parallel_plans import cut_of, lengths, rewrite, told
-from test_plan_cuts import held
+from parallel_plans import lengths, partition_of, rewrite, told
+from test_partition import held
 
 
 def test_kv_heads_are_repeated_at_tp_4(make):
@@ -11,7 +11,12 @@ def test_kv_heads_are_repeated_at_tp_4(make):
     heads = plan.heads[plan.attentions["model.layers.0.self_attn"].heads]
     assert [held(heads.kv, rank) for rank in range(4)] == [[0], [0], [1], [1]]
     assert heads.groups == (2, 2, 2, 2)
-    assert cut_of(plan, "model.layers.0.self_attn.v_proj").parts == (((0, 32),), ((0, 32),), ((32, 64),), ((32, 64),))
+    assert partition_of(plan, "model.layers.0.self_attn.v_proj").parts == (
+        ((0, 32),),
+        ((0, 32),),
+        ((32, 64),),
+        ((32, 64),),
+    )
     why = "2 kv heads are repeated; query heads 2+2+2+2, kv heads 1+1+1+1"
     assert told(plan, "self_attn.k_proj") == [("colwise", "colwise 32+32+32+32", why, 2)]
 
@@ -30,7 +35,7 @@ def test_preferred_blocks_come_before_even_heads(make):
     heads = plan.heads[plan.attentions["model.layers.0.self_attn"].heads]
     assert heads.query.lengths == [4, 2, 2]
     assert [held(heads.kv, rank) for rank in range(3)] == [[0], [1], [1]]
-    assert cut_of(plan, "model.layers.0.self_attn.o_proj").legal(64)
+    assert partition_of(plan, "model.layers.0.self_attn.o_proj").legal(64)
 
 
 def test_more_ranks_than_heads_replicates_the_attention_only(make):
@@ -46,10 +51,10 @@ def test_more_ranks_than_heads_replicates_the_attention_only(make):
 
 def test_heads_that_miss_the_blocks_are_replicated(make):
     """Heads of 8 over blocks of 32: three ranks cannot get whole blocks of whole heads."""
-    skeleton = make("llama", hidden_size=64)
+    description = make("llama", hidden_size=64)
     why = "no cut of 8 heads of 8 over 3 ranks falls on units of 32"
-    assert told(rewrite(skeleton, 3), "self_attn.o_proj") == [("rowwise", "replicate", why, 2)]
-    assert rewrite(skeleton, 3, "int8").attentions != {}
+    assert told(rewrite(description, 3), "self_attn.o_proj") == [("rowwise", "replicate", why, 2)]
+    assert rewrite(description, 3, "int8").attentions != {}
 
 
 def test_heads_are_grouped_until_they_fall_on_blocks(make):

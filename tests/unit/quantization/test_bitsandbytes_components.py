@@ -17,7 +17,7 @@ from distquant.kernels import reference
 from distquant.kernels.choice import Kernel, choose
 from distquant.quantization import Scheme, Shard, scheme_for
 from distquant.quantization.algorithms.nested_absmax import dynamic_map, keeps_nesting, local_block
-from distquant.sharding.partition import Cut
+from distquant.sharding.partition import Partition
 from distquant.sharding.tally import Tally
 
 NAME = "model.layers.0.mlp.experts.3.gate_proj.weight"
@@ -42,8 +42,8 @@ def shards_of(case: str) -> list[Shard]:
     if dim is None:
         return [Shard(NAME, shape, "float32")]
     bounds = (0, *edges, shape[dim])
-    cut = Cut(shape[dim], tuple(((a, b),) for a, b in pairwise(bounds)))
-    return [Shard(NAME, shape, "float32", dim, cut, rank) for rank in range(len(cut.parts))]
+    partition = Partition(shape[dim], tuple(((a, b),) for a, b in pairwise(bounds)))
+    return [Shard(NAME, shape, "float32", dim, partition, rank) for rank in range(len(partition.parts))]
 
 
 def weight_of(case: str) -> Tensor:
@@ -82,9 +82,9 @@ def flown(scheme: Scheme, shard: Shard, weight: Tensor) -> dict[str, Tensor]:
     out = {"": torch.empty(weight.numel() // 2, dtype=torch.uint8), "absmax": torch.empty(weight.numel() // 64)}
     scheme.encode(NAME, weight, out, reference)
     codes, absmax = reference.unpack_4bit(out[""]).view(weight.shape), out["absmax"]
-    if not scheme.statistics(shard) and shard.dim == 0:
+    if not scheme.replicated_components(shard) and shard.shard_dim == 0:
         absmax = absmax[slice(*(row * shard.shape[1] // 64 for row in shard.rows[0]))]
-    elif not scheme.statistics(shard) and shard.dim == 1:
+    elif not scheme.replicated_components(shard) and shard.shard_dim == 1:
         absmax = absmax.view(len(weight), -1)[:, slice(*(column // 64 for column in shard.columns[0]))].reshape(-1)
     return {"": packed(kept(codes, shard)), "absmax": absmax.clone()}
 
@@ -113,16 +113,16 @@ def test_four_bits_of_shards_are_slices_of_the_librarys_weight(quant: str, case:
         for ops in (reference, choose(Kernel.AUTO, torch.device("cpu")).ops):
             assert torch.equal(scheme.dequantize(shard, found, torch.float32, ops), kept(expected, shard))
         module = empty(scheme, shard)
-        scheme.complete(shard, module, flown(scheme, shard, weight), reference)
+        scheme.load_encoded(shard, module, flown(scheme, shard, weight), reference)
         stored = scheme.components(module)
         stored.pop("nested_quant_map", None)
         assert same(stored, found)
         assert torch.equal(scheme.dequantized(module, shard, reference), kept(expected, shard))
-        for stream, values, span in scheme.streams(shard, found):
-            sums.shard(stream, values, shard.shape, shard.dim, shard.owned, span=span)
+        for stream, values, span in scheme.fingerprint_streams(shard, found):
+            sums.shard(stream, values, shard.shape, shard.shard_dim, shard.owned, span=span)
     one = Shard(NAME, CUTS[case][0], "float32")
     module = empty(scheme, one)
-    scheme.complete(one, module, flown(scheme, one, weight), reference)
+    scheme.load_encoded(one, module, flown(scheme, one, weight), reference)
     scheme.tally(module, one, whole)
     assert sums.lanes == whole.lanes
 
@@ -132,7 +132,7 @@ def test_codes_are_bytes_however_the_module_stores_them(storage: str) -> None:
     (shard,), weight = shards_of("whole"), weight_of("whole")
     scheme = scheme_for(Bnb4bitConfig(bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=storage))
     module = empty(scheme, shard)
-    scheme.complete(shard, module, flown(scheme, shard, weight), reference)
+    scheme.load_encoded(shard, module, flown(scheme, shard, weight), reference)
     assert module.weight.dtype == getattr(torch, storage)
     assert same(scheme.components(module), scheme.pack(shard, flown(scheme, shard, weight), reference))
 
@@ -153,10 +153,10 @@ def test_four_bits_of_a_checkpoint_are_adopted_as_they_are_packed(quant: str, ca
     scheme, weight = bnb4(quant), weight_of(case)
     for shard in shards_of(case):
         parts = stored_parts(quant, shard, weight)
-        found = scheme.adopt(shard, dict(parts), frozenset(parts) - {""})
+        found = scheme.pack_prequantized(shard, dict(parts), frozenset(parts) - {""})
         assert same(found, scheme.pack(shard, flown(scheme, shard, weight), reference))
         module = empty(scheme, shard)
-        scheme.restore(shard, module, dict(parts), frozenset(parts) - {""})
+        scheme.load_prequantized(shard, module, dict(parts), frozenset(parts) - {""})
         assert module.weight.quant_state.blocksize == local_block(shard)
         assert torch.equal(scheme.dequantized(module, shard, reference), kept(dense(quant, weight), shard))
 
@@ -167,10 +167,10 @@ def test_values_of_another_machine_are_kept() -> None:
     parts = stored_parts("nf4-dq", shard, weight)
     values = torch.nextafter(dynamic_map(torch.device("cpu")), torch.tensor(2.0))
     parts["nested_quant_map"] = values.clone()
-    found = scheme.adopt(shard, dict(parts), frozenset(parts))
+    found = scheme.pack_prequantized(shard, dict(parts), frozenset(parts))
     assert torch.equal(found["nested_quant_map"], values)
     module = empty(scheme, shard)
-    scheme.restore(shard, module, dict(parts), frozenset(parts))
+    scheme.load_prequantized(shard, module, dict(parts), frozenset(parts))
     state = module.weight.quant_state
     assert torch.equal(state.state2.code, values)
     assert same(scheme.components(module), found)
@@ -188,7 +188,7 @@ def test_a_state_that_contradicts_the_config_is_an_error() -> None:
     for key, value in (("blocksize", 128), ("quant_type", "fp4"), ("shape", [128, 256])):
         wrong = torch.tensor(list(json.dumps({**state, key: value}).encode()), dtype=torch.uint8)
         with pytest.raises(InputError, match=f"quant_state says {key}="):
-            scheme.adopt(shard, {**parts, "quant_state": wrong}, frozenset())
+            scheme.pack_prequantized(shard, {**parts, "quant_state": wrong}, frozenset())
 
 
 @pytest.mark.parametrize("case", CUTS)
@@ -207,17 +207,17 @@ def test_int8_of_shards_are_slices_of_the_librarys_weight(case: str) -> None:
             "SCB": (torch.float32, shard.local_shape[:1]),
         }
         assert sum(value.nbytes for value in found.values()) == scheme.shard_nbytes(shard)
-        assert same(scheme.adopt(shard, {**parts, "weight_format": torch.tensor(0)}, frozenset()), found)
+        assert same(scheme.pack_prequantized(shard, {**parts, "weight_format": torch.tensor(0)}, frozenset()), found)
         assert torch.equal(scheme.dequantize(shard, found, torch.float32, reference), kept(expected, shard))
         module = empty(scheme, shard)
-        scheme.complete(shard, module, dict(parts), reference)
+        scheme.load_encoded(shard, module, dict(parts), reference)
         assert same(scheme.components(module), found)
         assert torch.equal(scheme.dequantized(module, shard, reference), kept(expected, shard))
-        for stream, values, span in scheme.streams(shard, found):
-            sums.shard(stream, values, shard.shape, shard.dim, shard.owned, span=span)
+        for stream, values, span in scheme.fingerprint_streams(shard, found):
+            sums.shard(stream, values, shard.shape, shard.shard_dim, shard.owned, span=span)
     one = Shard(NAME, CUTS[case][0], "float32")
     module = empty(scheme, one)
-    scheme.complete(one, module, out, reference)
+    scheme.load_encoded(one, module, out, reference)
     scheme.tally(module, one, whole)
     assert sums.lanes == whole.lanes
 
@@ -226,4 +226,4 @@ def test_another_format_of_int8_is_an_error() -> None:
     (shard,) = shards_of("whole")
     parts = {"": torch.zeros(shard.shape, dtype=torch.int8).view(-1), "SCB": torch.ones(shard.shape[0])}
     with pytest.raises(InputError, match="weight_format is 2"):
-        scheme_for(Bnb8bitConfig()).adopt(shard, {**parts, "weight_format": torch.tensor(2)}, frozenset())
+        scheme_for(Bnb8bitConfig()).pack_prequantized(shard, {**parts, "weight_format": torch.tensor(2)}, frozenset())

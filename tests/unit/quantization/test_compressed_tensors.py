@@ -21,7 +21,7 @@ from distquant.kernels.choice import Kernel, choose
 from distquant.quantization.methods.compressed_tensors import CompressedTensorsScheme
 from distquant.quantization.methods.compressed_tensors.rounding import from_words, to_words
 from distquant.quantization.methods.compressed_tensors.storage import target_of
-from distquant.sharding.partition import Cut, even_cut
+from distquant.sharding.partition import Partition, even_partition
 from distquant.sharding.shard import Shard
 
 DATA = Path(__file__).parents[2] / "data" / "compressed_tensors"
@@ -59,7 +59,7 @@ def scheme(way: str) -> CompressedTensorsScheme:
 
 def encoded(method: CompressedTensorsScheme, shard: Shard, weight: torch.Tensor, step: int, ops: Any) -> dict[str, Any]:
     """What every rank gets of the whole weight, quantized in runs of `step` rows; flat."""
-    components = method.flowing(NAME, shard.shape, shard.dtype)
+    components = method.encoded_components(NAME, shard.shape, shard.dtype)
     out = {}
     for component in components:
         out[component.name] = torch.empty(component.shape(shard.shape), dtype=getattr(torch, component.dtype))
@@ -67,7 +67,7 @@ def encoded(method: CompressedTensorsScheme, shard: Shard, weight: torch.Tensor,
         rows = weight[at : at + step]
         part = {}
         for component in components:
-            span = component.spans[0]
+            span = component.block_shape[0]
             part[component.name] = out[component.name][at // span : -(-(at + len(rows)) // span)].view(-1)
         method.encode(NAME, rows, part, ops)
     return {name: value.view(-1) for name, value in out.items()}
@@ -152,21 +152,21 @@ def test_slices_commute_with_dequantizing(way, data):
     stored = {"" if name == "weight" else name: value for name, value in theirs.items()}
     dim, ranks = data.draw(st.integers(0, 1)), data.draw(st.integers(1, 4))
     layout = method.layout(NAME, shape, "bfloat16")
-    unit = data.draw(st.sampled_from(layout.units(shape, dim)))
-    cut = even_cut(shape[dim], unit, ranks)
-    if cut is None:
+    alignment = data.draw(st.sampled_from(layout.alignments(shape, dim)))
+    partition = even_partition(shape[dim], alignment, ranks)
+    if partition is None:
         return
     whole = method.dequantize(Shard(NAME, shape, "bfloat16"), stored, torch.bfloat16, reference)
     for rank in range(ranks):
-        shard = Shard(NAME, shape, "bfloat16", dim, cut, rank)
+        shard = Shard(NAME, shape, "bfloat16", dim, partition, rank)
         parts = {}
         for component in layout.components:
             value = stored[component.name].view(component.shape(shape))
-            at = component.slice(shape, dim, *cut.segments(rank)[0])
+            at = component.slice(shape, dim, *partition.segments(rank)[0])
             value = value if at is None else value.narrow(at[0], at[1], at[2] - at[1])
             parts[component.name] = value.contiguous().view(-1)
-        local = method.adopt(shard, parts, frozenset())
-        start, stop = cut.segments(rank)[0]
+        local = method.pack_prequantized(shard, parts, frozenset())
+        start, stop = partition.segments(rank)[0]
         assert torch.equal(
             method.dequantize(shard, local, torch.bfloat16, reference), whole.narrow(dim, start, stop - start)
         )
@@ -176,14 +176,14 @@ def test_slices_commute_with_dequantizing(way, data):
 
 
 def test_units_are_those_of_the_groups_and_words():
-    units = {way: tuple(scheme(way).layout(NAME, (96, 96), "bfloat16").units((96, 96), dim)[-1] for dim in (0, 1))
+    alignments = {way: tuple(scheme(way).layout(NAME, (96, 96), "bfloat16").alignments((96, 96), dim)[-1] for dim in (0, 1))
              for way in WAYS}  # fmt: skip
-    assert units["int4"] == (1, 16)
-    assert units["int4-zeros"] == (8, 16)
-    assert units["int4-rows"] == (8, 8)
-    assert units["int8-packed"] == (4, 4)
-    assert units["int8-rows"] == units["fp8-rows"] == units["fp8-tensor"] == (1, 1)
-    assert units["fp8-blocks"] == (24, 16)
+    assert alignments["int4"] == (1, 16)
+    assert alignments["int4-zeros"] == (8, 16)
+    assert alignments["int4-rows"] == (8, 8)
+    assert alignments["int8-packed"] == (4, 4)
+    assert alignments["int8-rows"] == alignments["fp8-rows"] == alignments["fp8-tensor"] == (1, 1)
+    assert alignments["fp8-blocks"] == (24, 16)
 
 
 def test_targets_win_as_in_the_library():
@@ -333,17 +333,17 @@ def test_scales_are_widened_never_narrowed(tmp_path, stored):
 
 def test_segments_of_one_rank_keep_their_order():
     """A packed projection: a rank holds a run of each part, and its stored components follow them."""
-    method, cut = scheme("int4-zeros"), Cut(64, (((0, 16), (32, 48)), ((16, 32), (48, 64))))
+    method, partition = scheme("int4-zeros"), Partition(64, (((0, 16), (32, 48)), ((16, 32), (48, 64))))
     weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
     theirs, *_ = library_state("int4-zeros", weight)
     shape = (64, 32)
     whole = method.dequantize(Shard(NAME, shape, "bfloat16"), theirs, torch.bfloat16, reference)
     for rank in range(2):
-        shard = Shard(NAME, shape, "bfloat16", 0, cut, rank)
+        shard = Shard(NAME, shape, "bfloat16", 0, partition, rank)
         parts = {}
         for component in method.layout(NAME, shape, "bfloat16").components:
-            slices = [component.slice(shape, 0, *segment) for segment in cut.segments(rank)]
+            slices = [component.slice(shape, 0, *segment) for segment in partition.segments(rank)]
             pieces = [theirs[component.name][at[1] : at[2]] for at in slices if at is not None]
             parts[component.name] = torch.cat(pieces).view(-1)
-        found = method.dequantize(shard, method.adopt(shard, parts, frozenset()), torch.bfloat16, reference)
-        assert torch.equal(found, torch.cat([whole[a:b] for a, b in cut.segments(rank)]))
+        found = method.dequantize(shard, method.pack_prequantized(shard, parts, frozenset()), torch.bfloat16, reference)
+        assert torch.equal(found, torch.cat([whole[a:b] for a, b in partition.segments(rank)]))

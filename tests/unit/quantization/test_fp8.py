@@ -24,7 +24,7 @@ from distquant.kernels import reference
 from distquant.quantization import Shard
 from distquant.quantization.registry import scheme_for
 from distquant.sharding.layout import Component
-from distquant.sharding.partition import Cut, even_cut
+from distquant.sharding.partition import Partition, even_partition
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 GOLDEN = ("fp8/blocks", "fp8/ue8m0", "fp8/deepseek-v3", "fp8/tensor", "mxfp8", "fbgemm_fp8")
@@ -322,8 +322,8 @@ def components_of(scheme: Any, shape: tuple[int, int], seed: int) -> dict[str, T
 
 def sliced(component: Component, value: Tensor, shard: Shard) -> Tensor:
     """What a shard holds of a stored component."""
-    dim = shard.dim
-    parts = [component.slice(shard.shape, dim, a, b) for a, b in shard.cut.segments(shard.rank)]
+    dim = shard.shard_dim
+    parts = [component.slice(shard.shape, dim, a, b) for a, b in shard.partition.segments(shard.rank)]
     if None in parts:
         return value
     return torch.cat([value.narrow(at, start, stop - start) for at, start, stop in parts], parts[0][0])
@@ -336,15 +336,19 @@ def sliced(component: Component, value: Tensor, shard: Shard) -> Tensor:
 def test_slicing_what_is_stored_slices_the_weight(config, rows, columns, dim, ranks, data) -> None:
     shape, scheme = (rows, columns), scheme_for(config)
     layout = scheme.layout("m.weight", shape, "float32")
-    cuts = [cut for unit in layout.units(shape, dim) if (cut := even_cut(shape[dim], unit, ranks)) is not None]
-    cut = data.draw(st.sampled_from(cuts)) if cuts else Cut(shape[dim], (((0, shape[dim]),),))
+    partitions = [
+        partition
+        for alignment in layout.alignments(shape, dim)
+        if (partition := even_partition(shape[dim], alignment, ranks)) is not None
+    ]
+    partition = data.draw(st.sampled_from(partitions)) if partitions else Partition(shape[dim], (((0, shape[dim]),),))
     whole = components_of(scheme, shape, rows * columns)
     truth = scheme.dequantize(Shard("m.weight", shape, "float32"), whole, torch.float32, reference)
-    for rank in range(len(cut.parts)):
-        shard = Shard("m.weight", shape, "float32", dim, cut, rank)
+    for rank in range(len(partition.parts)):
+        shard = Shard("m.weight", shape, "float32", dim, partition, rank)
         local = {c.name: sliced(c, whole[c.name], shard) for c in layout.components}
         assert all(value.shape == scheme.stored_shape(name, shard) for name, value in local.items())
-        expected = torch.cat([truth.narrow(dim, a, b - a) for a, b in cut.segments(rank)], dim)
+        expected = torch.cat([truth.narrow(dim, a, b - a) for a, b in partition.segments(rank)], dim)
         assert torch.equal(scheme.dequantize(shard, local, torch.float32, reference), expected)
 
 

@@ -14,7 +14,7 @@ from distquant.config import GgufConfig
 from distquant.kernels import reference
 from distquant.quantization import Shard
 from distquant.quantization.methods.gguf import GgufScheme
-from distquant.sharding.partition import even_cut
+from distquant.sharding.partition import even_partition
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -36,14 +36,14 @@ def test_slicing_commutes_with_dequantizing(kind, data):
     component = layout.component("")
     stored = stored_blocks(kind, shape).view(component.shape(shape))
     whole = scheme.dequantize(Shard(NAME, shape, "float32"), {"": stored}, torch.float32, reference)
-    for unit in layout.units(shape, dim):
-        cut = even_cut(shape[dim], unit, ranks)
-        if cut is None:
+    for alignment in layout.alignments(shape, dim):
+        partition = even_partition(shape[dim], alignment, ranks)
+        if partition is None:
             continue
         for rank in range(ranks):
-            ((start, stop),) = cut.segments(rank)
+            ((start, stop),) = partition.segments(rank)
             at, first, last = component.slice(shape, dim, start, stop)
             part = stored.narrow(at, first, last - first).contiguous()
-            shard = Shard(NAME, shape, "float32", dim, cut, rank)
+            shard = Shard(NAME, shape, "float32", dim, partition, rank)
             found = scheme.dequantize(shard, {"": part}, torch.float32, reference)
             assert torch.equal(found, whole.narrow(dim, start, stop - start))

@@ -255,14 +255,14 @@ def test_a_gpu_takes_kernels_that_leave_the_words(kernels: Any) -> None:
 def test_kernels_are_looked_for_where_weights_will_lie(
     kernels: Any, kjv_tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from distquant.loading.forward import refuse_forward
+    from distquant.loading.forward import check_forward
     from distquant.loading.loader import scheme_of as scheme_of_plan
 
     kernels(Keeps)
     asked: set[torch.device] = set()
     monkeypatch.setattr(gptqmodel_product, "why_not", lambda scheme, shard, device, keep: asked.add(device))
     plan = dq.plan(kjv_tiny, quantization_config=RTN, device_map={"": "cpu"})
-    refuse_forward(plan, scheme_of_plan(plan), Forward.GPTQMODEL, torch.device("cuda", 0))
+    check_forward(plan, scheme_of_plan(plan), Forward.GPTQMODEL, torch.device("cuda", 0))
     assert asked == {CPU}
 
 

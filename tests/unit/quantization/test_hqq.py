@@ -14,7 +14,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 
 def encoded(weight: torch.Tensor, threads: int, **fields: object) -> dict[str, torch.Tensor]:
     scheme = scheme_for(HqqConfig(**fields))  # type: ignore[arg-type]
-    components = scheme.flowing(NAME, tuple(weight.shape), "bfloat16")  # type: ignore[arg-type]
+    components = scheme.encoded_components(NAME, tuple(weight.shape), "bfloat16")  # type: ignore[arg-type]
     out = {
         c.name: torch.empty(c.shape(tuple(weight.shape)), dtype=getattr(torch, c.dtype)).view(-1) for c in components
     }

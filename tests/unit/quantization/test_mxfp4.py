@@ -24,7 +24,7 @@ from distquant.kernels import reference
 from distquant.quantization import Shard
 from distquant.quantization.linear.quantized_linear import QuantizedLinear
 from distquant.quantization.registry import scheme_for
-from distquant.sharding.partition import Cut, even_cut
+from distquant.sharding.partition import Partition, even_partition
 
 METHOD = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 UP = "model.layers.0.mlp.up_proj"
@@ -199,8 +199,12 @@ def test_inputs_that_are_no_multiple_of_32_are_refused(copy_of) -> None:
 def test_slicing_what_is_stored_slices_the_weight(rows, runs, dim, ranks, data) -> None:
     shape, scheme = (rows, 32 * runs), scheme_for(Mxfp4Config())
     layout = scheme.layout("m.weight", shape, "float32")
-    cuts = [cut for unit in layout.units(shape, dim) if (cut := even_cut(shape[dim], unit, ranks)) is not None]
-    cut = data.draw(st.sampled_from(cuts)) if cuts else Cut(shape[dim], (((0, shape[dim]),),))
+    partitions = [
+        partition
+        for alignment in layout.alignments(shape, dim)
+        if (partition := even_partition(shape[dim], alignment, ranks)) is not None
+    ]
+    partition = data.draw(st.sampled_from(partitions)) if partitions else Partition(shape[dim], (((0, shape[dim]),),))
     generator = torch.Generator().manual_seed(rows * runs)
     bytes_of = {"": 256, "scales": 255}  # the last scale is NaN
     whole = {
@@ -210,17 +214,17 @@ def test_slicing_what_is_stored_slices_the_weight(rows, runs, dim, ranks, data) 
     truth = scheme.dequantize(Shard("m.weight", shape, "float32"), whole, torch.float32, reference)
     weight = torch.randn(shape, generator=generator)
     codes, scale = reference.quantize_mxfp4(weight)
-    for rank in range(len(cut.parts)):
-        shard = Shard("m.weight", shape, "float32", dim, cut, rank)
+    for rank in range(len(partition.parts)):
+        shard = Shard("m.weight", shape, "float32", dim, partition, rank)
 
         def kept(name: str, value: Tensor, shard: Shard = shard, rank: int = rank) -> Tensor:
-            parts = [layout.component(name).slice(shape, dim, a, b) for a, b in cut.segments(rank)]
+            parts = [layout.component(name).slice(shape, dim, a, b) for a, b in partition.segments(rank)]
             return torch.cat([value.narrow(at, start, stop - start) for at, start, stop in parts], parts[0][0])
 
         local = {name: kept(name, value) for name, value in whole.items()}
         assert all(value.shape == scheme.stored_shape(name, shard) for name, value in local.items())
-        expected = torch.cat([truth.narrow(dim, a, b - a) for a, b in cut.segments(rank)], dim)
+        expected = torch.cat([truth.narrow(dim, a, b - a) for a, b in partition.segments(rank)], dim)
         assert torch.equal(scheme.dequantize(shard, local, torch.float32, reference), expected)
-        own = torch.cat([weight.narrow(dim, a, b - a) for a, b in cut.segments(rank)], dim)
+        own = torch.cat([weight.narrow(dim, a, b - a) for a, b in partition.segments(rank)], dim)
         found = reference.quantize_mxfp4(own)
         assert torch.equal(found[0], kept("", codes)) and torch.equal(found[1], kept("scales", scale))

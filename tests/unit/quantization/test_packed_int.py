@@ -22,22 +22,22 @@ from distquant.errors import InputError
 from distquant.kernels import reference
 from distquant.quantization import Shard, scheme_for
 from distquant.quantization.algorithms.bit_packing import pack_words, unpack_words
-from distquant.quantization.algorithms.rtn import Grid, quantize_min_max
+from distquant.quantization.algorithms.rtn import Grid, quantize_rtn
 from distquant.quantization.linear.gptqmodel_matmul import missing
 from distquant.quantization.methods.auto_round import kind_of
-from distquant.quantization.packed_int import AWQ_ORDER, PackedGroupsScheme
+from distquant.quantization.packed_int import AWQ_ORDER, PackedIntScheme
 from distquant.sharding.layout import ALL
-from distquant.sharding.partition import Cut
+from distquant.sharding.partition import Partition
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 GOLDEN = ("gptq/v1-4bit", "gptq/v2-3bit-act-order", "awq/gemm", "auto_round/auto_gptq")
 
 
-def scheme_of(kind: Kind) -> PackedGroupsScheme:
+def scheme_of(kind: Kind) -> PackedIntScheme:
     written = kind.config([])
     cls = {"gptq": GptqConfig, "awq": AwqConfig, "auto-round": AutoRoundConfig}[kind.method]
     found = scheme_for(cls.from_dict(written))
-    assert isinstance(found, PackedGroupsScheme)
+    assert isinstance(found, PackedIntScheme)
     return found
 
 
@@ -71,7 +71,7 @@ def test_words_of_awq() -> None:
 def test_codes_lie_on_the_grid_of_the_definition(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
     rows = torch.randn(3, 80, generator=torch.Generator().manual_seed(bits)).to(dtype)
     rows[1, 32:64] = 0
-    codes, scales, zeros = quantize_min_max(rows, 32, Grid(bits, symmetric))
+    codes, scales, zeros = quantize_rtn(rows, 32, Grid(bits, symmetric))
     top = np.float32(2**bits - 1)
     for row in range(3):
         for number, start in enumerate(range(0, 80, 32)):
@@ -93,7 +93,7 @@ def test_codes_lie_on_the_grid_of_the_definition(bits: int, symmetric: bool, dty
 def test_a_group_with_a_nan_or_an_infinity_keeps_it_in_its_scale() -> None:
     rows = torch.ones(2, 32)
     rows[0, 3], rows[1, 4] = torch.nan, torch.inf
-    codes, scales, zeros = quantize_min_max(rows, 32, Grid(4, symmetric=False))
+    codes, scales, zeros = quantize_rtn(rows, 32, Grid(4, symmetric=False))
     assert scales[0].isnan().all()
     assert scales[1].isinf().all()
     assert zeros.tolist() == [[0], [0]]
@@ -106,11 +106,11 @@ def test_rounding_to_nearest_stores_what_the_grid_says(bits: int, awq: bool) -> 
     kind = Kind(method="awq" if awq else "gptq", bits=bits)
     scheme, weight = scheme_of(kind), torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     shard = Shard("m.weight", (64, 96), "float32")
-    flow = {c.name: c for c in scheme.flowing(shard.name, shard.shape, shard.dtype)}
-    parts = {n: torch.empty(c.shape(shard.shape), dtype=getattr(torch, c.dtype)).view(-1) for n, c in flow.items()}
+    transfer = {c.name: c for c in scheme.encoded_components(shard.name, shard.shape, shard.dtype)}
+    parts = {n: torch.empty(c.shape(shard.shape), dtype=getattr(torch, c.dtype)).view(-1) for n, c in transfer.items()}
     scheme.encode(shard.name, weight, parts, reference)
     stored = scheme.pack(shard, parts, reference)
-    codes, scales, zeros = quantize_min_max(weight, 32, scheme.packing("m.weight").grid)
+    codes, scales, zeros = quantize_rtn(weight, 32, scheme.packing("m.weight").grid)
     index = torch.arange(96) // 32
     steps = codes.int() - zeros.int()[:, index]
     expected = (steps.float() * scales.float()[:, index]).half()
@@ -142,27 +142,27 @@ def test_slicing_and_dequantizing_commute(kind: Kind, dim: int, data: st.DataObj
     shape = (96, 192)
     scheme, name = scheme_of(kind), "m.weight"
     layout = scheme.layout(name, shape, "float16")
-    (*_, unit) = layout.units(shape, dim)
-    edges = sorted(data.draw(st.sets(st.integers(0, -(-shape[dim] // unit)), min_size=2, max_size=4)) | {0})
-    cuts = [min(edge * unit, shape[dim]) for edge in edges]
-    cuts = [*cuts, shape[dim]] if cuts[-1] != shape[dim] else cuts
-    cut = Cut(shape[dim], tuple(((a, b),) for a, b in pairwise(cuts)))
+    (*_, alignment) = layout.alignments(shape, dim)
+    edges = sorted(data.draw(st.sets(st.integers(0, -(-shape[dim] // alignment)), min_size=2, max_size=4)) | {0})
+    partitions = [min(edge * alignment, shape[dim]) for edge in edges]
+    partitions = [*partitions, shape[dim]] if partitions[-1] != shape[dim] else partitions
+    partition = Partition(shape[dim], tuple(((a, b),) for a, b in pairwise(partitions)))
     stored = make_weight(shape, kind, data.draw(st.integers(0, 3)), torch.bfloat16)
     dense = dense_weight(stored, kind).float()
-    for rank in range(len(cut.parts)):
-        shard = Shard(name, shape, "float32", dim, cut, rank)
+    for rank in range(len(partition.parts)):
+        shard = Shard(name, shape, "float32", dim, partition, rank)
         parts = {}
         for component in layout.components:
             whole = stored[component.name]
-            start, stop = cut.segments(rank)[0]
+            start, stop = partition.segments(rank)[0]
             found = component.slice(shape, dim, start, stop)
             if component.name == "g_idx":
                 whole = whole[start:stop] if dim == 1 else whole
             elif found is not None:
                 whole = whole.narrow(found[0], found[1], found[2] - found[1])
             parts[component.name] = whole.contiguous().view(-1)
-        local = scheme.adopt(shard, parts, frozenset())
-        start, stop = cut.segments(rank)[0]
+        local = scheme.pack_prequantized(shard, parts, frozenset())
+        start, stop = partition.segments(rank)[0]
         assert torch.equal(
             scheme.dequantize(shard, local, torch.float32, reference), dense.narrow(dim, start, stop - start)
         )
@@ -172,10 +172,10 @@ def test_slicing_and_dequantizing_commute(kind: Kind, dim: int, data: st.DataObj
 def test_scales_of_reordered_inputs_do_not_limit_a_cut() -> None:
     scheme = scheme_of(Kind(group=64, act_order=True))
     layout = scheme.layout("m.weight", (64, 256), "float16")
-    assert layout.units((64, 256), 1) == (8,)
-    assert layout.component("scales").spans[1] == ALL
+    assert layout.alignments((64, 256), 1) == (8,)
+    assert layout.component("scales").block_shape[1] == ALL
     assert layout.component("scales").shape((64, 8)) == (*layout.component("scales").shape((64, 256))[:1], 64)
-    assert scheme_of(Kind(group=64)).layout("m.weight", (64, 256), "float16").units((64, 256), 1) == (64,)
+    assert scheme_of(Kind(group=64)).layout("m.weight", (64, 256), "float16").alignments((64, 256), 1) == (64,)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -183,12 +183,12 @@ def test_an_index_that_is_no_sequence_is_an_error_unless_the_config_says_so(whol
     kind = Kind(act_order=True)
     stored = {name: value.view(-1) for name, value in make_weight((32, 64), kind, 0, torch.float16).items()}
     shard = Shard("m.weight", (32, 64), "float16")
-    assert scheme_of(kind).adopt(shard, stored, frozenset())["g_idx"].tolist() == stored["g_idx"].tolist()
+    assert scheme_of(kind).pack_prequantized(shard, stored, frozenset())["g_idx"].tolist() == stored["g_idx"].tolist()
     with pytest.raises(InputError, match=r"m\.weight: g_idx is no sequence .*desc_act=false"):
-        scheme_of(Kind()).adopt(shard, stored, frozenset({"g_idx"} if whole else ()))
+        scheme_of(Kind()).pack_prequantized(shard, stored, frozenset({"g_idx"} if whole else ()))
     stored["g_idx"][5] = 2
     with pytest.raises(InputError, match=r"g_idx names groups 0 to 2, and there are 2"):
-        scheme_of(kind).adopt(shard, stored, frozenset())
+        scheme_of(kind).pack_prequantized(shard, stored, frozenset())
 
 
 # -- golden files ------------------------------------------------------------------------------------------------------

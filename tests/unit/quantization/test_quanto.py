@@ -21,7 +21,7 @@ import distquant as dq
 from distquant.config import QuantoConfig
 from distquant.quantization import Shard
 from distquant.quantization.methods.quanto import SCALE, SHIFT, QuantoScheme, group_of, pack_parts, unpack_parts
-from distquant.sharding.partition import even_cut
+from distquant.sharding.partition import even_partition
 
 quanto = pytest.importorskip("optimum.quanto")
 DATA = Path(__file__).parents[2] / "data" / "quanto"
@@ -89,15 +89,17 @@ def test_shards_dequantize_to_slices_of_the_whole(kind, rows, columns, dim, rank
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     scheme, shape = QuantoScheme(QuantoConfig(weights=kind)), (rows, columns)
-    cut = even_cut(shape[dim], scheme.layout("m.weight", shape, "float32").units(shape, dim)[-1], ranks)
-    if cut is None:
+    partition = even_partition(
+        shape[dim], scheme.layout("m.weight", shape, "float32").alignments(shape, dim)[-1], ranks
+    )
+    if partition is None:
         return
     them = theirs(kind, weight)
     whole, stored = them.weight.dequantize(), them.state_dict()
     for rank in range(ranks):
-        shard = Shard("m.weight", shape, "float32", dim, cut, rank)
+        shard = Shard("m.weight", shape, "float32", dim, partition, rank)
         module = filled(scheme, shard, weight, step)
-        expected = torch.cat([whole.narrow(dim, a, b - a) for a, b in cut.segments(rank)], dim)
+        expected = torch.cat([whole.narrow(dim, a, b - a) for a, b in partition.segments(rank)], dim)
         assert torch.equal(module.weight.dequantize(), expected)
         if scheme.grouped:
             mine = scheme.components(module)
@@ -107,7 +109,7 @@ def test_shards_dequantize_to_slices_of_the_whole(kind, rows, columns, dim, rank
                 SHIFT: mine[SHIFT].view(-1),
             }
             parts |= {name: stored[name] for name in ("input_scale", "output_scale")}
-            adopted = scheme.adopt(shard, parts, frozenset(("",)))
+            adopted = scheme.pack_prequantized(shard, parts, frozenset(("",)))
             assert torch.equal(adopted[""], mine[""])
             assert scheme.shard_nbytes(shard) == sum(value.nbytes for value in adopted.values())
 

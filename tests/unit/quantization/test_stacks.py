@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from distquant.config import parse
-from distquant.environment import Facts
+from distquant.environment import Environment
 from distquant.kernels import reference
-from distquant.model.description import Linear, Param, Skeleton, Source
+from distquant.model.description import Linear, ModelDescription, Param, Source
 from distquant.quantization import Context, Scheme, Shard, config_classes, scheme_for
 from distquant.quantization.registry import discover
 from distquant.sharding.mesh import Mesh
@@ -32,7 +32,7 @@ def scheme_of(quant: Any) -> Scheme:
 
 def flown(scheme: Scheme, shard: Shard, weight: Tensor) -> dict[str, Tensor]:
     """What flows of a weight that is not cut; flat."""
-    flowing = scheme.flowing(shard.name, shard.shape, shard.dtype)
+    flowing = scheme.encoded_components(shard.name, shard.shape, shard.dtype)
     parts = {c.name: torch.empty(c.shape(shard.shape), dtype=getattr(torch, c.dtype)).view(-1) for c in flowing}
     scheme.encode(shard.name, weight, parts, reference)
     return parts
@@ -60,14 +60,14 @@ def test_a_stack_of_components_is_each_module(quant: str) -> None:
     assert sum(value.nbytes for value in stack.values()) == pytest.approx(2 * scheme.shard_nbytes(shards[0]), rel=0.01)
     for number, (shard, weight) in enumerate(zip(shards, weights, strict=True)):
         module = scheme.module(nn.Linear(INTO, OUT, bias=False, device="meta"), shard)
-        scheme.complete(shard, module, flown(scheme, shard, weight), reference)
+        scheme.load_encoded(shard, module, flown(scheme, shard, weight), reference)
         components = {name: value[number] for name, value in stack.items()}
         dense = scheme.dequantize(shard, components, torch.bfloat16, reference)
         assert dense.dtype == torch.bfloat16 and dense.shape == (OUT, INTO)
         assert torch.equal(dense, scheme.dequantized(module, shard, reference))
         assert (dense - weight).norm() < 0.2 * weight.norm()
         mine, its = Tally(shard.name), Tally(shard.name)
-        for stream, values, span in scheme.streams(shard, components):
+        for stream, values, span in scheme.fingerprint_streams(shard, components):
             mine.shard(stream, values, shard.shape, None, shard.owned, span=span)
         scheme.tally(module, shard, its)
         assert mine.lanes == its.lanes != [0, 0]
@@ -80,7 +80,7 @@ PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 EXPERTS = 4
 
 
-def skeleton_of(*components: str) -> Skeleton:
+def skeleton_of(*components: str) -> ModelDescription:
     """A layer with a dense module and experts, and a checkpoint with a tensor for each expert and component."""
     linears = {name: Linear(name, 64, 64, False) for name in (DENSE, *map(STACK.format, PROJECTIONS))}
     sources = {f"{DENSE}.weight": tuple(Source(f"{DENSE}.{c}", c) for c in components)}
@@ -88,7 +88,7 @@ def skeleton_of(*components: str) -> Skeleton:
         modules = [f"model.layers.0.block_sparse_moe.experts.{n}.{theirs}" for n in range(EXPERTS)]
         sources[f"{STACK.format(mine)}.weight"] = tuple(Source(f"{m}.{c}", c) for m in modules for c in components)
     shapes = {name: (EXPERTS, 64, 64) if "*" in name else (64, 64) for name in linears}
-    return Skeleton(
+    return ModelDescription(
         model_type="mixtral", architecture="MixtralForCausalLM", tied={}, sources=sources, unexpected=(), missing=(),
         params={f"{name}.weight": Param(f"{name}.weight", shape, "bfloat16") for name, shape in shapes.items()},
         linears=linears, attentions={}, embeddings=(), input_embedding=None, output_embedding=None,
@@ -146,16 +146,16 @@ SELECTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...], set[str]]] = {
 }  # fmt: skip
 
 
-def context_of(skeleton: Skeleton) -> Context:
-    return Context(facts=Facts(), mesh=Mesh(), skeleton=skeleton, device_map=None, prequantized=True)
+def context_of(description: ModelDescription) -> Context:
+    return Context(environment=Environment(), mesh=Mesh(), description=description, device_map=None, prequantized=True)
 
 
 @pytest.mark.parametrize("case", SELECTIONS)
 def test_rules_for_modules_choose_whole_stacks(case: str) -> None:
     quant, components, expected = SELECTIONS[case]
-    scheme, skeleton = scheme_of(quant), skeleton_of(*components)
-    assert set(scheme.converts(skeleton)) == expected
-    found = scheme.validate(context_of(skeleton))
+    scheme, description = scheme_of(quant), skeleton_of(*components)
+    assert set(scheme.select_modules(description)) == expected
+    found = scheme.validate(context_of(description))
     assert [problem for problem in found if "experts" in str(problem)] == []
 
 

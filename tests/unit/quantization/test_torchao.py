@@ -19,7 +19,7 @@ import distquant as dq
 from distquant.config import TorchaoConfig
 from distquant.quantization import Shard, scheme_for
 from distquant.quantization.methods.torchao import SCALE, ZERO, TorchaoScheme
-from distquant.sharding.partition import even_cut
+from distquant.sharding.partition import even_partition
 
 torchao = pytest.importorskip("torchao.quantization")
 DATA = Path(__file__).parents[2] / "data" / "torchao"
@@ -109,14 +109,14 @@ def test_zeros_stay_zeros_in_float8(name):
 def test_shards_dequantize_to_slices_of_the_whole(name, rows, groups, dim, ranks, step, seed):
     weight = torch.randn(rows, groups * 32, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     scheme, shape = scheme_of(name), (rows, groups * 32)
-    unit = scheme.layout("m.weight", shape, "bfloat16").units(shape, dim)[-1]
-    cut = even_cut(shape[dim], unit, ranks)
-    if cut is None:
+    alignment = scheme.layout("m.weight", shape, "bfloat16").alignments(shape, dim)[-1]
+    partition = even_partition(shape[dim], alignment, ranks)
+    if partition is None:
         return
     whole = theirs(name, weight).weight.dequantize()
     for rank in range(ranks):
-        shard = Shard("m.weight", shape, "bfloat16", dim, cut, rank)
-        expected = torch.cat([whole.narrow(dim, a, b - a) for a, b in cut.segments(rank)], dim)
+        shard = Shard("m.weight", shape, "bfloat16", dim, partition, rank)
+        expected = torch.cat([whole.narrow(dim, a, b - a) for a, b in partition.segments(rank)], dim)
         assert torch.equal(filled(scheme, shard, weight, step).weight.dequantize(), expected)
 
 

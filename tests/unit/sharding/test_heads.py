@@ -7,24 +7,24 @@ from itertools import islice
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plan_cuts import assert_owned_partitions, held
+from test_partition import assert_owned_partitions, held
 
 from distquant.planning import cut_heads
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=250)
 
 
-def assert_exact(cut, heads: int, kv_heads: int, ranks: int) -> None:
+def assert_exact(partition, heads: int, kv_heads: int, ranks: int) -> None:
     groups = heads // kv_heads
-    assert (cut.query.size, cut.kv.size, len(cut.groups)) == (heads, kv_heads, ranks)
-    assert [h for rank in range(ranks) for h in held(cut.query, rank)] == list(range(heads))
-    assert min(cut.query.lengths) > 0
+    assert (partition.query.size, partition.kv.size, len(partition.groups)) == (heads, kv_heads, ranks)
+    assert [h for rank in range(ranks) for h in held(partition.query, rank)] == list(range(heads))
+    assert min(partition.query.lengths) > 0
     for rank in range(ranks):
-        query, kv = held(cut.query, rank), held(cut.kv, rank)
-        assert len(kv) * cut.groups[rank] == len(query)
-        assert [kv[local // cut.groups[rank]] for local in range(len(query))] == [h // groups for h in query]
-    assert_owned_partitions(cut.query)
-    assert_owned_partitions(cut.kv)
+        query, kv = held(partition.query, rank), held(partition.kv, rank)
+        assert len(kv) * partition.groups[rank] == len(query)
+        assert [kv[local // partition.groups[rank]] for local in range(len(query))] == [h // groups for h in query]
+    assert_owned_partitions(partition.query)
+    assert_owned_partitions(partition.kv)
 
 
 @PROPERTY
@@ -33,8 +33,8 @@ def test_every_way_is_exact(kv_heads, groups, ranks):
     heads = kv_heads * groups
     ways = list(cut_heads(heads, kv_heads, ranks))
     assert bool(ways) == (ranks <= heads)
-    for cut in ways:
-        assert_exact(cut, heads, kv_heads, ranks)
+    for partition in ways:
+        assert_exact(partition, heads, kv_heads, ranks)
     if ranks <= kv_heads:
         first = ways[0]
         assert first.kv.repeated == 0
@@ -76,19 +76,19 @@ def test_whole_kv_heads_come_before_repeated_ones(kv_heads, groups, ranks):
     ],
 )
 def test_first_way_by_hand(heads, kv_heads, ranks, kv, groups):
-    cut = next(cut_heads(heads, kv_heads, ranks))
+    partition = next(cut_heads(heads, kv_heads, ranks))
     if groups is not None:
-        assert [held(cut.kv, rank) for rank in range(ranks)] == kv
-        assert cut.groups == groups
-    assert_exact(cut, heads, kv_heads, ranks)
+        assert [held(partition.kv, rank) for rank in range(ranks)] == kv
+        assert partition.groups == groups
+    assert_exact(partition, heads, kv_heads, ranks)
 
 
 def test_repeated_kv_heads_are_counted():
-    cut = next(cut_heads(8, 2, 4))
-    assert cut.kv.repeated == 2
-    assert [bool(cut.kv.owned(rank)) for rank in range(4)] == [True, False, True, False]
-    cut = next(cut_heads(10, 2, 3))
-    assert cut.kv.repeated == 3
+    partition = next(cut_heads(8, 2, 4))
+    assert partition.kv.repeated == 2
+    assert [bool(partition.kv.owned(rank)) for rank in range(4)] == [True, False, True, False]
+    partition = next(cut_heads(10, 2, 3))
+    assert partition.kv.repeated == 3
 
 
 def test_more_ranks_than_heads_is_no_way():
@@ -101,8 +101,8 @@ def test_small_steps_come_before_large_ones():
 
 
 def test_describe():
-    cut = next(cut_heads(10, 2, 3))
-    assert [cut.describe(rank) for rank in range(3)] == [
+    partition = next(cut_heads(10, 2, 3))
+    assert [partition.describe(rank) for rank in range(3)] == [
         "query heads 0-3, kv heads 0, 4 query heads to each kv head",
         "query heads 4-6, kv heads 0,1,1, 1 query heads to each kv head",
         "query heads 7-9, kv heads 1, 3 query heads to each kv head",

@@ -9,23 +9,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distquant.planning import even_cut
+from distquant.planning import even_partition
 from distquant.sharding.layout import ALL, DTYPE_BYTES, PLAIN_STEPS, Component, Layout, plain
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
 
 CODES4 = Component(name="", dtype="uint8", flat=2)
-ABSMAX = Component(name="absmax", dtype="float32", flat=64, cuts=(64, 32))
+ABSMAX = Component(name="absmax", dtype="float32", flat=64, preferred_alignments=(64, 32))
 NF4 = Layout((CODES4, ABSMAX))
-NESTED = Component(name="nested_absmax", dtype="float32", flat=64 * 256, gathered=True)
-NF4_DQ = Layout((CODES4, Component(name="absmax", dtype="uint8", flat=64, cuts=(64, 32)), NESTED))
-SCB = Component(name="SCB", dtype="float32", spans=(1, ALL), cuts=PLAIN_STEPS)
-INT8 = Layout((Component(name="", dtype="int8", cuts=PLAIN_STEPS), SCB))
-SCALES = Component(name="scale", dtype="float32", spans=(128, 128))
+NESTED = Component(name="nested_absmax", dtype="float32", flat=64 * 256, replicated=True)
+NF4_DQ = Layout((CODES4, Component(name="absmax", dtype="uint8", flat=64, preferred_alignments=(64, 32)), NESTED))
+SCB = Component(name="SCB", dtype="float32", block_shape=(1, ALL), preferred_alignments=PLAIN_STEPS)
+INT8 = Layout((Component(name="", dtype="int8", preferred_alignments=PLAIN_STEPS), SCB))
+SCALES = Component(name="scale", dtype="float32", block_shape=(128, 128))
 FP8 = Layout((Component(name="", dtype="float8_e4m3fn"), SCALES))
-GROUPS = Component(name="scales", dtype="bfloat16", spans=(1, 128))
+GROUPS = Component(name="scales", dtype="bfloat16", block_shape=(1, 128))
 INT4 = Layout(
-    (Component(name="", dtype="int32", spans=(1, 8)), GROUPS, Component(name="g", dtype="int32", spans=(8, 128)))
+    (
+        Component(name="", dtype="int32", block_shape=(1, 8)),
+        GROUPS,
+        Component(name="g", dtype="int32", block_shape=(8, 128)),
+    )
 )
 LAYOUTS = {"nf4": NF4, "nf4-dq": NF4_DQ, "int8": INT8, "fp8": FP8, "int4": INT4, "plain": plain("bfloat16")}
 
@@ -40,7 +44,7 @@ def index(component: Component, weight: tuple[int, ...]) -> torch.Tensor:
     if component.flat:
         return torch.arange(math.prod(weight)).view(weight) // component.flat
     number = torch.zeros(weight, dtype=torch.int64)
-    for dim, (size, span) in enumerate(zip(weight, component.spans, strict=True)):
+    for dim, (size, span) in enumerate(zip(weight, component.block_shape, strict=True)):
         along = torch.zeros(size, dtype=torch.int64) if span == ALL else torch.arange(size) // span
         shape = [1] * len(weight)
         shape[dim] = size
@@ -84,37 +88,41 @@ def test_shape_and_nbytes(name, weight):
 def test_cut_at_a_legal_unit_is_exact(name, weight, dim, ranks):
     """At every legal unit each local stored element comes from one global one, for every limiting component."""
     layout = LAYOUTS[name]
-    for unit in layout.units(weight, dim):
-        cut = even_cut(weight[dim], unit, ranks)
-        if cut is None:
+    for alignment in layout.alignments(weight, dim):
+        partition = even_partition(weight[dim], alignment, ranks)
+        if partition is None:
             continue
         for component in layout.components:
-            if component.gathered:
+            if component.replicated:
                 continue
             block = component.flat
             if component.flat and dim == 1:
-                block = max(b for b in component.cuts or (component.flat,) if weight[1] % b == 0 and unit % b == 0)
+                block = max(
+                    b
+                    for b in component.preferred_alignments or (component.flat,)
+                    if weight[1] % b == 0 and alignment % b == 0
+                )
             for rank in range(ranks):
-                ((start, stop),) = cut.segments(rank)
-                assert from_one(component, weight, dim, start, stop, block), (component.name, unit, start, stop)
+                ((start, stop),) = partition.segments(rank)
+                assert from_one(component, weight, dim, start, stop, block), (component.name, alignment, start, stop)
 
 
 @PROPERTY
 @given(st.sampled_from(["nf4", "nf4-dq"]), shapes)
 def test_flat_unit_of_rows_is_the_smallest(name, weight):
     """No smaller step of dim 0 begins on a block boundary at each of its multiples."""
-    (unit,) = LAYOUTS[name].units(weight, 0)
+    (alignment,) = LAYOUTS[name].alignments(weight, 0)
     row = weight[1]
-    fits = [u for u in range(1, unit + 1) if all(u * i * row % 64 == 0 for i in range(1, 65))]
-    assert fits == [unit]
+    fits = [u for u in range(1, alignment + 1) if all(u * i * row % 64 == 0 for i in range(1, 65))]
+    assert fits == [alignment]
 
 
 @PROPERTY
 @given(shapes)
 def test_flat_blocks_cut_along_in_only_where_they_divide_the_row(weight):
     expected = tuple(block for block in (64, 32) if weight[1] % block == 0)
-    assert NF4.units(weight, 1) == expected
-    assert NF4_DQ.units(weight, 1) == expected
+    assert NF4.alignments(weight, 1) == expected
+    assert NF4_DQ.alignments(weight, 1) == expected
 
 
 @PROPERTY
@@ -128,7 +136,7 @@ def test_slice_covers_exactly_what_the_slice_touches(name, weight, data):
         touched = index(component, weight).narrow(dim, start, stop - start).unique()
         found = component.slice(weight, dim, start, stop)
         if found is None:
-            whole = component.flat == 0 and component.spans[dim] == ALL
+            whole = component.flat == 0 and component.block_shape[dim] == ALL
             assert whole or (component.flat and dim == 1)
             assert not whole or len(touched) == stored(component, weight)
             continue
@@ -144,21 +152,21 @@ def test_slice_covers_exactly_what_the_slice_touches(name, weight, data):
 def test_legal_slices_partition_each_component(name, weight, dim, ranks):
     """At a legal unit every stored element of a sliceable component lies in exactly one rank's slice."""
     layout = LAYOUTS[name]
-    for unit in layout.units(weight, dim):
-        cut = even_cut(weight[dim], unit, ranks)
-        if cut is None:
+    for alignment in layout.alignments(weight, dim):
+        partition = even_partition(weight[dim], alignment, ranks)
+        if partition is None:
             continue
         for component in layout.components:
-            slices = [component.slice(weight, dim, *cut.segments(rank)[0]) for rank in range(ranks)]
-            if component.gathered or None in slices:
-                assert component.gathered or set(slices) == {None}
+            slices = [component.slice(weight, dim, *partition.segments(rank)[0]) for rank in range(ranks)]
+            if component.replicated or None in slices:
+                assert component.replicated or set(slices) == {None}
                 continue
             size = component.shape(weight)[slices[0][0]]
             assert [i for _, first, last in slices for i in range(first, last)] == list(range(size))
 
 
 @pytest.mark.parametrize(
-    ("name", "weight", "dim", "units"),
+    ("name", "weight", "dim", "alignments"),
     [
         ("nf4", (256, 704), 1, (64, 32)),
         ("nf4", (256, 352), 1, (32,)),
@@ -177,8 +185,8 @@ def test_legal_slices_partition_each_component(name, weight, dim, ranks):
         ("plain", (64, 256), 1, (16, 1)),
     ],
 )
-def test_units_by_hand(name, weight, dim, units):
-    assert LAYOUTS[name].units(weight, dim) == units
+def test_units_by_hand(name, weight, dim, alignments):
+    assert LAYOUTS[name].alignments(weight, dim) == alignments
 
 
 def test_an_illegal_step_is_caught_by_the_same_check():
@@ -192,22 +200,22 @@ def test_an_illegal_step_is_caught_by_the_same_check():
 
 def test_fused_experts_in_three_dims():
     weight = (4, 6, 96)
-    assert NF4.units(weight, 0) == (1,)
-    assert NF4.units((5, 3, 11), 0) == (64,)
-    assert plain("bfloat16", 3).units(weight, 2) == (16, 1)
+    assert NF4.alignments(weight, 0) == (1,)
+    assert NF4.alignments((5, 3, 11), 0) == (64,)
+    assert plain("bfloat16", 3).alignments(weight, 2) == (16, 1)
     assert plain("bfloat16", 3).nbytes(weight) == 2 * 4 * 6 * 96
     assert ABSMAX.slice(weight, 0, 1, 3) == (0, 9, 27)
-    blocks = Component(name="scale", dtype="float32", spans=(1, 2, 32))
+    blocks = Component(name="scale", dtype="float32", block_shape=(1, 2, 32))
     assert blocks.shape(weight) == (4, 3, 3)
     assert blocks.slice(weight, 1, 2, 5) == (1, 1, 3)
 
 
 def test_levels_are_combined_preferred_with_preferred():
-    a = Component(name="", dtype="int8", cuts=(16, 1))
-    b = Component(name="b", dtype="float32", spans=(1, 8), cuts=(24, 8))
-    assert Layout((a, b)).units((64, 96), 1) == (48, 8)
-    assert Layout((a, b)).units((64, 96), 0) == (48, 8)
-    assert Layout((Component(name="b", dtype="int8", gathered=True),)).units((4, 4), 0) == (1,)
+    a = Component(name="", dtype="int8", preferred_alignments=(16, 1))
+    b = Component(name="b", dtype="float32", block_shape=(1, 8), preferred_alignments=(24, 8))
+    assert Layout((a, b)).alignments((64, 96), 1) == (48, 8)
+    assert Layout((a, b)).alignments((64, 96), 0) == (48, 8)
+    assert Layout((Component(name="b", dtype="int8", replicated=True),)).alignments((4, 4), 0) == (1,)
 
 
 def test_component_by_name():

@@ -6,63 +6,63 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distquant.planning import Cut, even_cut
-from distquant.sharding.partition import join_parts
+from distquant.planning import Partition, even_partition
+from distquant.sharding.partition import join_partitions
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=300)
 
 sizes = st.integers(1, 700)
-units = st.sampled_from([1, 2, 3, 8, 16, 32, 64, 96, 128])
+alignments = st.sampled_from([1, 2, 3, 8, 16, 32, 64, 96, 128])
 widths = st.integers(1, 9)
 
 
-def held(cut: Cut, rank: int) -> list[int]:
+def held(partition: Partition, rank: int) -> list[int]:
     """Elements that a rank stores, in local order."""
-    return [element for start, stop in cut.segments(rank) for element in range(start, stop)]
+    return [element for start, stop in partition.segments(rank) for element in range(start, stop)]
 
 
-def assert_owned_partitions(cut: Cut) -> None:
+def assert_owned_partitions(partition: Partition) -> None:
     """Every element has one owner, which stores it where `owned` says."""
     owners: dict[int, int] = {}
-    for rank in range(len(cut.parts)):
-        local = held(cut, rank)
-        for (start, stop), at in cut.owned(rank):
+    for rank in range(len(partition.parts)):
+        local = held(partition, rank)
+        for (start, stop), at in partition.owned(rank):
             assert start < stop
             assert local[at : at + stop - start] == list(range(start, stop))
             for element in range(start, stop):
                 assert element not in owners, f"{element} is owned by {owners[element]} and {rank}"
                 owners[element] = rank
-    assert set(owners) == set(range(cut.size))
+    assert set(owners) == set(range(partition.size))
     first_holder: dict[int, int] = {}
-    for rank in range(len(cut.parts)):
-        for element in held(cut, rank):
+    for rank in range(len(partition.parts)):
+        for element in held(partition, rank):
             first_holder.setdefault(element, rank)
     assert owners == first_holder
 
 
 @PROPERTY
-@given(sizes, units, widths)
-def test_even_cut(size, unit, ranks):
-    cut = even_cut(size, unit, ranks)
-    if cut is None:
-        assert len(range(0, size, unit)) < ranks
+@given(sizes, alignments, widths)
+def test_even_cut(size, alignment, ranks):
+    partition = even_partition(size, alignment, ranks)
+    if partition is None:
+        assert len(range(0, size, alignment)) < ranks
         return
-    assert len(range(0, size, unit)) >= ranks
-    assert cut.size == size
-    assert [e for rank in range(ranks) for e in held(cut, rank)] == list(range(size))
-    assert min(cut.lengths) > 0
-    assert cut.lengths == [len(held(cut, rank)) for rank in range(ranks)]
-    counts = [len({e // unit for e in held(cut, rank)}) for rank in range(ranks)]
-    assert sum(counts) == len(range(0, size, unit)), "a unit is shared by two ranks"
+    assert len(range(0, size, alignment)) >= ranks
+    assert partition.size == size
+    assert [e for rank in range(ranks) for e in held(partition, rank)] == list(range(size))
+    assert min(partition.lengths) > 0
+    assert partition.lengths == [len(held(partition, rank)) for rank in range(ranks)]
+    counts = [len({e // alignment for e in held(partition, rank)}) for rank in range(ranks)]
+    assert sum(counts) == len(range(0, size, alignment)), "a unit is shared by two ranks"
     assert max(counts) - min(counts) <= 1
     assert counts == sorted(counts, reverse=True), "surplus units go to the first ranks"
-    assert cut.legal(unit)
-    assert cut.repeated == 0
-    assert_owned_partitions(cut)
+    assert partition.legal(alignment)
+    assert partition.repeated == 0
+    assert_owned_partitions(partition)
 
 
 @pytest.mark.parametrize(
-    ("size", "unit", "ranks", "lengths"),
+    ("size", "alignment", "ranks", "lengths"),
     [
         (704, 64, 2, [384, 320]),
         (704, 64, 3, [256, 256, 192]),
@@ -73,54 +73,54 @@ def test_even_cut(size, unit, ranks):
         (65, 64, 2, [64, 1]),
     ],
 )
-def test_even_cut_by_hand(size, unit, ranks, lengths):
-    assert even_cut(size, unit, ranks).lengths == lengths
+def test_even_cut_by_hand(size, alignment, ranks, lengths):
+    assert even_partition(size, alignment, ranks).lengths == lengths
 
 
-@pytest.mark.parametrize(("size", "unit", "ranks"), [(64, 64, 2), (704, 64, 12), (1, 1, 2), (100, 128, 2)])
-def test_fewer_units_than_ranks_is_no_cut(size, unit, ranks):
-    assert even_cut(size, unit, ranks) is None
+@pytest.mark.parametrize(("size", "alignment", "ranks"), [(64, 64, 2), (704, 64, 12), (1, 1, 2), (100, 128, 2)])
+def test_fewer_units_than_ranks_is_no_cut(size, alignment, ranks):
+    assert even_partition(size, alignment, ranks) is None
 
 
 @PROPERTY
-@given(st.lists(sizes, min_size=1, max_size=4), units, widths)
-def test_join_parts(parts, unit, ranks):
-    cuts = [even_cut(size, unit, ranks) for size in parts]
-    if any(cut is None for cut in cuts):
+@given(st.lists(sizes, min_size=1, max_size=4), alignments, widths)
+def test_join_parts(parts, alignment, ranks):
+    partitions = [even_partition(size, alignment, ranks) for size in parts]
+    if any(partition is None for partition in partitions):
         return
-    joined = join_parts(cuts)
+    joined = join_partitions(partitions)
     assert joined.size == sum(parts)
     for rank in range(ranks):
         expected, offset = [], 0
-        for cut in cuts:
-            expected += [offset + element for element in held(cut, rank)]
-            offset += cut.size
+        for partition in partitions:
+            expected += [offset + element for element in held(partition, rank)]
+            offset += partition.size
         assert held(joined, rank) == expected
     assert joined.repeated == 0
     assert_owned_partitions(joined)
 
 
 def test_join_parts_is_legal_only_if_parts_begin_on_the_grid():
-    even, odd = even_cut(128, 64, 2), even_cut(96, 64, 2)
-    assert join_parts([even, even]).legal(64)
+    even, odd = even_partition(128, 64, 2), even_partition(96, 64, 2)
+    assert join_partitions([even, even]).legal(64)
     assert odd.legal(64)
-    assert not join_parts([odd, odd]).legal(64)
-    assert join_parts([odd, odd]).legal(32)
+    assert not join_partitions([odd, odd]).legal(64)
+    assert join_partitions([odd, odd]).legal(32)
 
 
 @PROPERTY
-@given(sizes, units, widths, st.integers(1, 5), st.integers(1, 200))
-def test_scaled_and_legal(size, unit, ranks, factor, grid):
-    cut = even_cut(size, unit, ranks)
-    if cut is None:
+@given(sizes, alignments, widths, st.integers(1, 5), st.integers(1, 200))
+def test_scaled_and_legal(size, alignment, ranks, factor, grid):
+    partition = even_partition(size, alignment, ranks)
+    if partition is None:
         return
-    scaled = cut.scaled(factor)
+    scaled = partition.scaled(factor)
     assert scaled.size == size * factor
     for rank in range(ranks):
-        expected = [e * factor + i for e in held(cut, rank) for i in range(factor)]
+        expected = [e * factor + i for e in held(partition, rank) for i in range(factor)]
         assert held(scaled, rank) == expected
-    inner = [cut.segments(rank)[0][0] for rank in range(ranks)]
-    assert cut.legal(grid) == all(edge % grid == 0 for edge in inner)
+    inner = [partition.segments(rank)[0][0] for rank in range(ranks)]
+    assert partition.legal(grid) == all(edge % grid == 0 for edge in inner)
 
 
 segments = st.lists(
@@ -133,10 +133,10 @@ segments = st.lists(
 def test_owned_with_overlaps_and_repeats(parts):
     """Also where a rank stores an element twice, and in any order: the first copy of the first holder counts."""
     covering = [*parts, [(0, 20)]]
-    cut = Cut(20, tuple(map(tuple, covering)))
-    assert_owned_partitions(cut)
+    partition = Partition(20, tuple(map(tuple, covering)))
+    assert_owned_partitions(partition)
     for rank in range(len(covering)):
-        copies = held(cut, rank)
-        for (start, stop), at in cut.owned(rank):
+        copies = held(partition, rank)
+        for (start, stop), at in partition.owned(rank):
             assert [copies.index(e) for e in range(start, stop)] == list(range(at, at + stop - start))
-    assert cut.repeated == sum(len(held(cut, r)) for r in range(len(covering))) - 20
+    assert partition.repeated == sum(len(held(partition, r)) for r in range(len(covering))) - 20

@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distquant.sharding.layout import ALL, Component
-from distquant.sharding.row_layout import Band, band_of, column_step, row_step
+from distquant.sharding.row_layout import RowLayout, column_step, row_layout_of, row_step
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=200)
 
-spans = st.builds(
-    lambda down, across: Component(name="c", dtype="int16", spans=(down, across)),
+block_shape = st.builds(
+    lambda down, across: Component(name="c", dtype="int16", block_shape=(down, across)),
     st.sampled_from([1, 2, 3, 4]),
     st.sampled_from([1, 2, 3, 8, ALL]),
 )
 flats = st.builds(lambda flat: Component(name="c", dtype="uint8", flat=flat), st.sampled_from([1, 2, 3, 4, 8, 64]))
-components = st.one_of(spans, flats)
+components = st.one_of(block_shape, flats)
 shapes = st.tuples(st.integers(1, 13), st.integers(1, 24))
 
 
@@ -27,7 +27,7 @@ def element(component: Component, shape: tuple[int, int], row: int, column: int)
     """Position, row by row, of the stored element that covers a logical one."""
     if component.flat:
         return (row * shape[1] + column) // component.flat
-    down, across = component.spans
+    down, across = component.block_shape
     across = shape[1] if across == ALL else across
     return row // down * math.ceil(shape[1] / across) + column // across
 
@@ -39,12 +39,12 @@ def elements(component: Component, shape: tuple[int, int], rows: range, columns:
 @PROPERTY
 @given(components, shapes)
 def test_elements_before_a_row(component, shape):
-    band, step = band_of(component, shape), row_step([component], shape)
+    row_layout, step = row_layout_of(component, shape), row_step([component], shape)
     for row in {*range(0, shape[0], step), shape[0]}:
-        assert band.before(row) == len(elements(component, shape, range(row)))
-    assert band.before(shape[0]) == math.prod(component.shape(shape))
-    assert band.nbytes(0, shape[0]) == component.nbytes(shape)
-    assert band.count(0, shape[0]) == band.before(shape[0])
+        assert row_layout.before(row) == len(elements(component, shape, range(row)))
+    assert row_layout.before(shape[0]) == math.prod(component.shape(shape))
+    assert row_layout.nbytes(0, shape[0]) == component.nbytes(shape)
+    assert row_layout.count(0, shape[0]) == row_layout.before(shape[0])
 
 
 @PROPERTY
@@ -52,11 +52,11 @@ def test_elements_before_a_row(component, shape):
 def test_row_step_divides_no_element(found, shape):
     step = row_step(found, shape)
     for component in found:
-        band = band_of(component, shape)
+        row_layout = row_layout_of(component, shape)
         for start in range(0, shape[0], step):
             stop = min(start + step, shape[0])
             mine = elements(component, shape, range(start, stop))
-            assert mine == set(range(band.before(start), band.before(stop)))
+            assert mine == set(range(row_layout.before(start), row_layout.before(stop)))
             assert not mine & elements(component, shape, range(stop, shape[0]))
 
 
@@ -80,7 +80,7 @@ def test_column_step_divides_no_element(found, shape):
     step = column_step(found, shape)
     rows, width = shape
     if step is None:
-        assert any((c.flat and width % c.flat) or (not c.flat and c.spans[1] == ALL) for c in found)
+        assert any((c.flat and width % c.flat) or (not c.flat and c.block_shape[1] == ALL) for c in found)
         return
     for component in found:
         for edge in range(step, width, step):
@@ -89,51 +89,56 @@ def test_column_step_divides_no_element(found, shape):
 
 
 @PROPERTY
-@given(spans, shapes, st.data())
+@given(block_shape, shapes, st.data())
 def test_columns_are_those_of_the_component(component, shape, data):
     """A run of columns at the component's grid, against the slice that the layout itself derives."""
-    band = band_of(component, shape)
-    across = component.spans[1]
+    row_layout = row_layout_of(component, shape)
+    across = component.block_shape[1]
     if across == ALL:
-        assert band.per_row == 1
-        assert band.columns(0, shape[1]) == (0, 1)
+        assert row_layout.per_row == 1
+        assert row_layout.columns(0, shape[1]) == (0, 1)
         return
     edges = [*range(0, shape[1], across), shape[1]]
     start, stop = sorted(data.draw(st.tuples(st.sampled_from(edges), st.sampled_from(edges))))
-    assert (1, *band.columns(start, stop)) == component.slice(shape, 1, start, stop)
+    assert (1, *row_layout.columns(start, stop)) == component.slice(shape, 1, start, stop)
 
 
 @PROPERTY
 @given(components, shapes, st.data())
 def test_rows_are_those_of_the_component(component, shape, data):
-    band, step = band_of(component, shape), row_step([component], shape)
+    row_layout, step = row_layout_of(component, shape), row_step([component], shape)
     edges = [*range(0, shape[0], step), shape[0]]
     start, stop = sorted(data.draw(st.tuples(st.sampled_from(edges), st.sampled_from(edges))))
     _, first, last = component.slice(shape, 0, start, stop)
-    per = 1 if component.flat else band.per_row
+    per = 1 if component.flat else row_layout.per_row
     if start < stop:
-        assert (band.before(start), band.before(stop)) == (first * per, last * per)
+        assert (row_layout.before(start), row_layout.before(stop)) == (first * per, last * per)
 
 
 def test_flat_elements_that_fill_rows_have_columns():
-    band = band_of(Component(name="absmax", dtype="float32", flat=64), (3, 128))
-    assert (band.column_span, band.per_row, band.columns(64, 128)) == (64, 2, (1, 2))
+    row_layout = row_layout_of(Component(name="absmax", dtype="float32", flat=64), (3, 128))
+    assert (row_layout.column_block, row_layout.per_row, row_layout.columns(64, 128)) == (64, 2, (1, 2))
 
 
 def test_flat_elements_that_straddle_rows_have_none():
     component = Component(name="absmax", dtype="float32", flat=64)
-    band = band_of(component, (3, 96))
-    assert (band.column_span, band.before(2), band.before(3)) == (0, 3, 5)
+    row_layout = row_layout_of(component, (3, 96))
+    assert (row_layout.column_block, row_layout.before(2), row_layout.before(3)) == (0, 3, 5)
     assert row_step([component], (3, 96)) == 2
     assert column_step([component], (3, 96)) is None
 
 
 def test_reduction_over_all_rows_cannot_flow():
     with pytest.raises(ValueError, match="'scale' reduces over all rows"):
-        band_of(Component(name="scale", dtype="float32", spans=(ALL, 1)), (4, 4))
+        row_layout_of(Component(name="scale", dtype="float32", block_shape=(ALL, 1)), (4, 4))
 
 
 def test_band_keeps_what_was_declared():
-    band = band_of(Component(name="SCB", dtype="float32", spans=(1, ALL)), (5, 8), whole=True)
-    assert isinstance(band, Band)
-    assert (band.name, band.dtype.itemsize, band.whole, band.nbytes(1, 3)) == ("SCB", 4, True, 8)
+    row_layout = row_layout_of(Component(name="SCB", dtype="float32", block_shape=(1, ALL)), (5, 8), whole=True)
+    assert isinstance(row_layout, RowLayout)
+    assert (row_layout.name, row_layout.dtype.itemsize, row_layout.whole, row_layout.nbytes(1, 3)) == (
+        "SCB",
+        4,
+        True,
+        8,
+    )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from distquant.config import CompressedTensorsConfig, ModuleSelection, torch_dtype
 from distquant.config.compressed_tensors import matches
 from distquant.errors import InputError, Problem
-from distquant.model.description import Skeleton
+from distquant.model.description import ModelDescription
 from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Rows, multiply
 from distquant.quantization.methods.compressed_tensors.rounding import (
     from_words,
@@ -35,7 +35,7 @@ from distquant.quantization.methods.compressed_tensors.storage import WORD, Stor
 from distquant.quantization.module_selection import STAR, members, one_of, unlike
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context, Stream
-from distquant.quantization.weight_only import FLOATS, SPELLED, DequantizingScheme, wrong_dtypes
+from distquant.quantization.weight_only import FLOATS, SPELLED, WeightOnlyScheme, wrong_dtypes
 from distquant.sharding.layout import ALL, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
@@ -47,7 +47,7 @@ OTHER = "The checkpoint is of another model or method; check config.json"
 
 
 @register
-class CompressedTensorsScheme(DequantizingScheme):
+class CompressedTensorsScheme(WeightOnlyScheme):
     """Weights as compressed-tensors stores them, dequantized in forward."""
 
     name = "compressed-tensors"
@@ -85,13 +85,13 @@ class CompressedTensorsScheme(DequantizingScheme):
         assert found is not None, weight
         return found
 
-    def converts(self, skeleton: Skeleton) -> list[str]:
-        stored = any(source.component for sources in skeleton.sources.values() for source in sources)
-        skip = skeleton.default_skip if self.config.ignore is None and not stored else ()
+    def select_modules(self, description: ModelDescription) -> list[str]:
+        stored = any(source.component for sources in description.sources.values() for source in sources)
+        skip = description.default_skip if self.config.ignore is None and not stored else ()
         selection = ModuleSelection(include=self.config.include_modules, layers=self.config.layers)
         return [
             name
-            for name, linear in skeleton.linears.items()
+            for name, linear in description.linears.items()
             if (STAR in name or not linear.transposed)
             and name not in skip
             and selection.selects(name)
@@ -108,11 +108,11 @@ class CompressedTensorsScheme(DequantizingScheme):
         if not self._storages:
             what = "no group quantizes weights"
             found.append(Problem(f"{at}.config_groups", what, "Give a group with targets and weights"))
-        found += unlike(context.skeleton, self.storage_of)
+        found += unlike(context.description, self.storage_of)
         for name, stored in self._storages.items():
             found += stored.problems(f"{at}.config_groups.{name}", context.prequantized)
         if not context.prequantized:
-            names = [member for name in context.skeleton.linears for member in members(context.skeleton, name)]
+            names = [member for name in context.description.linears for member in members(context.description, name)]
             for target, group in self._targets.items():
                 if not any(matches(target, name) for name in names):
                     what = f"{target!r} matches no linear module"
@@ -161,15 +161,15 @@ class CompressedTensorsScheme(DequantizingScheme):
     def shard_nbytes(self, shard: Shard) -> int:
         return super().shard_nbytes(shard) + (2 * torch.int64.itemsize if self.storage(shard.name).packed else 0)
 
-    def flowing(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
+    def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         stored = self.storage(name)
         if stored.weights.scope == "tensor":
-            low, high = (Component(name=part, dtype=dtype, spans=(1, ALL)) for part in ("low", "high"))
+            low, high = (Component(name=part, dtype=dtype, block_shape=(1, ALL)) for part in ("low", "high"))
             return Component(name="", dtype=dtype), low, high
-        zero = Component(name="weight_zero_point", dtype="int8", spans=stored.tile)
+        zero = Component(name="weight_zero_point", dtype="int8", block_shape=stored.tile)
         return tuple(zero if c.name == zero.name else c for c in stored.components(dtype))
 
-    def statistics(self, shard: Shard) -> frozenset[str]:
+    def replicated_components(self, shard: Shard) -> frozenset[str]:
         return frozenset(("low", "high") if self.storage(shard.name).weights.scope == "tensor" else ())
 
     # -- executing -------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ class CompressedTensorsScheme(DequantizingScheme):
             found = self.shaped(shard, parts)
         return self._finished(shard, _shaped(stored, found))
 
-    def adopt(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
         stored, dtype = self.storage(shard.name), torch_dtype(shard.dtype)
         self._check_values(stored, shard, parts)
         found = _shaped(stored, self.shaped(shard, parts))
@@ -287,10 +287,10 @@ class CompressedTensorsScheme(DequantizingScheme):
     def float8_kernel(self, name: str) -> Float8Kernel | None:
         return Float8Kernel.SCALED_MM if self.storage(name).by_rows_in_float8 else None
 
-    def float8_product(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def float8_matmul(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return multiply(x, Float8Rows(components[""], components["weight_scale"].float().view(-1, 1)))
 
-    def streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+    def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         codes, scale, zero = self.unpacked(shard, components)
         stored, shape = self.storage(shard.name), shard.local_shape
         span = WHOLE_ROW if stored.tile[1] == ALL else stored.tile[1]

@@ -86,22 +86,28 @@ class Storage:
         """A component packed into words along `dim`, with one element for `other` of the other dim."""
         bits = self.weights.num_bits
         span, count = (WORD // bits, 1) if WORD % bits == 0 else (WORD, bits)
-        spans, words = ((1, other), (1, 1)) if dim == 1 else ((span, other), (count, 1))
+        block_shape, words = ((1, other), (1, 1)) if dim == 1 else ((span, other), (count, 1))
         if dim == 1:
-            spans, words = (other, span), (1, count)
+            block_shape, words = (other, span), (1, count)
         steps = (PLAIN_STEPS[0], span, 1) if span <= PLAIN_STEPS[0] else (span, 1)
-        return Component(name=name, dtype="int32", spans=spans, words=words, cuts=steps if dim == 1 else ())
+        return Component(
+            name=name,
+            dtype="int32",
+            block_shape=block_shape,
+            stored_per_block=words,
+            preferred_alignments=steps if dim == 1 else (),
+        )
 
     def components(self, dtype: str) -> tuple[Component, ...]:
         """What is stored of a weight that was quantized from `dtype`, but for its shape."""
-        codes = Component(name="", dtype=self.dtype, cuts=PLAIN_STEPS)
+        codes = Component(name="", dtype=self.dtype, preferred_alignments=PLAIN_STEPS)
         found = [self.in_words(self.codes, 1, 1) if self.packed else codes]
-        found.append(Component(name="weight_scale", dtype=dtype, spans=self.tile))
+        found.append(Component(name="weight_scale", dtype=dtype, block_shape=self.tile))
         if not self.weights.symmetric:
-            zero = Component(name="weight_zero_point", dtype="int8", spans=self.tile)
+            zero = Component(name="weight_zero_point", dtype="int8", block_shape=self.tile)
             found.append(self.in_words(zero.name, 0, self.tile[1]) if self.packed_zero else zero)
         for name in self.statics:
-            found.append(Component(name=name, dtype="int8" if "zero" in name else dtype, spans=(ALL, ALL)))
+            found.append(Component(name=name, dtype="int8" if "zero" in name else dtype, block_shape=(ALL, ALL)))
         return tuple(found)
 
     def problems(self, at: str, prequantized: bool) -> Iterator[Problem]:

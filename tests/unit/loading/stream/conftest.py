@@ -8,8 +8,8 @@ from faulty import SIZE
 
 import distquant.loading.stream.files as files_module
 from distquant.errors import InputError
-from distquant.loading.stream.arena import Arena
 from distquant.loading.stream.files import Files
+from distquant.loading.stream.staging_buffer import StagingBuffer
 from distquant.planning.slots import SLACK
 
 
@@ -35,9 +35,9 @@ def pauses(monkeypatch) -> list[float]:
 
 @pytest.fixture(scope="module")
 def slot():
-    arena = Arena(1, SIZE + SLACK)
-    yield arena.slot(0)
-    arena.close()
+    staging_buffer = StagingBuffer(1, SIZE + SLACK)
+    yield staging_buffer.slot(0)
+    staging_buffer.close()
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,15 @@ def expected(world: World, tensor: TensorPlan, rank: int) -> dict[str, Tensor]:
     """What a rank ends with, from the whole tensor."""
     whole = world.values[tensor.name]
     tp = world.mesh.coordinates(rank)["tp"]
-    cut = world.cuts[tensor.cut] if tensor.cut else None
-    segments = [(0, whole.shape[tensor.dim or 0])] if cut is None else list(cut.segments(tp))
+    partition = world.partitions[tensor.partition] if tensor.partition else None
+    segments = [(0, whole.shape[tensor.shard_dim or 0])] if partition is None else list(partition.segments(tp))
     if tensor.scheme == "none":
-        return {"": _taken(whole, tensor.dim or 0, segments).reshape(-1)}
+        return {"": _taken(whole, tensor.shard_dim or 0, segments).reshape(-1)}
     found = {}
     for component in world.scheme.components:
-        if component.name in world.scheme.whole or cut is None:
+        if component.name in world.scheme.whole or partition is None:
             found[component.name] = reduced(whole, component).reshape(-1)
-        elif tensor.dim == 0:
+        elif tensor.shard_dim == 0:
             pieces = [reduced(whole[a:b], component).reshape(-1) for a, b in segments]
             found[component.name] = torch.cat(pieces, 0)
         else:
@@ -41,15 +41,15 @@ def needed(world: World, node: int) -> dict[str, np.ndarray]:
     positions = [world.mesh.coordinates(rank)["tp"] for rank in ranks]
     found = {name: np.zeros(len(c), int) for name, c in world.counters[node].items()}
     for tensor in world.tensors:
-        cut = world.cuts[tensor.cut] if tensor.cut else None
+        partition = world.partitions[tensor.partition] if tensor.partition else None
         rows, width = rows_and_width(tensor.shape)
         mask = np.zeros((rows, width), bool)
         apart = 1
         if tensor.scheme != "none":
             apart = None if tensor.transposed else column_step(world.scheme.components, (rows, width))
-        columns = node_columns(tensor.shape, tensor.dim, cut, positions, apart)
+        columns = node_columns(tensor.shape, tensor.shard_dim, partition, positions, apart)
         for tp in positions:
-            for start, stop in row_segments(tensor.shape, tensor.dim, cut, tp):
+            for start, stop in row_segments(tensor.shape, tensor.shard_dim, partition, tp):
                 mask[start:stop, slice(*columns)] = True
         _mark(world, tensor, mask.T if tensor.transposed else mask, found)
     return found
@@ -76,6 +76,6 @@ def _taken(whole: Tensor, dim: int, segments: list[tuple[int, int]]) -> Tensor:
 
 
 def _columns(whole: Tensor, component: Any, segments: list[tuple[int, int]]) -> Tensor:
-    if not component.flat and component.spans[1] < 0:
+    if not component.flat and component.block_shape[1] < 0:
         return reduced(whole, component)
     return torch.cat([reduced(whole[:, a:b].contiguous(), component) for a, b in segments], 1)

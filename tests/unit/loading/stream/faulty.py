@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distquant.loading.stream.arena import PAGE
 from distquant.loading.stream.files import Files
+from distquant.loading.stream.staging_buffer import PAGE
 
 SIZE = 5 * PAGE + 123
 """Bytes of `data.bin`, the file that most tests read."""

@@ -14,7 +14,7 @@ from distquant.checkpoint import TensorInfo
 from distquant.model.description import Source
 from distquant.planning.load_plan import TensorPlan
 from distquant.sharding.layout import ALL, Component
-from distquant.sharding.partition import Cut, even_cut, join_parts
+from distquant.sharding.partition import Partition, even_partition, join_partitions
 from distquant.sharding.row_layout import row_step
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
@@ -28,7 +28,7 @@ def reduced(rows: Tensor, component: Component) -> Tensor:
         flat = torch.nn.functional.pad(values.reshape(-1), (0, -values.numel() % component.flat))
         found = flat.view(-1, component.flat).amax(1).to(dtype)
         return found.view(count, -1) if width % component.flat == 0 else found
-    down, across = component.spans
+    down, across = component.block_shape
     across = width if across == ALL else across
     padded = torch.nn.functional.pad(values, (0, -width % across, 0, -count % down))
     return padded.view(-(-count // down), down, -(-width // across), across).amax((1, 3)).to(dtype)
@@ -50,16 +50,16 @@ def random_scheme(chance: random.Random) -> Tiles:
     """Codes, and often a scale: by tiles, by rows or flat; local, or wanted whole by every rank."""
     codes = chance.choice(
         [
-            Component(name="", dtype="uint8", spans=(1, 1)),
+            Component(name="", dtype="uint8", block_shape=(1, 1)),
             Component(name="", dtype="uint8", flat=2),
-            Component(name="", dtype="int16", spans=(1, 4)),
+            Component(name="", dtype="int16", block_shape=(1, 4)),
         ]
     )
     scale = chance.choice(
         [
             None,
-            Component(name="scale", dtype="float32", spans=(1, ALL)),
-            Component(name="scale", dtype="float32", spans=(2, 8)),
+            Component(name="scale", dtype="float32", block_shape=(1, ALL)),
+            Component(name="scale", dtype="float32", block_shape=(2, 8)),
             Component(name="scale", dtype="float32", flat=16),
         ]
     )
@@ -67,22 +67,26 @@ def random_scheme(chance: random.Random) -> Tiles:
     return Tiles(components, frozenset(["scale"] if scale is not None and chance.random() < 0.5 else []))
 
 
-def random_cut(chance: random.Random, size: int, unit: int, ranks: int, dim: int) -> Cut | None:
+def random_cut(chance: random.Random, size: int, alignment: int, ranks: int, dim: int) -> Partition | None:
     """Even, packed, or with rows (or columns) that several ranks hold, rows also one rank several times."""
     kind = chance.choice(["even", "even", "packed", "repeated"])
     if kind == "packed":
-        first = size // 2 // unit * unit
-        cuts = [cut for cut in (even_cut(first, unit, ranks), even_cut(size - first, unit, ranks)) if cut]
-        return join_parts(cuts) if len(cuts) == 2 else None
-    if kind == "repeated" and size % unit == 0:
-        heads = size // unit
+        first = size // 2 // alignment * alignment
+        partitions = [
+            partition
+            for partition in (even_partition(first, alignment, ranks), even_partition(size - first, alignment, ranks))
+            if partition
+        ]
+        return join_partitions(partitions) if len(partitions) == 2 else None
+    if kind == "repeated" and size % alignment == 0:
+        heads = size // alignment
         held = [chance.choices(range(heads), k=chance.randint(1, 3)) for _ in range(ranks)]
         for head in range(heads):
             if not any(head in each for each in held):
                 chance.choice(held).append(head)
         held = [sorted(set(each)) if dim else sorted(each) for each in held]
-        return Cut(heads, tuple(tuple((h, h + 1) for h in each) for each in held)).scaled(unit)
-    return even_cut(size, unit, ranks)
+        return Partition(heads, tuple(tuple((h, h + 1) for h in each) for each in held)).scaled(alignment)
+    return even_partition(size, alignment, ranks)
 
 
 class Plans:
@@ -92,7 +96,7 @@ class Plans:
         self.chance, self.scheme, self.ranks, self.aligned = chance, scheme, ranks, aligned
         self.tensors: list[TensorPlan] = []
         self.values: dict[str, Tensor] = {}
-        self.cuts: dict[str, Cut] = {}
+        self.partitions: dict[str, Partition] = {}
         self.stored: dict[str, Tensor] = {}
 
     def add(self) -> None:
@@ -104,38 +108,44 @@ class Plans:
             shape = chance.choice([(chance.randint(1, 60),), (chance.randint(1, 4), *shape)])
         stored = chance.choice(["BF16", "F16", "F32"])
         dtype = chance.choice(["bfloat16", "float32"]) if chance.random() < 0.4 else _name(STORED[stored])
-        turned = quantized and chance.random() < 0.2
-        dim, cut = self._cut(shape, quantized, turned)
-        if cut is not None:
-            self.cuts[name] = cut
+        transposed = quantized and chance.random() < 0.2
+        dim, partition = self._partition(shape, quantized, transposed)
+        if partition is not None:
+            self.partitions[name] = partition
         value = torch.randint(0, 200, shape)
         self.values[name] = value.to(getattr(torch, dtype))
-        sources = self._sources(name, value.T if turned else value, stored, turned)
-        key = name if cut is not None else None
+        sources = self._sources(name, value.T if transposed else value, stored, transposed)
+        key = name if partition is not None else None
         scheme = "tiles" if quantized else "none"
-        self.tensors.append(TensorPlan(name, shape, dtype, scheme, sources, dim, key, turned))
+        self.tensors.append(TensorPlan(name, shape, dtype, scheme, sources, dim, key, transposed))
 
-    def _cut(self, shape: tuple[int, ...], quantized: bool, turned: bool) -> tuple[int | None, Cut | None]:
+    def _partition(
+        self, shape: tuple[int, ...], quantized: bool, transposed: bool
+    ) -> tuple[int | None, Partition | None]:
         dim = self.chance.choice([None, 0, 1])
-        if (turned and dim == 0) or (dim == 1 and len(shape) != 2):
+        if (transposed and dim == 0) or (dim == 1 and len(shape) != 2):
             return None, None
-        unit = 1
+        alignment = 1
         if quantized and dim is not None:
-            unit = row_step(self.scheme.components, (shape[0], shape[1])) if dim == 0 else self._column_unit(shape[1])
-        cut = random_cut(self.chance, shape[dim], unit, self.ranks, dim) if dim is not None and unit else None
-        return (dim, cut) if cut is not None else (None, None)
+            alignment = (
+                row_step(self.scheme.components, (shape[0], shape[1])) if dim == 0 else self._column_unit(shape[1])
+            )
+        partition = (
+            random_cut(self.chance, shape[dim], alignment, self.ranks, dim) if dim is not None and alignment else None
+        )
+        return (dim, partition) if partition is not None else (None, None)
 
     def _column_unit(self, width: int) -> int:
         """Least step at which columns may be cut; 0 where they may not."""
         local = [c for c in self.scheme.components if c.name not in self.scheme.whole]
         if any(c.flat and width % c.flat for c in local):
             return 0
-        return math.lcm(*(c.flat or c.spans[1] for c in local if c.flat or c.spans[1] != ALL))
+        return math.lcm(*(c.flat or c.block_shape[1] for c in local if c.flat or c.block_shape[1] != ALL))
 
-    def _sources(self, name: str, value: Tensor, stored: str, turned: bool) -> tuple[Source, ...]:
+    def _sources(self, name: str, value: Tensor, stored: str, transposed: bool) -> tuple[Source, ...]:
         """One checkpoint tensor, or several on top of each other, of which one may be a part of a larger one."""
         kind = self.chance.choice(["one", "one", "two", "part"])
-        if kind == "one" or turned or len(value) < 2 or value.dim() > 2:
+        if kind == "one" or transposed or len(value) < 2 or value.dim() > 2:
             self.stored[name] = value.to(STORED[stored])
             return (Source(name),)
         middle = self.chance.randint(1, len(value) - 1)

@@ -8,19 +8,23 @@ import pytest
 from test_stream_pieces import task_of
 
 from distquant.errors import DistquantError
-from distquant.loading.stream.arena import Board
-from distquant.loading.stream.ledger import Ledger
+from distquant.loading.stream.arrivals import ArrivalTracker
+from distquant.loading.stream.staging_buffer import LoadState
 from distquant.loading.stream.tasks import Task
 from distquant.planning.read_assignment import Part
 from distquant.sharding.layout import Component
-from distquant.sharding.row_layout import band_of
+from distquant.sharding.row_layout import row_layout_of
 
 
 def task(index: int, *parts: Part, whole: bool = False) -> Task:
     found = task_of(index, (12, 4), "F32", 0, [Component(name="", dtype="uint8")], list(parts))
     if whole:
         found = replace(
-            found, bands=(*found.bands, band_of(Component(name="s", dtype="float32", flat=4), (12, 4), True))
+            found,
+            row_layouts=(
+                *found.row_layouts,
+                row_layout_of(Component(name="s", dtype="float32", flat=4), (12, 4), True),
+            ),
         )
     return found
 
@@ -31,63 +35,65 @@ def three(index: int) -> Task:
 
 
 def test_tensors_are_finished_in_their_order():
-    ledger = Ledger([three(0), three(1)], 0, Board(1))
-    ledger.count(ledger.tasks[1], 0, 12)
-    assert not ledger.next_is_complete()
+    arrivals = ArrivalTracker([three(0), three(1)], 0, LoadState(1))
+    arrivals.count(arrivals.tasks[1], 0, 12)
+    assert not arrivals.next_is_complete()
     for start in (8, 0, 4):
-        assert not ledger.next_is_complete()
-        ledger.count(ledger.tasks[0], start, start + 4)
-    ledger.await_next()
-    ledger.finished()
-    assert ledger.next_is_complete()
-    ledger.finished()
-    assert ledger.ended
-    assert not ledger.next_is_complete()
+        assert not arrivals.next_is_complete()
+        arrivals.count(arrivals.tasks[0], start, start + 4)
+    arrivals.await_next()
+    arrivals.finished()
+    assert arrivals.next_is_complete()
+    arrivals.finished()
+    assert arrivals.ended
+    assert not arrivals.next_is_complete()
 
 
 def test_rows_that_a_rank_does_not_keep_are_not_waited_for():
     parts = Part(0, (0, 4), (0,)), Part(1, (4, 12), (1, 2))
     for rank, rows in ((0, (0, 4)), (1, (4, 12)), (2, (4, 12))):
-        ledger = Ledger([task(0, *parts)], rank, Board(1))
-        ledger.count(ledger.tasks[0], *rows)
-        assert ledger.next_is_complete()
+        arrivals = ArrivalTracker([task(0, *parts)], rank, LoadState(1))
+        arrivals.count(arrivals.tasks[0], *rows)
+        assert arrivals.next_is_complete()
 
 
 def test_statistics_of_all_rows_are_waited_for():
-    ledger = Ledger([task(0, Part(0, (0, 4), (0,)), Part(1, (4, 12), (1,)), whole=True)], 0, Board(1))
-    ledger.count(ledger.tasks[0], 0, 4)
-    assert not ledger.next_is_complete()
-    ledger.count(ledger.tasks[0], 4, 12)
-    assert ledger.next_is_complete()
+    arrivals = ArrivalTracker([task(0, Part(0, (0, 4), (0,)), Part(1, (4, 12), (1,)), whole=True)], 0, LoadState(1))
+    arrivals.count(arrivals.tasks[0], 0, 4)
+    assert not arrivals.next_is_complete()
+    arrivals.count(arrivals.tasks[0], 4, 12)
+    assert arrivals.next_is_complete()
 
 
 def test_rows_that_come_twice_are_told():
-    ledger = Ledger([three(0)], 0, Board(1))
-    ledger.count(ledger.tasks[0], 4, 8)
+    arrivals = ArrivalTracker([three(0)], 0, LoadState(1))
+    arrivals.count(arrivals.tasks[0], 4, 8)
     with pytest.raises(DistquantError, match="rows 4 to 8 of t0 arrived twice"):
-        ledger.count(ledger.tasks[0], 4, 8)
+        arrivals.count(arrivals.tasks[0], 4, 8)
 
 
 def test_unfinished_statistics():
     parts = (Part(0, (0, 12), (0, 1)),)
-    ledger = Ledger([task(0, *parts, whole=True), task(1, *parts), task(2, *parts, whole=True)], 0, Board(1))
+    arrivals = ArrivalTracker(
+        [task(0, *parts, whole=True), task(1, *parts), task(2, *parts, whole=True)], 0, LoadState(1)
+    )
     each = 12 * 4
-    assert [ledger.unfinished_statistics(t) for t in ledger.tasks] == [each, each, 2 * each]
-    ledger.count(ledger.tasks[0], 0, 12)
-    ledger.finished()
-    assert ledger.unfinished_statistics(ledger.tasks[2]) == each
+    assert [arrivals.unfinished_statistics(t) for t in arrivals.tasks] == [each, each, 2 * each]
+    arrivals.count(arrivals.tasks[0], 0, 12)
+    arrivals.finished()
+    assert arrivals.unfinished_statistics(arrivals.tasks[2]) == each
 
 
 @pytest.mark.parametrize("silent", [1, 2])
 @pytest.mark.parametrize("sent", [0, 2])
 def test_late_rank_is_named(silent, sent):
     """The one whose rows are missing, also where its first ones did come."""
-    ledger = Ledger([three(0)], 0, Board(7))
+    arrivals = ArrivalTracker([three(0)], 0, LoadState(7))
     for rank in range(3):
         for start in (0, 2):
             if rank != silent or start < sent:
-                ledger.count(ledger.tasks[0], 4 * rank + start, 4 * rank + start + 2)
-    error = ledger.late()
+                arrivals.count(arrivals.tasks[0], 4 * rank + start, 4 * rank + start + 2)
+    error = arrivals.late()
     assert error.rank == silent
     assert "t0" in str(error)
     assert "7 s" in str(error)

@@ -16,7 +16,7 @@ import distquant.planning.read_assignment as reading
 from distquant.checkpoint import TensorInfo
 from distquant.errors import InputError, RankError
 from distquant.model.description import Source
-from distquant.planning import Cut, even_cut
+from distquant.planning import Partition, even_partition
 from distquant.planning.load_plan import TensorPlan
 from distquant.planning.read_assignment import nodes_of
 from distquant.sharding.layout import Component
@@ -51,7 +51,7 @@ def random_world(seed: int, folder, **fixed) -> World:
         "seed": seed,
         **fixed,
     }
-    return World(mesh, tensors=plans.tensors, values=plans.values, cuts=plans.cuts, scheme=plans.scheme,
+    return World(mesh, tensors=plans.tensors, values=plans.values, partitions=plans.partitions, scheme=plans.scheme,
                  folder=folder, infos=infos, **chosen)  # fmt: skip
 
 
@@ -103,9 +103,14 @@ def test_random_plans_are_of_every_kind(tmp_path):
         found |= {f"{world.mesh.dp} x {world.mesh.tp}", f"{len(set(world.nodes))} nodes", f"staging {world.staging}"}
         found |= {"statistics"} if world.scheme.whole else set()
         for tensor in world.tensors:
-            found |= {f"dim {tensor.dim}", f"{len(tensor.sources)} sources", tensor.scheme, f"{len(tensor.shape)} dims"}
+            found |= {
+                f"dim {tensor.shard_dim}",
+                f"{len(tensor.sources)} sources",
+                tensor.scheme,
+                f"{len(tensor.shape)} dims",
+            }
             found |= {"turned"} if tensor.transposed else set()
-            found |= {"repeated"} if tensor.cut and world.cuts[tensor.cut].repeated else set()
+            found |= {"repeated"} if tensor.partition and world.partitions[tensor.partition].repeated else set()
     expected_kinds = {"1 x 1", "1 x 2", "1 x 3", "2 x 1", "2 x 2", "2 x 3", "1 nodes", "2 nodes"}
     expected_kinds |= {"statistics", "dim None", "dim 0", "dim 1", "1 sources", "2 sources", "none", "tiles"}
     expected_kinds |= {"1 dims", "2 dims", "3 dims", "turned", "repeated", *(f"staging {size}" for size in STAGINGS)}
@@ -149,15 +154,19 @@ def test_tensors_that_lie_across_the_grid_of_their_elements(tmp_path, start, mes
     assert_right(world)
 
 
-@pytest.mark.parametrize("cut", [even_cut(8, 1, 2), Cut(4, (((0, 1), (2, 3)), ((1, 2), (3, 4)))).scaled(2)])
-def test_turned_weight_that_is_cut_over_its_rows(tmp_path, cut):
+@pytest.mark.parametrize(
+    "partition", [even_partition(8, 1, 2), Partition(4, (((0, 1), (2, 3)), ((1, 2), (3, 4)))).scaled(2)]
+)
+def test_turned_weight_that_is_cut_over_its_rows(tmp_path, partition):
     """Its rows are columns of the file: who reads them reads all, and hands out what others keep."""
     value = torch.arange(8 * 6).reshape(8, 6).float()
     (tmp_path / "0.bin").write_bytes(value.T.contiguous().numpy().tobytes())
     infos = {"t": TensorInfo(name="t", dtype="F32", shape=(6, 8), file="0.bin", offset=0, nbytes=value.nbytes)}
     tensors = [TensorPlan("t", (8, 6), "float32", "tiles", (Source("t"),), 0, "t", True)]
     scheme = Tiles((Component(name="", dtype="uint8"),))
-    world = World(Mesh(tp=2), (0, 0), tensors, {"t": value}, {"t": cut}, scheme, tmp_path, infos, 1 << 20, timeout=2.0)
+    world = World(
+        Mesh(tp=2), (0, 0), tensors, {"t": value}, {"t": partition}, scheme, tmp_path, infos, 1 << 20, timeout=2.0
+    )
     world.run()
     assert_right(world)
     assert_read_once(world)

@@ -15,8 +15,8 @@ from world import Meeting, ThreadComm, nothing_left_behind
 
 import distquant.loading.stream.peers as peers_module
 from distquant.errors import InputError, RankError
-from distquant.loading.stream.arena import Arena, Board
-from distquant.loading.stream.peers import DONE_WITH, FAILED, HEADER, HELLO, PIECE, Message, Peer, Peers
+from distquant.loading.stream.peers import ACK, DATA, FAILED, HEADER, HELLO, Message, Peer, Peers
+from distquant.loading.stream.staging_buffer import LoadState, StagingBuffer
 
 
 @pytest.fixture(autouse=True)
@@ -80,20 +80,22 @@ def test_piece_is_seen_by_all_and_its_slot_comes_back():
     meeting, count = Meeting(3), 3
 
     def rank(number: int):
-        arena, board = Arena(2, 4096), Board(120)
-        peers, notes = Peers(number, arena, board), Notes()
+        staging_buffer, load_state = StagingBuffer(2, 4096), LoadState(120)
+        peers, notes = Peers(number, staging_buffer, load_state), Notes()
         peers.connect(ThreadComm(number, meeting, 120), (0, 1, 2))
         peers.start(notes)
-        arena.slot(1)[:8] = torch.arange(8, dtype=torch.uint8) + 10 * number
+        staging_buffer.slot(1)[:8] = torch.arange(8, dtype=torch.uint8) + 10 * number
         for other in range(count):
             if other != number:
-                peers.send(other, Message(PIECE, slot=1, tensor=3, mask=1, start=0, stop=8, offset=arena.slot_bytes))
+                peers.send(
+                    other, Message(DATA, slot=1, tensor=3, mask=1, start=0, stop=8, offset=staging_buffer.slot_bytes)
+                )
         give_up = time.monotonic() + 120
         while (notes.settled, len(notes.back)) != (2, 2) and time.monotonic() < give_up:
             time.sleep(0.002)
         peers.leave()
         peers.close()
-        arena.close()
+        staging_buffer.close()
         return notes.got, notes.back
 
     for number, found in enumerate(on_threads(*(lambda n=n: rank(n) for n in range(count)))):
@@ -113,12 +115,12 @@ def test_a_thread_that_hangs_is_left_behind_with_what_it_uses():
             return int(peer.memory[message.offset])
 
     def rank(number: int):
-        arena = Arena(1, 4096)
-        peers = Peers(number, arena, Board(20))
+        staging_buffer = StagingBuffer(1, 4096)
+        peers = Peers(number, staging_buffer, LoadState(20))
         peers.connect(ThreadComm(number, meeting, 20), (0, 1))
         peers.start(Stuck())
-        arena.slot(0)[0] = 7
-        peers.send(1 - number, Message(PIECE, stop=1))
+        staging_buffer.slot(0)[0] = 7
+        peers.send(1 - number, Message(DATA, stop=1))
         meeting.collect(number, None)
         time.sleep(0.2)  # for the thread to begin
         ended = peers.close(None, time.monotonic() + 0.2)
@@ -126,7 +128,7 @@ def test_a_thread_that_hangs_is_left_behind_with_what_it_uses():
         let_go.set()
         for thread in threads:
             thread.join(30)
-        arena.close()
+        staging_buffer.close()
         return ended, peers._thread.is_alive()
 
     assert on_threads(lambda: rank(0), lambda: rank(1)) == [(False, False), (False, False)]
@@ -134,12 +136,12 @@ def test_a_thread_that_hangs_is_left_behind_with_what_it_uses():
 
 def test_rank_that_does_not_come_is_named(monkeypatch):
     monkeypatch.setattr(peers_module, "CONNECT", 0.3)
-    arena = Arena(1, 10)
-    peers = Peers(0, arena, Board(5))
+    staging_buffer = StagingBuffer(1, 10)
+    peers = Peers(0, staging_buffer, LoadState(5))
     with pytest.raises(RankError, match=r"rank 1 failed: did not connect to rank 0 within 0\.3 s"):
         peers.connect(ThreadComm(0, Meeting(1), 5), (0, 1))
     peers.close()
-    arena.close()
+    staging_buffer.close()
 
 
 def test_ranks_that_share_no_folder_are_told():
@@ -147,26 +149,26 @@ def test_ranks_that_share_no_folder_are_told():
         def collect(self, value):
             return ["/nowhere/at/all", value]
 
-    arena = Arena(1, 10)
-    peers = Peers(1, arena, Board(5))
+    staging_buffer = StagingBuffer(1, 10)
+    peers = Peers(1, staging_buffer, LoadState(5))
     with pytest.raises(InputError, match="ranks 0 and 1 are planned on one node, but share no memory"):
         peers.connect(Elsewhere(), (0, 1))
     peers.close()
-    arena.close()
+    staging_buffer.close()
 
 
 @contextmanager
-def pair(rank: int, board: Board) -> Iterator[tuple[Peers, socket.socket]]:
+def pair(rank: int, load_state: LoadState) -> Iterator[tuple[Peers, socket.socket]]:
     """Rank 1 with one peer, and that peer's end of the socket."""
     ours, theirs = socket.socketpair()
-    peers = Peers(1, Arena(1, 10), board)
+    peers = Peers(1, StagingBuffer(1, 10), load_state)
     peers.peers[rank] = Peer(rank, ours, torch.empty(0, dtype=torch.uint8), threading.Lock())
     try:
         yield peers, theirs
     finally:
         theirs.close()
         peers.close()
-        peers.arena.close()
+        peers.staging_buffer.close()
 
 
 def in_the_end(condition) -> bool:
@@ -178,96 +180,96 @@ def in_the_end(condition) -> bool:
 
 def test_pieces_that_come_together_are_answered_together():
     """One answer for each slot: how many pieces of it, and how many bytes were taken."""
-    with pair(0, Board(120)) as (peers, theirs):
+    with pair(0, LoadState(120)) as (peers, theirs):
         notes = Notes()
-        pieces = [Message(PIECE, slot=slot, start=i) for i, slot in enumerate((2, 2, 3, 2))]
+        pieces = [Message(DATA, slot=slot, start=i) for i, slot in enumerate((2, 2, 3, 2))]
         theirs.sendall(b"".join(piece.pack() for piece in pieces))
         peers.start(notes)
         assert in_the_end(lambda: notes.settled == 4)
         answers = theirs.recv(1000)
         found = [Message(*HEADER.unpack_from(answers, at)) for at in range(0, len(answers), HEADER.size)]
-        assert [(m.kind, m.slot, m.stop, m.offset) for m in found] == [(DONE_WITH, 2, 3, 24), (DONE_WITH, 3, 1, 8)]
+        assert [(m.kind, m.slot, m.stop, m.offset) for m in found] == [(ACK, 2, 3, 24), (ACK, 3, 1, 8)]
 
 
 def test_messages_may_come_byte_by_byte():
-    board = Board(120)
-    with pair(0, board) as (peers, theirs):
+    load_state = LoadState(120)
+    with pair(0, load_state) as (peers, theirs):
         notes = Notes()
         peers.start(notes)
         said = b"OSError: no disk"
-        for byte in Message(PIECE, slot=1).pack() + Message(FAILED, stop=len(said)).pack() + said:
+        for byte in Message(DATA, slot=1).pack() + Message(FAILED, stop=len(said)).pack() + said:
             theirs.sendall(bytes([byte]))
             time.sleep(0.0005)
-        assert in_the_end(lambda: board.failure is not None)
-        assert str(board.failure) == "rank 0 failed: OSError: no disk"
+        assert in_the_end(lambda: load_state.failure is not None)
+        assert str(load_state.failure) == "rank 0 failed: OSError: no disk"
         assert notes.settled == 1
 
 
 def test_what_is_posted_is_sent_by_flush_and_before_anything_that_follows():
-    with pair(0, Board(120)) as (peers, theirs):
+    with pair(0, LoadState(120)) as (peers, theirs):
         theirs.settimeout(120)
-        peers.post(0, Message(PIECE, tensor=1))
-        peers.post(0, Message(PIECE, tensor=2))
+        peers.post(0, Message(DATA, tensor=1))
+        peers.post(0, Message(DATA, tensor=2))
         peers.flush()
         peers.flush()
         assert len(theirs.recv(1000)) == 2 * HEADER.size
-        peers.post(0, Message(PIECE, tensor=3))
-        peers.send(0, Message(PIECE, tensor=4))
+        peers.post(0, Message(DATA, tensor=3))
+        peers.send(0, Message(DATA, tensor=4))
         sent = theirs.recv(1000)
         assert [Message(*HEADER.unpack_from(sent, at)).tensor for at in (0, HEADER.size)] == [3, 4]
 
 
 def test_rank_that_dies_is_named():
-    board = Board(120)
-    with pair(4, board) as (peers, theirs):
+    load_state = LoadState(120)
+    with pair(4, load_state) as (peers, theirs):
         peers.start(Deaf())
         theirs.close()
-        with pytest.raises(RankError, match="rank 4 failed: ended during the load"), board.watch:
-            board.wait(lambda: False, TimeoutError)
+        with pytest.raises(RankError, match="rank 4 failed: ended during the load"), load_state.watch:
+            load_state.wait(lambda: False, TimeoutError)
 
 
 def test_failure_is_told_with_the_rank_that_failed_first():
     """Rank 0 stops because rank 2 failed; so does whoever hears it from rank 0."""
-    board = Board(120)
-    with pair(0, board) as (peers, theirs):
+    load_state = LoadState(120)
+    with pair(0, load_state) as (peers, theirs):
         peers.start(Deaf())
         said = str(RankError(2, "ValueError: boom")).encode()
         theirs.sendall(Message(FAILED, stop=len(said)).pack() + said)
-        with pytest.raises(RankError, match="rank 2 failed: ValueError: boom"), board.watch:
-            board.wait(lambda: False, TimeoutError)
+        with pytest.raises(RankError, match="rank 2 failed: ValueError: boom"), load_state.watch:
+            load_state.wait(lambda: False, TimeoutError)
 
 
 def test_rank_that_left_is_not_blamed_for_what_it_said(monkeypatch):
     """It said why it leaves, and hung up. That a send fails is noticed before the listening thread has read that."""
-    hear = Peers._hear
-    monkeypatch.setattr(Peers, "_hear", lambda *arguments: time.sleep(0.2) or hear(*arguments))
-    board = Board(120)
-    with pair(0, board) as (peers, theirs):
+    hear = Peers._receive
+    monkeypatch.setattr(Peers, "_receive", lambda *arguments: time.sleep(0.2) or hear(*arguments))
+    load_state = LoadState(120)
+    with pair(0, load_state) as (peers, theirs):
         peers.start(Deaf())
         said = str(RankError(2, "ValueError: boom")).encode()
         theirs.sendall(Message(FAILED, stop=len(said)).pack() + said)
         theirs.shutdown(socket.SHUT_RDWR)
         with pytest.raises(RankError, match="rank 2 failed: ValueError: boom"):
-            peers.send(0, Message(PIECE))
+            peers.send(0, Message(DATA))
 
 
 def test_rank_that_ends_while_meeting_is_named():
     """The one that ended, not the one that noticed; and its socket is closed."""
     ours, theirs = socket.socketpair()
-    arena = Arena(1, 10)
-    peers = Peers(1, arena, Board(5))
+    staging_buffer = StagingBuffer(1, 10)
+    peers = Peers(1, staging_buffer, LoadState(5))
     theirs.sendall(HELLO.pack(0, 4096)[:3])
     theirs.shutdown(socket.SHUT_WR)
     try:
         with pytest.raises(RankError) as caught:
-            peers._meet(ours, 0)
+            peers._handshake(ours, 0)
         assert caught.value.rank == 0
         assert ours.fileno() == -1
     finally:
         ours.close()
         theirs.close()
         peers.close()
-        arena.close()
+        staging_buffer.close()
 
 
 def test_meeting_leaves_no_folder(monkeypatch, tmp_path):
@@ -275,13 +277,13 @@ def test_meeting_leaves_no_folder(monkeypatch, tmp_path):
     meeting = Meeting(2)
 
     def rank(number: int):
-        arena, board = Arena(1, 10), Board(120)
-        peers = Peers(number, arena, board)
+        staging_buffer, load_state = StagingBuffer(1, 10), LoadState(120)
+        peers = Peers(number, staging_buffer, load_state)
         peers.connect(ThreadComm(number, meeting, 120), (0, 1))
         peers.start(Deaf())
         peers.leave()
         peers.close()
-        arena.close()
+        staging_buffer.close()
 
     assert on_threads(lambda: rank(0), lambda: rank(1)) == [None, None]
     assert os.listdir(tmp_path) == []

@@ -15,45 +15,45 @@ from hypothesis import strategies as st
 import distquant.loading.stream.tasks as tasks_module
 from distquant.checkpoint import TensorInfo
 from distquant.errors import RankError
-from distquant.loading.stream.arena import Arena, Board, Slots
 from distquant.loading.stream.budget import SLOT, Budget
 from distquant.loading.stream.engine import cores_of_a_rank
 from distquant.loading.stream.files import Files, ReadError
 from distquant.loading.stream.reader import AHEAD, Reader
 from distquant.loading.stream.rows import RowMap
-from distquant.loading.stream.stages import Stages
+from distquant.loading.stream.stage_timer import StageTimer
+from distquant.loading.stream.staging_buffer import LoadState, Slots, StagingBuffer
 from distquant.loading.stream.tasks import ALIGN, Chunk, Task, batches, chunks_of
 from distquant.model.description import Source
 from distquant.planning.read_assignment import Part
 from distquant.planning.slots import PAGE, READ_SLOTS, SEND_SLOTS, SLACK
 from distquant.sharding.layout import ALL, Component
-from distquant.sharding.row_layout import band_of, row_step
+from distquant.sharding.row_layout import row_layout_of, row_step
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
 
 component = st.sampled_from(
     [
-        Component(name="", dtype="uint8", spans=(1, 1)),
+        Component(name="", dtype="uint8", block_shape=(1, 1)),
         Component(name="a", dtype="float32", flat=16),
-        Component(name="b", dtype="float32", spans=(1, ALL)),
-        Component(name="c", dtype="int16", spans=(3, 4)),
+        Component(name="b", dtype="float32", block_shape=(1, ALL)),
+        Component(name="c", dtype="int16", block_shape=(3, 4)),
     ]
 )
 
 
-def task_of(index: int, shape, dtype: str, start: int, found, parts=None, columns=None, turned=False) -> Task:
+def task_of(index: int, shape, dtype: str, start: int, found, parts=None, columns=None, transposed=False) -> Task:
     """A task over one checkpoint tensor at byte `start` of a file."""
     name, item = f"t{index}", {"BF16": 2, "F32": 4, "U8": 1}[dtype]
-    stored = shape[::-1] if turned else shape
+    stored = shape[::-1] if transposed else shape
     info = TensorInfo(
         name=name, dtype=dtype, shape=stored, file="f.bin", offset=start, nbytes=shape[0] * shape[1] * item
     )
     rows = RowMap(stored, (Source(name),), {name: info})
     columns = columns or (0, rows.width)
-    width = shape[1] if turned else columns[1] - columns[0]
-    bands = tuple(band_of(each, (shape[0], width)) for each in found)
+    width = shape[1] if transposed else columns[1] - columns[0]
+    row_layouts = tuple(row_layout_of(each, (shape[0], width)) for each in found)
     parts = parts or [Part(0, (0, shape[0]), (0,))]
-    return Task(index, name, rows, columns, row_step(found, shape), bands, parts, torch.float32, None, turned)
+    return Task(index, name, rows, columns, row_step(found, shape), row_layouts, parts, torch.float32, None, transposed)
 
 
 @st.composite
@@ -88,7 +88,7 @@ def test_pieces_cover_rows_once_in_whole_steps(task, capacity):
             found += range(chunk.start, chunk.stop)
         assert found == mine
         read += found
-    assert sorted(read) == list(range(task.bands[0].rows))
+    assert sorted(read) == list(range(task.row_layouts[0].rows))
 
 
 @PROPERTY
@@ -111,16 +111,16 @@ def test_every_piece_fits_a_slot(found, staging):
 def test_slots_keep_to_the_staging_budget(staging):
     """Where the smallest pieces fit, all slots together take what the user gave, but for ends of pages."""
     budget = Budget.of(staging, [task_of(0, (60, 40), "F32", 0, [Component(name="", dtype="uint8")])])
-    arena = Arena(READ_SLOTS + SEND_SLOTS, budget.slot)
-    assert arena.slot_bytes * arena.slots <= staging + arena.slots * PAGE
-    assert arena.slot(arena.slots - 1).numel() >= budget.largest + SLACK
-    arena.close()
+    staging_buffer = StagingBuffer(READ_SLOTS + SEND_SLOTS, budget.slot)
+    assert staging_buffer.slot_bytes * staging_buffer.slots <= staging + staging_buffer.slots * PAGE
+    assert staging_buffer.slot(staging_buffer.slots - 1).numel() >= budget.largest + SLACK
+    staging_buffer.close()
 
 
 @pytest.mark.parametrize("capacity", [1, 100, 700, 100_000])
 def test_turned_tensor_is_read_as_it_is_stored(capacity):
     """Rows of the file, all of them, by the one rank that turns it."""
-    task = task_of(0, (24, 10), "F32", 0, [Component(name="", dtype="uint8")], turned=True)
+    task = task_of(0, (24, 10), "F32", 0, [Component(name="", dtype="uint8")], transposed=True)
     found = [row for chunk in chunks_of(task, 0, capacity) for row in range(chunk.start, chunk.stop)]
     assert found == list(range(10))
 
@@ -147,8 +147,8 @@ def test_batches_past_the_page_cache_join_neighbours_only(data, capacity):
         assert batch
         if len(batch) > 1:
             assert sum(chunk.nbytes for chunk in batch) <= capacity
-            spans = [chunk.span for chunk in batch]
-            assert all(a[0] == b[0] and a[2] == b[1] for a, b in pairwise(spans))
+            block_shape = [chunk.span for chunk in batch]
+            assert all(a[0] == b[0] and a[2] == b[1] for a, b in pairwise(block_shape))
         assert [chunk.at for chunk in batch] == [0, *accumulate(chunk.nbytes for chunk in batch)][:-1]
     for batch, following in pairwise(found):
         last, first = batch[-1], following[0]
@@ -245,20 +245,20 @@ class Running:
         self.data = bytes(random.Random(seed).randbytes(count * 64))
         (folder / "f.bin").write_bytes(self.data)
         task = task_of(0, (count, 64), "U8", 0, [Component(name="", dtype="uint8")])
-        self.files, self.board, self.arena = (
+        self.files, self.load_state, self.staging_buffer = (
             Slow(folder, seed, hang),
-            Board(0.2 if hang else 20),
-            Arena(slots, 64 + SLACK),
+            LoadState(0.2 if hang else 20),
+            StagingBuffer(slots, 64 + SLACK),
         )
-        self.slots = Slots(range(slots), self.board.watch)
+        self.slots = Slots(range(slots), self.load_state.watch)
         found = batches(chunks_of(task, 0, 1), 64)
-        self.reader = Reader(self.files, self.arena, self.slots, self.board, Stages(), found, threads)
+        self.reader = Reader(self.files, self.staging_buffer, self.slots, self.load_state, StageTimer(), found, threads)
 
     def close(self) -> None:
-        self.board.stop()
+        self.load_state.stop()
         self.reader.join()
         self.files.close()
-        self.arena.close()
+        self.staging_buffer.close()
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2, 4])
@@ -301,8 +301,16 @@ def test_reader_does_not_run_far_ahead_of_reads_into_place(tmp_path):
     chunks = list(chunks_of(task, 0, 1))
     for chunk in chunks:
         chunk.into = lambda: torch.empty(64, dtype=torch.uint8)
-    files, board = Slow(tmp_path, 1), Board(20)
-    reader = Reader(files, running.arena, Slots(range(1), board.watch), board, Stages(), batches(iter(chunks), 64), 2)
+    files, load_state = Slow(tmp_path, 1), LoadState(20)
+    reader = Reader(
+        files,
+        running.staging_buffer,
+        Slots(range(1), load_state.watch),
+        load_state,
+        StageTimer(),
+        batches(iter(chunks), 64),
+        2,
+    )
     for number, _ in enumerate(reader):
         time.sleep(0.001)
         assert files.begun <= number + 1 + AHEAD
@@ -327,7 +335,7 @@ def test_reader_stops_when_told(tmp_path, threads):
     running = Running(tmp_path, threads=threads)
     taken = next(iter(running.reader))
     assert taken[0].start == 0
-    running.board.stop()
+    running.load_state.stop()
     assert list(running.reader) == []
     running.reader.join()
     running.close()
@@ -343,12 +351,12 @@ def test_reader_without_threads_reads_nothing_ahead(tmp_path):
 
 def test_reader_without_threads_hears_of_failures_and_of_ranks_that_hold_its_slots(tmp_path):
     running = Running(tmp_path, slots=1, threads=0)
-    running.board.timeout = 0.1
+    running.load_state.timeout = 0.1
     batches_read = iter(running.reader)
     next(batches_read)
     with pytest.raises(ReadError, match=r"not come back for 0\.1 s"):
         next(batches_read)
-    running.board.fail(RankError(1, "is gone"))
+    running.load_state.fail(RankError(1, "is gone"))
     with pytest.raises(RankError, match="is gone"):
         next(iter(running.reader))
     running.close()

@@ -10,8 +10,8 @@ import pytest
 from faulty import END, SIZE, Faulty, Short, buffered, rows, run, span
 
 import distquant.loading.stream.files as files_module
-from distquant.loading.stream.arena import PAGE
 from distquant.loading.stream.files import PAUSES, RETRIED, Files, ReadError
+from distquant.loading.stream.staging_buffer import PAGE
 
 # -- errors ------------------------------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ class Stale(Files):
 
     def _preadv(self, fd, targets, offset):
         self.reads += 1
-        if self.reads > 1 and len(self.opened) == 1:
+        if self.reads > 1 and len(self.prepared) == 1:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return super()._preadv(fd, targets, offset)
 
@@ -96,15 +96,15 @@ class Stale(Files):
 @pytest.mark.parametrize("way", ["read", "rows"])
 def test_stale_handle_is_opened_again(folder, data, pauses, monkeypatch, way):
     files, opening = Stale(folder), os.open
-    files.opened = opened = []
-    monkeypatch.setattr(files_module.os, "open", lambda *a: opened.append(opening(*a)) or opened[-1])
+    files.prepared = prepared = []
+    monkeypatch.setattr(files_module.os, "open", lambda *a: prepared.append(opening(*a)) or prepared[-1])
     before = set(os.listdir("/proc/self/fd"))
     assert buffered(files, 0, 10) == data[:10]
     if way == "read":
         assert buffered(files, 10, 50) == data[10:60]
     else:
         assert rows(files, 10, 50, 20, 4) == b"".join(data[10 + i * 50 :][:20] for i in range(4))
-    assert len(opened) == 2
+    assert len(prepared) == 2
     files.close()
     assert set(os.listdir("/proc/self/fd")) == before
 

@@ -7,9 +7,9 @@ import threading
 import pytest
 
 from distquant.errors import RankError
-from distquant.loading.stream.arena import Arena, Board, Slots
-from distquant.loading.stream.peers import PIECE, Message
+from distquant.loading.stream.peers import DATA, Message
 from distquant.loading.stream.sender import TOGETHER, Sender
+from distquant.loading.stream.staging_buffer import LoadState, Slots, StagingBuffer
 
 SIZE = 4096
 
@@ -32,10 +32,10 @@ class Told:
 
 @pytest.fixture
 def parts():
-    arena, board, told = Arena(5, SIZE), Board(0.2), Told()
-    slots = Slots(range(2, 5), board.watch)
-    yield Sender(arena, slots, told, board, lambda: RankError(7, "took nothing")), slots, told
-    arena.close()
+    staging_buffer, load_state, told = StagingBuffer(5, SIZE), LoadState(0.2), Told()
+    slots = Slots(range(2, 5), load_state.watch)
+    yield Sender(staging_buffer, slots, told, load_state, lambda: RankError(7, "took nothing")), slots, told
+    staging_buffer.close()
 
 
 def test_payloads_share_a_slot_until_it_is_full(parts):
@@ -72,7 +72,7 @@ def test_before_it_waits_for_a_slot_everybody_is_told(parts):
     sender, slots, told = parts
     for number in range(3):
         slot, offset = sender.room(SIZE, 1)
-        sender.tell((1,), Message(PIECE, slot, number, 1, 0, 1, offset))
+        sender.tell((1,), Message(DATA, slot, number, 1, 0, 1, offset))
     assert told.sent == []
     later = threading.Timer(0.05, slots.release, (slot,))
     later.start()
@@ -92,7 +92,7 @@ def test_who_takes_nothing_is_named(parts):
 def test_messages_go_together(parts):
     sender, _, told = parts
     for number in range(TOGETHER + 1):
-        sender.tell((1, 3), Message(PIECE, tensor=number))
+        sender.tell((1, 3), Message(DATA, tensor=number))
     assert [len(sent) for sent in told.sent] == [2 * TOGETHER]
     sender.flush()
     assert told.sent[1] == [(1, TOGETHER), (3, TOGETHER)]

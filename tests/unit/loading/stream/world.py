@@ -23,15 +23,15 @@ from plans import Tiles
 from torch import Tensor
 
 from distquant.checkpoint import TensorInfo
-from distquant.loading.sinks import BandSink
-from distquant.loading.stream.arena import Board
+from distquant.loading.shard_buffer import ShardBuffer
 from distquant.loading.stream.engine import Engine
 from distquant.loading.stream.rows import RowMap
-from distquant.loading.stream.stages import Stages
+from distquant.loading.stream.stage_timer import StageTimer
+from distquant.loading.stream.staging_buffer import LoadState
 from distquant.loading.stream.tasks import Task
 from distquant.planning.load_plan import TensorPlan
 from distquant.planning.read_assignment import (
-    Dealer,
+    ReadAssigner,
     column_segments,
     node_columns,
     node_ranks,
@@ -40,8 +40,8 @@ from distquant.planning.read_assignment import (
 )
 from distquant.sharding.layout import Component
 from distquant.sharding.mesh import Mesh
-from distquant.sharding.partition import Cut
-from distquant.sharding.row_layout import Band, band_of, column_step, row_step
+from distquant.sharding.partition import Partition
+from distquant.sharding.row_layout import RowLayout, column_step, row_layout_of, row_step
 
 HANGS = 300.0
 """Seconds after which a world that has not ended hangs."""
@@ -80,22 +80,22 @@ class ThreadComm:
 class WatchedSink:
     """Counts how often each row of each component was given memory or placed."""
 
-    def __init__(self, sink: BandSink, rows: int):
+    def __init__(self, sink: ShardBuffer, rows: int):
         self.sink, self.memory = sink, sink.memory
         self.counts = {name: np.zeros(rows, int) for name in sink.memory}
 
-    def direct(self, band: Band, start: int, stop: int) -> Tensor | None:
-        found = self.sink.direct(band, start, stop)
+    def direct(self, row_layout: RowLayout, start: int, stop: int) -> Tensor | None:
+        found = self.sink.direct(row_layout, start, stop)
         if found is not None:
-            self.counts[band.name][start:stop] += 1
+            self.counts[row_layout.name][start:stop] += 1
         return found
 
-    def holds(self, band: Band, start: int, stop: int) -> bool:
-        return self.sink.holds(band, start, stop)
+    def holds(self, row_layout: RowLayout, start: int, stop: int) -> bool:
+        return self.sink.holds(row_layout, start, stop)
 
-    def place(self, band: Band, values: Tensor, start: int, stop: int) -> int:
-        self.counts[band.name][start:stop] += 1
-        return self.sink.place(band, values, start, stop)
+    def place(self, row_layout: RowLayout, values: Tensor, start: int, stop: int) -> int:
+        self.counts[row_layout.name][start:stop] += 1
+        return self.sink.place(row_layout, values, start, stop)
 
 
 @dataclass
@@ -118,7 +118,7 @@ class World:
     nodes: tuple[int, ...]
     tensors: list[TensorPlan]
     values: dict[str, Tensor]
-    cuts: dict[str, Cut]
+    partitions: dict[str, Partition]
     scheme: Tiles
     folder: Path
     infos: dict[str, TensorInfo]
@@ -186,11 +186,11 @@ class World:
             assert 0 < done <= total
             hook(rank, "progress", "")
 
-        board, tasks = Board(self.timeout), self.tasks(rank)
+        load_state, tasks = LoadState(self.timeout), self.tasks(rank)
         try:
-            stages = Stages()
+            stages = StageTimer()
             with Engine(
-                rank, tasks, files, self.staging, board, stages, sink, finish, progress, joined=partial
+                rank, tasks, files, self.staging, load_state, stages, sink, finish, progress, joined=partial
             ) as engine:
                 if self.mesh.size > 1:
                     comm = ThreadComm(rank, self.meeting, self.timeout)
@@ -205,21 +205,21 @@ class World:
 
     def tasks(self, rank: int) -> list[Task]:
         """The tasks of a rank's node."""
-        dealer = Dealer(self.mesh, node_ranks(self.nodes, rank))
-        return [self._task(index, tensor, dealer, rank) for index, tensor in enumerate(self.tensors)]
+        assigner = ReadAssigner(self.mesh, node_ranks(self.nodes, rank))
+        return [self._task(index, tensor, assigner, rank) for index, tensor in enumerate(self.tensors)]
 
-    def _task(self, index: int, tensor: TensorPlan, dealer: Dealer, rank: int) -> Task:
-        shape, cut = tensor.shape, self.cuts.get(tensor.cut or "")
+    def _task(self, index: int, tensor: TensorPlan, assigner: ReadAssigner, rank: int) -> Task:
+        shape, partition = tensor.shape, self.partitions.get(tensor.partition or "")
         quantized, (rows, width) = tensor.scheme != "none", rows_and_width(tensor.shape)
         scheme = self.scheme if quantized else Tiles((Component(name="", dtype=tensor.dtype),))
         step = row_step(scheme.components, (rows, width))
         apart = None if tensor.transposed else column_step(scheme.components, (rows, width))
-        columns = node_columns(shape, tensor.dim, cut, dealer.positions.values(), apart)
+        columns = node_columns(shape, tensor.shard_dim, partition, assigner.positions.values(), apart)
         row_map = RowMap(shape[::-1] if tensor.transposed else shape, tensor.sources, self.infos)
         row_bytes = row_map.row_bytes() * (columns[1] - columns[0]) // row_map.width
-        parts = dealer.deal(shape, tensor.dim, cut, row_bytes, step, tensor.transposed)
+        parts = assigner.assign_reads(shape, tensor.shard_dim, partition, row_bytes, step, tensor.transposed)
         flowing = (rows, columns[1] - columns[0])
-        bands = tuple(band_of(c, flowing, c.name in scheme.whole) for c in scheme.components)
+        row_layouts = tuple(row_layout_of(c, flowing, c.name in scheme.whole) for c in scheme.components)
         read = (0, row_map.width) if tensor.transposed else columns
 
         def encode(values: Tensor, out: dict[str, Tensor]) -> None:
@@ -227,33 +227,35 @@ class World:
             scheme.encode(values, out)
 
         how, dtype = encode if quantized else None, getattr(torch, tensor.dtype)
-        return Task(index, tensor.name, row_map, read, step, bands, parts, dtype, how, tensor.transposed)
+        return Task(index, tensor.name, row_map, read, step, row_layouts, parts, dtype, how, tensor.transposed)
 
     def _sink(self, task: Task, rank: int, partial: bool) -> WatchedSink:
         tensor, tp = self.tensors[task.index], self.mesh.coordinates(rank)["tp"]
-        cut, (rows, width) = self.cuts.get(tensor.cut or ""), rows_and_width(tensor.shape)
-        places = (f(tensor.shape, tensor.dim, cut, tp) for f in (row_segments, column_segments))
-        columns = (0, width) if task.turned else task.columns
-        return WatchedSink(BandSink(task.bands, columns, width, *places, torch.device("cpu"), partial), rows)
+        partition, (rows, width) = self.partitions.get(tensor.partition or ""), rows_and_width(tensor.shape)
+        places = (f(tensor.shape, tensor.shard_dim, partition, tp) for f in (row_segments, column_segments))
+        columns = (0, width) if task.transposed else task.columns
+        return WatchedSink(ShardBuffer(task.row_layouts, columns, width, *places, torch.device("cpu"), partial), rows)
 
     def _join(self, task: Task, filled: WatchedSink, peers: tuple[int, ...], rank: int) -> None:
-        for band in task.bands:
-            if band.whole:
-                everyone = self.axes[peers].collect(peers.index(rank), filled.memory[band.name].clone())
+        for row_layout in task.row_layouts:
+            if row_layout.whole:
+                everyone = self.axes[peers].collect(peers.index(rank), filled.memory[row_layout.name].clone())
                 for theirs in everyone:
-                    filled.memory[band.name].copy_(filled.memory[band.name].maximum(theirs))
+                    filled.memory[row_layout.name].copy_(filled.memory[row_layout.name].maximum(theirs))
 
     def _check_counts(self, task: Task, filled: WatchedSink, rank: int) -> None:
         """Each row that comes to a rank has come once; a row of which it keeps nothing, not at all."""
-        mine, node = np.zeros(task.bands[0].rows, int), np.zeros(task.bands[0].rows, int)
+        mine, node = np.zeros(task.row_layouts[0].rows, int), np.zeros(task.row_layouts[0].rows, int)
         for part in task.parts:
             node[slice(*part.rows)] = 1
-            if rank in part.holders:
+            if rank in part.owners:
                 mine[slice(*part.rows)] = 1
-        for band in task.bands:
-            expected = node if band.whole else mine
-            found = filled.counts[band.name]
-            assert (found[expected == 1] == 1).all(), f"rows of {task.name} {band.name!r} came {found.tolist()} times"
+        for row_layout in task.row_layouts:
+            expected = node if row_layout.whole else mine
+            found = filled.counts[row_layout.name]
+            assert (found[expected == 1] == 1).all(), (
+                f"rows of {task.name} {row_layout.name!r} came {found.tolist()} times"
+            )
             assert found.max(initial=0) <= 1
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from distquant.memory import MEMORY
 from distquant.sharding.partition import Segment
-from distquant.sharding.row_layout import Band
+from distquant.sharding.row_layout import RowLayout
 
-Home = Callable[[str, int, torch.dtype], Tensor | None]
+Allocator = Callable[[str, int, torch.dtype], Tensor | None]
 """Memory for a component of so many elements of a dtype, flat."""
 
 
-class BandSink:
+class ShardBuffer:
     """Final memory of all components of one tensor, made when the first rows arrive, and filled as they do.
 
     Args:
@@ -33,14 +33,14 @@ class BandSink:
 
     def __init__(
         self,
-        bands: Sequence[Band],
+        row_layouts: Sequence[RowLayout],
         columns: Segment,
         width: int,
         rows: Sequence[Segment],
         kept: Sequence[Segment],
         device: torch.device,
         partial: bool = False,
-        home: Home | None = None,
+        home: Allocator | None = None,
     ):
         self.columns, self.kept, self.device, self.partial = columns, tuple(kept), device, partial
         self.windows = _windows(rows)
@@ -48,10 +48,10 @@ class BandSink:
         local_rows = sum(stop - start for start, stop in rows)
         local_width = sum(stop - start for start, stop in kept)
         self.own = {}
-        for band in bands:
-            own_rows, own_width = (band.rows, width) if band.whole else (local_rows, local_width)
-            same = (own_rows, own_width) == (band.rows, band.width)
-            self.own[band.name] = band if same else replace(band, rows=own_rows, width=own_width)
+        for row_layout in row_layouts:
+            own_rows, own_width = (row_layout.rows, width) if row_layout.whole else (local_rows, local_width)
+            same = (own_rows, own_width) == (row_layout.rows, row_layout.width)
+            self.own[row_layout.name] = row_layout if same else replace(row_layout, rows=own_rows, width=own_width)
         self._home = home
         self._memory: dict[str, Tensor] | None = None
         self._lock = threading.Lock()
@@ -61,63 +61,67 @@ class BandSink:
         """Flat, by component. Several threads may read or place the first rows at once."""
         with self._lock:
             if self._memory is None:
-                self._memory = {name: self._make(band) for name, band in self.own.items()}
+                self._memory = {name: self._make(row_layout) for name, row_layout in self.own.items()}
             return self._memory
 
-    def _make(self, band: Band) -> Tensor:
-        count = band.before(band.rows)
-        there = self._home(band.name, count, band.dtype) if self._home is not None and not band.whole else None
+    def _make(self, row_layout: RowLayout) -> Tensor:
+        count = row_layout.before(row_layout.rows)
+        there = (
+            self._home(row_layout.name, count, row_layout.dtype)
+            if self._home is not None and not row_layout.whole
+            else None
+        )
         if there is not None:
             return there
-        if band.whole:  # gone when the tensor is finished: the allocator's, which has it for the next one again
+        if row_layout.whole:  # gone when the tensor is finished: the allocator's, which has it for the next one again
             make = torch.zeros if self.partial else torch.empty
-            return make(count, dtype=band.dtype, device=self.device)
-        return MEMORY.empty(count, band.dtype, self.device)
+            return make(count, dtype=row_layout.dtype, device=self.device)
+        return MEMORY.empty(count, row_layout.dtype, self.device)
 
-    def direct(self, band: Band, start: int, stop: int) -> Tensor | None:
+    def direct(self, row_layout: RowLayout, start: int, stop: int) -> Tensor | None:
         """Final memory of all of rows `[start, stop)`, flat; None where they do not go to one run of it."""
-        run = self._run(band, start, stop)
-        return None if run is None else self.memory[band.name][run[0] : run[1]]
+        run = self._run(row_layout, start, stop)
+        return None if run is None else self.memory[row_layout.name][run[0] : run[1]]
 
-    def holds(self, band: Band, start: int, stop: int) -> bool:
+    def holds(self, row_layout: RowLayout, start: int, stop: int) -> bool:
         """Whether `direct` will give memory."""
-        return self._run(band, start, stop) is not None
+        return self._run(row_layout, start, stop) is not None
 
-    def _run(self, band: Band, start: int, stop: int) -> Segment | None:
+    def _run(self, row_layout: RowLayout, start: int, stop: int) -> Segment | None:
         """Elements of the final memory that all of rows `[start, stop)` go to; None where that is no run."""
-        own = self.own[band.name]
-        if own.width != band.width or not (band.whole or self.uncut):
+        own = self.own[row_layout.name]
+        if own.width != row_layout.width or not (row_layout.whole or self.uncut):
             return None
-        if band.whole:
+        if row_layout.whole:
             return own.before(start), own.before(stop)
         places = [(a, b, local) for a, b, local in self.windows if a < stop and start < b]
         if len(places) != 1 or start < places[0][0] or places[0][1] < stop:
             return None
         first = own.before(places[0][2] + start - places[0][0])
-        return first, first + band.count(start, stop)
+        return first, first + row_layout.count(start, stop)
 
-    def place(self, band: Band, values: Tensor, start: int, stop: int) -> int:
+    def place(self, row_layout: RowLayout, values: Tensor, start: int, stop: int) -> int:
         """Copies what is kept of rows `[start, stop)` (flat `values`); returns the bytes of it."""
-        own, memory = self.own[band.name], self.memory[band.name]
-        windows = [(0, band.rows, 0)] if band.whole else self.windows
-        kept = [self.columns] if band.whole else self.kept
+        own, memory = self.own[row_layout.name], self.memory[row_layout.name]
+        windows = [(0, row_layout.rows, 0)] if row_layout.whole else self.windows
+        kept = [self.columns] if row_layout.whole else self.kept
         moved = 0
         for a, b, local in windows:
             first, last = max(start, a), min(stop, b)
             if first >= last:
                 continue
-            source = values[band.count(start, first) : band.count(start, last)]
+            source = values[row_layout.count(start, first) : row_layout.count(start, last)]
             at = local + first - a
-            if own.width == band.width and (band.whole or self.uncut):
+            if own.width == row_layout.width and (row_layout.whole or self.uncut):
                 target = memory[own.before(at) : own.before(at) + source.numel()]
                 target.copy_(source)
                 moved += source.nbytes
                 continue
-            wide = source.view(-1, band.per_row)
-            narrow = memory.view(-1, own.per_row)[at // band.row_span :][: len(wide)]
-            column = own.columns(self.columns[0], self.columns[0])[0] if band.whole else 0
-            for left, right in kept[: 1 if band.column_span >= band.width else None]:
-                x, y = band.columns(left - self.columns[0], right - self.columns[0])
+            wide = source.view(-1, row_layout.per_row)
+            narrow = memory.view(-1, own.per_row)[at // row_layout.row_block :][: len(wide)]
+            column = own.columns(self.columns[0], self.columns[0])[0] if row_layout.whole else 0
+            for left, right in kept[: 1 if row_layout.column_block >= row_layout.width else None]:
+                x, y = row_layout.columns(left - self.columns[0], right - self.columns[0])
                 narrow[:, column : column + y - x] = wide[:, x:y]
                 column += y - x
                 moved += wide[:, x:y].nbytes

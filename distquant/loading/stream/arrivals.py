@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distquant.errors import DistquantError, RankError
-from distquant.loading.stream.arena import Board
+from distquant.loading.stream.staging_buffer import LoadState
 from distquant.loading.stream.tasks import Task
 
 
-class Ledger:
+class ArrivalTracker:
     """Counts the rows of every tensor that come to a rank, each once. Threads may count at the same time."""
 
-    def __init__(self, tasks: Sequence[Task], rank: int, board: Board):
-        self.tasks, self.rank, self.board = tasks, rank, board
+    def __init__(self, tasks: Sequence[Task], rank: int, load_state: LoadState):
+        self.tasks, self.rank, self.load_state = tasks, rank, load_state
         self.next = 0
         """The first tensor that is not finished."""
         self._missing = [task.expected(rank) for task in tasks]
@@ -22,14 +22,14 @@ class Ledger:
 
     def count(self, task: Task, start: int, stop: int) -> None:
         """Rows `[start, stop)` are in their place."""
-        with self.board.watch:
+        with self.load_state.watch:
             if start in self._came[task.index]:
                 raise DistquantError(f"rows {start} to {stop} of {task.name} arrived twice")
             self._came[task.index][start] = stop
-            self.board.beats += 1
+            self.load_state.beats += 1
             self._missing[task.index] -= stop - start
             if self._missing[task.index] == 0:
-                self.board.watch.notify_all()
+                self.load_state.watch.notify_all()
 
     @property
     def ended(self) -> bool:
@@ -45,8 +45,8 @@ class Ledger:
 
     def await_next(self) -> None:
         """Waits until the next tensor to finish is complete."""
-        with self.board.watch:
-            self.board.wait(self.next_is_complete, self.late)
+        with self.load_state.watch:
+            self.load_state.wait(self.next_is_complete, self.late)
 
     def unfinished_statistics(self, task: Task) -> int:
         """Bytes of the statistics of all tensors from the next to finish up to this one."""
@@ -63,4 +63,4 @@ class Ledger:
             if part.reader != self.rank and there < last - first:
                 rank = part.reader
                 break
-        return RankError(rank, f"sent no rows of {task.name} to rank {self.rank} for {self.board.timeout:g} s")
+        return RankError(rank, f"sent no rows of {task.name} to rank {self.rank} for {self.load_state.timeout:g} s")

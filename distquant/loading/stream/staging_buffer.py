@@ -18,7 +18,7 @@ from torch import Tensor
 from distquant.planning.slots import PAGE
 
 
-class Arena:
+class StagingBuffer:
     """`slots` slots of `slot_bytes` bytes."""
 
     def __init__(self, slots: int, slot_bytes: int):
@@ -69,7 +69,7 @@ class Arena:
             self.fd = None
 
 
-IN_USE: set[Arena] = set()
+IN_USE: set[StagingBuffer] = set()
 """Arenas that a device may copy from: they stay mapped, whatever becomes of an engine, until they are closed."""
 
 
@@ -105,7 +105,7 @@ class Slots:
                 self._watch.notify_all()
 
 
-class Board:
+class LoadState:
     """What the threads of a load tell each other: one condition, and the first thing that went wrong."""
 
     def __init__(self, timeout: float):

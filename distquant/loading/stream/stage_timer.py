@@ -21,7 +21,7 @@ class Event:
 
 
 @dataclass
-class Stages:
+class StageTimer:
     """Busy seconds by stage. Threads may add at the same time."""
 
     traced: bool = False
