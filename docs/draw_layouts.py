@@ -3,7 +3,7 @@
     python docs/draw_layouts.py
 
 Nothing in a picture or a table is typed in: a small weight is laid out by the scheme's own `layout`, its cut falls on
-the layout's own units, and the slices are those in which a load reads a checkpoint (`transfers_of`, by `Component.slice`).
+its alignments, and the slices are those in which a load reads a checkpoint (`transfers_of`, by `Component.slice`).
 Pictures are `layouts/<method>.svg`; tables stand in `layouts.md` between `<!-- table: METHOD -->` and `<!-- end -->`.
 """
 

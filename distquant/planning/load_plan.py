@@ -36,8 +36,8 @@ class TensorPlan:
         cut: key into `LoadPlan.partitions`.
         transposed: whether the checkpoint stores it `[in, out]` (GPT-2's Conv1D) and it is turned to be quantized.
         reading: how the ranks of a node read it, a key of `planning.reading.REASONS`.
-        experts: for a stack of experts, key into `LoadPlan.partitions` of how they are dealt out over ep; the first dim of
-            `shape` then counts them, `name` has a star for their number, and `dim` is never 0.
+        experts: for a stack of experts, key into `LoadPlan.partitions` of how they are distributed over ep; the first
+            dim of `shape` then counts them, `name` has a star for their number, and `dim` is never 0.
     """
 
     name: str
@@ -156,7 +156,7 @@ class LoadPlan:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the canonical JSON without `environment`, 64 hex digits: it names what was decided, not from what."""
+        """sha256 over the canonical JSON without `environment`, 64 hex digits."""
         return hashlib.sha256(self._json(without="environment").encode()).hexdigest()
 
     @property

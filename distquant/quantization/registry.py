@@ -1,9 +1,10 @@
-"""The registry of schemes: one dict, one decorator, and the entry-point group `distquant.quantization` for third parties."""
+"""The registry of schemes: one dict, one decorator, and an entry-point group for third parties."""
 
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import entry_points
+import warnings
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from distquant.config import QuantizationConfig
@@ -12,6 +13,8 @@ from distquant.process_state import changing_process_state
 from distquant.quantization.scheme import Scheme
 
 ENTRY_POINTS = "distquant.quantization"
+OLD_ENTRY_POINTS = "distquant.schemes"
+"""The group's name up to 0.1; still read, with a warning."""
 BUILT_IN = tuple(
     f"distquant.quantization.methods.{module}"
     for module in (
@@ -64,16 +67,25 @@ def discover() -> dict[str, type[Scheme]]:
         place = {module: number for number, module in enumerate(BUILT_IN)}
         for name in sorted(SCHEMES, key=lambda name: place.get(SCHEMES[name].__module__, len(place))):
             SCHEMES[name] = SCHEMES.pop(name)  # one order in messages, whoever was imported first
-        for entry in entry_points(group=ENTRY_POINTS):
-            try:
-                register(entry.load())
-            except (ImportError, AttributeError) as error:
-                raise InputError.one(
-                    f"entry point {entry.name!r} of group {ENTRY_POINTS}",
-                    f"{entry.value} cannot be loaded ({error})",
-                    "Repair or uninstall the package that declares it",
-                ) from error
+        for group in (ENTRY_POINTS, OLD_ENTRY_POINTS):
+            for entry in entry_points(group=group):
+                _load(entry)
     return SCHEMES
+
+
+def _load(entry: EntryPoint) -> None:
+    """Registers a third party's scheme."""
+    if entry.group == OLD_ENTRY_POINTS:
+        what = f"entry point {entry.name!r}: the group {OLD_ENTRY_POINTS} is {ENTRY_POINTS} now, and goes with 0.3"
+        warnings.warn(what, DeprecationWarning, stacklevel=2)
+    try:
+        register(entry.load())
+    except (ImportError, AttributeError) as error:
+        raise InputError.one(
+            f"entry point {entry.name!r} of group {entry.group}",
+            f"{entry.value} cannot be loaded ({error})",
+            "Repair or uninstall the package that declares it",
+        ) from error
 
 
 def config_classes() -> list[type[QuantizationConfig]]:

@@ -1,13 +1,13 @@
-"""What a quantization method contributes: configuration, layout, hooks for the planner, execution and module.
+"""The contribution of a quantization method: configuration, layout, hooks for the planner, execution and module.
 
 The planner calls the hooks on the coordinator, where there is no device and no weight. Of the ranks, the one that reads
-rows calls `encode` with all their columns; what comes out is cut by its layout, and every rank that keeps a part
-calls `load_encoded` with it (or `load_prequantized`, with what a checkpoint stores). A method that needs slicing code of its own
-lacks a word in `layout`.
+rows calls `encode` with all their columns. Its layout splits the result, and every rank that keeps a part calls
+`load_encoded` with it (or `load_prequantized`, with what a checkpoint stores). A method that needs slicing code of its
+own lacks a word in `layout`.
 
-What a rank stores is a dict of components, and four functions speak of it without a module: `pack` and `pack_prequantized` make
-it, `dequantize` and `fingerprint_streams` read it. Experts are kept as stacks of such components, so a method holds them by these
-four alone.
+What a rank stores is a dict of components, and four functions speak of it without a module: `pack` and
+`pack_prequantized` make it, `dequantize` and `fingerprint_streams` read it. Experts are kept as stacks of such
+components, so a method holds them by these four alone.
 """
 
 from __future__ import annotations
@@ -219,8 +219,8 @@ class Scheme(ABC):
         Args:
             shard: this rank's part.
             module: as `module` made it.
-            parts: component -> what the shard keeps of it, flat, rows in local order; of `replicated_components` all of the
-                whole weight. On the device; the memory is the module's to keep.
+            parts: component -> what the shard keeps of it, flat, rows in local order; of `replicated_components` all
+                of the whole weight. On the device; the memory is the module's to keep.
             ops: kernels, as `encode` gets them.
         """
 
@@ -269,7 +269,7 @@ class Scheme(ABC):
         raise NotImplementedError(f"{self.name} has no components without a module")
 
     def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
-        """The stored local components, from those of a pre-quantized weight; arguments and errors as of `load_prequantized`."""
+        """The stored local components, from those of a pre-quantized weight; as `load_prequantized`."""
         raise NotImplementedError(f"{self.name} has no components without a module")
 
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:

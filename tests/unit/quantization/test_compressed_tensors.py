@@ -176,8 +176,8 @@ def test_slices_commute_with_dequantizing(way, data):
 
 
 def test_units_are_those_of_the_groups_and_words():
-    alignments = {way: tuple(scheme(way).layout(NAME, (96, 96), "bfloat16").alignments((96, 96), dim)[-1] for dim in (0, 1))
-             for way in WAYS}  # fmt: skip
+    layouts = {way: scheme(way).layout(NAME, (96, 96), "bfloat16") for way in WAYS}
+    alignments = {way: tuple(layout.alignments((96, 96), dim)[-1] for dim in (0, 1)) for way, layout in layouts.items()}
     assert alignments["int4"] == (1, 16)
     assert alignments["int4-zeros"] == (8, 16)
     assert alignments["int4-rows"] == (8, 8)
