@@ -162,7 +162,7 @@ def laid(example: Example) -> Laid:
     found = Laid(scheme_for(config), example.shape)
     for dim in (OUT, IN):
         partitions = (even_partition(example.shape[dim], alignment, RANKS) for alignment in found.alignments(dim))
-        found.preferred_alignments[dim] = partition = next((c for c in partitions if c is not None), None)
+        found.partitions[dim] = partition = next((c for c in partitions if c is not None), None)
         found.pieces[dim] = list(_pieces(found, dim, partition)) if partition else []
     return found
 
@@ -278,7 +278,7 @@ def picture(method: str) -> str:
         for dim in (OUT, IN):
             y += 22
             parts.append(_text(LEFT, y, _heading(found, dim)))
-            if found.preferred_alignments[dim] is None:
+            if found.partitions[dim] is None:
                 continue
             y += 10
             boxes = list(_boxes(found, dim))
@@ -304,7 +304,7 @@ def picture(method: str) -> str:
 
 
 def _heading(found: Laid, dim: int) -> str:
-    partition, alignments = found.preferred_alignments[dim], found.alignments(dim)
+    partition, alignments = found.partitions[dim], found.alignments(dim)
     if partition is None:
         return f"{STYLES[dim]}: no exact cut, every rank holds everything"
     alignment = next(u for u in alignments if partition.legal(u))
@@ -313,7 +313,7 @@ def _heading(found: Laid, dim: int) -> str:
 
 def _boxes(found: Laid, dim: int) -> Iterator[tuple[list[str], str]]:
     """The logical weight, then every component: lines of text, and the drawing."""
-    partition = found.preferred_alignments[dim]
+    partition = found.partitions[dim]
     assert partition is not None
     weight = Component(name="", dtype=DTYPE)
     logical = Piece(weight, found.shape, dim, partition.parts, found.shape)

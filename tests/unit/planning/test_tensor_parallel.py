@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 from parallel_plans import LAYOUTS, MODELS, layout_of, lengths, partition_of, rewrite, told
-from test_partition import assert_owned_partitions, held
+from partitions import assert_owned_partitions, held
 
 from distquant.model import ModelDescription
 from distquant.model.description import wildcard

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parallel_plans import lengths, partition_of, rewrite, told
-from test_partition import held
+from partitions import held
 
 
 def test_kv_heads_are_repeated_at_tp_4(make):

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_partition import assert_owned_partitions, held
+from partitions import assert_owned_partitions, held
 
 from distquant.planning import cut_heads
 

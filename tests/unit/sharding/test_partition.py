@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from partitions import assert_owned_partitions, held
 
 from distquant.planning import Partition, even_partition
 from distquant.sharding.partition import join_partitions
@@ -14,30 +15,6 @@ PROPERTY = settings(deadline=None, derandomize=True, max_examples=300)
 sizes = st.integers(1, 700)
 alignments = st.sampled_from([1, 2, 3, 8, 16, 32, 64, 96, 128])
 widths = st.integers(1, 9)
-
-
-def held(partition: Partition, rank: int) -> list[int]:
-    """Elements that a rank stores, in local order."""
-    return [element for start, stop in partition.segments(rank) for element in range(start, stop)]
-
-
-def assert_owned_partitions(partition: Partition) -> None:
-    """Every element has one owner, which stores it where `owned` says."""
-    owners: dict[int, int] = {}
-    for rank in range(len(partition.parts)):
-        local = held(partition, rank)
-        for (start, stop), at in partition.owned(rank):
-            assert start < stop
-            assert local[at : at + stop - start] == list(range(start, stop))
-            for element in range(start, stop):
-                assert element not in owners, f"{element} is owned by {owners[element]} and {rank}"
-                owners[element] = rank
-    assert set(owners) == set(range(partition.size))
-    first_holder: dict[int, int] = {}
-    for rank in range(len(partition.parts)):
-        for element in held(partition, rank):
-            first_holder.setdefault(element, rank)
-    assert owners == first_holder
 
 
 @PROPERTY
