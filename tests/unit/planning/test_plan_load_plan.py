@@ -232,8 +232,8 @@ def test_what_is_no_plan(text, message):
 def test_another_version_of_the_format_is_refused():
     fields = json.loads(small_plan().to_json())
     assert fields["format"] == 5
-    fields["format"] = 5
-    with pytest.raises(InputError, match=r"^plan: format 5, this is 5\. Plan again with this version"):
+    fields["format"] = 6
+    with pytest.raises(InputError, match=r"^plan: format 6, this is 5\. Plan again with this version"):
         LoadPlan.from_json(json.dumps(fields))
 
 
