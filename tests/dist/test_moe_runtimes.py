@@ -13,7 +13,7 @@ import distquant as dq
 
 def test_torchrun_deals_out_experts(moe_of, tmp_path):
     path = moe_of("mixtral")
-    done, _ = torchrun(tmp_path, path, "ep=2", "nf4-dq", str(tmp_path))
+    done = torchrun(tmp_path, path, "ep=2", "nf4-dq", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert {one["fingerprint"] for one in found} == {work.fingerprint(path, "nf4-dq")}
