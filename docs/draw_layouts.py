@@ -3,8 +3,9 @@
     python docs/draw_layouts.py
 
 Nothing in a picture or a table is typed in: a small weight is laid out by the scheme's own `layout`, its partition
-falls on its alignments, and the slices are those that a load reads from a checkpoint (`transfers_of`, by `Component.slice`).
-Pictures are `layouts/<method>.svg`; tables stand in `layouts.md` between `<!-- table: METHOD -->` and `<!-- end -->`.
+falls on its alignments, and the slices are those that a load reads from a checkpoint (`transfers_of`, by
+`Component.slice`). Pictures are `layouts/<method>.svg`; tables stand in `layouts.md` between
+`<!-- table: METHOD -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
