@@ -229,7 +229,7 @@ def modules(name: str) -> list[Path]:
 
 # -- the pages ---------------------------------------------------------------------------------------------------------
 
-FENCE = re.compile(r"^(```|~~~).*?^\1[^\S\n]*$|(?<=\n\n)(?: {4}[^\n]*\n)+|<!--.*?-->", re.M | re.S)
+FENCE = re.compile(r"^(```|~~~).*?^\1[^\S\n]*$|(?<=\n\n)(?: {4}[^\n]*\n)+|<!-- quality: begin -->.*?<!-- quality: end -->|<!--.*?-->", re.M | re.S)
 
 
 def offences_of_page(text: str, path: str) -> Iterator[Offence]:
