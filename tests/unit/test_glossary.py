@@ -229,7 +229,11 @@ def modules(name: str) -> list[Path]:
 
 # -- the pages ---------------------------------------------------------------------------------------------------------
 
-FENCE = re.compile(r"^(```|~~~).*?^\1[^\S\n]*$|(?<=\n\n)(?: {4}[^\n]*\n)+|<!-- quality: begin -->.*?<!-- quality: end -->|<!--.*?-->", re.M | re.S)
+FENCE = re.compile(
+    r"^(```|~~~).*?^\1[^\S\n]*$|(?<=\n\n)(?: {4}[^\n]*\n)+|<!-- quality: begin -->.*?<!-- quality: end -->|<!--.*?-->",
+    re.M | re.S,
+)
+"""Matches code, comments, and the part of a page that a script writes from messages of its time."""
 
 
 def offences_of_page(text: str, path: str) -> Iterator[Offence]:
