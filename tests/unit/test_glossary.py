@@ -49,7 +49,6 @@ RETIRED_IDENTIFIERS = {
     "board": "load_state",
     "arena": "staging_buffer",
     "ledger": "arrivals",
-    "filling": "placer",
     "sized": "the name of its record",
     "straddling": "unaligned",
     "apart": "column_step",
@@ -58,7 +57,6 @@ RETIRED_IDENTIFIERS = {
     "told": "the thing's own name",
     "tell": "report, warn or collect",
     "tells": "report, warn or collect",
-    "what": "the thing's own name",
     "adopt": "load_prequantized",
     "settle": "load_encoded",
     "localize": "shard_modules",
@@ -67,7 +65,14 @@ RETIRED_IDENTIFIERS = {
 }
 """Words of identifiers: parts between underscores or capitals. Also in upper case, and with a leading underscore."""
 
-RETIRED_NAMES = {"at": "the thing's own name", "units": "alignments", "spans": "block_shape"}
+RETIRED_NAMES = {
+    "at": "the thing's own name",
+    "what": "the thing's own name",
+    "units": "alignments",
+    "spans": "block_shape",
+    "Filling": "WeightPlacer",
+    "Home": "Allocator",
+}
 """Identifiers that are only wrong when they are the whole name."""
 
 RARE_NAMES = {"found": 6}
