@@ -1,6 +1,6 @@
 """Builds the documentation site: `python docs/build_site.py` writes `build/site`, without a network.
 
-GitHub shows README.md, docs/*.md and benchmarks/results/*.md where they lie, so their links are relative to that. The
+GitHub shows README.md, docs/*.md and benchmarks/results/*.md in their folders, so their links are relative to that. The
 site keeps the same tree: pages are copied to `build/docs` under their own paths, and with them whatever they link to.
 Pictures are copied as they are; a source file or a folder becomes a page that shows it. So one link works in both.
 
@@ -34,7 +34,7 @@ LINK = re.compile(CODE + r"|(?<=\]\()(?P<target>[^)\s]+)(?=\))", re.M | re.S)
 ITEM = re.compile(r"(?P<indent> *)(?:[-*+]|\d+\.) ")
 
 REMOTE = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=["']?(?:https?:)?//[^>]*>""")
-"""What a browser would fetch from elsewhere. `rel=canonical` and its like are never fetched."""
+"""Matches tags for which a browser fetches something from elsewhere. `rel=canonical` and its like are never fetched."""
 NOT_FETCHED = re.compile(r"""\brel=["']?(?:canonical|alternate|next|prev|edit)\b""")
 MERMAID = re.compile(r"^(?:```|~~~)\s*mermaid", re.M)
 """A diagram that is drawn by a library from the network."""
@@ -136,7 +136,7 @@ def markdown_lists(text: str) -> str:
 
 
 def _continues_item(lines: list[str]) -> bool:
-    """Tells whether the last line belongs to an item of a list, which may go on without an indent."""
+    """Returns True if the last line belongs to an item of a list, which may go on without an indent."""
     for line in reversed(lines):
         if not line.strip():
             return False
@@ -161,7 +161,7 @@ def folder_page(folder: Path) -> str:
 
 
 def remote_resources() -> Iterator[str]:
-    """Yields what pages of the site would fetch from the network: it must be readable without one."""
+    """Yields the tags of the site that fetch from the network: it must be readable without one."""
     for page in sorted(SITE.rglob("*.html")):
         text = page.read_text(encoding="utf-8")
         for tag in REMOTE.findall(text):
@@ -180,10 +180,10 @@ def main() -> None:
     shutil.copyfile(CONFIG, BUILD / "mkdocs.yml")  # caches lie beside it
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     built = subprocess.run(command, cwd=BUILD, env={**os.environ, "NO_COLOR": "1"}, capture_output=True, text=True)
-    said = re.sub(r"\x1b\[[0-9;]*m", "", built.stdout + built.stderr)
+    output = re.sub(r"\x1b\[[0-9;]*m", "", built.stdout + built.stderr)
     if built.returncode:
-        sys.exit(said.partition("Traceback")[0])
-    print("".join(line for line in said.splitlines(True) if line.startswith("griffe:")), end="")  # about docstrings
+        sys.exit(output.partition("Traceback")[0])
+    print("".join(line for line in output.splitlines(True) if line.startswith("griffe:")), end="")  # about docstrings
     remote = list(remote_resources())
     if remote:
         sys.exit("\n".join(["the site fetches from the network:", *remote]))

@@ -1,10 +1,11 @@
-"""Draws how cuts pass through each method's components, and writes their tables into `layouts.md`.
+"""Draws how partitions divide each method's components, and writes their tables into `layouts.md`.
 
     python docs/draw_layouts.py
 
-Nothing in a picture or a table is typed in: a small weight is laid out by the scheme's own `layout`, its cut falls on
-its alignments, and the slices are those in which a load reads a checkpoint (`transfers_of`, by `Component.slice`).
-Pictures are `layouts/<method>.svg`; tables stand in `layouts.md` between `<!-- table: METHOD -->` and `<!-- end -->`.
+Nothing in a picture or a table is typed in: a small weight is laid out by the scheme's own `layout`, its partition
+falls on its alignments, and the slices are those that a load reads from a checkpoint (`transfers_of`, by
+`Component.slice`). Pictures are `layouts/<method>.svg`; tables stand in `layouts.md` between
+`<!-- table: METHOD -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -118,34 +119,39 @@ EXAMPLES: Mapping[str, tuple[Example, ...]] = {
         ),
     ),
 }
-"""What is shown of each method, by its name in the registry."""
+"""Examples by the method's name in the registry."""
 
 
-# -- what the schemes say ----------------------------------------------------------------------------------------------
+# -- the declarations of the schemes -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stored component under a cut: its stored shape, and the ranges of `dim` that each rank reads; () = all of it.
+class DividedComponent:
+    """A stored component under a partition.
 
-    `lines` are the stored elements between two drawn lines, per dim.
+    Attributes:
+        component: as the layout declares it.
+        shape: as it is stored.
+        shard_dim: the stored dim that is divided; None = replicated.
+        ranges: of that dim, the ranges that each rank reads; () = replicated.
+        grid: stored elements between two drawn lines, per dim.
     """
 
     component: Component
     shape: tuple[int, ...]
-    dim: int | None = None
-    parts: tuple[tuple[tuple[int, int], ...], ...] = ()
-    lines: tuple[int, ...] = ()
+    shard_dim: int | None = None
+    ranges: tuple[tuple[tuple[int, int], ...], ...] = ()
+    grid: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class Laid:
-    """An example laid out: its cut of each dim (None = there is none), and the components under it."""
+class LaidOut:
+    """An example laid out: a partition of each dim (None = none is exact), and the components under it."""
 
     scheme: Scheme
     shape: tuple[int, int]
     partitions: dict[int, Partition | None] = field(default_factory=dict)
-    pieces: dict[int, list[Piece]] = field(default_factory=dict)
+    divided: dict[int, list[DividedComponent]] = field(default_factory=dict)
 
     @property
     def components(self) -> tuple[Component, ...]:
@@ -155,104 +161,111 @@ class Laid:
         return self.scheme.layout(NAME, self.shape, DTYPE).alignments(self.shape, dim)
 
 
-def laid(example: Example) -> Laid:
-    """What the scheme of an example declares, and what a load makes of it on two ranks."""
+def lay_out(example: Example) -> LaidOut:
+    """Lays out an example by its scheme, and divides it over two ranks as a load does."""
     config = parse(example.config, config_classes())
     assert config is not None, example
-    found = Laid(scheme_for(config), example.shape)
+    example_layout = LaidOut(scheme_for(config), example.shape)
     for dim in (OUT, IN):
-        partitions = (even_partition(example.shape[dim], alignment, RANKS) for alignment in found.alignments(dim))
-        found.partitions[dim] = partition = next((c for c in partitions if c is not None), None)
-        found.pieces[dim] = list(_pieces(found, dim, partition)) if partition else []
-    return found
+        alignments = example_layout.alignments(dim)
+        partitions = (even_partition(example.shape[dim], alignment, RANKS) for alignment in alignments)
+        example_layout.partitions[dim] = partition = next((c for c in partitions if c is not None), None)
+        example_layout.divided[dim] = list(_divide(example_layout, dim, partition)) if partition else []
+    return example_layout
 
 
-def _pieces(found: Laid, dim: int, partition: Partition) -> Iterator[Piece]:
-    """Each component as `transfers_of` cuts it where a checkpoint stores it."""
+def _divide(laid_out: LaidOut, dim: int, partition: Partition) -> Iterator[DividedComponent]:
+    """Yields each component as `transfers_of` divides it where a checkpoint stores it."""
     infos, sources = {}, []
-    for at, component in enumerate(found.components):
-        tensor = f"{at:02}"
-        shape = component.shape(found.shape)
-        size = component.nbytes(found.shape)
-        infos[tensor] = TensorInfo(name=tensor, dtype="U8", shape=shape, file="file", offset=at, nbytes=size)
+    for number, component in enumerate(laid_out.components):
+        tensor = f"{number:02}"
+        shape = component.shape(laid_out.shape)
+        size = component.nbytes(laid_out.shape)
+        infos[tensor] = TensorInfo(name=tensor, dtype="U8", shape=shape, file="file", offset=number, nbytes=size)
         sources.append(Source(tensor, component.name))
-    name = found.scheme.name
-    plan = TensorPlan(NAME, found.shape, DTYPE, name, tuple(sources), dim, "cut")
-    for component, transfer in zip(
-        found.components, transfers_of(plan, partition, found.scheme, True, infos), strict=True
-    ):
+    scheme = laid_out.scheme
+    plan = TensorPlan(NAME, laid_out.shape, DTYPE, scheme.name, tuple(sources), dim, "partition")
+    transfers = transfers_of(plan, partition, scheme, True, infos)
+    for component, transfer in zip(laid_out.components, transfers, strict=True):
         if transfer.shard_dim is None or transfer.partition is None:
-            shape = component.shape(found.shape)
-            yield Piece(component, shape, lines=_lines(component, len(shape)))
+            shape = component.shape(laid_out.shape)
+            yield DividedComponent(component, shape, grid=_grid(component, len(shape)))
         else:
-            yield Piece(component, transfer.shape, transfer.shard_dim, transfer.partition.parts, _lines(component, 2))
+            ranges = transfer.partition.parts
+            yield DividedComponent(component, transfer.shape, transfer.shard_dim, ranges, _grid(component, 2))
 
 
-def _lines(component: Component, dims: int) -> tuple[int, ...]:
+def _grid(component: Component, dims: int) -> tuple[int, ...]:
     if dims == 1 or component.flat or not component.stored_per_block:
         return (1,) * dims
-    steps = tuple(1 if s == ALL else w for s, w in zip(component.block_shape, component.stored_per_block, strict=True))
+    steps = tuple(1 if s == ALL else n for s, n in zip(component.block_shape, component.stored_per_block, strict=True))
     return steps[::-1] if component.transposed else steps
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
+HEADINGS = (
+    *("component", "dtype", "an element covers", "stored"),
+    *("alignment of out", "alignment of in", "column-parallel", "row-parallel"),
+)
+
+
 def label(component: Component) -> str:
-    """What a reader calls a component."""
+    """Returns a component's name for readers."""
     return component.name or "weight"
 
 
 def covers(component: Component) -> str:
-    """What one stored element (or the elements of a span) stands for, out x in."""
+    """Says which logical elements, out x in, one stored element (or the elements of a block) covers."""
     if component.flat:
         return f"{component.flat} of the weight" if component.replicated else f"a run of {component.flat}"
-    words = component.stored_per_block or (1, 1)
-    block_shape = ["all" if s == ALL else str(s) for s in component.block_shape]
+    per_block = component.stored_per_block or (1, 1)
+    block_shape = ["all" if size == ALL else str(size) for size in component.block_shape]
     text = f"{block_shape[0]} x {block_shape[1]}"
-    if math.prod(words) > 1:
-        text += f", in {words[0]} x {words[1]} elements"
+    if math.prod(per_block) > 1:
+        text += f", in {per_block[0]} x {per_block[1]} elements"
     return text
 
 
 def table(method: str) -> str:
-    """The markdown table of a method's examples."""
+    """Returns the markdown table of a method's examples."""
     rows = [
-        "| component | dtype | an element covers | stored | unit of out | unit of in | cut by out | cut by in |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(HEADINGS)} |",
+        f"|{'---|' * len(HEADINGS)}",
     ]
     for example in EXAMPLES[method]:
-        found = laid(example)
-        out, into = found.shape
-        rows.append(f"| *{example.caption}, [{out}, {into}]* | | | | {_told(found, OUT)} | {_told(found, IN)} | | |")
-        for at, component in enumerate(found.components):
-            stored = f"{list(component.shape(found.shape))}{', transposed' if component.transposed else ''}"
-            alignments = [
-                "any" if component.replicated else _steps(component.alignments(found.shape, d)) for d in (OUT, IN)
-            ]
-            ways = [_way(found.pieces[d], at) for d in (OUT, IN)]
-            cells = (f"`{label(component)}`", component.dtype, covers(component), stored, *alignments, *ways)
+        laid_out = lay_out(example)
+        out_dim, in_dim = laid_out.shape
+        of_layout = (f"**{_steps(laid_out.alignments(dim))}**" for dim in (OUT, IN))
+        rows.append(f"| *{example.caption}, [{out_dim}, {in_dim}]* | | | | {' | '.join(of_layout)} | | |")
+        for number, component in enumerate(laid_out.components):
+            stored = f"{list(component.shape(laid_out.shape))}{', transposed' if component.transposed else ''}"
+            alignments = [_alignments(component, laid_out.shape, dim) for dim in (OUT, IN)]
+            shares = [_share(laid_out.divided[dim], number) for dim in (OUT, IN)]
+            cells = (f"`{label(component)}`", component.dtype, covers(component), stored, *alignments, *shares)
             rows.append(f"| {' | '.join(cells)} |")
-        rows += [f"| `{n}` | | no slices | | any | any | whole | whole |" for n in sorted(found.scheme.unsliced)]
+        unsliced = sorted(laid_out.scheme.unsliced)
+        rows += [f"| `{name}` | | no slices | | any | any | replicated | replicated |" for name in unsliced]
     return "\n".join(rows)
 
 
-def _told(found: Laid, dim: int) -> str:
-    return f"**{_steps(found.alignments(dim))}**"
+def _alignments(component: Component, shape: tuple[int, int], dim: int) -> str:
+    return "any" if component.replicated else _steps(component.alignments(shape, dim))
 
 
 def _steps(alignments: tuple[int, ...]) -> str:
     return ", else ".join(map(str, alignments)) or "none"
 
 
-def _way(pieces: list[Piece], at: int) -> str:
-    return "-" if not pieces else "sliced" if pieces[at].parts else "whole"
+def _share(divided: list[DividedComponent], number: int) -> str:
+    return "-" if not divided else "sliced" if divided[number].ranges else "replicated"
 
 
 def with_tables(page: str) -> str:
-    """The page with every table as the schemes declare it now."""
+    """Returns the page with every table as the schemes declare it now."""
     pattern = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", page)
+    return pattern.sub(lambda match: f"{match[1]}{table(match[2])}\n{match[3]}", page)
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -265,32 +278,31 @@ INK, PAPER, FAINT = "#1b1f24", "#ffffff", "#5a626b"
 
 
 def picture(method: str) -> str:
-    """The SVG of a method."""
-    parts, y, widest = [], 28, 4
-    parts.append(_text(LEFT, y, method, size=16, bold=True))
+    """Returns the SVG of a method."""
+    elements, y, widest = [], 28, 4
+    elements.append(_text(LEFT, y, method, size=16, bold=True))
     y += 8
     for example in EXAMPLES[method]:
-        found = laid(example)
+        laid_out = lay_out(example)
         y += 24
-        parts.append(
-            _text(LEFT, y, f"{example.caption}: weight [out {found.shape[0]}, in {found.shape[1]}]", bold=True)
-        )
+        caption = f"{example.caption}: weight [out {laid_out.shape[0]}, in {laid_out.shape[1]}]"
+        elements.append(_text(LEFT, y, caption, bold=True))
         for dim in (OUT, IN):
             y += 22
-            parts.append(_text(LEFT, y, _heading(found, dim)))
-            if found.partitions[dim] is None:
+            elements.append(_text(LEFT, y, _heading(laid_out, dim)))
+            if laid_out.partitions[dim] is None:
                 continue
             y += 10
-            boxes = list(_boxes(found, dim))
+            boxes = list(_boxes(laid_out, dim))
             widest = max(widest, len(boxes))
-            for at, (lines, drawing) in enumerate(boxes):
-                x = LEFT + at * PITCH
-                parts.append(f'<g transform="translate({x} {y})">{drawing}</g>')
+            for column, (lines, drawing) in enumerate(boxes):
+                x = LEFT + column * PITCH
+                elements.append(f'<g transform="translate({x} {y})">{drawing}</g>')
                 for number, line in enumerate(lines):
-                    parts.append(_text(x, y + SIDE + (number + 1) * LINE, line, size=10.5, bold=number == 0))
+                    elements.append(_text(x, y + SIDE + (number + 1) * LINE, line, size=10.5, bold=number == 0))
             y += SIDE + 4 * LINE
     y += 26
-    parts += _legend(y)
+    elements += _legend(y)
     width, height = LEFT + widest * PITCH, y + 34
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -298,76 +310,78 @@ def picture(method: str) -> str:
         f'<defs><pattern id="both" width="8" height="8" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
         f'<rect width="8" height="8" fill="{COLOURS[0]}"/><rect width="4" height="8" fill="{COLOURS[1]}"/>'
         f'</pattern></defs>\n<rect width="{width}" height="{height}" rx="8" fill="{PAPER}"/>\n'
-        + "\n".join(parts)
+        + "\n".join(elements)
         + "\n</svg>\n"
     )
 
 
-def _heading(found: Laid, dim: int) -> str:
-    partition, alignments = found.partitions[dim], found.alignments(dim)
+def _heading(laid_out: LaidOut, dim: int) -> str:
+    partition, alignments = laid_out.partitions[dim], laid_out.alignments(dim)
     if partition is None:
-        return f"{STYLES[dim]}: no exact cut, every rank holds everything"
-    alignment = next(u for u in alignments if partition.legal(u))
-    return f"{STYLES[dim]}: {DIMS[dim]} {' + '.join(map(str, partition.lengths))}, in units of {alignment}"
+        return f"{STYLES[dim]}: no exact partition, replicated on every rank"
+    alignment = next(each for each in alignments if partition.legal(each))
+    return f"{STYLES[dim]}: {DIMS[dim]} {' + '.join(map(str, partition.lengths))}, alignment {alignment}"
 
 
-def _boxes(found: Laid, dim: int) -> Iterator[tuple[list[str], str]]:
-    """The logical weight, then every component: lines of text, and the drawing."""
-    partition = found.partitions[dim]
+def _boxes(laid_out: LaidOut, dim: int) -> Iterator[tuple[list[str], str]]:
+    """Yields the logical weight, then every component: lines of text, and the drawing."""
+    partition = laid_out.partitions[dim]
     assert partition is not None
     weight = Component(name="", dtype=DTYPE)
-    logical = Piece(weight, found.shape, dim, partition.parts, found.shape)
+    logical = DividedComponent(weight, laid_out.shape, dim, partition.parts, laid_out.shape)
     shares = [_range(logical, rank) for rank in range(RANKS)]
-    yield ["logical weight", f"[{found.shape[0]}, {found.shape[1]}]", *shares], _drawing(logical)
-    for piece in found.pieces[dim]:
-        component = piece.component
-        flat = f" as {list(piece.shape)}" if component.flat and piece.parts else ""
-        title = [label(component), f"{component.dtype} {list(component.shape(found.shape))}{flat}"]
-        if piece.parts:
-            yield [*title, *(_range(piece, rank) for rank in range(RANKS))], _drawing(piece)
+    yield ["logical weight", f"[{laid_out.shape[0]}, {laid_out.shape[1]}]", *shares], _drawing(logical)
+    for divided in laid_out.divided[dim]:
+        component = divided.component
+        flat = f" as {list(divided.shape)}" if component.flat and divided.ranges else ""
+        title = [label(component), f"{component.dtype} {list(component.shape(laid_out.shape))}{flat}"]
+        if divided.ranges:
+            yield [*title, *(_range(divided, rank) for rank in range(RANKS))], _drawing(divided)
         else:
-            yield [*title, "whole on both ranks"], _drawing(piece)
-    if found.scheme.unsliced:
+            yield [*title, "replicated on both ranks"], _drawing(divided)
+    if laid_out.scheme.unsliced:
         box = f'<rect width="{SIDE}" height="{SIDE}" fill="url(#both)" stroke="{INK}"/>'
-        told = ("as stored: no slices,", "whole to both ranks,", "which keep a part")
-        yield [", ".join(sorted(found.scheme.unsliced)), *told], box
+        lines = ("as stored: no slices,", "both ranks read all", "and keep a part")
+        yield [", ".join(sorted(laid_out.scheme.unsliced)), *lines], box
 
 
-def _range(piece: Piece, rank: int) -> str:
-    ranges = ", ".join(f"{a}:{b}" for a, b in piece.parts[rank])
-    return f"rank {rank}: [{ranges}, :]" if piece.shard_dim == 0 else f"rank {rank}: [:, {ranges}]"
+def _range(divided: DividedComponent, rank: int) -> str:
+    ranges = ", ".join(f"{start}:{stop}" for start, stop in divided.ranges[rank])
+    return f"rank {rank}: [{ranges}, :]" if divided.shard_dim == 0 else f"rank {rank}: [:, {ranges}]"
 
 
-def _drawing(piece: Piece) -> str:
-    """A stored component, dim 0 downwards, with what each rank reads of it."""
-    shape = piece.shape if len(piece.shape) == 2 else (1, *piece.shape)
-    lines = piece.lines if len(piece.lines) == 2 else (1, *piece.lines)
-    cells = [-(-size // step) for size, step in zip(shape, lines, strict=True)]
-    single = piece.lines == piece.shape and math.prod(shape) > 1  # the logical weight: one surface
+def _drawing(divided: DividedComponent) -> str:
+    """Draws a stored component, dim 0 downwards, with the ranges that each rank reads."""
+    shape = divided.shape if len(divided.shape) == 2 else (1, *divided.shape)
+    grid = divided.grid if len(divided.grid) == 2 else (1, *divided.grid)
+    cells = [-(-size // step) for size, step in zip(shape, grid, strict=True)]
+    single = divided.grid == divided.shape and math.prod(shape) > 1  # the logical weight: one surface
     height, width = (SIDE if single else min(SIDE, CELL * count) for count in cells)
-    along, found = (height, width)[piece.shard_dim or 0], []
-    if not piece.parts:
-        found.append(f'<rect width="{width}" height="{height}" fill="url(#both)"/>')
-    for rank, segments in enumerate(piece.parts):
-        for segment in segments:
-            start, stop = (edge * along / shape[piece.shard_dim or 0] for edge in segment)
+    shard_dim = divided.shard_dim or 0
+    side = (height, width)[shard_dim]
+    elements = []
+    if not divided.ranges:
+        elements.append(f'<rect width="{width}" height="{height}" fill="url(#both)"/>')
+    for rank, ranges in enumerate(divided.ranges):
+        for each in ranges:
+            start, stop = (edge * side / shape[shard_dim] for edge in each)
             box = f'x="0" y="{_pixels(start)}" width="{width}" height="{_pixels(stop - start)}"'
-            if piece.shard_dim == 1:
+            if shard_dim == 1:
                 box = f'x="{_pixels(start)}" y="0" width="{_pixels(stop - start)}" height="{height}"'
-            found.append(f'<rect {box} fill="{COLOURS[rank]}"/>')
+            elements.append(f'<rect {box} fill="{COLOURS[rank]}"/>')
     path = ""
-    for dim, side in enumerate((height, width)):
-        for at in range(1, cells[dim] if cells[dim] <= MOST else 0):
-            edge = _pixels(at * lines[dim] * side / shape[dim])
+    for dim, length in enumerate((height, width)):
+        for number in range(1, cells[dim] if cells[dim] <= MOST else 0):
+            edge = _pixels(number * grid[dim] * length / shape[dim])
             path += f"M{edge} 0V{height}" if dim else f"M0 {edge}H{width}"
     if path:
-        found.append(f'<path d="{path}" stroke="{INK}" stroke-width="0.4" stroke-opacity="0.6" fill="none"/>')
-    for segments in piece.parts[1:]:
-        edge = _pixels(segments[0][0] * along / shape[piece.shard_dim or 0])
-        line = f"M{edge} -5V{height + 5}" if piece.shard_dim else f"M-5 {edge}H{width + 5}"
-        found.append(f'<path d="{line}" stroke="#c0202c" stroke-width="2" fill="none"/>')
-    found.append(f'<rect width="{width}" height="{height}" fill="none" stroke="{INK}"/>')
-    return "".join(found)
+        elements.append(f'<path d="{path}" stroke="{INK}" stroke-width="0.4" stroke-opacity="0.6" fill="none"/>')
+    for ranges in divided.ranges[1:]:
+        edge = _pixels(ranges[0][0] * side / shape[shard_dim])
+        line = f"M{edge} -5V{height + 5}" if shard_dim else f"M-5 {edge}H{width + 5}"
+        elements.append(f'<path d="{line}" stroke="#c0202c" stroke-width="2" fill="none"/>')
+    elements.append(f'<rect width="{width}" height="{height}" fill="none" stroke="{INK}"/>')
+    return "".join(elements)
 
 
 def _pixels(value: float) -> str:
@@ -375,14 +389,14 @@ def _pixels(value: float) -> str:
 
 
 def _legend(y: int) -> list[str]:
-    found, x = [], LEFT
-    told = ((COLOURS[0], "rank 0"), (COLOURS[1], "rank 1"), ("url(#both)", "both ranks"))
-    for fill, text in told:
-        found.append(f'<rect x="{x}" y="{y - 10}" width="12" height="12" fill="{fill}" stroke="{INK}"/>')
-        found.append(_text(x + 17, y, text, size=10.5))
+    elements, x = [], LEFT
+    entries = ((COLOURS[0], "rank 0"), (COLOURS[1], "rank 1"), ("url(#both)", "both ranks"))
+    for fill, text in entries:
+        elements.append(f'<rect x="{x}" y="{y - 10}" width="12" height="12" fill="{fill}" stroke="{INK}"/>')
+        elements.append(_text(x + 17, y, text, size=10.5))
         x += 34 + 7 * len(text)
-    text = "red: the cut; thin lines: stored elements, where they are few; dim 0 of what is stored goes down"
-    return [*found, _text(LEFT, y + 18, text, size=10.5, ink=FAINT)]
+    text = "red: the boundary between ranks; thin lines: stored elements, where they are few; stored dim 0 goes down"
+    return [*elements, _text(LEFT, y + 18, text, size=10.5, ink=FAINT)]
 
 
 def _text(x: float, y: float, text: str, size: float = 12, bold: bool = False, ink: str = INK) -> str:

@@ -20,7 +20,7 @@ ROW = re.compile(r"^\| `([^`]+)` \| (.+) \|$", re.M)
 
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """What `benchmarks/shapes.py` writes."""
+    """Returns a function that writes a model of a real shape with `benchmarks/shapes.py`."""
 
     def folder(name: str) -> str:
         target = tmp_path_factory.mktemp("shapes") / name
@@ -31,10 +31,10 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 
 def table(title: str) -> dict[str, list[str]]:
-    """Mesh -> its other cells, of a table of the page."""
+    """Reads a table of the page: mesh -> its other cells."""
     page = (ROOT / "docs" / "experts.md").read_text()
-    (found,) = re.findall(rf"<!-- table: {title} -->\n(.+?)<!-- end -->", page, re.S)
-    return {mesh: cells.split(" | ") for mesh, cells in ROW.findall(found)}
+    (rows,) = re.findall(rf"<!-- table: {title} -->\n(.+?)<!-- end -->", page, re.S)
+    return {mesh: cells.split(" | ") for mesh, cells in ROW.findall(rows)}
 
 
 MEASURED = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""The page on layouts shows what the schemes declare now, of every method that distquant cuts itself."""
+"""docs/layouts.md shows the present declarations of every method that distquant partitions itself."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_no_picture_is_left_over(script):
 
 
 def test_a_table_would_not_stay_wrong(script, page):
-    """The comparison above can fail: a changed unit is put right."""
+    """The comparison above can fail: a changed alignment is put right."""
     wrong = page.replace("| 16, else 1 |", "| 17 |", 1)
     assert wrong != page
     assert script.with_tables(wrong) == page

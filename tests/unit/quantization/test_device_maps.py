@@ -224,16 +224,17 @@ def test_every_dtype_lies_on_disk(dtype: torch.dtype, shape: tuple[int, ...]) ->
 
 
 def test_table_of_the_readme_says_what_the_schemes_do() -> None:
-    lines = (REPOSITORY / "README.md").read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("| quant_method | GPUs")) + 2
-    told = {}
-    for line in lines[start:]:
-        if not line.startswith("|"):
-            break
-        names, _, *moved = (cell.strip() for cell in line.strip("|").split("|"))
-        told |= {name.strip(" `"): moved for name in names.split(",")}
+    """Compares the README's columns on experts and device maps with the schemes, a row a method."""
+    lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| `quant_method` |"))
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start : lines.index("", start)]]
+    head, _, *rows = table
+    listed = {row[0].strip("`"): dict(zip(head, row, strict=True)) for row in rows}
     schemes = {name: scheme for name, scheme in discover().items() if not scheme.delegated}
-    assert told.keys() == schemes.keys()
+    assert listed.keys() == schemes.keys()
     for name, scheme in schemes.items():
-        words = ["no" if place in scheme.unmoved else "yes" for place in ("cpu", "disk")]
-        assert told[name] == (["unquantized"] * 2 if issubclass(scheme, BitsandbytesScheme) else words), name
+        row, experts = listed[name], "yes" if scheme.stacks else "no" if name == "gguf" else "plain"
+        assert row["experts"] == experts, name
+        for place, column in (("cpu", "on CPU beside GPUs"), ("disk", "on disk")):
+            bitsandbytes = issubclass(scheme, BitsandbytesScheme)
+            assert row[column] == ("unquantized" if bitsandbytes else "no" if place in scheme.unmoved else "yes"), name
