@@ -11,16 +11,32 @@ NATIVE := distquant/kernels/cpu/native
 SANITIZE = $(BIN)/cmake -S $(NATIVE) -B build/$@ -DCMAKE_BUILD_TYPE=Debug -DDISTQUANT_NATIVE=ON \
 	-DDISTQUANT_DRIVER=$(CURDIR)/tests/unit/kernels/native/driver.cpp -DDISTQUANT_SANITIZE=
 
-.PHONY: demo test check lint types docs format clean venv sanitize sanitize-memory sanitize-threads
+.PHONY: demo test test-wide test-versions check lint types docs format clean venv sanitize sanitize-memory sanitize-threads
 
 demo: venv
 	$(BIN)/distquant demo examples/models/kjv-tiny
 
 # Two files at a time: most of a test is one thread's work. A file's tests share their models and ranks. Threads of
 # OpenMP that wait give way, because there are more of them than cores.
-test: export OMP_WAIT_POLICY := passive
+test test-wide test-versions: export OMP_WAIT_POLICY := passive
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not wide"
+
+# The sweeps: every family, method and width. They find the odd one out, and take as long as all else.
+test-wide: venv
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m wide
+
+# Tests of what depends on transformers' version, with the pins of a file of constraints/ in place of ours.
+CONSTRAINTS ?= constraints/transformers-5.24.txt
+OTHER = build/venv-$(notdir $(basename $(CONSTRAINTS)))
+VERSIONED = tests/unit/model tests/unit/planning tests/unit/config tests/test_moe_models.py tests/dist/test_logits.py \
+	$(wildcard tests/dist/test_moe_*.py) tests/dist/test_adapters.py tests/dist/test_generate.py
+test-versions:
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	sed -E "s/^([A-Za-z0-9_-]+)==.*/^\1==/; /^\^/!d" $(CONSTRAINTS) | grep -v -f - constraints.txt > $(OTHER)/constraints.txt
+	cat $(CONSTRAINTS) >> $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(OTHER)/constraints.txt torch -e '.[dev]'
+	$(OTHER)/bin/python -m pytest -n 2 --dist loadfile $(VERSIONED)
 
 check: lint types docs
 
