@@ -27,8 +27,8 @@ from distquant.loading.shard_buffer import ShardBuffer
 from distquant.loading.stream.accelerator import Collectives
 from distquant.loading.stream.engine import Engine
 from distquant.loading.stream.files import Files, ReadError
+from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.stage_timer import StageTimer
-from distquant.loading.stream.staging_buffer import LoadState
 from distquant.loading.stream.tasks import Task
 from distquant.loading.stream.trace import write_trace
 from distquant.model import build
@@ -305,8 +305,8 @@ class _Loading:
                 shard_modules(placer.model, plan, self.scheme, self.at["tp"])  # while the first weights are read
             engine.run()
             self.report.staging_bytes = engine.staging_buffer.slot_bytes * engine.staging_buffer.slots
-            self.report.bytes_sent += engine.moved.sent
-            self.report.bytes_received += engine.moved.received
+            self.report.bytes_sent += engine.traffic.sent
+            self.report.bytes_received += engine.traffic.received
 
     def _join_statistics(self, task: Task, sink: ShardBuffer) -> None:
         """Fills in the statistics of rows that other nodes read: a maximum over zeros, which is exact."""
