@@ -36,7 +36,7 @@ from distquant.options import Forward, LoadProgress, Options, Progress
 from distquant.parallel.comm import Comm
 from distquant.parallel.experts import join_experts
 from distquant.parallel.lora import watch_adapters
-from distquant.parallel.replicas import refuse_wrappers
+from distquant.parallel.replicas import install_wrapper_checks
 from distquant.planning.expert_parallel import ALL_REDUCE
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.prepared import Prepared
@@ -247,7 +247,7 @@ class _Loading:
             watch_adapters(model, plan, self.axis)
         sharded = plan.mesh.ep * plan.mesh.tp > 1
         if sharded:
-            refuse_wrappers(model, plan, self.comm.rank)
+            install_wrapper_checks(model, plan, self.comm.rank)
         if plan.dequantize and not sharded:
             for name in plan.experts:
                 model.set_submodule(name, model.get_submodule(name).to_original())
