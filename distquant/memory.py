@@ -46,7 +46,7 @@ class Memory:
         """Huge pages that are not timed, before the next that is."""
 
     def empty(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A new tensor of `count` elements, not initialized. Its memory is given back with the last view of it."""
+        """Returns a new tensor of `count` elements, not initialized; its memory is freed with the last view of it."""
         nbytes = count * dtype.itemsize
         if device.type != "cpu" or nbytes < SMALLEST or not self._asks:
             return torch.empty(count, dtype=dtype, device=device)

@@ -42,7 +42,7 @@ class Component:
     """One stored tensor of a quantized weight.
 
     Attributes:
-        name: what follows the parameter's name in a checkpoint ("" for the codes, "absmax", "SCB", ...).
+        name: suffix of the parameter's name in a checkpoint ("" for the codes, "absmax", "SCB", ...).
         dtype: torch's name of the stored dtype.
         block_shape: logical elements that one block covers, per dim; `ALL` reduces over the dim.
         stored_per_block: stored elements that a block takes, per dim; () = one each. Where the block is `ALL`, any part

@@ -42,7 +42,7 @@ class Partition:
         return sum(self.lengths) - self.size
 
     def owned(self, rank: int) -> tuple[tuple[Segment, int], ...]:
-        """Returns what this rank is the first to hold, as segments with their local starts.
+        """Returns the segments that this rank is the first to hold, each with its local start.
 
         Each element of the dim has exactly one owner, and so counts once, however often it is stored.
         """

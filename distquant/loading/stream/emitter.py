@@ -37,7 +37,7 @@ class Emitter:
         reads: its slots to read into.
         sender: gives room in the slots to send from.
         copier: copies rows to devices.
-        arrivals: counts what is in its place.
+        arrivals: counts rows that are in their place.
         sinks: final memory.
         timer: of the stages.
     """
@@ -147,7 +147,7 @@ class Emitter:
         payload, nbytes = task.payload(start, stop, mask)
         slot, offset, views = -1, 0, {}
         if payload:
-            # Take room before encoding: a slot may be what components are encoded into.
+            # Take room before encoding: on the CPU, components may be encoded right into the slot.
             slot, offset = self._room(nbytes, len(receivers))
             memory = self.staging_buffer.memory[offset : offset + nbytes]
             views = {row_layout.name: memory[at : at + size].view(row_layout.dtype) for row_layout, at, size in payload}

@@ -162,7 +162,7 @@ class Engine:
         if not all(map(self.files.in_memory, self._files())):
             return READERS
         if cores_of_a_rank(len(self.peers.peers) + 1) < 2:
-            return 0
+            return 0  # a thread would only take turns with the main thread on the same core
         return READERS if all(task.encode is None for task in self.tasks) else 1
 
     def _files(self) -> set[str]:
@@ -211,6 +211,7 @@ class Engine:
         arrivals = self.arrivals
         while arrivals.next < task.index and arrivals.unfinished_statistics(task) > self.budget.statistics:
             start = perf_counter()
+            # Ranks may all hold back at the same tensor: the pieces that finish it must be out before any waits.
             self._sender.flush()
             arrivals.await_next()
             self.timer.add("exchange", start)

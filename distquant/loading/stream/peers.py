@@ -119,7 +119,7 @@ class Peers:
         """Ends the thread and the connections; sends a failure to the others first.
 
         Returns:
-            True if the thread has ended by a time (`time.monotonic`; None: no limit). If not, what it uses stays open.
+            True if the thread has ended by a time (`time.monotonic`; None: no limit). If not, its sockets stay open.
         """
         for peer in self.peers.values():
             if failure is not None:

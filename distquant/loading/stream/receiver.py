@@ -32,7 +32,7 @@ class Receiver:
     Attributes:
         tasks: of the node.
         reads, sends: slots to read into, and slots to send from. Peers may copy from both.
-        arrivals: counts what has come.
+        arrivals: counts rows that are in their place.
         sinks: final memory.
         timer: of the stages.
         streams: the main thread's current streams, set before the thread begins.
