@@ -137,8 +137,8 @@ def stream(plan: Any, io: str, limit: int | None, tell: Callable[[int, int], Non
     from distquant.loading.stream.budget import Budget
     from distquant.loading.stream.engine import Engine
     from distquant.loading.stream.files import Files
+    from distquant.loading.stream.load_state import LoadState
     from distquant.loading.stream.stage_timer import StageTimer
-    from distquant.loading.stream.staging_buffer import LoadState
 
     checkpoint = open_checkpoint(plan.model)
     device, ops = torch.device("cpu"), choose("auto", torch.device("cpu")).ops

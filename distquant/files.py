@@ -1,7 +1,7 @@
-"""Opens what shall be a file, and refuses what would never end: pipes, devices, folders, and files over a limit.
+"""Opens regular files only, up to a limit: reading a pipe or a device may never end.
 
-Links are followed: files of the Hugging Face cache are links to regular files. Errors are `OSError`s whose `strerror`
-says what is wrong, as the system's own are.
+Links are followed: files of the Hugging Face cache are links to regular files. Errors are `OSError`s with a `strerror`,
+as the system's own are.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _KINDS = (
 
 
 def check_file(path: str | os.PathLike[str], limit: int | None = None) -> None:
-    """Raises OSError where `path` is no regular file of at most `limit` bytes; opens nothing."""
+    """Raises OSError where `path` is not a regular file of at most `limit` bytes; opens nothing."""
     _check(os.stat(path), limit)
 
 
 def open_file(path: str | os.PathLike[str], flags: int = 0) -> int:
-    """A descriptor of a regular file, open for reading.
+    """Opens a regular file for reading, and returns its descriptor.
 
-    Its kind is looked at first, because opening a pipe waits for its writer and opening a device may do anything; and
+    Checks its kind first, because opening a pipe waits for its writer, and opening a device may do anything. Checks it
     again once it is open, because another file may have taken its place.
     """
     check_file(path)
@@ -55,27 +55,27 @@ def open_file(path: str | os.PathLike[str], flags: int = 0) -> int:
 
 
 def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
-    """All bytes of a regular file, of which there may be `limit`."""
+    """Returns all bytes of a regular file, at most `limit`."""
     check_file(path, limit)
     with os.fdopen(open_file(path), "rb") as file:
-        found = file.read(limit + 1)  # its size may be unknown to the system, or have grown
-    if len(found) > limit:
-        raise _too_long(len(found), limit)
-    return found
+        content = file.read(limit + 1)  # its size may be unknown to the system, or have grown
+    if len(content) > limit:
+        raise _too_long(len(content), limit)
+    return content
 
 
 def read_text(path: str | os.PathLike[str], limit: int) -> str:
-    """All of a UTF-8 text file of at most `limit` bytes, its lines ended by newlines."""
+    """Returns the text of a UTF-8 file of at most `limit` bytes, with newlines as line ends."""
     return io.StringIO(read_file(path, limit).decode(), newline=None).read()
 
 
-def _check(found: os.stat_result, limit: int | None) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = next((kind for test, kind in _KINDS if test(found.st_mode)), "something else")
-        number = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
+def _check(status: os.stat_result, limit: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((kind for test, kind in _KINDS if test(status.st_mode)), "something else")
+        number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
         raise OSError(number, f"it is {kind}, and must be a regular file")
-    if limit is not None and found.st_size > limit:
-        raise _too_long(found.st_size, limit)
+    if limit is not None and status.st_size > limit:
+        raise _too_long(status.st_size, limit)
 
 
 def _too_long(size: int, limit: int) -> OSError:

@@ -1,4 +1,4 @@
-"""Python's garbage collector, at rest while much is made that stays."""
+"""Pauses garbage collection while many long-lived objects are created."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class _Paused:
-    """Who has paused the collector, which the whole process shares."""
+    """Pauses of the collector, which belongs to the whole process."""
 
     count: int = 0
-    """Times that it has been paused and not yet resumed, by all threads."""
+    """Pauses of all threads that have not ended."""
     enabled: bool = True
-    """Whether it ran before the first of them."""
+    """True if it ran before the first of them."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -25,10 +25,10 @@ _PAUSED = _Paused()
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Lets the collector rest, until the last thread that asked for it leaves.
+    """Pauses the collector until the last thread that asked for it leaves.
 
-    What is made of headers, plans and modules stays, and the collector would walk all of it (and all of torch) time and
-    again: a third of the time of planning for 90,000 tensors.
+    Headers, plans and modules are kept, and the collector would traverse them (and all of torch) again and again. That
+    takes a third of the time of planning for 90,000 tensors.
     """
     with _PAUSED.lock:
         if _PAUSED.count == 0:

@@ -1,9 +1,9 @@
-"""Memory of the machine for what a load keeps: in huge pages where these come quickly, else many small ones at once.
+"""Allocates memory for loaded weights: in huge pages where these come quickly, else in many small ones at once.
 
-A page fault for each 4 KiB costs more than what is written there. Linux gives 2 MiB a page where it is asked to, which
-costs least, unless the machine is a guest whose host has taken free memory back (it does so in large blocks, and has to
-give it again). Which it is shows in the time that a page takes, so that is measured, on one page of several; the others
-come as they are written to, while they are in the cache. Small pages are taken in one call.
+A page fault for each 4 KiB costs more than the write that causes it. Linux gives pages of 2 MiB where it is asked to,
+which costs least. But if the machine is a guest whose host has taken free memory back, it must be given again in large
+blocks, which is slow. The time that a page takes shows the difference, so one page of several is timed. The others are
+allocated when they are first written to, which brings them into the cache. Small pages are allocated in one call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POPULATE_WRITE = 23
 """Linux' MADV_POPULATE_WRITE, which `mmap` does not name."""
 
 SMALLEST = 1 << 20
-"""Bytes from which memory is mapped by itself; anything smaller is the allocator's."""
+"""Bytes from which on memory is mapped separately; the allocator gives anything smaller."""
 
 SLOW = 2e-3
 """Seconds from which on a huge page costs more than as many bytes in small ones."""
@@ -31,38 +31,39 @@ SAMPLED = 16
 """Huge pages of which one is timed."""
 
 PAUSE, LONGEST = 16, 1024
-"""Huge pages that are left out after a slow one; twice as many after each that is slow again, up to the longest."""
+"""Huge pages that are skipped after a slow one; twice as many after each that is slow again, up to the longest."""
 
 
 class Memory:
-    """Gives memory for tensors, and keeps in mind whether huge pages pay. Any thread may ask."""
+    """Allocates memory for tensors, and remembers if huge pages are quick. Any thread may call it."""
 
     def __init__(self) -> None:
         self._asks = hasattr(mmap, "MADV_HUGEPAGE")
         self._pause = PAUSE
         self._left_out = 0
-        """Huge pages that are still to be left out."""
+        """Huge pages that are still to be skipped."""
         self._untimed = 0
-        """Huge pages that still come as they are written to, before the next that is timed."""
+        """Huge pages that are not timed, before the next that is."""
 
     def empty(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A new tensor of `count` elements, not initialized. Its memory is given back with the last view of it."""
+        """Returns a new tensor of `count` elements, not initialized; its memory is freed with the last view of it."""
         nbytes = count * dtype.itemsize
         if device.type != "cpu" or nbytes < SMALLEST or not self._asks:
             return torch.empty(count, dtype=dtype, device=device)
         mapped = mmap.mmap(-1, nbytes + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         start = -torch.frombuffer(mapped, dtype=torch.uint8).data_ptr() % HUGE_PAGE
-        made = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
+        tensor = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
         try:
-            self._take(made.data_ptr(), nbytes)
+            self._take(tensor.data_ptr(), nbytes)
         except OSError:
-            self._asks = False  # a Linux that knows none of this: pages come when they are written to
-        return made
+            self._asks = False  # a Linux without these calls: it allocates pages when they are written to
+        return tensor
 
     def _take(self, address: int, nbytes: int) -> None:
-        """Takes the pages of memory that begins on a huge page: huge ones come as they are written to."""
+        """Allocates the small pages of memory that begins on a huge page, and asks for huge pages elsewhere."""
         at, end = 0, nbytes // HUGE_PAGE * HUGE_PAGE
         while at < end:
+            # After a slow huge page, use small ones for a while: the host may be about to take more memory back.
             left_out = min(self._left_out * HUGE_PAGE, end - at)
             if left_out > 0:
                 _advise(address + at, left_out, POPULATE_WRITE)
@@ -73,7 +74,7 @@ class Memory:
             here = HUGE_PAGE if timed else min(self._untimed * HUGE_PAGE, end - at)
             _advise(address + at, here, mmap.MADV_HUGEPAGE)
             if timed:
-                begun = time.thread_time()  # what other threads of the core take does not count
+                begun = time.thread_time()  # not the time of other threads on the same core
                 _advise(address + at, here, POPULATE_WRITE)
                 self._took(time.thread_time() - begun)
             else:
@@ -91,7 +92,7 @@ class Memory:
 
 
 MEMORY = Memory()
-"""The process's: what one load finds out of huge pages holds for the next."""
+"""One for the process: what one load measures about huge pages holds for the next."""
 
 
 @cache
@@ -100,7 +101,7 @@ def _libc(locked: bool) -> ctypes.CDLL:
 
 
 def _advise(address: int, nbytes: int, advice: int) -> None:
-    """madvise(2), without Python's lock where it takes pages: else waiting for the lock costs more than the call."""
-    known = _libc(advice != POPULATE_WRITE)
-    if known.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice)):
+    """Calls madvise(2). Releases Python's lock only to allocate pages: to get it back costs more than other calls."""
+    libc = _libc(advice != POPULATE_WRITE)
+    if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice)):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -1,8 +1,8 @@
-"""Lets one thread at a time change what belongs to the whole process.
+"""Lets one thread at a time change state that belongs to the whole process.
 
-Building a model changes much of that for a while: transformers sets torch's default dtype and replaces the functions of
-`torch.nn.init`, `warnings.catch_warnings` replaces the list of filters, and modules are imported that patch others.
-Two threads that do so at once see each other's values and put the wrong ones back.
+Building a model changes much of it for a while. transformers sets torch's default dtype and replaces the functions of
+`torch.nn.init`, `warnings.catch_warnings` replaces the list of filters, and some imported modules patch others. Two
+threads that do so at once see each other's values, and restore the wrong ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LOCK = threading.RLock()
 def changing_process_state() -> Iterator[None]:
     """Waits until no other thread is within; a thread may enter again.
 
-    Nothing that waits for another rank may be done within: ranks that are threads of one process would wait forever.
+    Do nothing within that waits for another rank: ranks that are threads of one process would wait forever.
     """
     with _LOCK:
         yield

@@ -1,4 +1,4 @@
-"""What libraries say on import about themselves, and nobody who loads a model can do anything about."""
+"""Filters log lines that libraries write when imported, and that a user who loads a model cannot act on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PREFIXES = {
 
 
 class _Without(logging.Filter):
-    """Lets pass what does not begin with a prefix."""
+    """Drops records that begin with a prefix."""
 
     def __init__(self, prefix: str):
         super().__init__()
@@ -22,6 +22,6 @@ class _Without(logging.Filter):
 
 
 def quiet_imports() -> None:
-    """Leaves such lines out of the log of this process; everything else of those libraries is still logged."""
+    """Drops such lines from the log of this process; all other lines of those libraries are still logged."""
     for name, prefix in PREFIXES.items():
         logging.getLogger(name).addFilter(_Without(prefix))

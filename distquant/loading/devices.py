@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distquant.loading.offload import Offloaded, keep_plain_buffers, place_module, save_offloaded
-from distquant.parallel.experts import Experts
+from distquant.parallel.experts import LocalExperts
 from distquant.sharding.device_map import is_offloaded, main_place, place_of
 
 
@@ -74,7 +74,7 @@ class Devices:
             offload_dir=self.offloaded.folder.name if self.offloaded.folder else None,
             offload_index={},  # all there is stands in `state_dict`
             offload_buffers=True,
-            preload_module_classes=[Experts.__name__],  # it uses what its stacks hold
+            preload_module_classes=[LocalExperts.__name__],  # it uses what its stacks hold
             force_hooks=True,
         )
         model.hf_device_map = asked

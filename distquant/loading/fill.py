@@ -15,7 +15,7 @@ from distquant.loading.local_modules import local_shape, set_tensor, shard_of, s
 from distquant.loading.report import RankReport
 from distquant.loading.shard_buffer import Allocator, ShardBuffer
 from distquant.model import STAR
-from distquant.parallel.experts import Experts
+from distquant.parallel.experts import LocalExperts
 from distquant.planning.expert_parallel import Piece
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.quantization import Scheme, Shard
@@ -56,7 +56,7 @@ class WeightPlacer:
         """Those of them that were not cut."""
         self._stacks = {tensor.name: 0 for tensor in plan.tensors if tensor.experts is not None}
         """Experts that have come, of each stack."""
-        self._experts: dict[str, Experts] = {}
+        self._experts: dict[str, LocalExperts] = {}
         """Modules of experts, by name; each is asked for many times."""
         self._homes = threading.Lock()
 
@@ -85,7 +85,7 @@ class WeightPlacer:
 
         return alone
 
-    def _expert(self, piece: Piece) -> tuple[Experts, int, str]:
+    def _expert(self, piece: Piece) -> tuple[LocalExperts, int, str]:
         """The module that an expert belongs to, its number there, and the rest of its path."""
         owner, _, path = piece.stack.name.partition(f".{STAR}.")
         if owner not in self._experts:
@@ -156,7 +156,7 @@ class WeightPlacer:
             module.stack(path.partition(".")[0]).take(number, components)
         self._count_expert(module, piece)
 
-    def _count_expert(self, module: Experts, piece: Piece) -> None:
+    def _count_expert(self, module: LocalExperts, piece: Piece) -> None:
         """Counts the experts of a stack that are there; with the last, the stack is filled."""
         name = piece.stack.name
         self._stacks[name] += 1
@@ -165,7 +165,7 @@ class WeightPlacer:
         self.filled.append(name)
         if piece.tensor.scheme != "none" and not self.plan.dequantize:
             stack = module.stack(name.rpartition(f".{STAR}.")[2].partition(".")[0])
-            stack.settle()
+            stack.release_unused()
             self.report.quantized_bytes += sum(
                 value.nbytes for name, value in stack.named_buffers() if name not in self.scheme.constants
             )

@@ -27,8 +27,8 @@ from distquant.loading.shard_buffer import ShardBuffer
 from distquant.loading.stream.accelerator import Collectives
 from distquant.loading.stream.engine import Engine
 from distquant.loading.stream.files import Files, ReadError
+from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.stage_timer import StageTimer
-from distquant.loading.stream.staging_buffer import LoadState
 from distquant.loading.stream.tasks import Task
 from distquant.loading.stream.trace import write_trace
 from distquant.model import build
@@ -36,7 +36,7 @@ from distquant.options import Forward, LoadProgress, Options, Progress
 from distquant.parallel.comm import Comm
 from distquant.parallel.experts import join_experts
 from distquant.parallel.lora import watch_adapters
-from distquant.parallel.replicas import refuse_wrappers
+from distquant.parallel.replicas import install_wrapper_checks
 from distquant.planning.expert_parallel import ALL_REDUCE
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.prepared import Prepared
@@ -247,7 +247,7 @@ class _Loading:
             watch_adapters(model, plan, self.axis)
         sharded = plan.mesh.ep * plan.mesh.tp > 1
         if sharded:
-            refuse_wrappers(model, plan, self.comm.rank)
+            install_wrapper_checks(model, plan, self.comm.rank)
         if plan.dequantize and not sharded:
             for name in plan.experts:
                 model.set_submodule(name, model.get_submodule(name).to_original())
@@ -305,8 +305,8 @@ class _Loading:
                 shard_modules(placer.model, plan, self.scheme, self.at["tp"])  # while the first weights are read
             engine.run()
             self.report.staging_bytes = engine.staging_buffer.slot_bytes * engine.staging_buffer.slots
-            self.report.bytes_sent += engine.moved.sent
-            self.report.bytes_received += engine.moved.received
+            self.report.bytes_sent += engine.traffic.sent
+            self.report.bytes_received += engine.traffic.received
 
     def _join_statistics(self, task: Task, sink: ShardBuffer) -> None:
         """Fills in the statistics of rows that other nodes read: a maximum over zeros, which is exact."""

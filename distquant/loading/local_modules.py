@@ -15,7 +15,7 @@ from distquant.model.build import reads_heads_from_config
 from distquant.model.experts import form_of
 from distquant.model.uninitialized import Uninitialized
 from distquant.parallel.expert_stack import ExpertStack
-from distquant.parallel.experts import Experts
+from distquant.parallel.experts import LocalExperts
 from distquant.planning.expert_parallel import expert_name, one_of
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.quantization import Scheme, Shard
@@ -71,12 +71,12 @@ def shard_modules(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int
         )
 
 
-def _experts(original: nn.Module, name: str, plan: LoadPlan, ep_rank: int) -> Experts:
+def _experts(original: nn.Module, name: str, plan: LoadPlan, ep_rank: int) -> LocalExperts:
     """An empty module for this rank's experts, in place of the model's own."""
     shapes = {leaf: tuple(parameter.shape) for leaf, parameter in original.named_parameters(recurse=False)}
     form = form_of(name, original, shapes)
     assert form is not None, "the planner splits experts of known form only"
-    module = Experts(original, form, plan.partitions[plan.experts[name].dealt], ep_rank)
+    module = LocalExperts(original, form, plan.partitions[plan.experts[name].dealt], ep_rank)
     module.__dict__["source_cls"] = type(original)
     return module.train(original.training)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distquant.parallel.experts import Experts
+from distquant.parallel.experts import LocalExperts
 from distquant.quantization.linear.keeps_dtypes import KeepsDtypes
 from distquant.quantization.public_names import PublicNames
 
@@ -85,7 +85,7 @@ def keep_plain_buffers(model: nn.Module, offloaded: Offloaded) -> None:
     for name, module in model.named_modules():
         hook: Any = getattr(module, "_hf_hook", None)
         offloads = isinstance(hook, AlignDevicesHook) and hook.offload
-        if not offloads or isinstance(module, (KeepsDtypes, Experts)):
+        if not offloads or isinstance(module, (KeepsDtypes, LocalExperts)):
             continue
         hook.offload_buffers = False
         for leaf, buffer in module._buffers.items():

@@ -1,1 +1,1 @@
-"""What stays in the model and runs in its forward: communication, experts, adapters."""
+"""The parts that stay in a loaded model and run in its forward: communication, experts, adapters."""

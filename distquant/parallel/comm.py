@@ -1,6 +1,6 @@
-"""What ranks say to each other, whatever runs them: the protocol, and its form for a single process.
+"""Communication between ranks, whatever runs them: the protocol, and its form for a single process.
 
-Process groups are made in `runtime/` only; everything else gets an `Axis` or a `Comm` and does not know its home.
+Process groups are made in `runtime/` only. Everything else gets an `Axis` or a `Comm`, and does not know who made it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_TIMEOUT = 600.0
-"""Seconds after which a rank that hears nothing of the others gives up."""
+"""Seconds after which a rank that receives nothing from the others gives up."""
 
 
 class Axis(Protocol):
@@ -32,8 +32,8 @@ class Axis(Protocol):
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Fills `tensor` on every rank with that of axis position `source`."""
 
-    def all_to_all(self, tensor: Tensor, sent: list[int], got: list[int]) -> Tensor:
-        """Sends runs of `sent` rows of `tensor` to the ranks in order; returns the runs of `got` rows from them."""
+    def all_to_all(self, tensor: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Sends runs of `sent` rows of `tensor` to the ranks in order; returns runs of `received` rows from them."""
 
 
 class Comm(Protocol):
@@ -45,13 +45,13 @@ class Comm(Protocol):
     """Seconds that a rank waits for the others before it gives up."""
 
     def axis(self, name: str) -> Axis:
-        """The ranks along a mesh axis (`dp`, `ep`, `tp`), or `ep,tp`: all that hold a part of one replica."""
+        """Returns the ranks along a mesh axis (`dp`, `ep`, `tp`), or `ep,tp`: all that hold a part of one replica."""
 
     def share(self, value: Any) -> Any:
-        """Rank 0's (picklable) value, on every rank."""
+        """Returns rank 0's (picklable) value, on every rank."""
 
     def collect(self, value: Any) -> list[Any]:
-        """Every rank's (picklable) value, in rank order, on every rank."""
+        """Returns every rank's (picklable) value, in rank order, on every rank."""
 
 
 class SoloAxis:
@@ -69,7 +69,7 @@ class SoloAxis:
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         return tensor
 
-    def all_to_all(self, tensor: Tensor, sent: list[int], got: list[int]) -> Tensor:
+    def all_to_all(self, tensor: Tensor, sent: list[int], received: list[int]) -> Tensor:
         return tensor
 
 

@@ -18,7 +18,7 @@ class ExpertStack(KeepsDtypes):
     """One projection of this rank's experts, quantized: its components, `[experts, ...]` each, as buffers.
 
     Args:
-        scheme: what knows the format.
+        scheme: knows the format.
         shards: this rank's part of each of its experts, in order.
     """
 
@@ -34,7 +34,7 @@ class ExpertStack(KeepsDtypes):
         return len(self.shards)
 
     def home(self, name: str, number: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for `count` elements of a component of a local expert, flat: a part of the stack's."""
+        """Returns memory for `count` elements of a component of a local expert, flat: a part of the stack's."""
         if name not in self.__dict__.setdefault("homes", {}):
             self.__dict__["homes"][name] = MEMORY.empty(len(self) * count, dtype, device).view(len(self), count)
         memory: Tensor = self.__dict__["homes"][name][number]
@@ -49,34 +49,34 @@ class ExpertStack(KeepsDtypes):
                 self.names[leaf] = name
             stack = self._buffers[leaf]
             assert stack is not None
-            mine = stack[number]
-            if mine.data_ptr() != value.data_ptr():
-                mine.copy_(value)
+            own = stack[number]
+            if own.data_ptr() != value.data_ptr():
+                own.copy_(value)
 
     def _stack_like(self, name: str, number: int, value: Tensor) -> Tensor:
-        """Memory of a component of all experts: where that of one lies in the stack's own memory, just this."""
+        """Returns memory for a component of all experts: the stack's own, if one expert's value is already there."""
         home = self.__dict__.get("homes", {}).get(name)
         shape = (len(self), *value.shape)
-        there = home is not None and home[number].data_ptr() == value.data_ptr() and value.numel() == home.shape[1]
-        return home.view(value.dtype).view(shape) if there else value.new_empty(shape)
+        in_place = home is not None and home[number].data_ptr() == value.data_ptr() and value.numel() == home.shape[1]
+        return home.view(value.dtype).view(shape) if in_place else value.new_empty(shape)
 
-    def settle(self) -> None:
-        """Lets go of memory that no component came to lie in; call it when all experts are there."""
+    def release_unused(self) -> None:
+        """Frees memory that no component uses; call it when all experts are there."""
         self.__dict__.pop("homes", None)
 
     def components(self, number: int) -> dict[str, Tensor]:
-        """What is stored of a local expert, by component."""
+        """Returns the stored components of a local expert, by name."""
         stored = ((name, value) for name, value in self._buffers.items() if value is not None)
         return {self.names[name]: value[number] for name, value in stored}
 
     def dequantized(self, number: int) -> Tensor:
-        """A local expert's weight, `[local out, local in]` in the dtype that it was quantized from."""
-        shard, found = self.shards[number], self.components(number)
-        ops = ops_on(next(iter(found.values())).device)
-        return self.scheme.dequantize(shard, found, torch_dtype(shard.dtype), ops)
+        """Returns a local expert's weight, `[local out, local in]` in the dtype that it was quantized from."""
+        shard, components = self.shards[number], self.components(number)
+        ops = ops_on(next(iter(components.values())).device)
+        return self.scheme.dequantize(shard, components, torch_dtype(shard.dtype), ops)
 
     def forward(self, number: int) -> Tensor:
-        """As `dequantized`; called as a module, so that hooks which move its components run."""
+        """Does the same as `dequantized`, but as a call of the module: hooks that move its components then run."""
         return self.dequantized(number)
 
     def extra_repr(self) -> str:

@@ -4,12 +4,12 @@ Each step of `generate` runs collectives, so a rank that stops one step before a
 see the same logits, but not the same clock (`max_time`), and callers may give them criteria, processors and streamers
 of their own. So:
 
-- before the first step, ranks compare what they were given, and take over rank 0's random state;
-- scores that a caller's own processors have changed are those of rank 0, on all ranks;
-- after each step, a sequence is done when any rank says so. The same reduction compares the tokens that were chosen.
+- before the first step, ranks compare their arguments, and take over rank 0's random state;
+- where a caller's own processors may have changed scores, all ranks use those of rank 0;
+- after each step, a sequence is done when it is done on any rank. The same reduction compares the chosen tokens.
 
-What decides is in three methods of `GenerationMixin`, which are replaced on the model (and on an assistant) for the
-time of a call: they are where `generate` puts together what its arguments and its configuration ask for.
+Three methods of `GenerationMixin` take these decisions: there `generate` combines its arguments and its configuration.
+They are replaced on the model (and on an assistant) during a call.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from distquant.errors import CheckFailed, InputError
 from distquant.parallel.comm import Axis
 
 OF_THE_RANK = frozenset({"self", "max_time", "streamer", "stopping_criteria", "logits_processor"})
-"""Arguments of `generate` in which ranks may differ: what comes of them is agreed at every step."""
+"""Arguments of `generate` in which ranks may differ: ranks agree on their results at every step."""
 
 
 class Generate:
     """`generate` of a model, for all ranks of an axis; becomes a method of the model."""
 
     def __init__(self, axis: Axis, batches: Axis | None = None):
-        """
+        """Makes `generate` for the ranks of an axis.
+
         Args:
-            axis: the ranks that are given the same tokens.
+            axis: the ranks that get the same tokens.
             batches: ranks that work together on batches of their own; the first that is done waits for the last.
         """
         self.axis, self.batches = axis, batches
@@ -52,9 +53,9 @@ class Generate:
         if self.batches is not None:
             kwargs.setdefault("synced_gpus", True)
         with ExitStack() as stack:
-            for taking_part in (model, given.get("assistant_model")):
-                if taking_part is not None:
-                    stack.enter_context(agreement.installed(taking_part))
+            for each in (model, given.get("assistant_model")):
+                if each is not None:
+                    stack.enter_context(agreement.installed(each))
             output = type(model).generate(model, *args, **kwargs)
         agreement.check_tokens()
         return output
@@ -76,28 +77,30 @@ class Agreement:
     def __init__(self, axis: Axis, batches: Axis | None):
         self.axis, self.batches = axis, batches
         self.own_scores = False
-        """Whether some rank has processors of the caller's, so that scores may differ."""
-        self._apart: Tensor | None = None
-        """Whether ranks have chosen different tokens; stays on the device, because reading it there would wait."""
+        """True if some rank has processors of the caller's, so that scores may differ."""
+        self._differ: Tensor | None = None
+        """True if ranks have chosen different tokens; stays on the device, because reading it would wait."""
 
     def compare(self, model: Any, given: dict[str, Any]) -> None:
-        """Compares the arguments of all ranks, and finds out whether any has processors of the caller's.
+        """Compares the arguments of all ranks, and records if any has processors of the caller's.
 
         Raises:
             InputError: prompts or options differ; on all ranks.
         """
         own = any(given.get(name) is not None for name in ("logits_processor", "prefix_allowed_tokens_fn"))
         digest = digest_of(model, given)
-        seen = self.axis.all_reduce(torch.tensor([digest, -digest, int(own)], device=model.device), "max").tolist()
-        self.own_scores = bool(seen[2])
-        if seen[0] != -seen[1]:
-            what = "ranks that hold parts of one model were given different prompts or options"
+        # One reduction: the maximum of the negated values is the negated minimum, and equal only if all values are.
+        values = torch.tensor([digest, -digest, int(own)], device=model.device)
+        highest, lowest, any_own = self.axis.all_reduce(values, "max").tolist()
+        self.own_scores = bool(any_own)
+        if highest != -lowest:
+            problem = "ranks that hold parts of one model were given different prompts or options"
             fix = "Give them the same (the ranks of another dp replica may get others)"
-            raise InputError.one("generate", what, fix)
+            raise InputError.one("generate", problem, fix)
 
     @contextmanager
     def installed(self, model: Any) -> Iterator[None]:
-        """Lets the ranks decide together what this model's `generate` decides."""
+        """Replaces the methods of a model that decide in `generate` by ones that ranks decide in together."""
         kind = type(model)
 
         def criteria(*args: Any, **kwargs: Any) -> Any:
@@ -129,26 +132,27 @@ class Agreement:
             vars(model).update(before)
 
     def scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Rank 0's scores, `[rows, vocabulary]`; the last of the processors."""
+        """Returns rank 0's scores, `[rows, vocabulary]`; the last of the processors."""
         return self.axis.broadcast(scores.contiguous())
 
     def done(self, input_ids: Tensor, done: Tensor) -> Tensor:
-        """Rows that are done on any rank; also compares the last tokens and the lengths.
+        """Returns the rows that are done on any rank; also compares the last tokens and the lengths.
 
         Args:
             input_ids: `[rows, length]`, the token chosen last included.
-            done: `[rows]`, booleans: what this rank's criteria say.
+            done: `[rows]`, booleans, by this rank's criteria.
         """
         last = torch.cat([input_ids[:, -1], input_ids.new_full((1,), input_ids.shape[1])])
-        seen = self.axis.all_reduce(torch.cat([last, -last, done.to(last.dtype)]), "max")
-        high, low, agreed = seen.split([last.numel(), last.numel(), done.numel()])
-        apart = (high != -low).any()
-        self._apart = apart if self._apart is None else self._apart | apart
+        # Compare along with the decision that needs a reduction anyway: a second one at every step would cost as much.
+        reduced = self.axis.all_reduce(torch.cat([last, -last, done.to(last.dtype)]), "max")
+        highest, lowest, agreed = reduced.split([last.numel(), last.numel(), done.numel()])
+        differ = (highest != -lowest).any()
+        self._differ = differ if self._differ is None else self._differ | differ
         return agreed.to(torch.bool)
 
     def check_tokens(self) -> None:
-        """Raises `CheckFailed`, on all ranks, if they have chosen different tokens: what they computed is no answer."""
-        if self._apart is not None and bool(self._apart):
+        """Raises `CheckFailed`, on all ranks, if they have chosen different tokens: their output is meaningless."""
+        if self._differ is not None and bool(self._differ):
             raise CheckFailed(
                 "generate: ranks that hold parts of one model chose different tokens. Do not draw random numbers or "
                 "change logits on one rank alone (in hooks, criteria or streamers)"
@@ -156,7 +160,7 @@ class Agreement:
 
 
 def criteria_type() -> Any:
-    """The list of stopping criteria that ranks evaluate together (a function: transformers is imported when needed)."""
+    """Returns the list type of criteria that ranks evaluate together; imports transformers only when called."""
     from transformers import StoppingCriteriaList
 
     class AgreedCriteria(StoppingCriteriaList):
@@ -171,7 +175,7 @@ def criteria_type() -> Any:
 
 
 def digest_of(model: Any, given: dict[str, Any]) -> int:
-    """63 bits of what decides which tokens are computed, and how many: plain values, and tensors of integers."""
+    """Returns a 63-bit digest of the arguments that decide the tokens: plain values, and tensors of integers."""
     digest = hashlib.sha256()
 
     def add(name: str, value: Any) -> None:
@@ -183,7 +187,7 @@ def digest_of(model: Any, given: dict[str, Any]) -> int:
             try:
                 digest.update(f"{name} {json.dumps(value, sort_keys=True)}".encode())
             except TypeError:
-                return  # an object: whatever it does is agreed at every step
+                return  # an object: ranks agree on its results at every step
 
     configs = [config.to_dict() for config in (model.generation_config, given.get("generation_config")) if config]
     for values in (*configs, given):

@@ -1,4 +1,4 @@
-"""Products of many experts at once, where the device has a kernel for them (`torch.nn.functional.grouped_mm`).
+"""Multiplies rows with many experts at once, where the device has a kernel for it (`torch.nn.functional.grouped_mm`).
 
 As many experts' weights are dequantized together as a bound allows, in forward and again in backward.
 """
@@ -15,35 +15,36 @@ AT_ONCE = 256 << 20
 """Bytes of dequantized weights that one grouped product may hold; of one expert at least."""
 
 ALIGN = 16
-"""Bytes that the kernel wants rows of both operands to be multiples of."""
+"""Alignment in bytes that the kernel needs for the rows of both operands."""
 
 Weights = list[tuple[Callable[[], Tensor], int]]
-"""What gives an expert's weight `[out, in]`, and how many rows are its."""
+"""For each expert a function that returns its weight `[out, in]`, and how many rows it has."""
 
 
 def has_kernel(rows: Tensor, shape: tuple[int, int]) -> bool:
-    """Whether rows `[n, in]` can be multiplied with weights of this shape `[out, in]` by one kernel on their device."""
+    """Returns True if one kernel on their device multiplies rows `[n, in]` with weights of this shape `[out, in]`."""
     if rows.device.type != "cuda" or rows.dtype != torch.bfloat16 or not hasattr(nn.functional, "grouped_mm"):
         return False
     aligned = all(size * rows.element_size() % ALIGN == 0 for size in shape)
     return aligned and torch.cuda.get_device_capability(rows.device) >= (8, 0)
 
 
-def grouped_product(rows: Tensor, weights: Weights, at_once: int = AT_ONCE) -> Tensor:
-    """`[n, out]`: every run of rows times its own expert's weight, transposed; the gradient flows to the rows alone.
+def grouped_matmul(rows: Tensor, weights: Weights, at_once: int = AT_ONCE) -> Tensor:
+    """Returns `[n, out]`: each run of rows times its expert's weight, transposed; gradients flow to the rows alone.
 
     Args:
-        rows: `[n, in]`, expert after expert.
+        rows: `[n, in]`, sorted by expert.
         weights: of the experts that were hit, in order; their counts add up to `n`.
         at_once: bytes of dequantized weights to hold at a time.
     """
-    dequant_matmul: Tensor = _Grouped.apply(rows, weights, at_once)
-    return dequant_matmul
+    outputs: Tensor = _Grouped.apply(rows, weights, at_once)
+    return outputs
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Weights, at_once: int) -> Tensor:
+        # Keep the functions, not their weights: backward dequantizes again, so no weight outlives its product.
         ctx.weights, ctx.at_once = weights, at_once
         return torch.cat(
             [_multiply(part, dense.transpose(1, 2), ends) for part, dense, ends in _parts(rows, weights, at_once)]
@@ -56,13 +57,14 @@ class _Grouped(torch.autograd.Function):
 
 
 def _parts(rows: Tensor, weights: Weights, at_once: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rows of some experts, their weights `[experts, out, in]`, and where each one's rows end (int32)."""
+    """Yields rows of some experts, their weights `[experts, out, in]`, and the ends of each one's rows (int32)."""
     held: list[Tensor] = []
     counts: list[int] = []
     start = 0
     for number, (weight, count) in enumerate(weights):
         held.append(weight().to(rows.dtype))
         counts.append(count)
+        # Stop before the next weight would exceed the bound; all have one shape, and one alone is always allowed.
         full = (len(held) + 1) * held[0].nbytes > at_once
         if full or number == len(weights) - 1:
             ends = torch.tensor(counts, device=rows.device).cumsum(0).to(torch.int32)
@@ -72,5 +74,5 @@ def _parts(rows: Tensor, weights: Weights, at_once: int) -> Iterator[tuple[Tenso
 
 
 def _multiply(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    found: Tensor = nn.functional.grouped_mm(rows, weights, offs=ends)
-    return found
+    outputs: Tensor = nn.functional.grouped_mm(rows, weights, offs=ends)
+    return outputs

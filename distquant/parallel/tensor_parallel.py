@@ -1,4 +1,4 @@
-"""The parallel styles as thin communication wrappers with autograd.
+"""Parallel styles as thin communication wrappers with autograd.
 
 They are hooks on the ecosystem's own modules, so a module keeps its exact type. `_Copy` copies forward and reduces
 backward, `_Reduce` reduces forward and copies backward (Megatron-LM's f and g, arXiv 1909.08053, figure 3).
@@ -30,7 +30,7 @@ from distquant.sharding.partition import Partition
 
 @functools.cache
 def warn_of_norms() -> None:
-    """Warns once, at the first backward: nothing of ours is called where gradients are clipped."""
+    """Warns once, at the first backward, because nothing of this package is called where gradients are clipped."""
     warnings.warn(
         "each rank of a sharded model has a part of the gradients: clip_grad_norm_ would scale them by another norm on "
         "every rank, and replicated parameters would drift apart. Do not clip, or by a norm that is summed over ranks",
@@ -39,6 +39,8 @@ def warn_of_norms() -> None:
 
 
 class _Copy(torch.autograd.Function):
+    """Copies an input that every rank has; each rank computes a part of its gradient, and the parts are summed."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -47,34 +49,36 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         warn_of_norms()
+        # Reduce a clone: autograd may use `grad` elsewhere, and `all_reduce` changes it in place.
         return ctx.axis.all_reduce(grad.contiguous().clone()), None
 
 
-class _Copies(torch.autograd.Function):
-    """A parameter as it is; its gradient is the sum over the ranks that hold the same elements."""
+class _SharedParameter(torch.autograd.Function):
+    """Returns a parameter unchanged; its gradient is the sum over the ranks that hold the same elements."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, axis: Axis, partition: Partition | None) -> Tensor:
-        ctx.axis, ctx.segments, ctx.size = (
-            axis,
-            partition and partition.segments(axis.rank),
-            partition and partition.size,
-        )
+        ctx.axis = axis
+        ctx.segments = partition and partition.segments(axis.rank)
+        ctx.size = partition and partition.size
         return parameter.view_as(parameter)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if ctx.segments is None:
             return ctx.axis.all_reduce(grad.contiguous().clone()), None, None
-        whole, at = grad.new_zeros((ctx.size, *grad.shape[1:])), 0
+        # Ranks hold different segments, some of them shared or repeated: only in the full dim do they line up.
+        full, local = grad.new_zeros((ctx.size, *grad.shape[1:])), 0
         for start, stop in ctx.segments:
-            whole[start:stop] += grad[at : at + stop - start]
-            at += stop - start
-        ctx.axis.all_reduce(whole)
-        return torch.cat([whole[start:stop] for start, stop in ctx.segments]), None, None
+            full[start:stop] += grad[local : local + stop - start]
+            local += stop - start
+        ctx.axis.all_reduce(full)
+        return torch.cat([full[start:stop] for start, stop in ctx.segments]), None, None
 
 
 class _Reduce(torch.autograd.Function):
+    """Sums the parts that ranks computed; every rank goes on with the sum, and so has its full gradient already."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         return axis.all_reduce(x.contiguous().clone())
@@ -86,6 +90,8 @@ class _Reduce(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
+    """Concatenates the ranks' features; each rank takes its own part of the gradient."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, sizes: list[int]) -> Tensor:
         ctx.axis, ctx.sizes = axis, sizes
@@ -98,6 +104,8 @@ class _Gather(torch.autograd.Function):
 
 
 class _Split(torch.autograd.Function):
+    """Takes this rank's features of an input that every rank has; gradients are concatenated."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, sizes: list[int]) -> Tensor:
         ctx.axis, ctx.sizes = axis, sizes
@@ -109,12 +117,12 @@ class _Split(torch.autograd.Function):
 
 
 def copy_input(x: Tensor, axis: Axis) -> Tensor:
-    """`x` as it is; its gradient is summed over the axis."""
+    """Returns `x` unchanged; its gradient is summed over the axis."""
     return x if axis.size == 1 else _Copy.apply(x, axis)
 
 
 def reduce_output(x: Tensor, axis: Axis) -> Tensor:
-    """`x` summed over the axis; its gradient goes back as it is."""
+    """Returns `x` summed over the axis; its gradient goes back unchanged."""
     return x if axis.size == 1 else _Reduce.apply(x, axis)
 
 
@@ -130,7 +138,7 @@ class CopyInput:
 
 @dataclass(frozen=True)
 class SplitInput:
-    """Before a row-parallel module whose input is whole on every rank."""
+    """Before a row-parallel module whose input is replicated."""
 
     axis: Axis
     sizes: list[int]
@@ -141,7 +149,7 @@ class SplitInput:
 
 @dataclass(frozen=True)
 class GatherOutput:
-    """After a column-parallel module whose output is needed whole."""
+    """After a column-parallel module whose output is needed on every rank."""
 
     axis: Axis
     sizes: list[int]
@@ -155,6 +163,7 @@ class HideBias:
     """Before a row-parallel module: its bias is added once, after the sum."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        # Through `__dict__`: an attribute set on the module would register the bias as one more parameter.
         module.__dict__["_hidden_bias"] = module._parameters["bias"]
         module._parameters["bias"] = None
 
@@ -169,7 +178,7 @@ class ReduceOutput:
         bias = module.__dict__.pop("_hidden_bias", None)
         if bias is not None:
             module._parameters["bias"] = bias
-        if output is None:
+        if output is None:  # the module has failed: the hook runs all the same, to put the bias back
             return None
         summed = _Reduce.apply(output, self.axis)
         return summed if bias is None else summed + bias.to(summed.dtype)
@@ -177,7 +186,7 @@ class ReduceOutput:
 
 @dataclass(frozen=True)
 class LocalIds:
-    """Before a vocabulary-parallel embedding: ids of other ranks point at row 0, and are remembered."""
+    """Before a vocabulary-parallel embedding: points ids of other ranks at row 0, and remembers them."""
 
     start: int
     stop: int
@@ -204,7 +213,7 @@ class SumRows:
 
 @dataclass(frozen=True)
 class SumGradients:
-    """Before a module that several ranks hold copies of: it computes with stand-ins whose gradient is summed over them.
+    """Before a module that several ranks hold: replaces its parameters by copies whose gradients are summed.
 
     A hook on the parameter would be lost in a copy of the module (PEFT's `modules_to_save`), and one that runs after
     accumulation would count earlier micro-batches again.
@@ -220,7 +229,7 @@ class SumGradients:
         own = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
         module.__dict__["_own_parameters"] = own
         for name, parameter in own.items():
-            module._parameters[name] = _Copies.apply(parameter, self.axis, self.partition)
+            module._parameters[name] = _SharedParameter.apply(parameter, self.axis, self.partition)
 
 
 @dataclass(frozen=True)
@@ -232,43 +241,43 @@ class OwnParameters:
 
 
 @dataclass(frozen=True)
-class RefuseDropout:
-    """Before a dropout, on a model that trains: every rank would drop other elements of what must stay equal."""
+class CheckDropout:
+    """Before a dropout, on a model that trains: every rank would drop other elements of values that must be equal."""
 
     path: str
 
     def __call__(self, module: Any, args: Any) -> None:
         if module.training and module.p > 0:
-            what = f"dropout of {module.p} would drop other elements on every rank of a sharded model"
-            raise InputError.one(self.path, what, "Set it to 0 to train (LoraConfig: lora_dropout=0)")
+            problem = f"dropout of {module.p} would drop other elements on every rank of a sharded model"
+            raise InputError.one(self.path, problem, "Set it to 0 to train (LoraConfig: lora_dropout=0)")
 
 
-class _RefuseAdapterSave:
-    """What PEFT asks every module for before it writes adapters: on a cut one, each rank would write its part."""
+class _RejectAdapterSave:
+    """The `_tp_info` of a sharded module. PEFT asks for it before it writes adapters, of which a rank has a part."""
 
     @property
     def tp_plan(self) -> dict[str, str]:
         raise InputError.one(
             "save_pretrained",
             "the adapters sit on a sharded model, every rank would write its part as if it were the whole",
-            "Gather them by hand (see model.distquant.plan.cuts), or train at tp=1 to save",
+            "Gather them by hand (see model.distquant.plan.partitions), or train at tp=1 to save",
         )
 
 
 def install_styles(model: nn.Module, plan: LoadPlan, axis: Axis) -> None:
-    """Installs the style of every cut module, and refuses what would let replicated ones drift apart."""
+    """Installs the style of every sharded module, and checks against training that would let copies drift apart."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout):
-            module.register_forward_pre_hook(RefuseDropout(name))
+            module.register_forward_pre_hook(CheckDropout(name))
     for name, shard in plan.modules.items():
         module = model.get_submodule(name)
         if shard.style == GRAD_REDUCE:
             _sum_gradients(module, axis, None)
             continue
         partition = plan.partitions[shard.partition]
-        if partition.repeated:
+        if partition.repeated:  # kv heads: ranks that hold the same head must update it alike
             _sum_gradients(module, axis, partition)
-        module.__dict__["_tp_info"] = _RefuseAdapterSave()
+        module.__dict__["_tp_info"] = _RejectAdapterSave()
         if shard.style in (COLWISE, COLWISE_GATHER):
             module.register_forward_pre_hook(CopyInput(axis))
             if shard.style == COLWISE_GATHER:

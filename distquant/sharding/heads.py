@@ -1,8 +1,8 @@
-"""Dealing out attention heads: query heads and the kv heads that they attend with.
+"""Partitions attention heads: query heads, and the kv heads that they attend with.
 
-With at least as many kv heads as ranks, kv heads are dealt out whole, and their query heads with them. With fewer,
-query heads are dealt out and each rank holds the kv heads that its own need; where the rank's map of query to kv heads
-is not uniform, the kv rows are repeated, one for each query head. A kv head on several ranks counts once in the
+With at least as many kv heads as ranks, each kv head goes to one rank, and its query heads with it. With fewer, query
+heads are distributed, and each rank holds the kv heads that its own need. Where the rank's map of query to kv heads is
+not uniform, the kv rows are repeated, once for each query head. A kv head on several ranks counts once in the
 fingerprint.
 """
 
@@ -19,8 +19,8 @@ class HeadPartition:
     """Heads per rank.
 
     Attributes:
-        query: cut of the query heads.
-        kv: cut of the kv heads; repeats are listed as often as they are stored.
+        query: partition of the query heads.
+        kv: partition of the kv heads; repeats are listed as often as they are stored.
         groups: query heads per stored kv head, per rank (`num_key_value_groups`).
     """
 
@@ -29,7 +29,7 @@ class HeadPartition:
     groups: tuple[int, ...]
 
     def describe(self, rank: int) -> str:
-        """One rank's heads in words."""
+        """Describes one rank's heads in words."""
         kv = [head for a, b in self.kv.segments(rank) for head in range(a, b)]
         (first, last) = self.query.segments(rank)[0]
         each = f", {self.groups[rank]} query heads to each kv head"
@@ -37,7 +37,7 @@ class HeadPartition:
 
 
 def cut_heads(heads: int, kv_heads: int, ranks: int) -> Iterator[HeadPartition]:
-    """Every way to deal out the heads, best first: whole kv heads, then repeated ones; small steps before large."""
+    """Yields all partitions of the heads, best first: each kv head on one rank, then repeats; small steps first."""
     groups = heads // kv_heads
     for step in range(1, kv_heads // ranks + 1 if ranks <= kv_heads else 0):
         kv = even_partition(kv_heads, step, ranks)
@@ -50,11 +50,14 @@ def cut_heads(heads: int, kv_heads: int, ranks: int) -> Iterator[HeadPartition]:
 
 
 def _by_query(query: Partition, kv_heads: int, groups: int) -> HeadPartition:
+    """Returns the partition in which each rank holds the kv heads that its query heads need."""
     parts, local_groups = [], []
     for rank in range(len(query.parts)):
         ((first, last),) = query.segments(rank)
         needed = [head // groups for head in range(first, last)]
         distinct = sorted(set(needed))
+        # Attention repeats every local kv head equally often (`num_key_value_groups`). Where this rank's query heads
+        # do not share them equally, each query head gets a kv head of its own.
         if len({needed.count(head) for head in distinct}) == 1:
             parts.append(tuple((head, head + 1) for head in distinct))
             local_groups.append(len(needed) // len(distinct))

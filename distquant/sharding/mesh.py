@@ -1,4 +1,4 @@
-"""The device mesh in words: `tp=2`, `dp=2,tp=4`. Axes are ordered dp, ep, tp; the last varies fastest over ranks."""
+"""The device mesh, written `tp=2` or `dp=2,tp=4`. Axes are ordered dp, ep, tp; the last varies fastest over ranks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from distquant.errors import InputError
 AXES = ("dp", "ep", "tp")
 
 REPLICA = "ep,tp"
-"""Both axes together: the ranks that hold one replica of the model among them."""
+"""Both axes together: the ranks that share one replica of the model."""
 
 
 DIGITS = 30
-"""Digits of a size that are read; Python turns no more than 4,300 into a number."""
+"""Digits of a size that are read. More cannot matter, and Python converts no more than 4,300 into a number."""
 
 MOST_RANKS = 16_384
 """Ranks that a plan is made for. Its time and size grow with them; this is far past any cluster that is one job's."""
@@ -29,38 +29,39 @@ class Mesh:
     dp: int = 1
     """Replicas of the whole model."""
     ep: int = 1
-    """Ranks over which experts are dealt out."""
+    """Ranks over which experts are distributed."""
     tp: int = 1
-    """Ranks over which every layer is cut."""
+    """Ranks over which every layer is partitioned."""
 
     def __post_init__(self) -> None:
-        """Raises `InputError` where a size is no integer of at least 1, or all of them are too many ranks."""
+        """Raises `InputError` where a size is not an integer of at least 1, or where all of them are too many ranks."""
         sizes = {axis: getattr(self, axis) for axis in AXES}
         for axis, size in sizes.items():
             if type(size) is not int or size < 1:
-                what = f"{axis}={reprlib.repr(size)} is no axis=size of at least 1"
-                raise InputError.one("mesh", what, "Give integers from 1")
+                problem = f"{axis}={reprlib.repr(size)} is not axis=size of at least 1"
+                raise InputError.one("mesh", problem, "Give integers from 1")
         if self.size > MOST_RANKS:
             named = ",".join(f"{axis}={_short(size)}" for axis, size in sizes.items() if size > 1)
-            what = f"{named} is {_short(self.size)} ranks, and at most {MOST_RANKS} can be planned for"
-            raise InputError.one("mesh", what, "Give the sizes of the cluster that you have")
+            problem = f"{named} is {_short(self.size)} ranks, and at most {MOST_RANKS} can be planned for"
+            raise InputError.one("mesh", problem, "Give the sizes of the cluster that you have")
 
     @property
     def size(self) -> int:
+        """Ranks of all axes."""
         return self.dp * self.ep * self.tp
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Position of a rank on every axis."""
+        """Returns the position of a rank on every axis."""
         rest, tp = divmod(rank, self.tp)
         dp, ep = divmod(rest, self.ep)
         return {"dp": dp, "ep": ep, "tp": tp}
 
     def peers(self, rank: int, axis: str) -> tuple[int, ...]:
-        """Ranks that differ from `rank` on `axis` (or on both of `REPLICA`) only, itself included, in order."""
+        """Returns the ranks that differ from `rank` on `axis` (or `REPLICA`) only, itself included, in order."""
         mine = self.coordinates(rank)
         others = [name for name in AXES if name not in axis.split(",")]
         every = ((r, self.coordinates(r)) for r in range(self.size))
-        return tuple(r for r, at in every if all(at[name] == mine[name] for name in others))
+        return tuple(r for r, position in every if all(position[name] == mine[name] for name in others))
 
     def __str__(self) -> str:
         named = [f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
@@ -82,13 +83,13 @@ class Mesh:
                 hint = f" (did you mean {near[0]!r}?)" if near and near[0] != axis else ""
                 raise InputError.one(
                     "mesh",
-                    f"{part.strip()!r} in {str(text)!r} is no axis=size of at least 1, named once{hint}",
+                    f"{part.strip()!r} in {str(text)!r} is not axis=size of at least 1, named once{hint}",
                     f"Write it as 'tp=2' or 'dp=2,tp=4'; axes are {', '.join(AXES)}",
                 )
-            sizes[axis] = int(match.group(2)[:DIGITS])  # of more, as many say enough
+            sizes[axis] = int(match.group(2)[:DIGITS])  # more digits are too many ranks all the same
         return cls(**sizes)
 
 
 def _short(size: int) -> str:
-    """A size in words of bounded length: the user may have written any number of digits."""
+    """Writes a size in bounded length: the user may have written any number of digits."""
     return str(size) if size < 10**DIGITS else f"more than 10^{DIGITS - 1}"

@@ -1,6 +1,7 @@
-"""Cuts: where a dim is divided over the ranks of an axis.
+"""Partitions: where a dim is divided over the ranks of an axis.
 
-A rank's share is a list of segments, because packed projections are cut part by part and kv heads may be repeated.
+A rank's share is a list of segments, because packed projections are partitioned part by part, and kv heads may be
+repeated.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ class Partition:
     parts: tuple[tuple[Segment, ...], ...]
 
     def segments(self, rank: int) -> tuple[Segment, ...]:
+        """Returns the segments of a rank, in local order."""
         return self.parts[rank]
 
     def length(self, rank: int) -> int:
-        """Elements of the dim that the rank stores."""
+        """Returns how many elements of the dim a rank stores."""
         return sum(stop - start for start, stop in self.parts[rank])
 
     @property
     def lengths(self) -> list[int]:
+        """Elements that each rank stores."""
         return [self.length(rank) for rank in range(len(self.parts))]
 
     @property
@@ -39,45 +42,52 @@ class Partition:
         return sum(self.lengths) - self.size
 
     def owned(self, rank: int) -> tuple[tuple[Segment, int], ...]:
-        """The rank's segments that nobody before it holds (nor it itself earlier), each with its local start."""
-        seen = [segment for earlier in self.parts[:rank] for segment in earlier]
-        found, local = [], 0
+        """Returns the segments that this rank is the first to hold, each with its local start.
+
+        Each element of the dim has exactly one owner, and so counts once, however often it is stored.
+        """
+        earlier = [segment for part in self.parts[:rank] for segment in part]
+        owned, local = [], 0
         for start, stop in self.parts[rank]:
-            for left, right in _outside(start, stop, seen):
-                found.append(((left, right), local + left - start))
-            seen.append((start, stop))
+            for left, right in _outside(start, stop, earlier):
+                owned.append(((left, right), local + left - start))
+            # A rank may store an element twice itself (a kv head for two query heads): the first copy counts.
+            earlier.append((start, stop))
             local += stop - start
-        return tuple(found)
+        return tuple(owned)
 
     def legal(self, alignment: int) -> bool:
-        """Whether every boundary lies on the unit's grid (the end of the dim always does)."""
+        """Returns True if every boundary is a multiple of the alignment, or the end of the dim."""
         edges = {edge for part in self.parts for segment in part for edge in segment}
         return all(edge % alignment == 0 or edge == self.size for edge in edges)
 
     def scaled(self, factor: int) -> Partition:
-        """The same cut of a dim with `factor` elements for each of this one's (heads to rows)."""
+        """Returns the same partition of a dim with `factor` elements for each of this one's (heads to rows)."""
         parts = tuple(tuple((a * factor, b * factor) for a, b in part) for part in self.parts)
         return Partition(self.size * factor, parts)
 
 
-def _outside(start: int, stop: int, seen: list[Segment]) -> list[Segment]:
-    """What of `[start, stop)` no segment of `seen` covers."""
+def _outside(start: int, stop: int, covered: list[Segment]) -> list[Segment]:
+    """Returns the parts of `[start, stop)` that no segment of `covered` covers."""
     left = [(start, stop)]
-    for a, b in seen:
+    for a, b in covered:
         left = [piece for x, y in left for piece in ((x, min(y, a)), (max(x, b), y)) if piece[0] < piece[1]]
     return left
 
 
 def even_partition(size: int, alignment: int, ranks: int) -> Partition | None:
-    """Divides a dim in whole units as evenly as they allow; the last unit may be ragged. None: fewer units than ranks.
+    """Divides a dim at multiples of an alignment, as evenly as it allows; the last block of a dim may be shorter.
 
-    >>> even_cut(704, 64, 2).lengths
+    Returns:
+        The partition; None where there are fewer blocks than ranks.
+
+    >>> even_partition(704, 64, 2).lengths
     [384, 320]
     """
-    alignments = -(-size // alignment)
-    if alignments < ranks:
+    blocks = -(-size // alignment)
+    if blocks < ranks:
         return None
-    share, extra = divmod(alignments, ranks)
+    share, extra = divmod(blocks, ranks)
     edges = [0]
     for rank in range(ranks):
         edges.append(min(size, edges[-1] + (share + (rank < extra)) * alignment))
@@ -85,13 +95,13 @@ def even_partition(size: int, alignment: int, ranks: int) -> Partition | None:
 
 
 def join_partitions(partitions: list[Partition]) -> Partition:
-    """The cut of a packed dim `[part | part | ...]`: each rank holds its share of every part."""
+    """Returns the partition of a packed dim `[part | part | ...]`: each rank holds its share of every part."""
     offsets = [sum(partition.size for partition in partitions[:i]) for i in range(len(partitions))]
     ranks = len(partitions[0].parts)
     parts = tuple(
         tuple(
-            (a + at, b + at)
-            for partition, at in zip(partitions, offsets, strict=True)
+            (a + offset, b + offset)
+            for partition, offset in zip(partitions, offsets, strict=True)
             for a, b in partition.parts[rank]
         )
         for rank in range(ranks)

@@ -1,7 +1,7 @@
-"""Components of a weight as they flow: row by row, from the rank that quantizes rows to those that keep them.
+"""Components of a weight while rows travel, from the rank that quantizes them to their owners.
 
-A band says how many elements of a component lie before a given row, and which of a row's elements belong to a run of
-columns. Both follow from the component's layout; that is all it takes to cut what was quantized whole.
+A row layout gives the elements of a component that lie before a row, and the elements of a row that belong to a run of
+columns. Both follow from the component's layout. Nothing else is needed to slice rows after they were quantized.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class RowLayout:
         name: of the component.
         dtype: of its elements.
         rows: of the weight.
-        width: columns of the weight that flow.
-        row_span: rows that share an element.
-        column_span: columns that share an element; 0 where elements straddle rows.
-        flat: elements of the weight per element of the band, where they straddle rows.
-        whole: whether every rank needs it for all rows and columns (a statistic over the tensor).
+        width: columns of the weight that travel.
+        row_block: rows that share an element.
+        column_block: columns that share an element; 0 where elements straddle rows.
+        flat: elements of the weight per element of the component, where they straddle rows.
+        whole: True if every rank needs it for all rows and columns (a statistic over the tensor).
     """
 
     name: str
@@ -46,38 +46,40 @@ class RowLayout:
         return -(-self.width // self.column_block)
 
     def before(self, row: int) -> int:
-        """Elements that lie before a row; `row` is a multiple of `row_block`, or the number of rows."""
+        """Returns the elements that lie before a row: a multiple of `row_block`, or the number of rows."""
         if not self.column_block:
             return -(-row * self.width // self.flat)
         return -(-row // self.row_block) * self.per_row
 
     def count(self, start: int, stop: int) -> int:
-        """Elements of rows `[start, stop)`."""
+        """Returns the number of elements of rows `[start, stop)`."""
         return self.before(stop) - self.before(start)
 
     def nbytes(self, start: int, stop: int) -> int:
+        """Returns the bytes of rows `[start, stop)`."""
         return self.count(start, stop) * self.dtype.itemsize
 
     def columns(self, start: int, stop: int) -> Segment:
-        """The elements of a row under columns `[start, stop)`."""
+        """Returns the elements of a row under columns `[start, stop)`."""
         return start // self.column_block, -(-stop // self.column_block)
 
 
 def row_layout_of(component: Component, shape: Sequence[int], whole: bool = False) -> RowLayout:
-    """The band of a component of a weight `[rows, width]`."""
+    """Returns the row layout of a component of a weight `[rows, width]`."""
     rows, width = shape
     dtype = getattr(torch, component.dtype)
     if component.flat:
-        span = component.flat if width % component.flat == 0 else 0
-        return RowLayout(component.name, dtype, rows, width, 1, span, component.flat, whole)
+        # Flat blocks that fill rows exactly are blocks of columns, which can be sliced; others straddle rows.
+        columns = component.flat if width % component.flat == 0 else 0
+        return RowLayout(component.name, dtype, rows, width, 1, columns, component.flat, whole)
     down, across = component.block_shape
     if down == ALL:
-        raise ValueError(f"component {component.name!r} reduces over all rows, it cannot flow row by row")
+        raise ValueError(f"component {component.name!r} reduces over all rows, so it cannot be sent row by row")
     return RowLayout(component.name, dtype, rows, width, down, max(width, 1) if across == ALL else across, 0, whole)
 
 
 def row_step(components: Sequence[Component], shape: tuple[int, int]) -> int:
-    """Rows that must be quantized together: each component has whole elements in them."""
+    """Returns the rows that must be quantized together: no component has an element that ends within them."""
     return math.lcm(
         *(
             component.alignments(shape, 0)[-1] if component.flat else component.block_shape[0]
@@ -87,7 +89,10 @@ def row_step(components: Sequence[Component], shape: tuple[int, int]) -> int:
 
 
 def column_step(components: Sequence[Component], shape: tuple[int, int]) -> int | None:
-    """Columns at which rows may be quantized apart; None where an element needs the whole row, or straddles rows."""
+    """Returns the alignment at which columns may be quantized separately.
+
+    None where an element needs the whole row, or straddles rows.
+    """
     steps = []
     for component in components:
         if component.flat:

@@ -9,14 +9,14 @@ from distquant.sharding.partition import Partition, Segment
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one rank holds of a linear weight.
+    """One rank's part of a linear weight.
 
     Attributes:
         name: path of the parameter.
         shape: logical `[out, in]` of the whole.
         dtype: torch's name of the dtype that is quantized from.
-        dim: the dim that is cut; None = the rank holds everything.
-        cut: the cut of that dim over the axis.
+        shard_dim: the dim that is partitioned; None = the rank holds everything.
+        partition: of that dim over the axis.
         rank: position on the axis.
     """
 
@@ -39,9 +39,9 @@ class Shard:
 
     @property
     def owned(self) -> tuple[tuple[Segment, int], ...]:
-        """Segments of the cut dim that this rank is the first to hold, each with its local start.
+        """Segments of the shard dim that this rank is the first to hold, each with its local start.
 
-        Uncut weights belong to rank 0 of the axis.
+        Replicated weights are owned by rank 0 of the axis.
         """
         if self.partition is None:
             return (((0, self.shape[0]), 0),) if self.rank == 0 else ()
@@ -49,4 +49,5 @@ class Shard:
 
     @property
     def local_shape(self) -> tuple[int, int]:
+        """Logical `[out, in]` of this rank's part."""
         return sum(b - a for a, b in self.rows), sum(b - a for a, b in self.columns)

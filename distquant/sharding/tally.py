@@ -3,9 +3,9 @@
 Every logical element counts with its code and with the exact float32 scale that the kernel will use, wherever they are
 stored. An element's code is multiplied by two pseudo-random odd 64-bit numbers, one for its row and one for its column,
 drawn from the parameter's name; the products are summed modulo 2^64, in two lanes with independent numbers. Sums are
-linear, so each rank adds what it owns and the ranks' sums add up: uneven cuts, repeated kv heads (counted for their
-first holder), finer local blocks and un-nested statistics all give the same number. Two models that differ in any code
-or scale collide with a probability of about 2^-64 or less. It proves equality against accidents, not against attackers.
+linear, so each rank adds what it owns and the ranks' sums add up. Uneven partitions, repeated kv heads (counted for
+their first holder), finer local blocks and un-nested statistics all give the same number. Two models that differ in any
+code or scale collide with a probability of about 2^-64 or less. It proves equality against accidents, not attackers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Segment = tuple[int, int]
+from distquant.sharding.partition import Segment
 
 WHOLE_ROW = -1
-"""Span of a value that stands for a whole row, however much of it a rank holds."""
+"""Span of a value that stands for a whole row, whatever part of it a rank holds."""
 
 LANES = 2
 MASK = (1 << 64) - 1
@@ -33,7 +33,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @lru_cache(maxsize=64)
 def _numbers(key: str, start: int, stop: int) -> Tensor:
-    """int64 `[stop - start]`: odd pseudo-random numbers of positions `start..stop` (SplitMix64, Steele et al. 2014)."""
+    """Returns odd pseudo-random numbers, int64, of positions `[start, stop)` (SplitMix64, Steele et al. 2014)."""
     seed = np.uint64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little"))
     with np.errstate(over="ignore"):
         z = seed + np.arange(start + 1, stop + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -54,24 +54,28 @@ class Tally:
         """Counts `values[i, j]` for logical row `rows[0] + i` and columns `columns[0] + j * span ...` of that span.
 
         Args:
-            stream: what the values are (`code`, `scale`); streams do not mix.
+            stream: kind of the values (`code`, `scale`); streams do not mix.
             values: integers, or floats that count by their bits; `[rows, ceil(columns / span)]`.
             rows: global rows that the values cover.
             columns: global columns that the values cover.
             span: columns that one value stands for.
         """
+        # Exact bits, not values: a sum of floats would depend on its order, and so on how a weight is divided.
         if values.is_floating_point():
             values = values.contiguous().view(BITS[values.element_size()])
         per_tile = max(TILE // max(values.shape[1], 1), 1)
         for lane in range(LANES):
+            # The numbers depend on logical positions alone, so any rank that holds an element adds the same product.
             key = f"{lane}/{stream}/{self.name}"
             row_numbers = _numbers(key + "/row", *rows).to(values.device)
             column_numbers = _spanned(_numbers(key + "/column", *columns), span).to(values.device)
             total = 0
-            for at in range(0, values.shape[0], per_tile):
-                tile = values[at : at + per_tile].to(torch.int64)
+            for first in range(0, values.shape[0], per_tile):
+                tile = values[first : first + per_tile].to(torch.int64)
+                # int64 wraps around on overflow, which is just the sum modulo 2^64.
                 sums = (tile * column_numbers).sum(1)
-                total += int((sums * row_numbers[at : at + per_tile]).sum())
+                # Factor out the row's number: one product per element in place of two.
+                total += int((sums * row_numbers[first : first + per_tile]).sum())
             self.lanes[lane] = (self.lanes[lane] + total) & MASK
 
     def shard(
@@ -86,18 +90,20 @@ class Tally:
         """Counts a component of a rank's part of a weight.
 
         Args:
-            stream: what the values are.
+            stream: kind of the values.
             values: `[local rows, ceil(local columns / span)]`.
             shape: of the whole weight, `[out, in]`.
-            dim: dim that is cut; None = none.
+            dim: dim that is partitioned; None = none.
             owned: segments of that dim (of the rows, if None) that this rank counts, each with its local start.
             span: local columns that one value stands for; `WHOLE_ROW` = all of them.
         """
         for (start, stop), local in owned:
             if dim != 1:
+                # A rank with all columns of its rows: a value of a whole row stands for all of them.
                 width = shape[1] if span == WHOLE_ROW else span
                 self.add(stream, values[local : local + stop - start], (start, stop), (0, shape[1]), width)
             elif span == WHOLE_ROW:
+                # Every rank holds the row's value, and counts it for its own columns: the sums add up to the row's.
                 self.add(stream, values, (0, shape[0]), (start, stop), stop - start)
             else:
                 part = values[:, local // span : -(-(local + stop - start) // span)]
@@ -116,7 +122,7 @@ class Tally:
                 self.add("code", _bits(flat[:, local : local + length]), (0, flat.shape[0]), (start, stop))
 
     def again(self, lanes: list[int]) -> None:
-        """Counts what another tally of this parameter has counted."""
+        """Adds the sums of another tally of this parameter."""
         self.lanes = [(mine + theirs) & MASK for mine, theirs in zip(self.lanes, lanes, strict=True)]
 
     def constant(self, text: str) -> None:
@@ -132,7 +138,7 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _spanned(numbers: Tensor, span: int) -> Tensor:
-    """Sums of runs of `span` numbers; the last run may be short."""
+    """Returns the sums of runs of `span` numbers; the last run may be short."""
     if span == 1:
         return numbers
     padded = torch.nn.functional.pad(numbers, (0, -len(numbers) % span))
@@ -140,6 +146,6 @@ def _spanned(numbers: Tensor, span: int) -> Tensor:
 
 
 def combine(parts: list[list[int]]) -> str:
-    """32 hex digits from the lanes of all ranks and parameters."""
+    """Returns 32 hex digits from the lanes of all ranks and parameters."""
     lanes = [sum(part[lane] for part in parts) & MASK for lane in range(LANES)]
     return "".join(f"{lane:016x}" for lane in lanes)

@@ -1,1 +1,1 @@
-"""Proofs of a loaded model: its fingerprint, and its perplexity."""
+"""Checks of a loaded model: its fingerprint, and its perplexity."""

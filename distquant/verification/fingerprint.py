@@ -1,4 +1,4 @@
-"""The fingerprint of an assembled model: every rank tallies what it owns, and the sums are added up."""
+"""The fingerprint of an assembled model: every rank tallies the elements that it owns, and the sums are added up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distquant.loading.local_modules import shard_of
 from distquant.loading.offload import present
 from distquant.model import STAR
 from distquant.model.experts import form_of
-from distquant.parallel.experts import Experts
+from distquant.parallel.experts import LocalExperts
 from distquant.planning.expert_parallel import expert_name, one_of
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.quantization import Scheme
@@ -21,9 +21,9 @@ from distquant.sharding.tally import LANES, Tally, combine
 
 
 def fingerprint(model: Any) -> str:
-    """32 hex digits that are equal exactly if all codes and scales are; see `distquant.sharding.tally`.
+    """Returns 32 hex digits that are equal exactly if all codes and scales are; see `distquant.sharding.tally`.
 
-    On a sharded model all ranks must call it, and all get the same answer. Replicas (dp) and repeated rows count once.
+    On a sharded model all ranks must call it, and all get the same digits. Replicas (dp) and repeated rows count once.
 
     Args:
         model: as `distquant.load` returned it, also after `generate`, training steps of adapters, or PEFT's wrapping.
@@ -31,40 +31,45 @@ def fingerprint(model: Any) -> str:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     loaded = model.distquant
     plan, scheme, comm = loaded.plan, loaded.scheme, loaded.comm
-    at = plan.mesh.coordinates(comm.rank)
+    position = plan.mesh.coordinates(comm.rank)
     if scheme.delegated:
-        what = f"transformers loaded the model with its own quantizer for {scheme.config.quant_method!r}"
-        raise InputError.one("fingerprint", what, "Only weights that distquant quantizes or cuts have a fingerprint")
+        problem = f"transformers loaded the model with its own quantizer for {scheme.config.quant_method!r}"
+        fix = "Only weights that distquant quantizes or shards have a fingerprint"
+        raise InputError.one("fingerprint", problem, fix)
     lanes = [0] * LANES
-    if at["dp"] == 0:
+    if position["dp"] == 0:
         for tensor in plan.tensors:
-            for tally in _tallies(model, tensor, plan, scheme, at):
+            for tally in _tallies(model, tensor, plan, scheme, position):
                 lanes = [a + b for a, b in zip(lanes, tally.lanes, strict=True)]
     return combine(comm.collect(lanes))
 
 
-def _tallies(model: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, at: dict[str, int]) -> Iterator[Tally]:
-    """What this rank counts of one entry of the plan. Experts count as modules of their own, however they are held."""
+def _tallies(
+    model: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, position: dict[str, int]
+) -> Iterator[Tally]:
+    """Yields this rank's tallies of one entry of the plan. Each expert counts by itself, however it is stored."""
     owner = tensor.name.rpartition(".")[0]
     if tensor.experts is not None:
         owner, _, path = tensor.name.partition(f".{STAR}.")
         module = model.get_submodule(owner)
         with present(module):
-            if not isinstance(module, Experts):  # the model's own again, after `dequantize`
-                module = _around(owner, module)
-            yield from _experts(module, tensor, path, plan, at)
+            if not isinstance(module, LocalExperts):  # the model's own again, after `dequantize`
+                module = _experts_around(owner, module)
+            yield from _experts(module, tensor, path, plan, position)
         return
-    if at["ep"] > 0:
+    if position["ep"] > 0:
         return
     module = _original(model, owner)
     with present(module):
-        yield from _of_module(module, tensor, plan, scheme, at)
+        yield from _of_module(module, tensor, plan, scheme, position)
 
 
-def _of_module(module: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, at: dict[str, int]) -> Iterator[Tally]:
-    """What this rank counts of an entry that is one parameter of a module, or the parts that it has for experts."""
+def _of_module(
+    module: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, position: dict[str, int]
+) -> Iterator[Tally]:
+    """Yields this rank's tallies of an entry that is one parameter of a module, or of the experts in it."""
     owner, _, leaf = tensor.name.rpartition(".")
-    experts = _around(owner, module) if leaf not in ("weight", "bias") and len(tensor.shape) > 1 else None
+    experts = _experts_around(owner, module) if leaf not in ("weight", "bias") and len(tensor.shape) > 1 else None
     if experts is not None:
         suffix = leaf.endswith("_bias")
         for projection in experts.form.projections:
@@ -72,38 +77,42 @@ def _of_module(module: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, 
                 path = f"{projection.name}.{'bias' if suffix else 'weight'}"
                 shape = (experts.form.count, *experts.plain_value(path, 0).shape)
                 stack = TensorPlan(f"{owner}.{STAR}.{path}", shape, tensor.dtype, "none", (), experts="")
-                yield from _experts(experts, stack, path, plan, at)
+                yield from _experts(experts, stack, path, plan, position)
         return
     tally = Tally(tensor.name)
-    if at["tp"] == 0:
+    if position["tp"] == 0:
         tally.constant(f"{tensor.scheme} {list(tensor.shape)} {tensor.dtype}")
     if tensor.scheme != "none" and not plan.dequantize:
-        scheme.tally(module, shard_of(tensor, plan, at["tp"]), tally)
+        scheme.tally(module, shard_of(tensor, plan, position["tp"]), tally)
     else:
-        _tally_plain(module, tensor, plan, at["tp"], tally)
+        _tally_plain(module, tensor, plan, position["tp"], tally)
     yield tally
 
 
-def _around(owner: str, module: Any) -> Experts | None:
-    """The experts in a model's own module, if it is one of known form."""
+def _experts_around(owner: str, module: Any) -> LocalExperts | None:
+    """Returns the experts of a model's own module, if it has a known form."""
     shapes = {leaf: tuple(value.shape) for leaf, value in module.named_parameters(recurse=False)}
     form = form_of(owner, module, shapes)
-    return None if form is None else Experts.around(module, form)
+    return None if form is None else LocalExperts.around(module, form)
 
 
-def _experts(module: Experts, stack: TensorPlan, path: str, plan: LoadPlan, at: dict[str, int]) -> Iterator[Tally]:
-    """The tallies of this rank's experts of one stack."""
+def _experts(
+    module: LocalExperts, stack: TensorPlan, path: str, plan: LoadPlan, position: dict[str, int]
+) -> Iterator[Tally]:
+    """Yields the tallies of this rank's experts of one stack."""
     one = one_of(stack)
     for number in range(module.first, module.last):
         tensor = replace(one, name=expert_name(stack.name, number))
         tally = Tally(tensor.name)
-        if at["tp"] == 0:
+        if position["tp"] == 0:
             tally.constant(f"{tensor.scheme} {list(tensor.shape)} {tensor.dtype}")
         if path in module.plain:
-            owned = plan.partitions[tensor.partition].owned(at["tp"]) if tensor.partition else None
-            _tally_value(module.plain_value(path, number - module.first), owned, tensor.shard_dim, at["tp"], tally)
+            owned = plan.partitions[tensor.partition].owned(position["tp"]) if tensor.partition else None
+            _tally_value(
+                module.plain_value(path, number - module.first), owned, tensor.shard_dim, position["tp"], tally
+            )
         else:
-            stacked, shard = module.stack(path.partition(".")[0]), shard_of(tensor, plan, at["tp"])
+            stacked, shard = module.stack(path.partition(".")[0]), shard_of(tensor, plan, position["tp"])
             with present(stacked):
                 for stream, values, span in stacked.scheme.fingerprint_streams(
                     shard, stacked.components(number - module.first)
@@ -113,7 +122,7 @@ def _experts(module: Experts, stack: TensorPlan, path: str, plan: LoadPlan, at: 
 
 
 def _original(model: Any, path: str) -> Any:
-    """The loaded module at a path, below an adapter that may have taken its place."""
+    """Returns the loaded module at a path, also below an adapter that has replaced it."""
     module = model.get_submodule(path)
     return getattr(module, "base_layer", module)
 
@@ -132,10 +141,10 @@ def _tally_plain(module: Any, tensor: Any, plan: Any, rank: int, tally: Tally) -
 
 
 def _tally_value(value: Tensor, owned: Any, dim: int | None, rank: int, tally: Tally) -> None:
-    """Counts a plain tensor: the segments that this position on tp owns, or all of it on the first."""
+    """Counts a plain tensor: the segments that this rank of tp owns, or all of it on the first rank."""
     if owned is not None:
         assert dim is not None
         tally.tensor(value, owned, dim)
     elif rank == 0:
-        whole = value.shape[0] if value.dim() else 1
-        tally.tensor(value, (((0, whole), 0),), 0)
+        length = value.shape[0] if value.dim() else 1
+        tally.tensor(value, (((0, length), 0),), 0)

@@ -1,4 +1,4 @@
-"""Perplexity: what quantization costs, in one number."""
+"""Perplexity: the cost of quantization in one number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WINDOW = 256
 
 
 def perplexity(model: Any, tokenizer: Any, text: str, window: int = WINDOW) -> float:
-    """exp of the mean negative log-likelihood of `text` in windows of `window` tokens.
+    """Returns exp of the mean negative log-likelihood of `text` in windows of `window` tokens.
 
     On a sharded model all ranks must call it, and all get the same answer.
 
@@ -20,7 +20,7 @@ def perplexity(model: Any, tokenizer: Any, text: str, window: int = WINDOW) -> f
         model: a causal language model of `transformers`.
         tokenizer: its tokenizer.
         text: at least two tokens long.
-        window: tokens seen at a time.
+        window: tokens that the model sees at a time.
     """
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     if len(ids) < 2:

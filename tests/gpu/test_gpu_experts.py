@@ -29,8 +29,8 @@ def test_one_kernel_for_many_experts_gives_what_one_for_each_gives(moe_of, monke
     model = dq.load(moe_of("mixtral"), quantization_config="nf4-dq", dtype="bfloat16")
     tokens = torch.arange(24, device=model.device).view(2, 12)
     calls = []
-    grouped = experts.grouped_product
-    monkeypatch.setattr(experts, "grouped_product", lambda *given: calls.append(1) or grouped(*given))
+    grouped = experts.grouped_matmul
+    monkeypatch.setattr(experts, "grouped_matmul", lambda *given: calls.append(1) or grouped(*given))
     together = model(tokens).logits.float()
     assert calls
     monkeypatch.setattr(experts, "has_kernel", lambda *_: False)

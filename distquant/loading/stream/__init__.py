@@ -1,1 +1,1 @@
-"""Bytes from files to finished memory: reading ahead, quantizing, handing pieces on, within a staging budget."""
+"""Streams weights from files to their final memory: reads ahead, quantizes and sends pieces, within a budget."""

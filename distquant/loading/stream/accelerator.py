@@ -1,7 +1,8 @@
-"""Streams and events of devices, in torch's words for any backend. Every stream and event belongs to one device.
+"""Streams and events of devices, through torch's interface for any backend. Each belongs to one device.
 
-Whatever a load asks of a device beside its copies goes, in one order, to the stream that is current when it begins,
-also what the listening thread asks. Nothing there may wait for another rank, so collectives have streams of their own.
+Except for its copies, a load queues all its device work on one stream: the one that is current when the load begins,
+also for the listening thread. Nothing on that stream may wait for another rank, so collectives have streams of their
+own.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from distquant.loading.stream.staging_buffer import LoadState
+from distquant.loading.stream.load_state import LoadState
 
 SHORTEST, LONGEST = 20e-6, 1e-3
-"""Seconds between looks at an event: at first, and when it takes long."""
+"""Seconds between two looks at an event: at first, and at most."""
 
 
 class Streams:
@@ -33,7 +34,10 @@ class Streams:
 
 @contextmanager
 def current(stream: torch.Stream) -> Iterator[None]:
-    """Makes a stream its device's current one. The device before is not touched: that could cost memory there."""
+    """Makes a stream the current one of its device.
+
+    Leaves the device that was current before untouched: to select it could allocate a context there.
+    """
     with torch.accelerator.device_index(stream.device.index):
         before = torch.accelerator.current_stream(stream.device)
         torch.accelerator.set_stream(stream)
@@ -44,9 +48,9 @@ def current(stream: torch.Stream) -> Iterator[None]:
 
 
 def reached(event: torch.Event, until: float, stop: Callable[[], bool] = lambda: False) -> bool:
-    """Waits until a device has reached an event; False if it has not by a time (`time.monotonic`), or at `stop`.
+    """Waits for an event; returns False if it is not reached by a time (`time.monotonic`), or at `stop`.
 
-    `Event.synchronize` cannot be given up.
+    Polls, because `Event.synchronize` cannot be interrupted.
     """
     pause = SHORTEST
     while not event.query():
@@ -60,25 +64,26 @@ def reached(event: torch.Event, until: float, stop: Callable[[], bool] = lambda:
 def await_event(event: torch.Event, load_state: LoadState, late: Callable[[], BaseException]) -> None:
     """Waits until a device has reached an event.
 
-    Raises what went wrong anywhere, and `late()` when the load's timeout is over.
+    Raises the first error on any thread, and `late()` when the load's timeout is over.
     """
     if not reached(event, time.monotonic() + load_state.timeout, lambda: load_state.failure is not None):
         raise load_state.failure or late()
 
 
 class Collectives:
-    """Runs collectives over what a load has in work.
+    """Runs collectives over tensors of a load in progress.
 
-    On a device they get a stream of their own, and the host waits: what ran behind a collective would wait for ranks
-    that may need just that to get there (a slot, which is free when the listening thread has copied from it).
+    On a device they get a stream of their own, and the host waits. Work that is queued behind a collective would wait
+    for other ranks, and these may need that very work to get there: a slot is free only when the listening thread has
+    copied from it.
     """
 
     def __init__(self, load_state: LoadState):
-        self._board = load_state
+        self._load_state = load_state
         self._streams = Streams()
 
     def run(self, collective: Callable[[Tensor], object], values: Tensor, late: Callable[[], BaseException]) -> None:
-        """Calls `collective` with values, which are what it makes of them afterwards."""
+        """Calls `collective`, which changes `values` in place, and waits for the result."""
         if values.device.type == "cpu":
             collective(values)
             return
@@ -86,5 +91,6 @@ class Collectives:
         stream.wait_stream(torch.accelerator.current_stream(values.device))
         with current(stream):
             collective(values)
-        values.record_stream(stream)  # it may be given up, and work on
-        await_event(stream.record_event(), self._board, late)
+        # The wait may give up while the collective still runs: the allocator must not reuse the memory before it ends.
+        values.record_stream(stream)
+        await_event(stream.record_event(), self._load_state, late)

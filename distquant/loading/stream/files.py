@@ -1,8 +1,8 @@
-"""Reads bytes of checkpoint files: explicitly, through the page cache or past it, again where that makes sense.
+"""Reads bytes of checkpoint files: explicitly, through the page cache or past it, and again after passing errors.
 
-A file whose pages are mostly in memory is read through the page cache; another is read with O_DIRECT, which saves a
-copy and leaves the machine's memory alone. Which it is, is measured once a file, on a sample of its pages. Nothing is
-read through a mapping, so a file on a network may vanish without a crash.
+A file whose pages are mostly in memory is read through the page cache. Any other is read with O_DIRECT, which saves a
+copy and leaves the machine's memory to others. A sample of its pages decides, once for each file. Nothing is read
+through a mapping, so a file on a network may vanish without a crash.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ PAUSES = (0.05, 0.2, 0.8)
 """Seconds before each new try."""
 
 MOST_TARGETS = 1024
-"""Places that one read may fill (Linux' IOV_MAX)."""
+"""Targets that one read may fill (Linux' IOV_MAX)."""
 
 SAMPLES = 32
 """Pages of a file that are looked for in memory."""
 
 RESIDENT = 0.5
-"""Share of them from which a file is read through the page cache."""
+"""Share of them from which on a file is read through the page cache."""
 
 
 class ReadError(DistquantError, OSError):
@@ -48,7 +48,7 @@ class ReadError(DistquantError, OSError):
 
 @dataclass(slots=True)
 class ReadStats:
-    """What was read: bytes off the files (waste included), by mode, and how often a read was tried again."""
+    """Bytes read from files (waste included), by mode; calls, and how often a read was tried again."""
 
     bytes: int = 0
     direct: int = 0
@@ -77,9 +77,10 @@ class Files:
         self._direct: dict[str, bool] = {}
         self._lock = threading.Lock()
         self._stale: list[int] = []
-        """Handles that the server no longer knows: closed at the end, for another thread may be reading with them."""
+        """Handles that the server no longer knows; closed at the end, as another thread may still read with them."""
 
     def close(self) -> None:
+        """Closes all files."""
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()
@@ -87,24 +88,24 @@ class Files:
             os.close(self._stale.pop())
 
     def is_direct(self, file: str) -> bool:
-        """Whether a file is read past the page cache; decided at its first read."""
+        """Returns True if a file is read past the page cache; decided at its first read."""
         with self._lock:
             if file not in self._direct:
                 self._direct[file] = self._decide(file)
             return self._direct[file]
 
     def in_memory(self, file: str) -> bool:
-        """Whether a file is read through the page cache because it was found there."""
+        """Returns True if a file is read through the page cache because its pages are there."""
         return self.mode == "auto" and not self.is_direct(file)
 
     def read_run(self, file: str, offset: int, targets: Sequence[memoryview], tensors: Sequence[str]) -> None:
-        """Fills targets with what lies one behind the other from a byte offset on, through the page cache.
+        """Fills targets one after the other from a byte offset on, through the page cache.
 
         Args:
             file: of the folder.
             offset: of the first byte.
-            targets: any number of them; neighbours are read by one call.
-            tensors: what each of them is read of, for messages.
+            targets: any number of them; up to `MOST_TARGETS` are filled by one call.
+            tensors: name of each target's tensor, for messages.
         """
         for first in range(0, len(targets), MOST_TARGETS):
             together = targets[first : first + MOST_TARGETS]
@@ -115,6 +116,7 @@ class Files:
 
     def read_rows(self, file: str, offset: int, stride: int, target: memoryview, width: int, tensor: str) -> None:
         """Fills `target` with `width` bytes from every `stride`, through the page cache."""
+        # The common case in few operations: such reads are small and many, and `_fill` costs more than they do.
         fd = self._fd(file, False)
         for at in range(0, len(target), width):
             row = target[at : at + width]
@@ -123,7 +125,7 @@ class Files:
             except OSError:
                 count = -1
             if count != width:
-                # Short, or failed: once more from its start, with the loop that tries again and tells why.
+                # Short, or failed: read once more from its start, by the loop that tries again and reports errors.
                 self._fill(file, offset, (row,), (tensor,), False, width)
                 fd = self._fd(file, False)
             offset += stride
@@ -153,7 +155,7 @@ class Files:
         direct: bool,
         needed: int,
     ) -> int:
-        """Reads until `needed` bytes are there; what more the file gives of the targets is read along."""
+        """Reads until `needed` bytes are there; returns how many are: more, where targets and file have more."""
         done, tries, reached = 0, 0, -1
         while done < needed:
             rest = _after(targets, done)
@@ -176,6 +178,7 @@ class Files:
                 raise ReadError(f"{where}: the file ends {needed - done} bytes too early")
             done += count
             if direct and done < needed:
+                # The end of a file within a page gives the same short read again and again: no progress is an end.
                 if done <= reached:
                     where = f"{file} at byte {offset + done} ({tensors[0]})"
                     raise ReadError(f"{where}: the file ends {needed - done} bytes too early")
@@ -184,14 +187,14 @@ class Files:
         return done
 
     def _preadv(self, fd: int, targets: Sequence[memoryview], offset: int) -> int:
-        """One read; tests replace it by one that fails."""
+        """Reads once; tests replace it by a read that fails."""
         return os.preadv(fd, targets, offset)
 
     def _fd(self, file: str, direct: bool) -> int:
         with self._lock:
-            return self._opened(file, direct)
+            return self._descriptor(file, direct)
 
-    def _opened(self, file: str, direct: bool) -> int:
+    def _descriptor(self, file: str, direct: bool) -> int:
         key = (file, direct)
         if key not in self._open:
             try:
@@ -201,7 +204,7 @@ class Files:
         return self._open[key]
 
     def _forget(self, file: str, direct: bool) -> None:
-        """Puts aside a file whose handle the server no longer knows; the next read opens it again."""
+        """Puts aside a handle that the server no longer knows; the next read opens the file again."""
         with self._lock:
             fd = self._open.pop((file, direct), None)
             if fd is not None:
@@ -210,14 +213,14 @@ class Files:
     def _decide(self, file: str) -> bool:
         if self.mode == "buffered" or not hasattr(os, "O_DIRECT"):
             return False
-        if self.mode == "auto" and resident_share(self._opened(file, False)) >= RESIDENT:
+        if self.mode == "auto" and resident_share(self._descriptor(file, False)) >= RESIDENT:
             return False
         try:
-            self._probe(self._opened(file, True))
+            self._probe(self._descriptor(file, True))
         except (OSError, ReadError) as error:
             if self.mode == "direct":
-                what = f"{self.folder / file} cannot be read with O_DIRECT ({error})"
-                raise InputError.one("io", what, "Use io='auto' or 'buffered'") from error
+                problem = f"{self.folder / file} cannot be read with O_DIRECT ({error})"
+                raise InputError.one("io", problem, "Use io='auto' or 'buffered'") from error
             return False
         return True
 
@@ -229,7 +232,7 @@ class Files:
 
 
 def _after(targets: Sequence[memoryview], done: int) -> Sequence[memoryview]:
-    """What is left of targets of which the first `done` bytes, but not all, are filled; it does not begin empty."""
+    """Returns the rest of targets whose first `done` bytes are filled, but not all; its first target is not empty."""
     for number, target in enumerate(targets):
         if done < len(target):
             return [target[done:], *targets[number + 1 :]] if done else targets[number:]
@@ -238,7 +241,7 @@ def _after(targets: Sequence[memoryview], done: int) -> Sequence[memoryview]:
 
 
 def resident_share(fd: int) -> float:
-    """Share of a file's pages that lie in memory, from a random sample; 1.0 where that cannot be asked."""
+    """Returns the share of a file's pages that are in memory, from a random sample; 1.0 if the system cannot tell."""
     if not hasattr(os, "RWF_NOWAIT"):
         return 1.0
     size = os.fstat(fd).st_size
@@ -250,25 +253,25 @@ def resident_share(fd: int) -> float:
 
 
 def _may_ask(fd: int) -> bool:
-    """Whether the kernel says what of a file is in memory: to its owner, and to who may write it."""
+    """Returns True if the kernel answers mincore(2) for a file: only to its owner, and to those who may write it."""
     return os.fstat(fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)
 
 
 def _resident(fd: int, size: int, offsets: list[int]) -> list[bool]:
-    """By mincore(2), which reads nothing; the mapping is only asked about."""
-    known, page = ctypes.CDLL(None, use_errno=True), ctypes.c_ubyte()
+    """Asks mincore(2), which reads nothing, about pages of a mapping that is never touched."""
+    libc, page = ctypes.CDLL(None, use_errno=True), ctypes.c_ubyte()
     with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapped:
         start = np.frombuffer(mapped, np.uint8).ctypes.data
-        found = []
+        resident = []
         for offset in offsets:
-            if known.mincore(ctypes.c_void_p(start + offset), ctypes.c_size_t(mmap.PAGESIZE), ctypes.byref(page)):
+            if libc.mincore(ctypes.c_void_p(start + offset), ctypes.c_size_t(mmap.PAGESIZE), ctypes.byref(page)):
                 raise OSError(ctypes.get_errno(), "mincore")
-            found.append(bool(page.value & 1))
-    return found
+            resident.append(bool(page.value & 1))
+    return resident
 
 
 def _answers_at_once(fd: int, offset: int) -> bool:
-    """By a read that may not wait. One that must is begun all the same, so a very fast disk looks like memory."""
+    """Tries a read that may not wait. The kernel begins it all the same, so a very fast disk looks like memory."""
     try:
         return bool(os.preadv(fd, (bytearray(1),), offset, os.RWF_NOWAIT))
     except BlockingIOError:

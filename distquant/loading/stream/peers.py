@@ -1,98 +1,51 @@
-"""How ranks of one node hand pieces to each other: shared memory for the bytes, sockets to say that they are there.
+"""Exchanges pieces between the ranks of one node: shared memory for the bytes, sockets for the messages about them.
 
-Messages go one way, are placed on arrival by a thread that waits for nothing else, and are answered by one byte-sized
-word: the slot is free again. So whoever sends is served sooner or later, in whatever order the ranks work, and nothing
-can deadlock. A rank that fails says so; one that dies closes its sockets, which the others notice at once.
+Messages go one way. A thread that waits for nothing else copies each piece on arrival, and answers with one short
+message: the slot is free again. So every sender is served sooner or later, in whatever order the ranks work, and
+nothing can deadlock. A rank that fails sends its error; one that dies closes its sockets, which the others notice at
+once.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
 import selectors
 import socket
-import struct
-import tempfile
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from distquant.errors import DistquantError, InputError, RankError
-from distquant.loading.stream.staging_buffer import LoadState, StagingBuffer
+from distquant.errors import RankError
+from distquant.loading.stream.handshake import connections
+from distquant.loading.stream.load_state import LoadState
+from distquant.loading.stream.messages import ACK, CLOSE, DATA, FAILED, HEADER, Message, Peer, failure_message
+from distquant.loading.stream.staging_buffer import StagingBuffer
 from distquant.parallel.comm import Comm
-
-DATA, ACK, FAILED, CLOSE = range(4)
-HEADER = struct.Struct("<BxxxIIIQQQ")
-"""Kind, slot, tensor, mask of components, first row, row after the last, offset in the sender's memory."""
 
 AT_ONCE = 256 * HEADER.size
 """Bytes of messages that are taken from a socket at once."""
 
-HELLO = struct.Struct("<IQ")
-"""Rank, and bytes of its shared memory."""
+LAST_WORDS = 5.0
+"""Seconds that a rank waits for the error of a peer that no longer receives."""
 
-CONNECT = 60.0
-"""Seconds that a peer of the same node may take to connect."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """Rows of a tensor that lie in the sender's memory.
-
-    Of `ACK`, `stop` is how many pieces of a slot it is about, `offset` how many bytes were taken of them; of
-    `FAILED`, `stop` is how many bytes of text follow.
-    """
-
-    kind: int
-    slot: int = 0
-    tensor: int = 0
-    mask: int = 0
-    start: int = 0
-    stop: int = 0
-    offset: int = 0
-
-    def pack(self) -> bytes:
-        return HEADER.pack(self.kind, self.slot, self.tensor, self.mask, self.start, self.stop, self.offset)
-
-
-@dataclass(slots=True)
-class Peer:
-    """Another rank of the node: its socket, and its staging memory as far as this rank may read it."""
-
-    rank: int
-    socket: socket.socket
-    memory: Tensor
-    lock: threading.Lock
-    left: bool = False
-    posted: bytearray = field(default_factory=bytearray)
-    """What is still to be sent."""
-    heard: bytearray = field(default_factory=bytearray)
-    """What has come of the next message."""
-
-    def send(self, data: bytes) -> None:
-        with self.lock:
-            self.socket.sendall(data)
+UNREAD = 1.0
+"""Seconds that a rank tries to send its own error to a peer that does not read."""
 
 
 class MessageHandler(Protocol):
-    """Who is told what peers say; called on the listening thread."""
+    """Handles messages of peers; called on the listening thread."""
 
     def begin(self) -> None:
-        """The thread listens from now on."""
+        """Prepares the thread, once, before it listens."""
 
     def copy(self, peer: Peer, message: Message) -> int:
-        """Copies what is kept of a piece out of the peer's memory; returns the bytes of it."""
+        """Copies the part of a piece that this rank keeps out of the peer's memory; returns its bytes."""
 
     def arrived(self, message: Message) -> None:
-        """The piece is in its place, and its sender knows it."""
+        """Counts a piece that has been copied, after its sender has the answer."""
 
     def freed(self, message: Message) -> None:
-        """A peer is done with pieces in a slot of this rank's: `stop` of them, of which it took `offset` bytes."""
+        """Releases pieces in a slot of this rank's: `stop` of them, of which a peer took `offset` bytes."""
 
 
 class Peers:
@@ -103,73 +56,20 @@ class Peers:
         self.peers: dict[int, Peer] = {}
         self._thread: threading.Thread | None = None
 
-    # -- meeting ---------------------------------------------------------------------------------------------------
-
     def connect(self, comm: Comm, node: tuple[int, ...]) -> None:
-        """Meets the other ranks of the node. Every rank of the load must call it, also one that is alone on its node.
+        """Connects to the other ranks of the node. Every rank of the load must call it, also one that is alone there.
 
         Raises:
             InputError: ranks that were planned on one node share no memory.
+            RankError: a rank did not connect, or ended meanwhile.
         """
-        if self.staging_buffer.fd is None:
-            what = "this system has no memory that processes can share by descriptor (memfd)"
-            raise InputError.one("environment", what, "Use Linux, or one process")
-        folder = tempfile.mkdtemp(prefix="distquant-")
-        path = os.path.join(folder, "s")
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(path)
-            listener.listen(len(node))
-            listener.settimeout(CONNECT)
-            try:
-                paths = comm.collect(path)
-                for other in node:
-                    if other < self.rank:
-                        self._handshake(self._connect(other, paths[other]), other)
-                for other in node:
-                    if other > self.rank:  # they come in any order
-                        self._handshake(listener.accept()[0], other)
-            except TimeoutError as error:
-                missing = sorted(set(node) - self.peers.keys() - {self.rank})
-                raise RankError(missing[0], f"did not connect to rank {self.rank} within {CONNECT:g} s") from error
-            finally:
-                os.unlink(path)
-                os.rmdir(folder)
+        for peer in connections(self.rank, self.staging_buffer, comm, node):
+            self.peers[peer.rank] = peer
 
-    def _connect(self, other: int, path: str) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(CONNECT)
-        try:
-            connection.connect(path)
-        except (FileNotFoundError, ConnectionError, PermissionError) as error:
-            connection.close()
-            what = f"ranks {other} and {self.rank} are planned on one node, but share no memory ({error.strerror})"
-            raise InputError.one("plan", what, "Plan again with the number of ranks that share a node") from error
-        return connection
-
-    def _handshake(self, connection: socket.socket, other: int) -> None:
-        """Exchanges ranks and shared memory; `other` is who that may be."""
-        assert self.staging_buffer.fd is not None
-        connection.settimeout(CONNECT)
-        data = b""
-        fds: list[int] = []
-        with suppress(ConnectionError):
-            socket.send_fds(
-                connection, [HELLO.pack(self.rank, self.staging_buffer.memory.numel())], [self.staging_buffer.fd]
-            )
-            data, fds, _, _ = socket.recv_fds(connection, HELLO.size, 1)
-        if len(data) != HELLO.size:
-            connection.close()
-            raise RankError(other, "ended while ranks were meeting")
-        rank, size = HELLO.unpack(data)
-        shared = mmap.mmap(fds[0], size)
-        os.close(fds[0])
-        connection.settimeout(None)
-        self.peers[rank] = Peer(rank, connection, torch.frombuffer(shared, dtype=torch.uint8), threading.Lock())
-
-    # -- talking ---------------------------------------------------------------------------------------------------
+    # -- sending ---------------------------------------------------------------------------------------------------
 
     def start(self, handler: MessageHandler) -> None:
-        """Listens from now on."""
+        """Starts the listening thread."""
         if self.peers:
             self._thread = threading.Thread(target=self._listen, args=(handler,), name="distquant-peers", daemon=True)
             self._thread.start()
@@ -184,7 +84,7 @@ class Peers:
         self.peers[rank].posted += message.pack()
 
     def flush(self) -> None:
-        """Sends what was posted."""
+        """Sends all messages that were posted."""
         for peer in self.peers.values():
             if peer.posted:
                 self._send_posted(peer)
@@ -195,15 +95,16 @@ class Peers:
         try:
             peer.send(data)
         except OSError as error:
-            with self.load_state.watch:  # what the peer said before it left is still to be read
-                self.load_state.watch.wait_for(
-                    lambda: self.load_state.failure is not None or self.load_state.stopped, 5.0
-                )
-                failure = self.load_state.failure
-            raise failure or RankError(peer.rank, "ended during the load") from error
+            # A peer that fails sends its error before it closes. The listening thread may not have read it yet, and
+            # that error names the cause, which this one does not.
+            state = self.load_state
+            with state.watch:
+                state.watch.wait_for(lambda: state.failure is not None or state.stopped, LAST_WORDS)
+                failure = state.failure
+            raise failure or _died(peer) from error
 
     def leave(self) -> None:
-        """Says that this rank has sent all it had to, and waits until the others have said so."""
+        """Sends `CLOSE` to all peers, and waits for theirs: until then they may copy from this rank's memory."""
         for peer in self.peers.values():
             self.send(peer.rank, Message(CLOSE))
 
@@ -215,18 +116,16 @@ class Peers:
             self.load_state.wait(lambda: all(peer.left for peer in self.peers.values()), late)
 
     def close(self, failure: BaseException | None = None, until: float | None = None) -> bool:
-        """Ends the thread and the connections; on a failure tells the others what it was.
+        """Ends the thread and the connections; sends a failure to the others first.
 
         Returns:
-            Whether the thread has ended by a time (`time.monotonic`; None: no limit). If not, it keeps what it uses.
+            True if the thread has ended by a time (`time.monotonic`; None: no limit). If not, its sockets stay open.
         """
-        text = str(failure) if isinstance(failure, DistquantError) else f"{type(failure).__name__}: {failure}"
         for peer in self.peers.values():
             if failure is not None:
-                said = text.encode()
                 with suppress(OSError):
-                    peer.socket.settimeout(1.0)  # a peer that does not read must not keep this one
-                    peer.send(Message(FAILED, stop=len(said)).pack() + said)
+                    peer.socket.settimeout(UNREAD)
+                    peer.send(failure_message(self.rank, failure))
             with suppress(OSError):
                 peer.socket.shutdown(socket.SHUT_RDWR)
         if self._thread is not None:
@@ -257,61 +156,60 @@ class Peers:
                         selector.unregister(peer.socket)
 
     def _receive(self, peer: Peer, handler: MessageHandler) -> bool:
-        """Takes the messages that are there; False when the peer has hung up."""
+        """Handles the messages that are there; returns False when the peer has closed its socket."""
         try:
             data = peer.socket.recv(AT_ONCE)
         except OSError:
             data = b""
         if not data:
             if not peer.left and not self.load_state.stopped:
-                self.load_state.fail(RankError(peer.rank, "ended during the load"))
+                self.load_state.fail(_died(peer))
             return False
-        peer.heard += data
+        peer.received += data
         pieces: list[Message] = []
-        done: dict[int, list[int]] = {}
-        while len(peer.heard) >= HEADER.size:
-            message = Message(*HEADER.unpack_from(peer.heard))
-            del peer.heard[: HEADER.size]
+        copied: dict[int, list[int]] = {}  # slot -> pieces that were copied from it, and bytes that were kept of them
+        while len(peer.received) >= HEADER.size:
+            message = Message(*HEADER.unpack_from(peer.received))
+            del peer.received[: HEADER.size]
             if message.kind == DATA:
-                counted = done.setdefault(message.slot, [0, 0])
-                counted[0] += 1
-                counted[1] += handler.copy(peer, message)
+                counts = copied.setdefault(message.slot, [0, 0])
+                counts[0] += 1
+                counts[1] += handler.copy(peer, message)
                 pieces.append(message)
             elif message.kind == ACK:
                 handler.freed(message)
             elif message.kind == FAILED:
-                self._failed(peer, message.stop)
+                self._failed(peer, message)
             else:
                 with self.load_state.watch:
                     peer.left = True
                     self.load_state.watch.notify_all()
         if pieces:
-            answers = (Message(ACK, slot=slot, stop=n, offset=taken) for slot, (n, taken) in done.items())
+            # One answer for each slot and not for each piece: every message wakes the peer's thread.
+            answers = (Message(ACK, slot=slot, stop=n, offset=taken) for slot, (n, taken) in copied.items())
             with suppress(OSError):  # it may have left, and needs no slot any more
                 peer.send(b"".join(answer.pack() for answer in answers))
+            # Answer first, count then: the last count may end the load here, and close the socket under the answer.
             for message in pieces:
                 handler.arrived(message)
         return True
 
-    def _failed(self, peer: Peer, length: int) -> None:
-        """What a peer says that failed; the last that it says."""
-        rest = max(length - len(peer.heard), 0)
-        said = bytes(peer.heard[:length]) + (_receive(peer.socket, rest) or b"")
-        peer.heard.clear()
-        text = said if len(said) == length else b"ended during the load"
-        self.load_state.fail(_failure_of(peer.rank, text.decode()))
+    def _failed(self, peer: Peer, message: Message) -> None:
+        """Receives the error of a peer, which is the last that it sends."""
+        length = message.stop
+        rest = max(length - len(peer.received), 0)
+        text = bytes(peer.received[:length]) + (_receive_exactly(peer.socket, rest) or b"")
+        peer.received.clear()
+        complete = len(text) == length
+        self.load_state.fail(RankError(message.tensor, text.decode()) if complete else _died(peer))
 
 
-def _failure_of(rank: int, said: str) -> RankError:
-    """A rank that stopped because another failed passes that one's name on."""
-    if said.startswith("rank ") and " failed: " in said:
-        name, _, rest = said.partition(" failed: ")
-        return RankError(int(name.removeprefix("rank ")), rest)
-    return RankError(rank, said)
+def _died(peer: Peer) -> RankError:
+    return RankError(peer.rank, "ended during the load")
 
 
-def _receive(connection: socket.socket, count: int) -> bytes | None:
-    """Exactly `count` bytes; None where the other side has hung up."""
+def _receive_exactly(connection: socket.socket, count: int) -> bytes | None:
+    """Receives `count` bytes; returns None where the other side has closed its socket."""
     data = b""
     while len(data) < count:
         try:

@@ -1,8 +1,8 @@
 """Reads ahead of the consumer, several reads in flight, into slots of the staging memory and never further.
 
 Threads take the next batch and its slot in order, read without holding Python's lock, and the consumer gets the batches
-in that order. No slot free: no read begins, so a slow consumer holds the reads back. Without threads the consumer reads
-for itself, one batch after the other: right where a thread would only take turns with it on the same core.
+in that order. No read begins without a free slot, so a slow consumer holds the reads back. Without threads the consumer
+reads for itself, one batch after the other: right where a thread would only take turns with it on the same core.
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ import time
 from collections.abc import Callable, Iterator
 
 from distquant.loading.stream.files import Files, ReadError
+from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.rows import RowRange
 from distquant.loading.stream.stage_timer import StageTimer
-from distquant.loading.stream.staging_buffer import LoadState, Slots, StagingBuffer
+from distquant.loading.stream.staging_buffer import Slots, StagingBuffer
 from distquant.loading.stream.tasks import Chunk
 
 AHEAD = 8
-"""Batches that may wait for the consumer, those that were read straight into place included."""
+"""Batches that may wait for the consumer, including those that were read straight into place."""
 
 
 class Reader:
-    """Iterates over filled batches. `stop` the board and `join` before the files are closed.
+    """Iterates over filled batches. `stop` the load state and `join` before the files are closed.
 
     Args:
         files: to read from.
-        arena: the staging memory.
-        slots: of it, those to read into.
-        board: of the load.
-        stages: where the time goes.
-        batches: what to read, in order.
-        threads: reads in flight; 0 = whoever iterates reads.
+        staging_buffer: the staging memory.
+        slots: its slots to read into.
+        load_state: of the load.
+        timer: of the stages.
+        batches: chunks that are read at once, in order.
+        threads: reads in flight; 0 = the consumer reads.
     """
 
     def __init__(
@@ -40,23 +41,22 @@ class Reader:
         staging_buffer: StagingBuffer,
         slots: Slots,
         load_state: LoadState,
-        stages: StageTimer,
+        timer: StageTimer,
         batches: Iterator[list[Chunk]],
         threads: int,
     ):
-        self._files, self._arena, self._slots, self._board, self._stages = (
-            files,
-            staging_buffer,
-            slots,
-            load_state,
-            stages,
-        )
-        self._batches = batches
+        self._files, self._staging_buffer, self._slots = files, staging_buffer, slots
+        self._load_state, self._timer, self._batches = load_state, timer, batches
         self._order = threading.Lock()
+        """Held by the thread that takes the next batch."""
         self._begun = self._taken = 0
+        """Batches whose read has begun, and batches that the consumer has got."""
         self._ended = False
+        """True if the last batch has begun."""
         self._reading: dict[int, Chunk] = {}
+        """First chunk of each batch that a thread is reading."""
         self._ready: dict[int, list[Chunk]] = {}
+        """Batches that wait for the consumer."""
         self._threads = [
             threading.Thread(target=self._work, name=f"distquant-reader-{i}", daemon=True) for i in range(threads)
         ]
@@ -71,44 +71,47 @@ class Reader:
             number, batch = begun
             start = time.perf_counter()
             self._read(batch)
-            self._stages.waited += time.perf_counter() - start
+            self._timer.waited += time.perf_counter() - start
             self._taken = number + 1
             yield batch
 
     def _read_ahead(self) -> Iterator[list[Chunk]]:
         while True:
             start = time.perf_counter()
-            with self._board.watch:
-                if not self._board.wait(self._next_is_there, self._late):
+            with self._load_state.watch:
+                if not self._load_state.wait(self._next_is_ready, self._late):
                     return
                 if self._taken not in self._ready:
                     return
                 batch = self._ready.pop(self._taken)
                 self._taken += 1
-                self._board.watch.notify_all()
-            self._stages.waited += time.perf_counter() - start
+                self._load_state.watch.notify_all()
+            self._timer.waited += time.perf_counter() - start
             yield batch
 
     @property
     def ready(self) -> bool:
-        """Whether the next batch is there, or is read by whoever asks for it."""
+        """True if the next batch is there, or if the consumer itself reads it."""
         return not self._threads or self._taken in self._ready
 
     def join(self) -> None:
+        """Waits for the threads; reads that have begun are not given up, as their memory must not vanish under them."""
         for thread in self._threads:
             thread.join()
 
-    def _next_is_there(self) -> bool:
+    def _next_is_ready(self) -> bool:
         return self._taken in self._ready or (self._ended and self._taken == self._begun)
 
     def _late(self) -> ReadError:
         piece = self._reading[self._taken].ranges[0] if self._taken in self._reading else None
         where = f"{piece.file} at byte {piece.offset} ({piece.tensor})" if piece else "the next piece"
-        return ReadError(f"{where}: the read has not come back for {self._board.timeout:g} s")
+        return ReadError(f"{where}: the read has not come back for {self._load_state.timeout:g} s")
 
     def _work(self) -> None:
         try:
             while True:
+                # One thread at a time takes batch and slot: a later batch that got the last slot would block the
+                # earlier one, which the consumer needs first.
                 with self._order:
                     begun = self._begin()
                 if begun is None:
@@ -116,16 +119,16 @@ class Reader:
                 number, batch = begun
                 self._reading[number] = batch[0]
                 self._read(batch)
-                with self._board.watch:
+                with self._load_state.watch:
                     del self._reading[number]
                     self._ready[number] = batch
-                    self._board.watch.notify_all()
+                    self._load_state.watch.notify_all()
         except BaseException as error:
-            self._board.fail(error)
+            self._load_state.fail(error)
 
     def _begin(self) -> tuple[int, list[Chunk]] | None:
-        """The next batch with its slot; None at the end or when the load stops."""
-        load_state = self._board
+        """Takes the next batch and its slot; returns None at the end or when the load stops."""
+        load_state = self._load_state
         if self._ended:
             return None
         batch = next(self._batches, None)
@@ -134,26 +137,28 @@ class Reader:
                 self._ended = True
                 load_state.watch.notify_all()
                 return None
-            through = [chunk for chunk in batch if chunk.into is None]
+            in_slot = [chunk for chunk in batch if chunk.into is None]
 
             def room() -> bool:
-                return self._begun - self._taken < AHEAD and (not through or self._slots.any_free)
+                # Reads into place need no slot, and would run ahead without the first condition.
+                return self._begun - self._taken < AHEAD and (not in_slot or self._slots.any_free)
 
             if not self._wait(room):
                 return None
-            if through:
-                slot = self._slots.take(len(through))
-                for chunk in through:
+            if in_slot:
+                slot = self._slots.take(len(in_slot))
+                for chunk in in_slot:
                     chunk.slot = slot
             self._begun += 1
             return self._begun - 1, batch
 
     def _wait(self, room: Callable[[], bool]) -> bool:
-        """Waits, with the condition held, until `room`; False if the load ends before.
+        """Waits, with the condition held, until `room`; returns False if the load ends before.
 
-        A thread waits as long as the consumer works; the consumer itself only waits for other ranks to copy.
+        A thread waits without limit, because the consumer may work as long as it likes. The consumer itself waits only
+        for other ranks to copy, and so for the timeout.
         """
-        load_state = self._board
+        load_state = self._load_state
         if not self._threads:
             return load_state.wait(room, self._late)
         load_state.watch.wait_for(lambda: room() or load_state.stopped or load_state.failure is not None)
@@ -166,32 +171,34 @@ class Reader:
             self._read_span(batch, nbytes)
         else:
             self._read_runs(batch)
-        self._stages.add("read", start, batch[0].task.name, nbytes)
+        self._timer.add("read", start, batch[0].task.name, nbytes)
 
     def _read_span(self, batch: list[Chunk], nbytes: int) -> None:
-        """Reads neighbours in a file into a slot, past the page cache."""
+        """Reads chunks that are neighbours in a file into a slot, past the page cache."""
         first = batch[0]
         assert first.span is not None
         file, offset, _ = first.span
-        view = self._files.read_span(file, offset, nbytes, self._arena.slot(first.slot), first.ranges[0].tensor)
+        slot = self._staging_buffer.slot(first.slot)
+        view = self._files.read_span(file, offset, nbytes, slot, first.ranges[0].tensor)
         for chunk in batch:
             chunk.raw = view[chunk.at : chunk.at + chunk.nbytes]
 
     def _read_runs(self, batch: list[Chunk]) -> None:
-        """Reads pieces into a slot or their place, through the page cache: one read for all that are neighbours."""
-        found = []
+        """Reads chunks into a slot or their place, through the page cache: one read for all that are neighbours."""
+        wanted = []
         for chunk in batch:
             if chunk.into is not None:
                 chunk.raw = chunk.into()
             else:
-                chunk.raw = self._arena.slot(chunk.slot)[chunk.at : chunk.at + chunk.nbytes]
+                chunk.raw = self._staging_buffer.slot(chunk.slot)[chunk.at : chunk.at + chunk.nbytes]
             view, at = memoryview(chunk.raw.numpy().data), 0
             for piece in chunk.ranges:
-                found.append((piece, view[at : at + piece.nbytes]))
+                wanted.append((piece, view[at : at + piece.nbytes]))
                 at += piece.nbytes
-        found.sort(key=lambda each: (each[0].file, each[0].offset))
+        # In the order of the file, ranges of several chunks and tensors often join into one run of bytes.
+        wanted.sort(key=lambda each: (each[0].file, each[0].offset))
         run: list[tuple[RowRange, memoryview]] = []
-        for piece, view in found:
+        for piece, view in wanted:
             if not piece.contiguous:
                 self._files.read_rows(piece.file, piece.offset, piece.stride, view, piece.width, piece.tensor)
                 continue

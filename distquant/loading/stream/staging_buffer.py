@@ -1,7 +1,8 @@
-"""The staging memory of a rank: a fixed number of equal slots, reused, in memory that ranks of one node can share.
+"""The staging memory of a rank: a fixed number of equal slots, reused, in memory that the ranks of a node can share.
 
-A slot is taken, counted once for every piece in it and every rank that still has to copy from it, and free again when
-the count is back at zero. Memory that is never written to is never taken from the machine.
+A slot is held once for every piece in it, and once for every rank that still has to copy from it. It is free again when
+the count is back at zero. The machine gives a page only when it is first written to, so slots that are never used cost
+nothing.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distquant.planning.slots import PAGE
+
+IN_USE: set[StagingBuffer] = set()
+"""Buffers that a device may copy from. They stay mapped until they are closed, even if the engine is gone."""
 
 
 class StagingBuffer:
@@ -33,14 +36,14 @@ class StagingBuffer:
             self._map = mmap.mmap(self.fd, size)
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
         self._runtime: Any = None
-        """What has pinned it."""
+        """The runtime that has pinned the memory, if any."""
 
     def slot(self, index: int) -> Tensor:
         """uint8 `[slot_bytes]`."""
         return self.memory[index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
     def pin(self, device: torch.device) -> bool:
-        """Pins the memory for copies to a device, if its backend offers that in CUDA's way; whether it is pinned."""
+        """Pins the memory for copies to a device; returns False if the backend has no interface like CUDA's."""
         runtime = getattr(torch.get_device_module(device), "cudart", None)
         if runtime is None:
             return False
@@ -52,7 +55,7 @@ class StagingBuffer:
         return int(code) == 0
 
     def keep(self) -> None:
-        """Leaves the memory as it is to the end of the process: somebody may still read or write there."""
+        """Keeps the memory mapped until the process ends: a device or thread may still use it."""
         IN_USE.add(self)
 
     def close(self) -> None:
@@ -62,19 +65,15 @@ class StagingBuffer:
             self._runtime.cudaHostUnregister(self.memory.data_ptr())
         del self.memory
         if self.fd is not None:
-            # Frees the pages though something may still refer to the mapping (a traceback that is kept, say). Whoever
-            # reads there finds zeros.
+            # Frees the pages even if something still refers to the mapping, such as a traceback that is kept. A read
+            # there then finds zeros.
             self._map.madvise(mmap.MADV_REMOVE)
             os.close(self.fd)
             self.fd = None
 
 
-IN_USE: set[StagingBuffer] = set()
-"""Arenas that a device may copy from: they stay mapped, whatever becomes of an engine, until they are closed."""
-
-
 class Slots:
-    """Hands out slots of an arena, and takes them back when nobody needs them any more."""
+    """Hands out slots of a staging buffer, and takes them back when their last hold is released."""
 
     def __init__(self, indices: range, watch: threading.Condition):
         self._free = list(indices)
@@ -83,62 +82,25 @@ class Slots:
 
     @property
     def any_free(self) -> bool:
+        """True if a slot can be taken."""
         return bool(self._free)
 
     def take(self, count: int) -> int:
-        """A free slot, held `count` times; call with the condition held and a slot free."""
+        """Takes a free slot and holds it `count` times; call with the condition held and a slot free."""
         index = self._free.pop()
         self._held[index] = count
         return index
 
     def hold(self, index: int, count: int) -> None:
+        """Holds a slot that is taken `count` times more."""
         with self._watch:
             self._held[index] += count
 
     def release(self, index: int, count: int = 1) -> None:
-        """Gives back some of the holds on a slot."""
+        """Releases `count` holds on a slot."""
         with self._watch:
             self._held[index] -= count
             if self._held[index] == 0:
                 del self._held[index]
                 self._free.append(index)
                 self._watch.notify_all()
-
-
-class LoadState:
-    """What the threads of a load tell each other: one condition, and the first thing that went wrong."""
-
-    def __init__(self, timeout: float):
-        self.watch = threading.Condition()
-        self.timeout = timeout
-        self.beats = 0
-        """Grows with whatever arrives: who waits is patient while it does."""
-        self.failure: BaseException | None = None
-        self.stopped = False
-
-    def fail(self, error: BaseException) -> None:
-        with self.watch:
-            if self.failure is None:
-                self.failure = error
-            self.watch.notify_all()
-
-    def stop(self) -> None:
-        """Ends all threads that wait."""
-        with self.watch:
-            self.stopped = True
-            self.watch.notify_all()
-
-    def wait(self, ready: Callable[[], bool], late: Callable[[], BaseException]) -> bool:
-        """Waits, with the condition held, until `ready`; False if the load was stopped meanwhile.
-
-        Raises what went wrong anywhere, and `late()` when nothing has arrived for the timeout.
-        """
-        while True:
-            seen = self.beats
-            done = self.watch.wait_for(lambda: ready() or self.stopped or self.failure is not None, self.timeout)
-            if self.failure is not None:
-                raise self.failure
-            if done:
-                return not self.stopped
-            if self.beats == seen:
-                raise late()

@@ -1,4 +1,4 @@
-"""Writes what all ranks' stages did as a trace for Perfetto or chrome://tracing."""
+"""Writes the stages of all ranks as a trace for Perfetto or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from distquant.parallel.comm import Comm
 MICROSECONDS = 1e6
 
 
-def write_trace(path: str, comm: Comm, stages: StageTimer, origin: float) -> None:
+def write_trace(path: str, comm: Comm, timer: StageTimer, origin: float) -> None:
     """Collects the events of all ranks; rank 0 writes them. Every rank must call it.
 
     Args:
         path: file to write, on rank 0.
         comm: the ranks.
-        stages: of this rank.
+        timer: of this rank.
         origin: `time.perf_counter` when this rank left the common start; clocks of machines differ.
     """
-    mine = [(e.stage, e.start - origin, e.stop - e.start, e.what, e.nbytes) for e in stages.events]
+    mine = [(e.stage, e.start - origin, e.stop - e.start, e.tensor, e.nbytes) for e in timer.events]
     everyone = comm.collect(mine)
     if comm.rank != 0:
         return
@@ -28,13 +28,13 @@ def write_trace(path: str, comm: Comm, stages: StageTimer, origin: float) -> Non
         events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
         for number, stage in enumerate(STAGES):
             events.append({"ph": "M", "pid": rank, "tid": number, "name": "thread_name", "args": {"name": stage}})
-        for stage, start, seconds, what, nbytes in theirs:
+        for stage, start, seconds, tensor, nbytes in theirs:
             events.append(
                 {
                     "ph": "X",
                     "pid": rank,
                     "tid": STAGES.index(stage),
-                    "name": what or stage,
+                    "name": tensor or stage,
                     "cat": stage,
                     "ts": start * MICROSECONDS,
                     "dur": seconds * MICROSECONDS,

@@ -1,11 +1,11 @@
-"""Grouped products against products of one expert at a time, with autograd's own gradients."""
+"""Grouped matmul against one expert at a time, with autograd's own gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from distquant.parallel.grouped_matmul import grouped_product, has_kernel
+from distquant.parallel.grouped_matmul import grouped_matmul, has_kernel
 
 COUNTS = (3, 1, 5, 2)
 
@@ -25,7 +25,7 @@ def test_equals_each_expert_alone_forward_and_backward(at_once):
 
         return weight_of
 
-    found = grouped_product(rows, [(gives(w), n) for w, n in zip(experts, COUNTS, strict=True)], at_once)
+    found = grouped_matmul(rows, [(gives(w), n) for w, n in zip(experts, COUNTS, strict=True)], at_once)
     wanted = torch.cat([part @ w.T for part, w in zip(rows.split(COUNTS), experts, strict=True)])
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
     grad = torch.randn_like(found)
@@ -35,5 +35,5 @@ def test_equals_each_expert_alone_forward_and_backward(at_once):
     assert held == 2 * len(COUNTS)  # dequantized in forward, and again in backward
 
 
-def test_the_cpu_has_no_kernel_of_its_own():
+def test_the_cpu_has_no_grouped_kernel():
     assert not has_kernel(torch.zeros(2, 16, dtype=torch.bfloat16), (24, 16))

@@ -1,4 +1,4 @@
-"""Heads dealt out: each local query head finds exactly its own kv head, at every width."""
+"""Partitions of heads: each local query head meets exactly its own kv head, at every width."""
 
 from __future__ import annotations
 
@@ -29,36 +29,38 @@ def assert_exact(partition, heads: int, kv_heads: int, ranks: int) -> None:
 
 @PROPERTY
 @given(st.integers(1, 12), st.integers(1, 7), st.integers(1, 9))
-def test_every_way_is_exact(kv_heads, groups, ranks):
+def test_every_partition_is_exact(kv_heads, groups, ranks):
     heads = kv_heads * groups
-    ways = list(cut_heads(heads, kv_heads, ranks))
-    assert bool(ways) == (ranks <= heads)
-    for partition in ways:
+    partitions = list(cut_heads(heads, kv_heads, ranks))
+    assert bool(partitions) == (ranks <= heads)
+    for partition in partitions:
         assert_exact(partition, heads, kv_heads, ranks)
     if ranks <= kv_heads:
-        first = ways[0]
+        first = partitions[0]
         assert first.kv.repeated == 0
         assert set(first.groups) == {groups}
         assert max(first.kv.lengths) - min(first.kv.lengths) <= 1
-    elif ways:
-        first = ways[0]
+    elif partitions:
+        first = partitions[0]
         assert max(first.query.lengths) - min(first.query.lengths) <= 1
 
 
 @PROPERTY
 @given(st.integers(1, 12), st.integers(1, 7), st.integers(2, 9))
-def test_whole_kv_heads_come_before_repeated_ones(kv_heads, groups, ranks):
-    """Once a way stores a kv head twice or splits a group over ranks, no later way is a plain one."""
-    ways = list(cut_heads(kv_heads * groups, kv_heads, ranks))
+def test_unrepeated_kv_heads_come_before_repeated_ones(kv_heads, groups, ranks):
+    """Once a partition stores a kv head twice or splits a group over ranks, no later one is plain."""
+    partitions = list(cut_heads(kv_heads * groups, kv_heads, ranks))
     steps = [s for s in range(1, kv_heads // ranks + 1) if len(range(0, kv_heads, s)) >= ranks]
-    assert all(way.kv.repeated == 0 and set(way.groups) == {groups} for way in ways[: len(steps)])
-    for way, step in zip(ways[: len(steps)], steps, strict=True):
-        assert way.kv.legal(step)
-        counts = [len(range(0, length, step)) for length in way.kv.lengths]
+    assert all(
+        partition.kv.repeated == 0 and set(partition.groups) == {groups} for partition in partitions[: len(steps)]
+    )
+    for partition, step in zip(partitions[: len(steps)], steps, strict=True):
+        assert partition.kv.legal(step)
+        counts = [len(range(0, length, step)) for length in partition.kv.lengths]
         assert max(counts) - min(counts) <= 1
-    for way in ways[len(steps) :]:
-        fits = [s for s in range(1, kv_heads * groups + 1) if way.query.legal(s)]
-        spreads = [[len(range(0, n, s)) for n in way.query.lengths] for s in fits]
+    for partition in partitions[len(steps) :]:
+        fits = [s for s in range(1, kv_heads * groups + 1) if partition.query.legal(s)]
+        spreads = [[len(range(0, n, s)) for n in partition.query.lengths] for s in fits]
         assert any(max(counts) - min(counts) <= 1 for counts in spreads)
 
 
@@ -75,7 +77,7 @@ def test_whole_kv_heads_come_before_repeated_ones(kv_heads, groups, ranks):
         (4, 1, 4, [[0]] * 4, (1,) * 4),
     ],
 )
-def test_first_way_by_hand(heads, kv_heads, ranks, kv, groups):
+def test_first_partition_by_hand(heads, kv_heads, ranks, kv, groups):
     partition = next(cut_heads(heads, kv_heads, ranks))
     if groups is not None:
         assert [held(partition.kv, rank) for rank in range(ranks)] == kv
@@ -91,12 +93,12 @@ def test_repeated_kv_heads_are_counted():
     assert partition.kv.repeated == 3
 
 
-def test_more_ranks_than_heads_is_no_way():
+def test_more_ranks_than_heads_have_no_partition():
     assert list(cut_heads(8, 2, 9)) == []
 
 
 def test_small_steps_come_before_large_ones():
-    lengths = [way.kv.lengths for way in islice(cut_heads(16, 8, 3), 2)]
+    lengths = [partition.kv.lengths for partition in islice(cut_heads(16, 8, 3), 2)]
     assert lengths == [[3, 3, 2], [4, 2, 2]]
 
 

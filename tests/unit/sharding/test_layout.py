@@ -1,4 +1,4 @@
-"""Layouts against brute force: which stored element each logical element belongs to, cut and counted."""
+"""Layouts against brute force: the stored element of each logical element, sliced and counted."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_shape_and_nbytes(name, weight):
 
 @PROPERTY
 @given(st.sampled_from(sorted(LAYOUTS)), shapes, st.integers(0, 1), st.integers(1, 9))
-def test_cut_at_a_legal_unit_is_exact(name, weight, dim, ranks):
-    """At every legal unit each local stored element comes from one global one, for every limiting component."""
+def test_partition_at_a_legal_alignment_is_exact(name, weight, dim, ranks):
+    """At every legal alignment each local stored element comes from one global one, for every limiting component."""
     layout = LAYOUTS[name]
     for alignment in layout.alignments(weight, dim):
         partition = even_partition(weight[dim], alignment, ranks)
@@ -109,7 +109,7 @@ def test_cut_at_a_legal_unit_is_exact(name, weight, dim, ranks):
 
 @PROPERTY
 @given(st.sampled_from(["nf4", "nf4-dq"]), shapes)
-def test_flat_unit_of_rows_is_the_smallest(name, weight):
+def test_flat_alignment_of_rows_is_the_smallest(name, weight):
     """No smaller step of dim 0 begins on a block boundary at each of its multiples."""
     (alignment,) = LAYOUTS[name].alignments(weight, 0)
     row = weight[1]
@@ -119,7 +119,7 @@ def test_flat_unit_of_rows_is_the_smallest(name, weight):
 
 @PROPERTY
 @given(shapes)
-def test_flat_blocks_cut_along_in_only_where_they_divide_the_row(weight):
+def test_flat_blocks_are_partitioned_along_in_only_where_they_divide_the_row(weight):
     expected = tuple(block for block in (64, 32) if weight[1] % block == 0)
     assert NF4.alignments(weight, 1) == expected
     assert NF4_DQ.alignments(weight, 1) == expected
@@ -150,7 +150,7 @@ def test_slice_covers_exactly_what_the_slice_touches(name, weight, data):
 @PROPERTY
 @given(st.sampled_from(sorted(LAYOUTS)), shapes, st.integers(0, 1), st.integers(1, 9))
 def test_legal_slices_partition_each_component(name, weight, dim, ranks):
-    """At a legal unit every stored element of a sliceable component lies in exactly one rank's slice."""
+    """At a legal alignment every stored element of a sliceable component lies in exactly one rank's slice."""
     layout = LAYOUTS[name]
     for alignment in layout.alignments(weight, dim):
         partition = even_partition(weight[dim], alignment, ranks)
@@ -185,12 +185,12 @@ def test_legal_slices_partition_each_component(name, weight, dim, ranks):
         ("plain", (64, 256), 1, (16, 1)),
     ],
 )
-def test_units_by_hand(name, weight, dim, alignments):
+def test_alignments_by_hand(name, weight, dim, alignments):
     assert LAYOUTS[name].alignments(weight, dim) == alignments
 
 
 def test_an_illegal_step_is_caught_by_the_same_check():
-    """The brute force does fail where a cut is wrong: half a block, a row that blocks straddle, part of a tile."""
+    """The brute force fails where a partition is wrong: half a block, a row that blocks straddle, part of a tile."""
     assert not from_one(ABSMAX, (4, 128), 1, 32, 128, 64)
     assert from_one(ABSMAX, (4, 128), 1, 32, 128, 32)
     assert not from_one(ABSMAX, (4, 96), 0, 1, 4, 64)

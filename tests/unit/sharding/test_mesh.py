@@ -62,10 +62,10 @@ def test_parse(text, mesh, words):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"^mesh: '' in '' is no axis=size"),
-        ("tp", r"'tp' in 'tp' is no axis=size"),
-        ("8", r"'8' in '8' is no axis=size"),
-        ("tp=0", r"'tp=0' in 'tp=0' is no axis=size of at least 1"),
+        ("", r"^mesh: '' in '' is not axis=size"),
+        ("tp", r"'tp' in 'tp' is not axis=size"),
+        ("8", r"'8' in '8' is not axis=size"),
+        ("tp=0", r"'tp=0' in 'tp=0' is not axis=size of at least 1"),
         ("tp=-1", r"'tp=-1'"),
         ("tp=2,", r"'' in 'tp=2,'"),
         ("tp=2,tp=4", r"'tp=4' in 'tp=2,tp=4' .*named once\. Write"),

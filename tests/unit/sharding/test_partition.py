@@ -1,4 +1,4 @@
-"""Cuts against brute force: every element held, exactly one owner, boundaries on units, as even as units allow."""
+"""Partitions against brute force: each element held, one owner, boundaries on alignments, as even as possible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ widths = st.integers(1, 9)
 
 @PROPERTY
 @given(sizes, alignments, widths)
-def test_even_cut(size, alignment, ranks):
+def test_even_partition(size, alignment, ranks):
     partition = even_partition(size, alignment, ranks)
     if partition is None:
         assert len(range(0, size, alignment)) < ranks
@@ -30,9 +30,9 @@ def test_even_cut(size, alignment, ranks):
     assert min(partition.lengths) > 0
     assert partition.lengths == [len(held(partition, rank)) for rank in range(ranks)]
     counts = [len({e // alignment for e in held(partition, rank)}) for rank in range(ranks)]
-    assert sum(counts) == len(range(0, size, alignment)), "a unit is shared by two ranks"
+    assert sum(counts) == len(range(0, size, alignment)), "a block is shared by two ranks"
     assert max(counts) - min(counts) <= 1
-    assert counts == sorted(counts, reverse=True), "surplus units go to the first ranks"
+    assert counts == sorted(counts, reverse=True), "surplus blocks go to the first ranks"
     assert partition.legal(alignment)
     assert partition.repeated == 0
     assert_owned_partitions(partition)
@@ -50,12 +50,12 @@ def test_even_cut(size, alignment, ranks):
         (65, 64, 2, [64, 1]),
     ],
 )
-def test_even_cut_by_hand(size, alignment, ranks, lengths):
+def test_even_partition_by_hand(size, alignment, ranks, lengths):
     assert even_partition(size, alignment, ranks).lengths == lengths
 
 
 @pytest.mark.parametrize(("size", "alignment", "ranks"), [(64, 64, 2), (704, 64, 12), (1, 1, 2), (100, 128, 2)])
-def test_fewer_units_than_ranks_is_no_cut(size, alignment, ranks):
+def test_fewer_blocks_than_ranks_have_no_partition(size, alignment, ranks):
     assert even_partition(size, alignment, ranks) is None
 
 

@@ -1,4 +1,4 @@
-"""Bands against brute force: which stored element covers each logical one, as the component's declaration says."""
+"""Row layouts against brute force: the stored element that covers each logical one, by the declared component."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_row_step_is_the_least(found, shape):
             elements(c, tall, range(smaller - 1, smaller)) & elements(c, tall, range(smaller, smaller + 1))
             for c in found
         ]
-        assert any(shared), f"rows could be quantized apart at {smaller}, not only at {step}"
+        assert any(shared), f"rows could be quantized separately at {smaller}, not only at {step}"
 
 
 @PROPERTY
@@ -128,12 +128,12 @@ def test_flat_elements_that_straddle_rows_have_none():
     assert column_step([component], (3, 96)) is None
 
 
-def test_reduction_over_all_rows_cannot_flow():
+def test_reduction_over_all_rows_cannot_be_sent_by_rows():
     with pytest.raises(ValueError, match="'scale' reduces over all rows"):
         row_layout_of(Component(name="scale", dtype="float32", block_shape=(ALL, 1)), (4, 4))
 
 
-def test_band_keeps_what_was_declared():
+def test_row_layout_keeps_the_declared_values():
     row_layout = row_layout_of(Component(name="SCB", dtype="float32", block_shape=(1, ALL)), (5, 8), whole=True)
     assert isinstance(row_layout, RowLayout)
     assert (row_layout.name, row_layout.dtype.itemsize, row_layout.whole, row_layout.nbytes(1, 3)) == (

@@ -1,4 +1,4 @@
-"""What a world must end with, worked out from whole tensors without any of the loader's cutting."""
+"""The expected end of a world, computed from whole tensors without the loader's slicing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distquant.sharding.row_layout import column_step
 
 
 def expected(world: World, tensor: TensorPlan, rank: int) -> dict[str, Tensor]:
-    """What a rank ends with, from the whole tensor."""
+    """Returns the components that a rank ends with, from the whole tensor."""
     whole = world.values[tensor.name]
     tp = world.mesh.coordinates(rank)["tp"]
     partition = world.partitions[tensor.partition] if tensor.partition else None

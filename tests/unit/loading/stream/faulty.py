@@ -1,4 +1,4 @@
-"""Files whose reads fail as told: short, late, with errors, or counted byte by byte."""
+"""Files whose reads fail on purpose: short, late, with errors, or counted byte by byte."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from distquant.loading.stream.files import Files
-from distquant.loading.stream.staging_buffer import PAGE
+from distquant.planning.slots import PAGE
 
 SIZE = 5 * PAGE + 123
 """Bytes of `data.bin`, the file that most tests read."""

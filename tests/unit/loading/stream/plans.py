@@ -1,4 +1,4 @@
-"""Made-up tensors, cuts and files, and a scheme whose components are maxima over tiles: exact to compare with."""
+"""Made-up tensors, partitions and files, and a scheme whose components are maxima over tiles: exact to compare."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Tiles:
 
 
 def random_scheme(chance: random.Random) -> Tiles:
-    """Codes, and often a scale: by tiles, by rows or flat; local, or wanted whole by every rank."""
+    """Codes, and often a scale: by tiles, by rows or flat; local, or needed whole by every rank."""
     codes = chance.choice(
         [
             Component(name="", dtype="uint8", block_shape=(1, 1)),
@@ -67,7 +67,7 @@ def random_scheme(chance: random.Random) -> Tiles:
     return Tiles(components, frozenset(["scale"] if scale is not None and chance.random() < 0.5 else []))
 
 
-def random_cut(chance: random.Random, size: int, alignment: int, ranks: int, dim: int) -> Partition | None:
+def random_partition(chance: random.Random, size: int, alignment: int, ranks: int, dim: int) -> Partition | None:
     """Even, packed, or with rows (or columns) that several ranks hold, rows also one rank several times."""
     kind = chance.choice(["even", "even", "packed", "repeated"])
     if kind == "packed":
@@ -90,7 +90,7 @@ def random_cut(chance: random.Random, size: int, alignment: int, ranks: int, dim
 
 
 class Plans:
-    """Tensors one after the other, with their values and cuts; `write` puts them into files."""
+    """Tensors one after the other, with their values and partitions; `write` puts them into files."""
 
     def __init__(self, chance: random.Random, scheme: Tiles, ranks: int, aligned: bool = True):
         self.chance, self.scheme, self.ranks, self.aligned = chance, scheme, ranks, aligned
@@ -128,15 +128,15 @@ class Plans:
         alignment = 1
         if quantized and dim is not None:
             alignment = (
-                row_step(self.scheme.components, (shape[0], shape[1])) if dim == 0 else self._column_unit(shape[1])
+                row_step(self.scheme.components, (shape[0], shape[1])) if dim == 0 else self._column_alignment(shape[1])
             )
-        partition = (
-            random_cut(self.chance, shape[dim], alignment, self.ranks, dim) if dim is not None and alignment else None
-        )
+        if dim is None or not alignment:
+            return None, None
+        partition = random_partition(self.chance, shape[dim], alignment, self.ranks, dim)
         return (dim, partition) if partition is not None else (None, None)
 
-    def _column_unit(self, width: int) -> int:
-        """Least step at which columns may be cut; 0 where they may not."""
+    def _column_alignment(self, width: int) -> int:
+        """Returns the least alignment of a partition over columns; 0 where there is none."""
         local = [c for c in self.scheme.components if c.name not in self.scheme.whole]
         if any(c.flat and width % c.flat for c in local):
             return 0

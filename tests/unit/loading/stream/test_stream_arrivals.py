@@ -1,4 +1,4 @@
-"""The ledger: what has come, once; what is finished, in order; and who is late."""
+"""Arrivals: rows are counted once, tensors are finished in order, and the rank that is late is named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from test_stream_pieces import task_of
 
 from distquant.errors import DistquantError
 from distquant.loading.stream.arrivals import ArrivalTracker
-from distquant.loading.stream.staging_buffer import LoadState
+from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.tasks import Task
 from distquant.planning.read_assignment import Part
 from distquant.sharding.layout import Component
@@ -65,7 +65,7 @@ def test_statistics_of_all_rows_are_waited_for():
     assert arrivals.next_is_complete()
 
 
-def test_rows_that_come_twice_are_told():
+def test_rows_that_arrive_twice_are_an_error():
     arrivals = ArrivalTracker([three(0)], 0, LoadState(1))
     arrivals.count(arrivals.tasks[0], 4, 8)
     with pytest.raises(DistquantError, match="rows 4 to 8 of t0 arrived twice"):

@@ -56,7 +56,7 @@ def random_world(seed: int, folder, **fixed) -> World:
 
 
 def assert_right(world: World) -> None:
-    """Every rank has what slicing the whole tensors gives, and read what its node needs."""
+    """Every rank has the slices of the whole tensors, and read the bytes that its node needs."""
     errors = [outcome.error for outcome in world.outcomes if outcome.error is not None]
     for error in sorted(errors, key=lambda e: isinstance(e, (BrokenBarrierError, RankError))):
         raise error
@@ -95,7 +95,7 @@ def test_random_plans(tmp_path, seed):
 
 
 def test_random_plans_are_of_every_kind(tmp_path):
-    """What the seeds above happen to hold."""
+    """The seeds above cover all kinds."""
     found = set()
     for seed in range(36):
         (tmp_path / str(seed)).mkdir()
@@ -109,11 +109,12 @@ def test_random_plans_are_of_every_kind(tmp_path):
                 tensor.scheme,
                 f"{len(tensor.shape)} dims",
             }
-            found |= {"turned"} if tensor.transposed else set()
+            found |= {"transposed"} if tensor.transposed else set()
             found |= {"repeated"} if tensor.partition and world.partitions[tensor.partition].repeated else set()
     expected_kinds = {"1 x 1", "1 x 2", "1 x 3", "2 x 1", "2 x 2", "2 x 3", "1 nodes", "2 nodes"}
     expected_kinds |= {"statistics", "dim None", "dim 0", "dim 1", "1 sources", "2 sources", "none", "tiles"}
-    expected_kinds |= {"1 dims", "2 dims", "3 dims", "turned", "repeated", *(f"staging {size}" for size in STAGINGS)}
+    expected_kinds |= {"1 dims", "2 dims", "3 dims", "transposed", "repeated"}
+    expected_kinds |= {f"staging {size}" for size in STAGINGS}
     assert expected_kinds <= found
 
 
@@ -157,8 +158,8 @@ def test_tensors_that_lie_across_the_grid_of_their_elements(tmp_path, start, mes
 @pytest.mark.parametrize(
     "partition", [even_partition(8, 1, 2), Partition(4, (((0, 1), (2, 3)), ((1, 2), (3, 4)))).scaled(2)]
 )
-def test_turned_weight_that_is_cut_over_its_rows(tmp_path, partition):
-    """Its rows are columns of the file: who reads them reads all, and hands out what others keep."""
+def test_transposed_weight_that_is_partitioned_over_its_rows(tmp_path, partition):
+    """Its rows are columns of the file: the rank that reads them reads all, and sends what others keep."""
     value = torch.arange(8 * 6).reshape(8, 6).float()
     (tmp_path / "0.bin").write_bytes(value.T.contiguous().numpy().tobytes())
     infos = {"t": TensorInfo(name="t", dtype="F32", shape=(6, 8), file="0.bin", offset=0, nbytes=value.nbytes)}

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank ends all of them, with its name; and nothing is left behind, whatever the end."""
+"""A failure on one rank ends all of them, with its name; and nothing is left behind, whatever the end."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def fault_somewhere(seed: int, folder, error: BaseException, places: tuple[str, 
     return dry, fault
 
 
-def assert_told(world: World, fault: Fault, own: type[BaseException]) -> None:
+def assert_failure_named(world: World, fault: Fault, own: type[BaseException]) -> None:
     assert fault.fired
     for rank, outcome in enumerate(world.outcomes):
         if rank == fault.rank:
@@ -71,7 +71,7 @@ def assert_told(world: World, fault: Fault, own: type[BaseException]) -> None:
             assert isinstance(outcome.error, RankError), f"rank {rank} ended with {outcome.error!r}"
             assert outcome.error.rank == fault.rank, f"rank {rank}: {outcome.error}, it was rank {fault.rank}"
             assert not re.search(r"\d s( after|$)", str(outcome.error)), (
-                "it was told, and need not wait for the timeout"
+                "it received the error, and need not wait for the timeout"
             )
 
 
@@ -79,14 +79,14 @@ def assert_told(world: World, fault: Fault, own: type[BaseException]) -> None:
 def test_failing_rank_is_named_on_all(tmp_path, seed):
     world, fault = fault_somewhere(seed, tmp_path, ValueError("boom"), ("encode", "read", "finish", "progress"))
     world.run()
-    assert_told(world, fault, ValueError)
+    assert_failure_named(world, fault, ValueError)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_failure_while_threads_read_already_is_named_on_all(tmp_path, seed):
     world, fault = fault_somewhere(seed, tmp_path, ValueError("boom"), ("started",))
     world.run()
-    assert_told(world, fault, ValueError)
+    assert_failure_named(world, fault, ValueError)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -94,7 +94,7 @@ def test_read_that_fails_for_good_is_named_on_all(tmp_path, seed):
     error = OSError(errno.EACCES, os.strerror(errno.EACCES))
     world, fault = fault_somewhere(seed, tmp_path, error, ("read",))
     world.run()
-    assert_told(world, fault, ReadError)
+    assert_failure_named(world, fault, ReadError)
     assert all("Permission denied" in str(outcome.error) for outcome in world.outcomes)
 
 
@@ -102,11 +102,11 @@ def test_read_that_fails_for_good_is_named_on_all(tmp_path, seed):
 def test_interruption_ends_all(tmp_path, seed):
     world, fault = fault_somewhere(seed, tmp_path, KeyboardInterrupt(), ("progress", "encode"))
     world.run()
-    assert_told(world, fault, KeyboardInterrupt)
+    assert_failure_named(world, fault, KeyboardInterrupt)
 
 
-def test_failure_when_others_are_done_is_told_in_its_words(tmp_path):
-    """The last rank fails in its last tensor, when the others have said that they are done, and wait."""
+def test_failure_when_others_are_done_keeps_its_text(tmp_path):
+    """A rank fails in its last tensor, when the others have sent that they are done, and wait."""
     world = random_world(1, tmp_path, **THREE)
     last = world.tensors[-1].name
 
@@ -126,7 +126,7 @@ def test_failure_when_others_are_done_is_told_in_its_words(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rank_that_is_not_heard_of_is_named(tmp_path, seed):
+def test_rank_that_sends_nothing_is_named(tmp_path, seed):
     """It hangs (in a kernel, say), and its files, sockets and threads are all well."""
     world = random_world(seed, tmp_path, **THREE, timeout=1.0)
     silent = seed % 3

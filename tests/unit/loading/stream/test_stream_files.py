@@ -87,7 +87,7 @@ def test_direct_reads_that_end_within_a_page_go_on_from_its_start(monkeypatch, d
     files = Faulty(folder, "direct", [Short(n) for n in lengths])
     files.is_direct("data.bin")
     honest = os.open(folder / "data.bin", os.O_RDONLY)  # a kernel would refuse the odd lengths that a script asks for
-    monkeypatch.setattr(files, "_opened", lambda *_: honest)
+    monkeypatch.setattr(files, "_descriptor", lambda *_: honest)
     assert span(files, 77, 4 * PAGE, slot) == data[77 : 77 + 4 * PAGE]
     assert all(at % PAGE == 0 for at, _ in files.asked)
     os.close(honest)
@@ -142,7 +142,7 @@ def test_resident_share(tmp_path):
 
 
 @pytest.mark.parametrize("reason", ["_may_ask", "_resident"])
-def test_resident_share_where_the_kernel_does_not_tell(tmp_path, monkeypatch, reason):
+def test_resident_share_where_the_kernel_does_not_answer(tmp_path, monkeypatch, reason):
     """Only the owner is told, or who may write, and not of all file systems; else a read tells."""
 
     def cannot_be_mapped(*_):

@@ -1,4 +1,4 @@
-"""Ranks that meet, hand pieces over and part: over real sockets and shared memory, within one process."""
+"""Ranks that connect, exchange pieces and leave: over real sockets and shared memory, within one process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ import pytest
 import torch
 from world import Meeting, ThreadComm, nothing_left_behind
 
-import distquant.loading.stream.peers as peers_module
+import distquant.loading.stream.handshake as handshake_module
 from distquant.errors import InputError, RankError
-from distquant.loading.stream.peers import ACK, DATA, FAILED, HEADER, HELLO, Message, Peer, Peers
-from distquant.loading.stream.staging_buffer import LoadState, StagingBuffer
+from distquant.loading.stream.handshake import HELLO, handshake
+from distquant.loading.stream.load_state import LoadState
+from distquant.loading.stream.messages import ACK, DATA, HEADER, Message, Peer, failure_message
+from distquant.loading.stream.peers import Peers
+from distquant.loading.stream.staging_buffer import StagingBuffer
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +29,7 @@ def nothing_left():
 
 
 def on_threads(*functions) -> list[object]:
-    """What each function returns or raises."""
+    """Runs functions on threads; returns what each returned or raised."""
     found: list[object] = [None] * len(functions)
 
     def call(index: int) -> None:
@@ -45,7 +48,7 @@ def on_threads(*functions) -> list[object]:
 
 
 class Deaf:
-    """Is told nothing that matters."""
+    """Handles no message."""
 
     def begin(self) -> None: ...
 
@@ -58,22 +61,22 @@ class Deaf:
 
 
 class Notes(Deaf):
-    """Writes down what it is told."""
+    """Records the messages that it handles."""
 
     def __init__(self) -> None:
-        self.got: dict[int, list[int]] = {}
-        self.settled = 0
-        self.back: list[tuple[int, int, int]] = []
+        self.copied: dict[int, list[int]] = {}
+        self.pieces = 0
+        self.freed_slots: list[tuple[int, int, int]] = []
 
     def copy(self, peer: Peer, message: Message) -> int:
-        self.got[peer.rank] = peer.memory[message.offset : message.offset + 8].tolist()
+        self.copied[peer.rank] = peer.memory[message.offset : message.offset + 8].tolist()
         return 8
 
     def arrived(self, message: Message) -> None:
-        self.settled += 1
+        self.pieces += 1
 
     def freed(self, message: Message) -> None:
-        self.back.append((message.slot, message.stop, message.offset))
+        self.freed_slots.append((message.slot, message.stop, message.offset))
 
 
 def test_piece_is_seen_by_all_and_its_slot_comes_back():
@@ -91,12 +94,12 @@ def test_piece_is_seen_by_all_and_its_slot_comes_back():
                     other, Message(DATA, slot=1, tensor=3, mask=1, start=0, stop=8, offset=staging_buffer.slot_bytes)
                 )
         give_up = time.monotonic() + 120
-        while (notes.settled, len(notes.back)) != (2, 2) and time.monotonic() < give_up:
+        while (notes.pieces, len(notes.freed_slots)) != (2, 2) and time.monotonic() < give_up:
             time.sleep(0.002)
         peers.leave()
         peers.close()
         staging_buffer.close()
-        return notes.got, notes.back
+        return notes.copied, notes.freed_slots
 
     for number, found in enumerate(on_threads(*(lambda n=n: rank(n) for n in range(count)))):
         assert found == (
@@ -135,7 +138,7 @@ def test_a_thread_that_hangs_is_left_behind_with_what_it_uses():
 
 
 def test_rank_that_does_not_come_is_named(monkeypatch):
-    monkeypatch.setattr(peers_module, "CONNECT", 0.3)
+    monkeypatch.setattr(handshake_module, "CONNECT", 0.3)
     staging_buffer = StagingBuffer(1, 10)
     peers = Peers(0, staging_buffer, LoadState(5))
     with pytest.raises(RankError, match=r"rank 1 failed: did not connect to rank 0 within 0\.3 s"):
@@ -144,7 +147,7 @@ def test_rank_that_does_not_come_is_named(monkeypatch):
     staging_buffer.close()
 
 
-def test_ranks_that_share_no_folder_are_told():
+def test_ranks_that_share_no_folder_are_an_input_error():
     class Elsewhere:
         def collect(self, value):
             return ["/nowhere/at/all", value]
@@ -185,7 +188,7 @@ def test_pieces_that_come_together_are_answered_together():
         pieces = [Message(DATA, slot=slot, start=i) for i, slot in enumerate((2, 2, 3, 2))]
         theirs.sendall(b"".join(piece.pack() for piece in pieces))
         peers.start(notes)
-        assert in_the_end(lambda: notes.settled == 4)
+        assert in_the_end(lambda: notes.pieces == 4)
         answers = theirs.recv(1000)
         found = [Message(*HEADER.unpack_from(answers, at)) for at in range(0, len(answers), HEADER.size)]
         assert [(m.kind, m.slot, m.stop, m.offset) for m in found] == [(ACK, 2, 3, 24), (ACK, 3, 1, 8)]
@@ -196,16 +199,15 @@ def test_messages_may_come_byte_by_byte():
     with pair(0, load_state) as (peers, theirs):
         notes = Notes()
         peers.start(notes)
-        said = b"OSError: no disk"
-        for byte in Message(DATA, slot=1).pack() + Message(FAILED, stop=len(said)).pack() + said:
+        for byte in Message(DATA, slot=1).pack() + failure_message(0, OSError("no disk")):
             theirs.sendall(bytes([byte]))
             time.sleep(0.0005)
         assert in_the_end(lambda: load_state.failure is not None)
         assert str(load_state.failure) == "rank 0 failed: OSError: no disk"
-        assert notes.settled == 1
+        assert notes.pieces == 1
 
 
-def test_what_is_posted_is_sent_by_flush_and_before_anything_that_follows():
+def test_posted_messages_are_sent_by_flush_and_before_any_that_follow():
     with pair(0, LoadState(120)) as (peers, theirs):
         theirs.settimeout(120)
         peers.post(0, Message(DATA, tensor=1))
@@ -228,52 +230,48 @@ def test_rank_that_dies_is_named():
             load_state.wait(lambda: False, TimeoutError)
 
 
-def test_failure_is_told_with_the_rank_that_failed_first():
-    """Rank 0 stops because rank 2 failed; so does whoever hears it from rank 0."""
+def test_failure_carries_the_rank_that_failed_first():
+    """Rank 0 stops because rank 2 failed; so does any rank that receives it from rank 0."""
     load_state = LoadState(120)
     with pair(0, load_state) as (peers, theirs):
         peers.start(Deaf())
-        said = str(RankError(2, "ValueError: boom")).encode()
-        theirs.sendall(Message(FAILED, stop=len(said)).pack() + said)
+        theirs.sendall(failure_message(0, RankError(2, "ValueError: boom")))
         with pytest.raises(RankError, match="rank 2 failed: ValueError: boom"), load_state.watch:
             load_state.wait(lambda: False, TimeoutError)
 
 
-def test_rank_that_left_is_not_blamed_for_what_it_said(monkeypatch):
-    """It said why it leaves, and hung up. That a send fails is noticed before the listening thread has read that."""
-    hear = Peers._receive
-    monkeypatch.setattr(Peers, "_receive", lambda *arguments: time.sleep(0.2) or hear(*arguments))
+def test_rank_that_left_is_not_blamed_for_the_error_it_sent(monkeypatch):
+    """It sent its error and closed its socket. A send fails here before the listening thread has read the error."""
+    receive = Peers._receive
+    monkeypatch.setattr(Peers, "_receive", lambda *arguments: time.sleep(0.2) or receive(*arguments))
     load_state = LoadState(120)
     with pair(0, load_state) as (peers, theirs):
         peers.start(Deaf())
-        said = str(RankError(2, "ValueError: boom")).encode()
-        theirs.sendall(Message(FAILED, stop=len(said)).pack() + said)
+        theirs.sendall(failure_message(0, RankError(2, "ValueError: boom")))
         theirs.shutdown(socket.SHUT_RDWR)
         with pytest.raises(RankError, match="rank 2 failed: ValueError: boom"):
             peers.send(0, Message(DATA))
 
 
-def test_rank_that_ends_while_meeting_is_named():
+def test_rank_that_ends_during_the_handshake_is_named():
     """The one that ended, not the one that noticed; and its socket is closed."""
     ours, theirs = socket.socketpair()
     staging_buffer = StagingBuffer(1, 10)
-    peers = Peers(1, staging_buffer, LoadState(5))
     theirs.sendall(HELLO.pack(0, 4096)[:3])
     theirs.shutdown(socket.SHUT_WR)
     try:
         with pytest.raises(RankError) as caught:
-            peers._handshake(ours, 0)
+            handshake(ours, 1, staging_buffer, 0)
         assert caught.value.rank == 0
         assert ours.fileno() == -1
     finally:
         ours.close()
         theirs.close()
-        peers.close()
         staging_buffer.close()
 
 
-def test_meeting_leaves_no_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(peers_module.tempfile, "tempdir", str(tmp_path))
+def test_handshakes_leave_no_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(handshake_module.tempfile, "tempdir", str(tmp_path))
     meeting = Meeting(2)
 
     def rank(number: int):

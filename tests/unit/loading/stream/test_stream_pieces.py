@@ -1,4 +1,4 @@
-"""How work is divided into pieces, slots and batches; and the reader: in order, ahead, never further than its slots."""
+"""Work in pieces, slots and batches; and the reader: in order, ahead, never further than its slots."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from distquant.errors import RankError
 from distquant.loading.stream.budget import SLOT, Budget
 from distquant.loading.stream.engine import cores_of_a_rank
 from distquant.loading.stream.files import Files, ReadError
+from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.reader import AHEAD, Reader
 from distquant.loading.stream.rows import RowMap
 from distquant.loading.stream.stage_timer import StageTimer
-from distquant.loading.stream.staging_buffer import LoadState, Slots, StagingBuffer
+from distquant.loading.stream.staging_buffer import Slots, StagingBuffer
 from distquant.loading.stream.tasks import ALIGN, Chunk, Task, batches, chunks_of
 from distquant.model.description import Source
 from distquant.planning.read_assignment import Part
@@ -118,8 +119,8 @@ def test_slots_keep_to_the_staging_budget(staging):
 
 
 @pytest.mark.parametrize("capacity", [1, 100, 700, 100_000])
-def test_turned_tensor_is_read_as_it_is_stored(capacity):
-    """Rows of the file, all of them, by the one rank that turns it."""
+def test_transposed_tensor_is_read_as_it_is_stored(capacity):
+    """Rows of the file, all of them, by the one rank that transposes it."""
     task = task_of(0, (24, 10), "F32", 0, [Component(name="", dtype="uint8")], transposed=True)
     found = [row for chunk in chunks_of(task, 0, capacity) for row in range(chunk.start, chunk.stop)]
     assert found == list(range(10))
@@ -147,13 +148,13 @@ def test_batches_past_the_page_cache_join_neighbours_only(data, capacity):
         assert batch
         if len(batch) > 1:
             assert sum(chunk.nbytes for chunk in batch) <= capacity
-            block_shape = [chunk.span for chunk in batch]
-            assert all(a[0] == b[0] and a[2] == b[1] for a, b in pairwise(block_shape))
+            spans = [chunk.span for chunk in batch]
+            assert all(a[0] == b[0] and a[2] == b[1] for a, b in pairwise(spans))
         assert [chunk.at for chunk in batch] == [0, *accumulate(chunk.nbytes for chunk in batch)][:-1]
     for batch, following in pairwise(found):
         last, first = batch[-1], following[0]
         if last.span[2] == first.span[1]:
-            assert sum(chunk.nbytes for chunk in (*batch, first)) > capacity, "neighbours that fit were read apart"
+            assert sum(chunk.nbytes for chunk in (*batch, first)) > capacity, "neighbours that fit were read separately"
 
 
 def slot_bytes(batch: list[Chunk]) -> int:
@@ -195,17 +196,17 @@ def test_batches_through_the_page_cache_take_what_fits(data, capacity):
         assert len(batch) == 1 or fits(batch)
         assert len(batch) == 1 or slot_bytes(batch) <= capacity
     for batch, following in pairwise(found):
-        assert not fits([*batch, following[0]]), "what fits was read apart"
+        assert not fits([*batch, following[0]]), "batches that fit together were read separately"
 
 
-def test_past_and_through_the_page_cache_are_read_apart():
+def test_past_and_through_the_page_cache_are_separate_batches():
     chunks = list(chunks_of(task_of(0, (6, 8), "F32", 0, [Component(name="", dtype="uint8")]), 0, 100))
     chunks[0].direct = True
     assert [len(batch) for batch in batches(iter(chunks), 10_000)] == [1, len(chunks) - 1]
     assert len(chunks) > 2
 
 
-def test_columns_are_no_run():
+def test_columns_are_not_one_run():
     task = task_of(0, (6, 8), "F32", 0, [Component(name="", dtype="uint8")], columns=(2, 6))
     chunks = list(chunks_of(task, 0, 100))
     assert [(chunk.start, chunk.stop, chunk.span) for chunk in chunks] == [(0, 2, None), (2, 4, None), (4, 6, None)]
@@ -331,7 +332,7 @@ def test_reader_passes_errors_on(tmp_path, threads):
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_reader_stops_when_told(tmp_path, threads):
+def test_reader_stops_with_the_load(tmp_path, threads):
     running = Running(tmp_path, threads=threads)
     taken = next(iter(running.reader))
     assert taken[0].start == 0
@@ -349,7 +350,7 @@ def test_reader_without_threads_reads_nothing_ahead(tmp_path):
     running.close()
 
 
-def test_reader_without_threads_hears_of_failures_and_of_ranks_that_hold_its_slots(tmp_path):
+def test_reader_without_threads_ends_at_failures_and_when_ranks_hold_its_slots(tmp_path):
     running = Running(tmp_path, slots=1, threads=0)
     running.load_state.timeout = 0.1
     batches_read = iter(running.reader)
@@ -362,7 +363,7 @@ def test_reader_without_threads_hears_of_failures_and_of_ranks_that_hold_its_slo
     running.close()
 
 
-def test_reader_that_hears_nothing_gives_up(tmp_path):
+def test_reader_whose_reads_do_not_return_gives_up(tmp_path):
     hang = threading.Event()
     running = Running(tmp_path, count=2, hang=hang)
     try:

@@ -1,4 +1,4 @@
-"""Errors of a disk or network: those that pass are waited out, those that last are told, no handle is lost."""
+"""Errors of a disk or network: those that pass are waited out, those that last are reported, no handle is lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from faulty import END, SIZE, Faulty, Short, buffered, rows, run, span
 
 import distquant.loading.stream.files as files_module
 from distquant.loading.stream.files import PAUSES, RETRIED, Files, ReadError
-from distquant.loading.stream.staging_buffer import PAGE
+from distquant.planning.slots import PAGE
 
 # -- errors ------------------------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def test_every_new_try_is_counted_and_waited_for(folder, data, pauses):
 
 @pytest.mark.parametrize("way", ["read", "run", "rows", "direct"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT])
-def test_errors_that_last_are_told(request, folder, slot, pauses, number, way):
+def test_errors_that_last_are_reported(request, folder, slot, pauses, number, way):
     if way == "direct":
         request.getfixturevalue("direct")
     files = Faulty(folder, "direct" if way == "direct" else "buffered", [number] * 50)
@@ -53,9 +53,9 @@ def test_errors_that_last_are_told(request, folder, slot, pauses, number, way):
     }
     with pytest.raises(ReadError) as caught:
         ways[way]()
-    told = str(caught.value)
+    message = str(caught.value)
     for word in ("data.bin", f"byte {PAGE}", "some.weight", os.strerror(number), f"{len(PAUSES)} new tries"):
-        assert word in told
+        assert word in message
     assert pauses == list(PAUSES)
     assert files.stats.retries == len(PAUSES) <= len(files.asked) <= len(PAUSES) + 2
     files.close()
@@ -88,7 +88,7 @@ class Stale(Files):
 
     def _preadv(self, fd, targets, offset):
         self.reads += 1
-        if self.reads > 1 and len(self.prepared) == 1:
+        if self.reads > 1 and len(self.opened) == 1:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return super()._preadv(fd, targets, offset)
 
@@ -96,15 +96,15 @@ class Stale(Files):
 @pytest.mark.parametrize("way", ["read", "rows"])
 def test_stale_handle_is_opened_again(folder, data, pauses, monkeypatch, way):
     files, opening = Stale(folder), os.open
-    files.prepared = prepared = []
-    monkeypatch.setattr(files_module.os, "open", lambda *a: prepared.append(opening(*a)) or prepared[-1])
+    files.opened = opened = []
+    monkeypatch.setattr(files_module.os, "open", lambda *a: opened.append(opening(*a)) or opened[-1])
     before = set(os.listdir("/proc/self/fd"))
     assert buffered(files, 0, 10) == data[:10]
     if way == "read":
         assert buffered(files, 10, 50) == data[10:60]
     else:
         assert rows(files, 10, 50, 20, 4) == b"".join(data[10 + i * 50 :][:20] for i in range(4))
-    assert len(prepared) == 2
+    assert len(opened) == 2
     files.close()
     assert set(os.listdir("/proc/self/fd")) == before
 
@@ -160,7 +160,7 @@ def result_of(function, *args):
 
 
 @pytest.mark.parametrize("way", ["read", "rows"])
-def test_file_that_ends_early_is_told(folder, way):
+def test_file_that_ends_early_is_reported(folder, way):
     files = Faulty(folder)
     with pytest.raises(
         ReadError, match=rf"data\.bin at byte {SIZE} \(some\.weight\): the file ends 20 bytes too early"
@@ -169,14 +169,14 @@ def test_file_that_ends_early_is_told(folder, way):
     files.close()
 
 
-def test_end_of_a_run_is_told_of_the_tensor_that_it_is_in(folder):
+def test_end_of_a_run_names_the_tensor_that_it_is_in(folder):
     files = Faulty(folder, script=[Short(130), END])
     with pytest.raises(ReadError, match=r"byte 230 \(2\.weight\): the file ends 70 bytes too early"):
         run(files, 100, [50, 50, 60, 40])
     files.close()
 
 
-def test_end_in_the_middle_is_told(folder):
+def test_end_in_the_middle_is_reported(folder):
     files = Faulty(folder, script=[Short(30), END])
     with pytest.raises(ReadError, match=r"byte 130 .* ends 20 bytes too early"):
         buffered(files, 100, 50)
@@ -184,7 +184,7 @@ def test_end_in_the_middle_is_told(folder):
 
 
 @pytest.mark.parametrize("size", [PAGE, PAGE + 904])
-def test_file_that_ends_early_is_told_past_the_page_cache(direct, tmp_path, slot, size):
+def test_file_that_ends_early_is_reported_past_the_page_cache(direct, tmp_path, slot, size):
     """Also where the end is within a page: the same bytes must not be read again and again."""
     (tmp_path / "data.bin").write_bytes(bytes(size))
     files = Faulty(tmp_path, "direct", [None] * 20 + [errno.EBADF] * 20)

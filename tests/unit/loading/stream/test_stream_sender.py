@@ -1,4 +1,4 @@
-"""What is handed on: payloads share slots, a slot is free when all of it has been taken, and messages go together."""
+"""Sending pieces: payloads share slots, a slot is free when all of it has been copied, and messages go together."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import threading
 import pytest
 
 from distquant.errors import RankError
-from distquant.loading.stream.peers import DATA, Message
+from distquant.loading.stream.load_state import LoadState
+from distquant.loading.stream.messages import DATA, Message
 from distquant.loading.stream.sender import TOGETHER, Sender
-from distquant.loading.stream.staging_buffer import LoadState, Slots, StagingBuffer
+from distquant.loading.stream.staging_buffer import Slots, StagingBuffer
 
 SIZE = 4096
 
 
-class Told:
-    """Notes what is posted, and at which flush it goes."""
+class RecordingPeers:
+    """Records posted messages, and at which flush they are sent."""
 
     def __init__(self) -> None:
         self.posted: list[tuple[int, int]] = []
@@ -32,9 +33,9 @@ class Told:
 
 @pytest.fixture
 def parts():
-    staging_buffer, load_state, told = StagingBuffer(5, SIZE), LoadState(0.2), Told()
+    staging_buffer, load_state, peers = StagingBuffer(5, SIZE), LoadState(0.2), RecordingPeers()
     slots = Slots(range(2, 5), load_state.watch)
-    yield Sender(staging_buffer, slots, told, load_state, lambda: RankError(7, "took nothing")), slots, told
+    yield Sender(staging_buffer, slots, peers, load_state, lambda: RankError(7, "took nothing")), slots, peers
     staging_buffer.close()
 
 
@@ -68,20 +69,20 @@ def test_slot_that_is_being_filled_is_not_free_though_all_of_it_was_taken(parts)
     assert sender.room(64, 1) == (slot, slot * SIZE + 64)
 
 
-def test_before_it_waits_for_a_slot_everybody_is_told(parts):
-    sender, slots, told = parts
+def test_before_it_waits_for_a_slot_all_messages_are_sent(parts):
+    sender, slots, peers = parts
     for number in range(3):
         slot, offset = sender.room(SIZE, 1)
-        sender.tell((1,), Message(DATA, slot, number, 1, 0, 1, offset))
-    assert told.sent == []
+        sender.send((1,), Message(DATA, slot, number, 1, 0, 1, offset))
+    assert peers.sent == []
     later = threading.Timer(0.05, slots.release, (slot,))
     later.start()
     sender.room(SIZE, 1)
     later.join()
-    assert told.sent == [[(1, 0), (1, 1), (1, 2)]]
+    assert peers.sent == [[(1, 0), (1, 1), (1, 2)]]
 
 
-def test_who_takes_nothing_is_named(parts):
+def test_rank_that_copies_nothing_is_named(parts):
     sender, _, _ = parts
     for _ in range(3):
         sender.room(SIZE, 1)
@@ -90,9 +91,9 @@ def test_who_takes_nothing_is_named(parts):
 
 
 def test_messages_go_together(parts):
-    sender, _, told = parts
+    sender, _, peers = parts
     for number in range(TOGETHER + 1):
-        sender.tell((1, 3), Message(DATA, tensor=number))
-    assert [len(sent) for sent in told.sent] == [2 * TOGETHER]
+        sender.send((1, 3), Message(DATA, tensor=number))
+    assert [len(sent) for sent in peers.sent] == [2 * TOGETHER]
     sender.flush()
-    assert told.sent[1] == [(1, TOGETHER), (3, TOGETHER)]
+    assert peers.sent[1] == [(1, TOGETHER), (3, TOGETHER)]

@@ -25,9 +25,9 @@ from torch import Tensor
 from distquant.checkpoint import TensorInfo
 from distquant.loading.shard_buffer import ShardBuffer
 from distquant.loading.stream.engine import Engine
+from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.rows import RowMap
 from distquant.loading.stream.stage_timer import StageTimer
-from distquant.loading.stream.staging_buffer import LoadState
 from distquant.loading.stream.tasks import Task
 from distquant.planning.load_plan import TensorPlan
 from distquant.planning.read_assignment import (
@@ -51,7 +51,7 @@ Hook = Callable[[int, str, str], None]
 
 
 class Meeting:
-    """What ranks on threads use to collect values."""
+    """Collects values of ranks that are threads."""
 
     def __init__(self, count: int):
         self._barrier, self._values = threading.Barrier(count, timeout=HANGS), [None] * count
@@ -100,7 +100,7 @@ class WatchedSink:
 
 @dataclass
 class Outcome:
-    """What became of one rank."""
+    """The result of one rank."""
 
     memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
@@ -112,7 +112,7 @@ class Outcome:
 
 @dataclass
 class World:
-    """A plan, its files, and how ranks shall run."""
+    """A plan, its files, and the conditions under which ranks run."""
 
     mesh: Mesh
     nodes: tuple[int, ...]
@@ -132,7 +132,7 @@ class World:
     counters: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def prepare(self) -> None:
-        """What ranks share while they run."""
+        """Makes all that ranks share while they run."""
         self.outcomes = [Outcome() for _ in range(self.mesh.size)]
         sizes = {path.name: path.stat().st_size for path in self.folder.iterdir()}
         self.counters = {node: {n: np.zeros(s, int) for n, s in sizes.items()} for node in set(self.nodes)}
@@ -198,7 +198,7 @@ class World:
                 engine.start()
                 hook(rank, "started", "")  # where a loader makes its modules, while threads read
                 engine.run()
-                outcome.sent, outcome.received = engine.moved.sent, engine.moved.received
+                outcome.sent, outcome.received = engine.traffic.sent, engine.traffic.received
         finally:
             outcome.read = files.stats.bytes
             files.close()
