@@ -6,7 +6,7 @@ unquantized: without it, nobody knows which modules are converted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -109,43 +109,26 @@ def describe(
     mesh, checkpoint = given.mesh, prepared.checkpoint
     placement = _place_tensors(prepared, merged, skipped, mesh, request.on_unsupported, problems)
     sizes_known = not problems
-    scheme, prequantized = placement.scheme, placement.merged.prequantized
-    stacked = placement.stackable
-    description = placement.split(stacked)
-    converted = _converted(description, scheme, prequantized, problems)
-    if not _is_divided(mesh):
-        # On one rank only converted experts must be stacks. Where none is converted, the model's own module stays, and
-        # with it transformers' own way to run it.
-        modules = {_experts_module(name) for name in converted if STAR in name}
-        stacked = tuple(name for name in stacked if name in modules)
-        if stacked != placement.stackable:
-            description = placement.split(stacked)
-    if placement.gguf is not None:
-        description = with_gguf_sources(description, placement.gguf)
-    kept = Kept()
-    if placement.skipped is not None or (scheme.delegated and prequantized):
-        # Nothing here reads these weights' form, so they keep it. A packed weight is then no linear module's any more.
-        description, kept = as_stored(description, checkpoint.tensors)
-        converted = [name for name in converted if name in description.linears]
-    dequantize = placement.merged.dequantize and not scheme.delegated
-    quantized = [] if dequantize else converted
-    device_map = _device_map(request, environment, mesh, prepared, scheme, description, quantized, problems)
-    offloaded = frozenset(scheme.offloaded(converted, device_map)) if device_map is not None else frozenset[str]()
+    selected = _select(placement, mesh, checkpoint, problems)
+    device_map = _device_map(request, environment, mesh, prepared.model, placement, selected, problems)
+    offloaded = frozenset[str]()
+    if device_map is not None:
+        offloaded = frozenset(placement.scheme.offloaded(selected.converted, device_map))
     measured = len(environment.nodes) == mesh.size  # else it was measured for another mesh, or not at all
     return Described(
         checkpoint=checkpoint,
-        scheme=scheme,
+        scheme=placement.scheme,
         mesh=mesh,
         staging=given.staging,
         nodes=environment.nodes if measured else nodes_of(mesh.size, request.ranks_per_node),
         dispatch=given.dispatch,
-        prequantized=prequantized,
-        dequantize=dequantize,
-        description=description,
-        stacked=stacked,
+        prequantized=placement.merged.prequantized,
+        dequantize=placement.dequantize,
+        description=selected.description,
+        stacked=selected.stacked,
         skipped=placement.skipped,
-        kept=kept,
-        converted=tuple(name for name in converted if name not in offloaded),
+        kept=selected.kept,
+        converted=tuple(name for name in selected.converted if name not in offloaded),
         offloaded=offloaded,
         device_map=device_map,
         sizes_known=sizes_known,
@@ -168,6 +151,11 @@ class _Placement:
     """Modules of experts that may be split into stacks."""
     shapes: Mapping[str, tuple[int, ...]]
     gguf: GgufNames | None
+
+    @property
+    def dequantize(self) -> bool:
+        """True if stored quantized weights become ordinary ones here; transformers does that itself if it loads."""
+        return self.merged.dequantize and not self.scheme.delegated
 
     def split(self, modules: tuple[str, ...]) -> ModelDescription:
         """Returns the description with these modules of experts as stacks."""
@@ -221,11 +209,42 @@ def _place_tensors(
 
 
 def _is_divided(mesh: Mesh) -> bool:
-    """True if ranks hold different parts of the model."""
+    """Returns True if ranks hold different parts of the model."""
     return mesh.ep * mesh.tp > 1
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Selected:
+    """The modules to convert, and the description in which they have the form to be converted."""
+
+    converted: list[str]
+    stacked: tuple[str, ...]
+    description: ModelDescription
+    kept: Kept
+
+
+def _select(placement: _Placement, mesh: Mesh, checkpoint: Checkpoint, problems: Problems) -> _Selected:
+    """Selects the modules to convert, before a device map may leave some out."""
+    scheme, prequantized, stacked = placement.scheme, placement.merged.prequantized, placement.stackable
+    description, kept = placement.split(stacked), Kept()
+    converted = _converted(description, scheme, prequantized, problems)
+    if not _is_divided(mesh):
+        # On one rank only converted experts must be stacks. Where none is converted, the model's own module stays, and
+        # with it transformers' own way to run it.
+        modules = {name.partition(f".{STAR}.")[0] for name in converted if STAR in name}
+        stacked = tuple(name for name in stacked if name in modules)
+        if stacked != placement.stackable:
+            description = placement.split(stacked)
+    if placement.gguf is not None:
+        description = with_gguf_sources(description, placement.gguf)
+    if placement.skipped is not None or (scheme.delegated and prequantized):
+        # Nothing here reads these weights' form, so they keep it. A packed weight is then no linear module's any more.
+        description, kept = as_stored(description, checkpoint.tensors)
+        converted = [name for name in converted if name in description.linears]
+    return _Selected(converted=converted, stacked=stacked, description=description, kept=kept)
 
 
 def _converted(description: ModelDescription, scheme: Scheme, prequantized: bool, problems: Problems) -> list[str]:
@@ -239,13 +258,9 @@ def _converted(description: ModelDescription, scheme: Scheme, prequantized: bool
 
 
 def _leaves(modules: tuple[str, ...]) -> list[str]:
+    """Returns the modules without children: a pattern that matches only a container would convert nothing."""
     parents = {name.rpartition(".")[0] for name in modules}
     return [name for name in modules if name not in parents]
-
-
-def _experts_module(stack: str) -> str:
-    """Returns the module of experts that a stack belongs to."""
-    return stack.partition(f".{STAR}.")[0]
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------
@@ -255,14 +270,13 @@ def _device_map(
     request: Request,
     environment: Environment,
     mesh: Mesh,
-    prepared: Prepared,
-    scheme: Scheme,
-    description: ModelDescription,
-    quantized: Iterable[str],
+    model: Any,
+    placement: _Placement,
+    selected: _Selected,
     problems: Problems,
 ) -> dict[str, str] | None:
-    """Returns the complete device map, on the sizes that the `quantized` modules will have."""
-    asked = request.device_map
+    """Returns the complete device map, inferred from the sizes that converted modules will have."""
+    asked, scheme, description = request.device_map, placement.scheme, selected.description
     if asked is None:
         return None
     if mesh.size > 1:
@@ -275,7 +289,7 @@ def _device_map(
         shard = Shard(f"{name}.weight", (linear.out_features, linear.in_features), weight.dtype)
         return scheme.shard_nbytes(shard) * max(linear.experts, 1)
 
-    sizes = {name: nbytes(name) for name in quantized}
+    sizes = {} if placement.dequantize else {name: nbytes(name) for name in selected.converted}
     asked = scheme.update_device_map(asked) if isinstance(asked, dict) else asked
     max_memory = memory_by_device(request.max_memory, environment.device_type)
-    return infer_device_map(prepared.model, asked, max_memory, sizes, scheme.adjust_max_memory, problems)
+    return infer_device_map(model, asked, max_memory, sizes, scheme.adjust_max_memory, problems)

@@ -93,7 +93,7 @@ def _infer(
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
 
-    sized = _with_quantized_sizes(model, quantized)
+    resized = _with_quantized_sizes(model, quantized)
     no_split = list(model._no_split_modules or [])
     try:
         declared = read_memory(max_memory)
@@ -106,10 +106,10 @@ def _infer(
         memory = get_max_memory(limits)
         if kind != "sequential":
             low_zero = kind == "balanced_low_0"
-            memory = get_balanced_memory(sized, memory, no_split_module_classes=no_split, low_zero=low_zero)
+            memory = get_balanced_memory(resized, memory, no_split_module_classes=no_split, low_zero=low_zero)
         # In transformers' order: balance first, then leave free what the scheme needs on each device.
         memory = {key: adjust(value) for key, value in memory.items()}
-        inferred = infer_auto_device_map(sized, max_memory=memory, no_split_module_classes=no_split)
+        inferred = infer_auto_device_map(resized, max_memory=memory, no_split_module_classes=no_split)
     return {key: _device(value) for key, value in inferred.items()}
 
 
@@ -131,17 +131,17 @@ def _with_quantized_sizes(model: PreTrainedModel, quantized: Mapping[str, int]) 
     """Returns a copy of the model on `meta` whose converted weights have as many bytes as they will take."""
     import torch
 
-    sized = copy.deepcopy(model)
+    resized = copy.deepcopy(model)
     # A module's own parameters hold all projections of its experts; the stacks below take their place.
     fused = {name.partition(f".{STAR}.")[0] for name in quantized if STAR in name}
     for name in fused:
-        sized.get_submodule(name)._parameters.clear()
+        resized.get_submodule(name)._parameters.clear()
     for name, nbytes in quantized.items():
         module, _, projection = name.partition(f".{STAR}.")
         weight = torch.nn.Parameter(torch.empty(nbytes, dtype=torch.uint8, device="meta"), requires_grad=False)
-        setattr(sized.get_submodule(module), projection or "weight", weight)
-    sized.tie_weights()  # a weight that was replaced is no longer tied, and both would be counted
-    return sized
+        setattr(resized.get_submodule(module), projection or "weight", weight)
+    resized.tie_weights()  # a weight that was replaced is no longer tied, and both would be counted
+    return resized
 
 
 def memory_by_device(max_memory: Any, device_type: str | None) -> Mapping[Any, Any] | None:

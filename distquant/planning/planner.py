@@ -108,7 +108,7 @@ def _parallel_plan(described: Described) -> ParallelPlan:
     )
     layout_of, parallel = _layouts(described), ParallelPlan()
     if mesh.tp > 1 and description.tp_plan:
-        # Rules for experts of known form are read by `plan_experts`, which partitions them and tells what became of it.
+        # Rules for experts of known form are read by `plan_experts`, which partitions experts and reports the rules.
         for_experts = {rule for rules in expert_rules(description, tp_plan).values() for rule in rules}
         dense = {rule: style for rule, style in tp_plan.items() if rule not in for_experts}
         parallel = rewrite_tp_plan(description, dense, mesh.tp, layout_of)
