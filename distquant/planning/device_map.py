@@ -1,4 +1,8 @@
-"""Device maps for one process with many devices, by accelerate, on quantized sizes."""
+"""Device maps for one process with many devices: given by the user, or inferred by accelerate from quantized sizes.
+
+accelerate measures a model's parameters, and knows nothing of what they become. So it gets a copy of the model on
+`meta` whose converted weights have as many bytes as they will take.
+"""
 
 from __future__ import annotations
 
@@ -28,48 +32,53 @@ def infer_device_map(
     adjust: Callable[[int], int],
     problems: Problems,
 ) -> dict[str, str] | None:
-    """Module -> device, complete.
+    """Returns the complete map, module -> device; None if it is invalid.
 
     Args:
         model: on `meta`.
-        asked: "auto" and its kin, one device, or a dict.
+        asked: one of `AUTO`, one device, or a dict.
         max_memory: device -> bytes, or None for what accelerate measures.
         quantized: bytes that each converted module's weight takes.
         adjust: the scheme's `adjust_max_memory`.
-        problems: gets a map that is incomplete or memory that does not suffice.
+        problems: gets an incomplete map, unknown modules and devices, and invalid sizes.
     """
     from accelerate.utils import check_device_map
 
     if isinstance(asked, str) and asked in AUTO:
         return _infer(model, asked, max_memory, quantized, adjust, problems)
     given = asked if isinstance(asked, dict) else {"": asked}
-    found = {key: _device(value) for key, value in given.items()}
-    strange = [(key, value) for key, value in found.items() if not is_device(value)]
-    for key, value in strange:
-        what = f"{value!r} (for {key or 'the whole model'}) is no device"
-        problems.add("device_map", what, "Give 'auto', 'cpu', 'disk', or the number of a GPU")
-    if strange:
+    device_map = {key: _device(value) for key, value in given.items()}
+    invalid = [(key, device) for key, device in device_map.items() if not is_device(device)]
+    for key, device in invalid:
+        problem = f"invalid device {device!r} (for {key or 'the whole model'})"
+        problems.add("device_map", problem, "Give 'auto', 'cpu', 'disk', or the number of a GPU")
+    if invalid:
         return None
     try:
-        with _declared_devices():
-            check_device_map(model, found)
+        with _without_accelerate_warnings():
+            check_device_map(model, device_map)
     except ValueError as error:
         problems.add("device_map", said(error), "Give every module a device; '' stands for the whole model")
         return None
-    unknown = [key for key in found if key and not any(n == key or n.startswith(key + ".") for n in _names(model))]
-    for key in unknown:
-        problems.add("device_map", f"{key!r} names no module of {type(model).__name__}", "Remove or correct it")
-    return _with_computed_buffers(model, found)
+    # accelerate ignores entries that name nothing, so a typo would go unnoticed.
+    names = _names(model)
+    for key in device_map:
+        if key and not any(name == key or name.startswith(key + ".") for name in names):
+            problems.add("device_map", f"{key!r} names no module of {type(model).__name__}", "Remove or correct it")
+    return _with_computed_buffers(model, device_map)
 
 
 def _with_computed_buffers(model: PreTrainedModel, device_map: dict[str, str]) -> dict[str, str]:
-    """A map that also has a place for modules with computed buffers alone (rotary embeddings): the main one."""
-    found, main = dict(device_map), main_place(device_map)
+    """Returns a map that also has a device for modules with computed buffers alone (rotary embeddings)."""
+    # `check_device_map` asks for what a state dict has, and computed buffers are not in it.
+    complete, main = dict(device_map), main_place(device_map)
     for name, _ in model.named_buffers():
-        if place_of(found, name) is None:
+        if place_of(complete, name) is None:
             owner = name.rpartition(".")[0]
-            found[name if any(True for _ in model.get_submodule(owner).children()) else owner] = main
-    return found
+            # An entry for a module with children would decide about theirs as well.
+            has_children = any(True for _ in model.get_submodule(owner).children())
+            complete[name if has_children else owner] = main
+    return complete
 
 
 def _infer(
@@ -80,30 +89,32 @@ def _infer(
     adjust: Callable[[int], int],
     problems: Problems,
 ) -> dict[str, str] | None:
+    """Returns the map that accelerate infers from the sizes that weights will have."""
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
 
-    sized = _with_quantized_sizes(model, quantized)
+    resized = _with_quantized_sizes(model, quantized)
     no_split = list(model._no_split_modules or [])
     try:
         declared = read_memory(max_memory)
     except InputError as error:
         problems.extend(error.problems)
         return None
-    # The disk takes what is left, and accelerate knows no limit for it; `check_memory` compares what is given.
+    # The disk takes what is left, and accelerate has no limit for it; `check_memory` compares it afterwards.
     limits = None if declared is None else {_accelerate_key(k): v for k, v in declared.items() if k != "disk"}
-    with _declared_devices():
+    with _without_accelerate_warnings():
         memory = get_max_memory(limits)
         if kind != "sequential":
             low_zero = kind == "balanced_low_0"
-            memory = get_balanced_memory(sized, memory, no_split_module_classes=no_split, low_zero=low_zero)
+            memory = get_balanced_memory(resized, memory, no_split_module_classes=no_split, low_zero=low_zero)
+        # In transformers' order: balance first, then leave free what the scheme needs on each device.
         memory = {key: adjust(value) for key, value in memory.items()}
-        found = infer_auto_device_map(sized, max_memory=memory, no_split_module_classes=no_split)
-    return {key: _device(value) for key, value in found.items()}
+        inferred = infer_auto_device_map(resized, max_memory=memory, no_split_module_classes=no_split)
+    return {key: _device(value) for key, value in inferred.items()}
 
 
 @contextmanager
-def _declared_devices() -> Iterator[None]:
+def _without_accelerate_warnings() -> Iterator[None]:
     """Lets a plan name devices that this machine lacks, without accelerate's warning about each."""
     logger = logging.getLogger("accelerate.utils.modeling")
     level = logger.level
@@ -117,43 +128,61 @@ def _declared_devices() -> Iterator[None]:
 
 
 def _with_quantized_sizes(model: PreTrainedModel, quantized: Mapping[str, int]) -> PreTrainedModel:
-    """A copy of the model on `meta` whose converted weights have as many bytes as they will take."""
+    """Returns a copy of the model on `meta` whose converted weights have as many bytes as they will take."""
     import torch
 
-    sized = copy.deepcopy(model)
+    resized = copy.deepcopy(model)
+    # A module's own parameters hold all projections of its experts; the stacks below take their place.
     fused = {name.partition(f".{STAR}.")[0] for name in quantized if STAR in name}
     for name in fused:
-        sized.get_submodule(name)._parameters.clear()
+        resized.get_submodule(name)._parameters.clear()
     for name, nbytes in quantized.items():
         module, _, projection = name.partition(f".{STAR}.")
         weight = torch.nn.Parameter(torch.empty(nbytes, dtype=torch.uint8, device="meta"), requires_grad=False)
-        setattr(sized.get_submodule(module), projection or "weight", weight)
-    sized.tie_weights()
-    return sized
+        setattr(resized.get_submodule(module), projection or "weight", weight)
+    resized.tie_weights()  # a weight that was replaced is no longer tied, and both would be counted
+    return resized
+
+
+def memory_by_device(max_memory: Any, device_type: str | None) -> Mapping[Any, Any] | None:
+    """Returns `max_memory` by device; a single size is that of the first device."""
+    if max_memory is None or isinstance(max_memory, Mapping):
+        return max_memory
+    return {"cpu" if device_type == "cpu" else 0: max_memory}
+
+
+def memory_limits(max_memory: Any, device_map: Mapping[str, str]) -> dict[str, int]:
+    """Returns the bytes that each device of a map may hold, as far as `max_memory` limits them.
+
+    A single size is that of every device but the disk. Raises `InputError` for invalid sizes.
+    """
+    if max_memory is None or isinstance(max_memory, Mapping):
+        return read_memory(max_memory) or {}
+    return dict.fromkeys(set(device_map.values()) - {"disk"}, parse_bytes(max_memory, "max_memory"))
 
 
 def read_memory(given: Mapping[Any, Any] | None) -> dict[str, int] | None:
-    """Device -> bytes; raises `InputError` with every entry that names no device or no size."""
+    """Returns device -> bytes; raises `InputError` with every entry of an invalid device or size."""
     if given is None:
         return None
-    problems, found = Problems(), {}
+    problems, sizes = Problems(), dict[str, int]()
     for key, value in given.items():
         device, where = _device(key), f"max_memory[{key!r}]"
         if not is_device(device):
-            problems.add(where, f"{key!r} is no device", "Give 'cpu', 'disk', or the number of a GPU")
+            problems.add(where, f"invalid device {key!r}", "Give 'cpu', 'disk', or the number of a GPU")
             continue
         try:
-            found[device] = parse_bytes(value, where)
+            sizes[device] = parse_bytes(value, where)
         except InputError as error:
             problems.extend(error.problems)
     problems.raise_if_any()
-    return found
+    return sizes
 
 
 def check_memory(
     sizes: Iterable[tuple[str, int]], device_map: Mapping[str, str], limits: Mapping[str, int], problems: Problems
 ) -> None:
-    """Tells every device that gets more than its limit; `sizes` are (parameter, finished bytes)."""
+    """Checks that no device gets more than its limit; `sizes` are (parameter, finished bytes)."""
     needed: dict[str, int] = {}
     for name, nbytes in sizes:
         device = place_of(device_map, name)
@@ -161,12 +190,12 @@ def check_memory(
             needed[device] = needed.get(device, 0) + nbytes
     for device, nbytes in needed.items():
         if nbytes > limits.get(device, nbytes):
-            what = f"its modules take {format_bytes(nbytes)}, max_memory allows {format_bytes(limits[device])}"
-            problems.add(f"device_map: {device}", what, "Move modules to another device, or allow more memory")
+            problem = f"its modules take {format_bytes(nbytes)}, max_memory allows {format_bytes(limits[device])}"
+            problems.add(f"device_map: {device}", problem, "Move modules to another device, or allow more memory")
 
 
 def is_device(name: str) -> bool:
-    """Whether weights can lie there: `cpu`, `disk`, `cuda:0` and their like."""
+    """Returns True if weights can be stored there: `cpu`, `disk`, `cuda:0` and their like."""
     import torch
 
     if name == "disk":
@@ -178,13 +207,15 @@ def is_device(name: str) -> bool:
 
 
 def _accelerate_key(device: str) -> int | str:
-    """accelerate calls a GPU by its number."""
+    """Returns accelerate's name of a device: a GPU's is its number."""
     return int(device.removeprefix("cuda:")) if device.startswith("cuda:") else device
 
 
 def _device(value: Any) -> str:
+    """Returns our name of a device: a GPU's is `cuda:` and its number."""
     return f"cuda:{value}" if isinstance(value, int) or str(value).isdigit() else str(value)
 
 
 def _names(model: PreTrainedModel) -> list[str]:
+    """Returns the paths of all modules and parameters."""
     return [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]

@@ -1,4 +1,4 @@
-"""What to know of a plan though nothing is wrong: what was dropped, left, replicated, and what it costs."""
+"""Notes on a plan: what a user may not expect though nothing is wrong, and what it costs."""
 
 from __future__ import annotations
 
@@ -10,147 +10,158 @@ from distquant.config.resolve import is_known
 from distquant.environment import format_bytes
 from distquant.planning.expert_parallel import ALL_REDUCE, DISPATCH, one_of
 from distquant.planning.load_plan import TensorPlan
-from distquant.planning.plan_builder import Draft
+from distquant.planning.plan_builder import Partitioned
 from distquant.quantization import Shard, config_classes
 from distquant.sharding.layout import DTYPE_BYTES
 
-NAMED = 3
+LISTED = 3
 """Names that a note lists."""
 
 
-def notes_on(draft: Draft) -> Iterator[str]:
-    """All notes on a finished draft."""
-    yield from _skipped(draft)
-    if draft.scheme.delegated:
-        sizes = "as they are stored" if draft.prequantized else "before quantization"
+def notes_on(partitioned: Partitioned) -> Iterator[str]:
+    """Yields all notes; a skipped method comes first, because such a plan cannot be loaded."""
+    scheme = partitioned.scheme
+    yield from _skipped_method(partitioned)
+    if scheme.delegated:
+        sizes = "as they are stored" if partitioned.prequantized else "before quantization"
         yield f"DELEGATED: transformers loads the model with its own quantizer; sizes are {sizes}, bits are its own"
-    unexpected = draft.description.unexpected
+    unexpected = partitioned.description.unexpected
     if unexpected:
-        yield f"dropped: {len(unexpected)} checkpoint tensors that the model lacks ({_some(unexpected)})"
-    if draft.dequantize:
-        yield f"dequantized: {len(draft.converted)} linear modules that are stored quantized are loaded as they mean"
-    if draft.scheme.name != "none":
-        yield from _left_unquantized(draft)
-    yield from draft.scheme.notes(draft.converted)
-    yield from _experts(draft)
-    yield from _replicated(draft)
-    if draft.scheme.name != "none" and not draft.dequantize:
-        yield from _exactness(draft)
-        yield from _entire(draft)
+        yield f"dropped: {len(unexpected)} checkpoint tensors that the model lacks ({_first(unexpected)})"
+    if partitioned.dequantize:
+        yield f"dequantized: {len(partitioned.converted)} linear modules that are stored quantized become ordinary ones"
+    if scheme.name != "none":
+        yield from _left_unquantized(partitioned)
+    yield from scheme.notes(partitioned.converted)
+    yield from _experts(partitioned)
+    yield from _replicated(partitioned)
+    if scheme.name != "none" and not partitioned.dequantize:
+        yield from _exactness_cost(partitioned)
+        yield from _whole_weights(partitioned)
 
 
-def _experts(draft: Draft) -> Iterator[str]:
-    """Experts that are neither quantized nor dealt out, and how tokens reach those that are."""
-    description, mesh = draft.description, draft.mesh
-    left = [name for name in description.experts if name not in draft.stacked]
-    if left or description.unknown_experts:
-        names = {*left, *description.unknown_experts}
-        kept = "left unquantized and whole on every rank" if draft.scheme.name != "none" else "whole on every rank"
-        yield f"{kept}: {len(names)} modules of fused experts, {format_bytes(_nbytes(draft, names))} each rank"
-    if mesh.ep > 1:
-        yield f"tokens reach experts by {draft.dispatch}: {DISPATCH[draft.dispatch]}"
-    elif draft.dispatch != ALL_REDUCE:
-        yield f"of no consequence: dispatch {draft.dispatch!r}, for no experts are dealt out (ep=1)"
-    whole = [name for name, shard in draft.parallel.experts.items() if shard.partition is None]
-    if mesh.tp > 1 and whole:
-        yield f"replicated: the experts of {len(whole)} modules are not cut inside, each rank of tp holds its own whole"
-
-
-def _skipped(draft: Draft) -> Iterator[str]:
-    """What leaving out the checkpoint's method means."""
-    if draft.skipped is None:
+def _skipped_method(partitioned: Partitioned) -> Iterator[str]:
+    """Yields the consequences of leaving out the checkpoint's method."""
+    if partitioned.skipped is None:
         return
-    method = draft.skipped["quant_method"]
-    told = f"SKIPPED: no scheme for the checkpoint's method {method!r} is known, it is left out"
-    if is_known(draft.skipped, config_classes()):
-        told = (
-            f"SKIPPED: the checkpoint's method {method!r} is not known for converted weights (experts), it is left out"
-        )
-    if not draft.kept.weights:
-        yield f"{told}; no weight is stored quantized"
+    description, kept = partitioned.description, partitioned.kept
+    method = partitioned.skipped["quant_method"]
+    if is_known(partitioned.skipped, config_classes()):
+        note = f"SKIPPED: the checkpoint's method {method!r} is not supported for converted weights (experts)"
+    else:
+        note = f"SKIPPED: no scheme for the checkpoint's method {method!r} is known"
+    if not kept.weights:
+        yield f"{note}, so it is left out; no weight is stored quantized"
         return
-    dtypes = Counter(draft.description.params[name].dtype for name in draft.kept.weights)
+    dtypes = Counter(description.params[name].dtype for name in kept.weights)
     stored = ", ".join(f"{count:,} as {dtype}" for dtype, count in dtypes.most_common())
-    yield f"{told}. Weights are planned as they are stored ({stored}), which can be read but not loaded"
-    if draft.kept.beside:
-        tensors = draft.checkpoint.tensors
-        size = format_bytes(sum(tensors[name].nbytes for name in draft.kept.beside))
-        kinds = Counter(name.rpartition(".")[2] for name in draft.kept.beside)
+    yield (
+        f"{note}, so it is left out. Weights are planned as they are stored ({stored}); "
+        "such a plan can be read but not loaded"
+    )
+    if kept.beside:
+        tensors = partitioned.checkpoint.tensors
+        size = format_bytes(sum(tensors[name].nbytes for name in kept.beside))
+        kinds = Counter(name.rpartition(".")[2] for name in kept.beside)
         names = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
         yield f"left out beside those weights: {names}; {size}, not in the memory table"
 
 
-def _left_unquantized(draft: Draft) -> Iterator[str]:
-    if draft.offloaded:
-        what = f"left unquantized on cpu or disk: {len(draft.offloaded)} linear modules"
-        yield f"{what} (llm_int8_enable_fp32_cpu_offload)"
-    done = draft.offloaded.union(draft.converted)
-    left = [name for name in draft.description.linears if name not in done]
-    loaded = [name for name in left if f"{name}.weight" in draft.description.params]
+def _left_unquantized(partitioned: Partitioned) -> Iterator[str]:
+    description, offloaded = partitioned.description, partitioned.offloaded
+    if offloaded:
+        modules = f"{len(offloaded)} linear modules"
+        yield f"left unquantized on cpu or disk: {modules} (llm_int8_enable_fp32_cpu_offload)"
+    accounted = offloaded.union(partitioned.converted)
+    rest = [name for name in description.linears if name not in accounted]
+    loaded = [name for name in rest if f"{name}.weight" in description.params]
     if loaded:
-        yield f"left unquantized: {len(loaded)} linear modules ({_some(loaded)})"
-    tied = [name for name in left if f"{name}.weight" in draft.description.tied]
+        yield f"left unquantized: {len(loaded)} linear modules ({_first(loaded)})"
+    # A tied weight is no parameter of its own in the description, so it is not among those loaded.
+    tied = [name for name in rest if f"{name}.weight" in description.tied]
     if tied:
-        yield f"left unquantized: {_some(tied)}, tied to an embedding"
+        yield f"left unquantized: {_first(tied)}, tied to an embedding"
 
 
-def _replicated(draft: Draft) -> Iterator[str]:
-    parallel = draft.parallel
+def _experts(partitioned: Partitioned) -> Iterator[str]:
+    """Yields notes on experts that stay as they are, and on the way of tokens to the others."""
+    description, mesh, dispatch = partitioned.description, partitioned.mesh, partitioned.dispatch
+    unstacked = {name for name in description.experts if name not in partitioned.stacked}
+    unstacked.update(description.unknown_experts)
+    if unstacked:
+        unquantized = "left unquantized and " if partitioned.scheme.name != "none" else ""
+        size = format_bytes(_whole_nbytes(partitioned, unstacked))
+        yield f"{unquantized}replicated: {len(unstacked)} modules of fused experts, {size} on each rank"
+    if mesh.ep > 1:
+        yield f"tokens reach experts by {dispatch}: {DISPATCH[dispatch]}"
+    elif dispatch != ALL_REDUCE:
+        yield f"without effect: dispatch {dispatch!r}, because experts are not distributed (ep=1)"
+    undivided = [name for name, shard in partitioned.parallel.experts.items() if shard.partition is None]
+    if mesh.tp > 1 and undivided:
+        yield f"replicated over tp: the experts of {len(undivided)} modules, which are not partitioned inside"
+
+
+def _replicated(partitioned: Partitioned) -> Iterator[str]:
+    parallel = partitioned.parallel
     if parallel.replicated:
-        size = format_bytes(_nbytes(draft, set(parallel.replicated)))
+        size = format_bytes(_whole_nbytes(partitioned, set(parallel.replicated)))
         cost = f"{len(parallel.replicated)} modules, {size} before quantization on each further rank"
-        yield f"replicated: {cost}: {'; '.join(sorted(set(parallel.replicated.values()))[:NAMED])}"
+        yield f"replicated: {cost}: {'; '.join(sorted(set(parallel.replicated.values()))[:LISTED])}"
     for key, heads in parallel.heads.items():
         if heads.kv.repeated:
             layers = sum(attention.heads == key for attention in parallel.attentions.values())
             yield f"repeated: {heads.kv.repeated} kv heads in each of {layers} layers, counted once in the fingerprint"
 
 
-def _exactness(draft: Draft) -> Iterator[str]:
-    """What exact statistics and repeated rows cost over the uncut layout, summed over ranks."""
+def _exactness_cost(partitioned: Partitioned) -> Iterator[str]:
+    """Yields the bytes that exact statistics and repeated rows add to an undivided weight, over all ranks of tp."""
     extra = 0
-    for tensor, times in draft.alike():
+    for tensor, times in partitioned.kinds():
         if tensor.scheme != "none" and tensor.partition:
+            # A stack is counted as one of its experts, times their number.
             one = one_of(tensor)
-            number = tensor.shape[0] if tensor.experts is not None else 1
-            whole = Shard(one.name, (one.shape[0], one.shape[1]), one.dtype)
-            parts = (draft.local(one, tp)[1] for tp in range(draft.mesh.tp))
-            extra += (sum(parts) - draft.scheme.shard_nbytes(whole)) * times * number
+            experts = tensor.shape[0] if tensor.experts is not None else 1
+            undivided = Shard(one.name, (one.shape[0], one.shape[1]), one.dtype)
+            shards = sum(partitioned.local_size(one, tp)[1] for tp in range(partitioned.mesh.tp))
+            extra += (shards - partitioned.scheme.shard_nbytes(undivided)) * times * experts
     if extra > 0:
         yield f"exact statistics and repeated rows cost {format_bytes(extra)} over all ranks of tp"
 
 
-def _entire(draft: Draft) -> Iterator[str]:
-    """What it costs that weights are quantized whole, and that packed ones have no slices."""
-    found = draft.whole_weight_workspace()
-    if found:
-        tensor, nbytes = max(found, key=lambda pair: pair[1])
-        what = f"quantized whole by one rank of a node: {len(found)} weights; the largest ({tensor.name}) takes"
-        yield f"{what} {format_bytes(nbytes)} while it is, counted as staging"
-    uncut = [t for t in draft.tensors if t.scheme != "none" and t.partition and draft.prequantized]
-    whole = [t for t in uncut if _goes_whole(draft, t)]
-    if whole:
-        yield (
-            f"taken whole by every rank, which keeps its part: {len(whole)} weights (their packed form has no slices)"
-        )
+def _whole_weights(partitioned: Partitioned) -> Iterator[str]:
+    """Yields the cost of weights that are quantized as a whole, and of stored ones that have no slices."""
+    workspaces = partitioned.whole_weight_workspace()
+    if workspaces:
+        tensor, nbytes = max(workspaces, key=lambda pair: pair[1])
+        weights = f"{len(workspaces)} weights; the largest ({tensor.name}) takes {format_bytes(nbytes)}"
+        yield f"quantized whole by one rank of a node: {weights} while it is quantized, counted as staging"
+    if partitioned.prequantized:
+        divided = [tensor for tensor in partitioned.tensors if tensor.scheme != "none" and tensor.partition]
+        unsliced = [tensor for tensor in divided if _is_unsliced(partitioned, tensor)]
+        if unsliced:
+            weights = f"{len(unsliced)} weights (their packed form has no slices)"
+            yield f"taken whole by every rank, which keeps its part: {weights}"
 
 
-def _goes_whole(draft: Draft, tensor: TensorPlan) -> bool:
-    """Whether every rank gets all codes of a stored weight, because they have no slices."""
-    if any(source.component in draft.scheme.unsliced for source in tensor.sources):
+def _is_unsliced(partitioned: Partitioned, tensor: TensorPlan) -> bool:
+    """Returns True if every rank gets all codes of a stored weight, because they have no slices."""
+    scheme = partitioned.scheme
+    if any(source.component in scheme.unsliced for source in tensor.sources):
         return True
     one = one_of(tensor)
-    return any(c.replicated and not c.name for c in draft.scheme.layout(one.name, one.shape, one.dtype).components)
+    # The codes are the component without a name; replicated scales alone are small and not worth a note.
+    return any(c.replicated and not c.name for c in scheme.layout(one.name, one.shape, one.dtype).components)
 
 
-def _nbytes(draft: Draft, modules: set[str]) -> int:
-    """Bytes of whole modules in the dtype they are loaded in."""
+def _whole_nbytes(partitioned: Partitioned, modules: set[str]) -> int:
+    """Returns the bytes of undivided modules in the dtype they are loaded in."""
 
-    def size(tensor: TensorPlan) -> int:
+    def nbytes(tensor: TensorPlan) -> int:
         return math.prod(tensor.shape) * DTYPE_BYTES.get(tensor.dtype, 4)
 
-    return sum(size(tensor) for tensor in draft.tensors if tensor.name.rpartition(".")[0] in modules)
+    return sum(nbytes(tensor) for tensor in partitioned.tensors if tensor.name.rpartition(".")[0] in modules)
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
+def _first(names: Sequence[str]) -> str:
+    """Returns the first names, and a mark if there are more."""
+    return ", ".join(names[:LISTED]) + (" ..." if len(names) > LISTED else "")

@@ -1,4 +1,4 @@
-"""What has been opened and built for planning, and need not be for the load that follows at once."""
+"""A checkpoint and a model that planning has opened, for a load that follows at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distquant.checkpoint import Checkpoint, open_checkpoint
-from distquant.errors import Problems
+from distquant.errors import InputError, Problems
 from distquant.model import build
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.request import Request, read_request
@@ -19,7 +19,7 @@ class Prepared:
     """A checkpoint and its model.
 
     Attributes:
-        checkpoint: its headers, read a moment ago.
+        checkpoint: with its headers, read a moment ago.
         model: on `meta`; it becomes the loaded model.
     """
 
@@ -27,23 +27,23 @@ class Prepared:
     model: Any
 
     def fits(self, plan: LoadPlan, request: Request) -> bool:
-        """Whether this is what was planned: another rank's request was taken for it."""
+        """Returns True if this is what was planned; it is not if rank 0 was given another request than this rank."""
         if request.trust_remote_code != plan.trust_remote_code or str(self.model.dtype) != f"torch.{plan.dtype}":
             return False
         return os.path.abspath(request.model) == os.path.abspath(plan.model)
 
 
 def open_early(request: Request) -> Prepared | None:
-    """What a request will load, for a rank that waits for the plan; None where it must wait.
-
-    Nothing is told here: rank 0 opens and builds the same and tells what is wrong, and what fails on this rank alone
-    fails again when it loads.
-    """
+    """Opens what a request will load, on a rank that waits for the plan; None if that must wait for the plan, too."""
+    # An id is looked up by rank 0 alone: the plan has the folder that was found.
     if not isinstance(request.model, str | os.PathLike) or not os.path.exists(request.model):
         return None
     given = read_request(request, Problems())
     try:
         model = build(Path(request.model), given.dtype, trust_remote_code=request.trust_remote_code)
         return Prepared(open_checkpoint(request.model, revision=request.revision), model)
-    except Exception:
+    except (InputError, OSError):
+        # Invalid input (also what transformers raises at it) or unreadable files. Rank 0 opens the same and reports it
+        # for all, with every other problem; a fault of this rank's disk alone comes up again when the rank loads.
+        # Anything else is a defect, and is raised.
         return None

@@ -68,9 +68,9 @@ def test_too_little_memory_on_a_device(memory: str, kjv_tiny: str, refused: Comm
     [
         (
             "atuo",
-            r"^device_map: 'atuo' \(for the whole model\) is no device\. Give 'auto', 'cpu', 'disk', or the number",
+            r"^device_map: invalid device 'atuo' \(for the whole model\)\. Give 'auto', 'cpu', 'disk', or the number",
         ),
-        ('{"": "cpu", "lm_head": "meta"}', r"^device_map: 'meta' \(for lm_head\) is no device\. Give 'auto'"),
+        ('{"": "cpu", "lm_head": "meta"}', r"^device_map: invalid device 'meta' \(for lm_head\)\. Give 'auto'"),
         ('{"": "cpu", "lm_haed": "cpu"}', r"^device_map: 'lm_haed' names no module of LlamaForCausalLM\. Remove or"),
         ('{"model": "cpu"}', r"^device_map: .*does not give any device .*lm_head\.weight\. Give every module a device"),
         ('{"model": ', r"^device_map: is no JSON \(.*\)\. Write it as"),
@@ -94,7 +94,7 @@ def test_device_that_this_machine_lacks(kjv_tiny: str, refused: Command) -> None
 def test_device_map_beside_a_mesh(name: str, kjv_tiny: str, refused: Command) -> None:
     done = refused(name, kjv_tiny, "--device-map", "cpu", "--mesh", "tp=2")
     tells(
-        done, r"^device_map: given together with mesh tp=2 \(2 ranks\)\. Use a mesh to cut the model, or a device_map"
+        done, r"^device_map: given together with mesh tp=2 \(2 ranks\)\. Use a mesh to split the model, or a device_map"
     )
 
 

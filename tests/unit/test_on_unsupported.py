@@ -149,7 +149,7 @@ def test_weights_that_no_method_explains_are_named_up_to_a_limit(fp8: Path, monk
     config = json.loads((fp8 / "config.json").read_text())
     del config["quantization_config"]
     (fp8 / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("distquant.planning.validation.TOLD", 5)
+    monkeypatch.setattr("distquant.planning.source_checks.LISTED", 5)
     with pytest.raises(InputError, match=r"is stored as F8_E4M3, which no quantization in config\.json") as caught:
         dq.plan(fp8)
     *named, last = caught.value.problems
