@@ -6,13 +6,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from distquant.environment import Environment, parse_bytes
+from distquant.environment import Environment
 from distquant.errors import InputError
 from distquant.options import Options, Progress
 from distquant.planning import LoadPlan
 from distquant.planning.planner import make_plan
 from distquant.planning.request import DEFAULT_STAGING, Request
 from distquant.sharding.mesh import Mesh
+from distquant.units import parse_bytes
 
 Model = str | os.PathLike[str]
 

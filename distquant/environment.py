@@ -6,43 +6,7 @@ An unknown is not a guess: the plan lists it as checked at load.
 from __future__ import annotations
 
 import importlib.metadata
-import re
-import reprlib
 from dataclasses import dataclass, field
-from decimal import Decimal
-
-from distquant.errors import InputError
-
-MOST_BYTES = 1 << 63
-"""What no size reaches: offsets and lengths of files and memory are signed numbers of 64 bits."""
-
-_SUFFIX = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGTP", 1):
-    _SUFFIX[_letter + "B"] = 1000**_power
-    _SUFFIX[_letter + "iB"] = 1024**_power
-
-
-def parse_bytes(text: str | int, where: str = "size") -> int:
-    """Reads `24GiB`, `512MiB`, `80GB` or a plain number of bytes; raises `InputError` otherwise."""
-    if isinstance(text, int) and not isinstance(text, bool) and 0 <= text < MOST_BYTES:
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?i?B?)\s*", str(text))
-    if not match or match.group(2) not in _SUFFIX:
-        raise InputError.one(where, f"{text!r} is no size", "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
-    size = Decimal(match.group(1)) * _SUFFIX[match.group(2)]
-    if size >= MOST_BYTES:
-        what = f"{reprlib.repr(str(text))} is more than any machine has: sizes are below {MOST_BYTES} bytes"
-        raise InputError.one(where, what, "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
-    return int(size)
-
-
-def format_bytes(count: float) -> str:
-    """`count` bytes in the largest binary unit that keeps at least one digit before the point."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

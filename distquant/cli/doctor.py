@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from distquant.cli.render import table
 from distquant.config import QuantizationConfig
-from distquant.environment import Environment, format_bytes
+from distquant.environment import Environment
 from distquant.quantization import Context, Scheme
+from distquant.units import format_bytes
 
 HEADER = ("method", "names", "pre-quantized", "on the fly", "tp", "ep", "experts", "train", "state")
 """`experts`: how they are held where they are dealt out or cut."""

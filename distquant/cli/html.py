@@ -6,8 +6,8 @@ import html
 from collections.abc import Sequence
 
 from distquant.cli.render import heads_of
-from distquant.environment import format_bytes
 from distquant.planning import LoadPlan
+from distquant.units import format_bytes
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }

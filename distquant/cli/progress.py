@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
-from distquant.environment import format_bytes
 from distquant.options import LoadProgress
+from distquant.units import format_bytes
 
 EVERY = 0.2
 """Seconds between updates on a terminal; ten times that elsewhere."""

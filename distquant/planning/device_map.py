@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from distquant.environment import format_bytes, parse_bytes
 from distquant.errors import InputError, Problems, said
 from distquant.model import STAR
 from distquant.sharding.device_map import main_place, place_of
+from distquant.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

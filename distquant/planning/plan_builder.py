@@ -11,6 +11,7 @@ from operator import itemgetter
 from typing import Any
 
 from distquant.checkpoint import Checkpoint
+from distquant.dtypes import DTYPE_BYTES
 from distquant.model import Kept, ModelDescription, Source, taken
 from distquant.planning.expert_parallel import ALL_REDUCE, experts_of, one_of, owner_of, pieces_of
 from distquant.planning.load_plan import RankMemory, TensorPlan
@@ -19,7 +20,6 @@ from distquant.planning.slots import READ_SLOTS, SEND_SLOTS, SLACK
 from distquant.planning.tensor_parallel import ParallelPlan
 from distquant.planning.transfers import Transfer, transfers_of
 from distquant.quantization import Scheme, Shard
-from distquant.sharding.layout import DTYPE_BYTES
 from distquant.sharding.mesh import Mesh
 from distquant.sharding.partition import Partition
 

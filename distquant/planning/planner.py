@@ -14,7 +14,7 @@ from typing import Any
 from distquant.checkpoint import Checkpoint, open_checkpoint
 from distquant.config import GgufConfig, Merged, NoneConfig, QuantizationConfig, detect
 from distquant.config.resolve import resolve
-from distquant.environment import Environment, parse_bytes
+from distquant.environment import Environment
 from distquant.errors import InputError, Problems
 from distquant.garbage_collection import without_collector
 from distquant.model import (
@@ -53,6 +53,7 @@ from distquant.process_state import changing_process_state
 from distquant.quantization import Scheme, Shard, config_classes, scheme_for
 from distquant.sharding.layout import Layout, plain
 from distquant.sharding.mesh import Mesh
+from distquant.units import parse_bytes
 
 SHARD_DIM = {COLWISE: 0, COLWISE_GATHER: 0, VOCAB_EMBEDDING: 0, ROWWISE: 1, ROWWISE_SPLIT: 1}
 """The weight's dim that each style cuts."""

@@ -10,11 +10,12 @@ from typing import Any
 
 from distquant.config import QuantizationConfig, parse
 from distquant.config.resolve import ON_UNSUPPORTED
-from distquant.environment import parse_bytes
+from distquant.dtypes import LOAD_DTYPES
 from distquant.errors import InputError, Problems
 from distquant.planning.expert_parallel import ALL_REDUCE, DISPATCH
 from distquant.quantization import config_classes
 from distquant.sharding.mesh import Mesh
+from distquant.units import parse_bytes
 
 DEFAULT_STAGING = "512MiB"
 
@@ -103,6 +104,6 @@ def _dtype_name(dtype: Any) -> str | None:
     if dtype is None or dtype == "auto":
         return None
     name = str(dtype).removeprefix("torch.")
-    if name not in ("bfloat16", "float16", "float32"):
-        raise InputError.one("dtype", f"{dtype!r} is no dtype to load in", "Use bfloat16, float16, float32 or auto")
+    if name not in LOAD_DTYPES:
+        raise InputError.one("dtype", f"cannot load in {dtype!r}", f"Use {', '.join(LOAD_DTYPES)} or auto")
     return name

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from distquant.config.resolve import is_known
-from distquant.environment import Environment, format_bytes
+from distquant.environment import Environment
 from distquant.errors import InputError, Problem, Problems
 from distquant.kernels.choice import Kernel
 from distquant.model import EXPECTED, FLOATS, ROWS, STAR, ModelDescription, Param, Source, sources_by_expert
@@ -18,6 +18,7 @@ from distquant.planning.plan_builder import Draft
 from distquant.quantization import Context, Scheme, config_classes
 from distquant.quantization.registry import discover
 from distquant.sharding.device_map import is_offloaded, main_place, place_of
+from distquant.units import format_bytes
 
 TOLD = 20
 """Parameters that are named where many have a problem of the same kind; of more, the number is told."""

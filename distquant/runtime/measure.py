@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from distquant.environment import Environment, format_bytes, installed
+from distquant.environment import Environment, installed
 from distquant.errors import InputError
 from distquant.quantization.registry import discover
+from distquant.units import format_bytes
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "peft", "ray", "deepspeed")
 """What distquant works with whatever the method."""

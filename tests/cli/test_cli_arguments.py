@@ -88,7 +88,7 @@ def test_output_that_cannot_be_written_is_told_before_the_work(
     ("option", "value", "pattern"),
     [
         ("--capability", "9", r"^--capability: '9' is no compute capability\. Write it as 9\.0"),
-        ("--dtype", "int8", r"^dtype: 'int8' is no dtype to load in\. Use bfloat16, float16, float32 or auto"),
+        ("--dtype", "int8", r"^dtype: cannot load in 'int8'\. Use bfloat16, float16, float32 or auto"),
         ("--staging", "much", r"^staging: 'much' is no size\. Write it as 24GiB, 512MiB"),
         ("--max-memory", "24 gigs", r"^max_memory: '24 gigs' is no size\. Write it as 24GiB"),
         ("--revision", "v1", r"^revision: 'v1' was given for the folder .*, which has none\. Leave the revision out"),

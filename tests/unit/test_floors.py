@@ -21,8 +21,8 @@ import distquant
 PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
-    ["errors", "version", "garbage_collection", "quiet", "files", "process_state", "memory"],
-    ["environment", "options"],
+    ["errors", "version", "dtypes", "garbage_collection", "quiet", "files", "process_state", "memory"],
+    ["environment", "options", "units"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],
     ["model"],

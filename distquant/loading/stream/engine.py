@@ -21,7 +21,6 @@ from time import monotonic, perf_counter
 import torch
 from torch import Tensor
 
-from distquant.environment import format_bytes
 from distquant.errors import InputError
 from distquant.loading.stream.arrivals import ArrivalTracker
 from distquant.loading.stream.budget import Budget
@@ -34,6 +33,7 @@ from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.staging_buffer import LoadState, Slots, StagingBuffer
 from distquant.loading.stream.tasks import TORCH_DTYPE, Chunk, Sink, Task, batches, chunks_of
 from distquant.planning.slots import READ_SLOTS, SEND_SLOTS
+from distquant.units import format_bytes
 
 READERS = 2
 """Reads in flight, where they may wait for a disk or a network."""
