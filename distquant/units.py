@@ -9,7 +9,7 @@ from decimal import Decimal
 from distquant.errors import InputError
 
 MOST_BYTES = 1 << 63
-"""What no size reaches: offsets and lengths of files and memory are signed numbers of 64 bits."""
+"""Limit of every size: offsets and lengths of files and memory are signed numbers of 64 bits."""
 
 _SUFFIX = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGTP", 1):
@@ -23,10 +23,10 @@ def parse_bytes(text: str | int, where: str = "size") -> int:
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?i?B?)\s*", str(text))
     if not match or match.group(2) not in _SUFFIX:
-        raise InputError.one(where, f"{text!r} is no size", "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
+        raise InputError.one(where, f"invalid size {text!r}", "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
     size = Decimal(match.group(1)) * _SUFFIX[match.group(2)]
     if size >= MOST_BYTES:
-        what = f"{reprlib.repr(str(text))} is more than any machine has: sizes are below {MOST_BYTES} bytes"
+        what = f"{reprlib.repr(str(text))} is more than any machine has: a size is below {MOST_BYTES} bytes"
         raise InputError.one(where, what, "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
     return int(size)
 

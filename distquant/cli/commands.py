@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 
 from distquant.api import plan as make
 from distquant.cli import launch, render
@@ -18,9 +17,7 @@ from distquant.runtime.job import Job, Outcome
 def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
     _check_output("--json", arguments.json)
     _check_output("--html", arguments.html)
-    options = launch.load_options(arguments, arguments.mesh)
-    capability, per_node = _capability(arguments.capability), arguments.ranks_per_node
-    plan = make(arguments.model, **options, capability=capability, ranks_per_node=per_node)
+    plan = make(arguments.model, **launch.load_options(arguments, arguments.mesh))
     print(render.plan_text(plan))
     if arguments.json:
         with open(arguments.json, "w") as file:
@@ -134,12 +131,3 @@ def _read_text(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError.one("--text", f"{path} cannot be read ({reason})", "Give a UTF-8 text file") from error
-
-
-def _capability(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)\.(\d+)", text)
-    if not match:
-        raise InputError.one("--capability", f"{text!r} is no compute capability", "Write it as 9.0")
-    return int(match.group(1)), int(match.group(2))

@@ -18,8 +18,7 @@ def demo(arguments: argparse.Namespace) -> None:
     from distquant.runtime import ray
     from distquant.verification.perplexity import perplexity
 
-    quant = arguments.quant or "nf4-dq"
-    arguments.quant = quant
+    quant = arguments.quantization_config = arguments.quantization_config or "nf4-dq"
     options = launch.load_options(arguments, arguments.mesh)
     print(f"== the plan: {quant} at {arguments.mesh}\n")
     print(render.plan_text(plan(arguments.model, **options)))

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from distquant.cli.flags import read_flags
 from distquant.cli.progress import ProgressLine
 from distquant.errors import DistquantError, InputError, Problem, Problems, RankError, said
 from distquant.model import source_of, tokenizer_file_problems
+from distquant.options import PlanOptions, RunOptions
 from distquant.planning.validation import check_supported
 from distquant.runtime.job import Job, Outcome
 from distquant.runtime.measure import check_rank_count
@@ -113,37 +115,8 @@ def token_problems(arguments: argparse.Namespace, job: Job) -> Iterator[Problem]
 
 
 def load_options(arguments: argparse.Namespace, mesh: str | None) -> dict[str, Any]:
-    """The arguments of `distquant.load` that the command line gave."""
-    options = {
-        "quantization_config": arguments.quant,
-        "mesh": mesh,
-        "max_memory": text_or_json(arguments.max_memory, "max_memory", '{"0": "24GiB", "cpu": "100GiB"}'),
-        "dtype": arguments.dtype,
-        "staging": arguments.staging,
-        "dispatch": arguments.dispatch,
-        "on_unsupported": arguments.on_unsupported,
-        "trust_remote_code": arguments.trust_remote_code,
-        "revision": arguments.revision,
-    }
-    device_map = getattr(arguments, "device_map", None)
-    if device_map is not None:
-        options["device_map"] = text_or_json(device_map, "device_map", '{"model.layers.0": 0, "lm_head": "cpu", ...}')
-    return options
-
-
-def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How the load runs: arguments of `distquant.load` that are no part of the plan."""
-    return {name: getattr(arguments, name) for name in ("kernel", "forward", "io", "trace", "timeout")}
-
-
-def text_or_json(text: str | None, where: str, example: str) -> Any:
-    """The text as it is, or the JSON object that it spells."""
-    if text is None or not text.lstrip().startswith("{"):
-        return text
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError.one(where, f"is no JSON ({error})", f"Write it as {example}") from error
+    """Returns the options of the plan that the command line gave, with this mesh."""
+    return {**read_flags(arguments, PlanOptions), "mesh": mesh}
 
 
 def _here(arguments: argparse.Namespace, job: Job, mesh: str | None, runtime: str) -> Outcome | None:
@@ -167,7 +140,6 @@ def _here(arguments: argparse.Namespace, job: Job, mesh: str | None, runtime: st
         model = load(
             arguments.model,
             **load_options(arguments, mesh),
-            **run_options(arguments),
             progress=lambda seen: line.show([seen]),
         )
     outcome = perform(model, job, runtime)
@@ -190,13 +162,16 @@ def _on_ray(arguments: argparse.Namespace, job: Job, mesh: str | None) -> Outcom
         raise InputError.one(
             "--runtime ray", f"ray cannot be imported ({error})", "Run: pip install 'ray>=2.50'"
         ) from error
-    options = load_options(arguments, mesh)
+    options = {**load_options(arguments, mesh), **read_flags(arguments, RunOptions)}
     if options.pop("device_map", None) is not None:
         raise InputError.one("device_map", "Ray workers hold one device each", "Use --mesh, or --runtime local")
     with (
         ProgressLine(Mesh.parse(mesh).size) as line,
         ray.load(
-            arguments.model, **options, threads=arguments.threads or 1, **run_options(arguments), progress=line.show
+            arguments.model,
+            **options,
+            threads=arguments.threads or 1,
+            progress=line.show,
         ) as sharded,
     ):
         line.end()

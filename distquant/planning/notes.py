@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from distquant.config.resolve import is_known
 from distquant.dtypes import DTYPE_BYTES
-from distquant.planning.expert_parallel import ALL_REDUCE, DISPATCH, one_of
+from distquant.options import ALL_REDUCE, DISPATCH
+from distquant.planning.expert_parallel import one_of
 from distquant.planning.load_plan import TensorPlan
 from distquant.planning.plan_builder import Draft
 from distquant.quantization import Shard, config_classes

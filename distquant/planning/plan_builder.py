@@ -13,7 +13,8 @@ from typing import Any
 from distquant.checkpoint import Checkpoint
 from distquant.dtypes import DTYPE_BYTES
 from distquant.model import Kept, ModelDescription, Source, taken
-from distquant.planning.expert_parallel import ALL_REDUCE, experts_of, one_of, owner_of, pieces_of
+from distquant.options import ALL_REDUCE
+from distquant.planning.expert_parallel import experts_of, one_of, owner_of, pieces_of
 from distquant.planning.load_plan import RankMemory, TensorPlan
 from distquant.planning.read_assignment import ReadAssigner, node_columns, rows_and_width
 from distquant.planning.slots import READ_SLOTS, SEND_SLOTS, SLACK

@@ -12,7 +12,8 @@ from distquant.environment import Environment
 from distquant.errors import InputError, Problem, Problems
 from distquant.kernels.choice import Kernel
 from distquant.model import EXPECTED, FLOATS, ROWS, STAR, ModelDescription, Param, Source, sources_by_expert
-from distquant.planning.expert_parallel import ALL_REDUCE, expert_name
+from distquant.options import ALL_REDUCE
+from distquant.planning.expert_parallel import expert_name
 from distquant.planning.load_plan import LoadPlan, RankMemory
 from distquant.planning.plan_builder import Draft
 from distquant.quantization import Context, Scheme, config_classes

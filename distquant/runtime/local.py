@@ -8,10 +8,11 @@ import torch
 
 from distquant.garbage_collection import without_collector
 from distquant.loading.loader import load_shard
-from distquant.options import Options, Progress
+from distquant.options import Progress, RunOptions
 from distquant.parallel.comm import SoloComm
 from distquant.planning import LoadPlan
-from distquant.planning.planner import Request, plan_and_open
+from distquant.planning.planner import plan_and_open
+from distquant.planning.request import Request
 from distquant.runtime.measure import measure
 
 NAME = "local"
@@ -25,8 +26,7 @@ def device() -> torch.device:
 @without_collector()
 def load(
     request: Request | LoadPlan,
-    max_memory: int | None,
-    options: Options | None = None,
+    options: RunOptions | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Plans (unless that is done) and loads in this process."""
@@ -34,5 +34,5 @@ def load(
     if isinstance(request, LoadPlan):
         plan = request
     else:
-        plan, prepared = plan_and_open(request, measure(own, max_memory))
+        plan, prepared = plan_and_open(request, measure(own, request.rank_memory()))
     return load_shard(plan, SoloComm(), own, options, progress, prepared)

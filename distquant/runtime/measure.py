@@ -11,6 +11,7 @@ import torch
 
 from distquant.environment import Environment, installed
 from distquant.errors import InputError
+from distquant.options import PlanOptions
 from distquant.quantization.registry import discover
 from distquant.units import format_bytes
 
@@ -68,6 +69,17 @@ def numbered(names: Sequence[str]) -> tuple[int, ...]:
     """The node of each rank as a number, in order of appearance."""
     numbers: dict[str, int] = {}
     return tuple(numbers.setdefault(name, len(numbers)) for name in names)
+
+
+def declared(options: PlanOptions) -> Environment:
+    """Returns what the user has declared about the devices; what is not declared is checked at load."""
+    memory = options.rank_memory()
+    return Environment(
+        capability=options.capability,
+        memory=memory,
+        memory_source="max_memory" if memory is not None else "unknown",
+        packages=packages(),
+    )
 
 
 def measure(device: torch.device, max_memory: int | None, nodes: tuple[int, ...] = (0,), rank: int = 0) -> Environment:

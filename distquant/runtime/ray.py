@@ -19,17 +19,16 @@ from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from distquant.api import Model, _rank_memory
 from distquant.environment import Environment
 from distquant.errors import InputError
-from distquant.options import LoadProgress, Options
+from distquant.options import LoadProgress, Model, PlanOptions, RunOptions, select
 from distquant.planning import LoadPlan
 from distquant.planning.planner import make_plan
-from distquant.planning.request import DEFAULT_STAGING, Request
+from distquant.planning.request import Request
 from distquant.planning.validation import check_supported
 from distquant.quiet import quiet_imports
 from distquant.runtime.job import Job, Outcome
-from distquant.runtime.measure import check_rank_count, numbered, packages
+from distquant.runtime.measure import check_rank_count, declared, numbered
 from distquant.runtime.ray_model import POLL, Sharded, gather, stop
 from distquant.sharding.mesh import Mesh
 
@@ -91,7 +90,7 @@ class Worker:
 
         return measure(one.device(), max_memory, nodes, self.rank)
 
-    def load(self, plan: str, address: tuple[str, int], options: Options) -> None:
+    def load(self, plan: str, address: tuple[str, int], options: RunOptions) -> None:
         from distquant.loading.loader import load_shard
         from distquant.runtime import local as one
         from distquant.runtime import process_group
@@ -127,7 +126,7 @@ def load(
     mesh: str | Mesh | None = None,
     max_memory: str | int | None = None,
     dtype: Any = "auto",
-    staging: str | int = DEFAULT_STAGING,
+    staging: str | int = "512MiB",
     dispatch: str = "all_reduce",
     on_unsupported: str = "error",
     trust_remote_code: bool = False,
@@ -145,36 +144,28 @@ def load(
     """Loads a model onto Ray workers, one for each rank of the mesh.
 
     Joins the Ray that is running (or that RAY_ADDRESS names), and starts a local one without a dashboard otherwise.
+    Arguments that are not described here are those of `distquant.plan` and `distquant.load`. The worker of rank 0
+    writes the trace.
 
     Args:
-        model: and the arguments up to `revision`: as in `distquant.plan`.
-        resources: what one worker asks for; None: one CPU, and one GPU where the cluster has any.
-        threads: torch threads of a worker.
-        schedule_timeout: seconds until a placement group that cannot be scheduled is given up.
-        kernel, forward, io, trace, timeout: as in `distquant.load`; the worker of rank 0 writes the trace.
-        progress: called with how far every rank is.
+        resources: What one worker asks for; None: one CPU, and one GPU where the cluster has any.
+        threads: Torch threads of a worker.
+        schedule_timeout: Seconds until a placement group that cannot be scheduled is given up.
+        progress: Called with how far every rank is.
 
     Raises:
         InputError: with every problem; also where the cluster lacks what the mesh needs.
         RankError: a worker failed or died; the others have been ended.
     """
-    request = Request(
-        model=os.path.abspath(model) if os.path.isdir(model) else model,
-        quantization_config=quantization_config,
-        mesh=mesh,
-        max_memory=max_memory,
-        dtype=dtype,
-        staging=staging,
-        dispatch=dispatch,
-        on_unsupported=on_unsupported,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-    )
-    written = None if trace is None else os.path.abspath(trace)
-    options = Options(kernel=kernel, forward=forward, io=io, trace=written, timeout=timeout)
-    memory = _rank_memory(max_memory)
-    source = "max_memory" if memory is not None else "unknown"
-    first = make_plan(request, Environment(memory=memory, memory_source=source, packages=packages()))
+    arguments = {
+        **locals(),
+        # Workers run in folders of their own.
+        "model": os.path.abspath(model) if os.path.isdir(model) else model,
+        "trace": None if trace is None else os.path.abspath(trace),
+    }
+    request = Request(model=arguments["model"], **select(PlanOptions, arguments))
+    options = RunOptions(**select(RunOptions, arguments))
+    first = make_plan(request, declared(request))
     check_supported(first)
     world = first.mesh.size
     started_ray = _start(world)
@@ -184,7 +175,7 @@ def load(
         resources = resources or Resources(gpus=1 if ray.cluster_resources().get("GPU") else 0)
         group = _reserve(world, resources, schedule_timeout)
         workers = _workers(world, resources, group, threads)
-        plan = _plan(request, workers, memory)
+        plan = _plan(request, workers)
         alone = len(set(gather([worker.ray_node.remote() for worker in workers]))) == 1
         address = ray.get(workers[0].meet.remote(alone))
         text = plan.to_json()
@@ -250,10 +241,10 @@ def _workers(world: int, resources: Resources, group: PlacementGroup, threads: i
     return made
 
 
-def _plan(request: Request, workers: list[Any], max_memory: int | None) -> LoadPlan:
+def _plan(request: Request, workers: list[Any]) -> LoadPlan:
     """The plan with what the workers measured; the weakest device counts."""
     nodes = numbered(gather([worker.node.remote() for worker in workers]))
-    environment = gather([worker.environment.remote(max_memory, nodes) for worker in workers])
+    environment = gather([worker.environment.remote(request.rank_memory(), nodes) for worker in workers])
     weakest = min(environment, key=lambda f: (f.capability or (0, 0), f.memory or 0))
     return make_plan(request, weakest)
 

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from distquant.errors import InputError, RankError
 from distquant.garbage_collection import without_collector
 from distquant.loading.loader import load_shard
-from distquant.options import Options, Progress
+from distquant.options import Progress, RunOptions
 from distquant.planning import LoadPlan
-from distquant.planning.planner import Request, plan_and_open
+from distquant.planning.planner import plan_and_open
 from distquant.planning.prepared import Prepared, open_early
+from distquant.planning.request import Request
 from distquant.runtime import process_group
 from distquant.runtime.measure import measure, node_name, numbered
 from distquant.sharding.mesh import Mesh
@@ -39,8 +40,7 @@ def device() -> torch.device:
 @without_collector()
 def load(
     request: Request | LoadPlan,
-    max_memory: int | None,
-    options: Options | None = None,
+    options: RunOptions | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Rank 0 plans and shares the plan (or what is wrong with it); every rank loads its part.
@@ -50,13 +50,13 @@ def load(
     own, timeout = device(), options.timeout if options else None
     if not dist.is_initialized():
         process_group.init(timeout=timeout)
-    plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own, max_memory)
+    plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own)
     check_world(plan.mesh, dist.get_world_size())
     comm = process_group.GroupComm(plan.mesh, timeout)
     return load_shard(plan, comm, own, options, progress, prepared)
 
 
-def agree(request: Request, own: torch.device, max_memory: int | None) -> tuple[LoadPlan, Prepared | None]:
+def agree(request: Request, own: torch.device) -> tuple[LoadPlan, Prepared | None]:
     """Rank 0's plan, on every rank; its error too. With it what this rank has opened of it already."""
     outcome: Any = None
     nodes = numbered(process_group.collect(node_name()))
@@ -64,7 +64,7 @@ def agree(request: Request, own: torch.device, max_memory: int | None) -> tuple[
         prepared = open_early(request)
     else:
         try:
-            plan, prepared = plan_and_open(request, measure(own, max_memory, nodes))
+            plan, prepared = plan_and_open(request, measure(own, request.rank_memory(), nodes))
             outcome = plan.to_json()
         except InputError as error:
             outcome = error
