@@ -160,7 +160,7 @@ def _on_ray(arguments: argparse.Namespace, job: Job, mesh: str | None) -> Outcom
         from distquant.runtime import ray
     except ImportError as error:
         raise InputError.one(
-            "--runtime ray", f"ray cannot be imported ({error})", "Run: pip install 'ray>=2.50'"
+            "--runtime ray", f"ray cannot be imported ({error})", "Run: pip install 'distquant[ray]'"
         ) from error
     options = {**load_options(arguments, mesh), **read_flags(arguments, RunOptions)}
     if options.pop("device_map", None) is not None:

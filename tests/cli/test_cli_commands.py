@@ -306,7 +306,7 @@ def test_doctor_of_a_method_that_cannot_run(command: Command, monkeypatch: pytes
     monkeypatch.setattr("distquant.runtime.measure.packages", lambda: {"bitsandbytes": "0.40.0"})
     done = command("doctor", "--quant", "nf4")
     assert done.code == 0
-    assert "bitsandbytes 0.40.0, bitsandbytes_4bit needs 0.46.1 or newer. Run: pip install" in done.out
+    assert "bitsandbytes 0.40.0, bitsandbytes_4bit needs 0.50 or newer. Run: pip install" in done.out
 
 
 def test_version_and_help(command: Command) -> None:
