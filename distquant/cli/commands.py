@@ -11,7 +11,7 @@ from distquant.cli.html import plan_html
 from distquant.errors import CheckFailed, InputError
 from distquant.files import TEXT_BYTES, read_text
 from distquant.loading.report import write_report
-from distquant.runtime.job import Job, Outcome
+from distquant.runtime.query import Outcome, Query
 
 
 def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -30,8 +30,8 @@ def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
     _check_output("--report", arguments.report)
-    job = Job(prompt=arguments.prompt, generate={"max_new_tokens": arguments.max_new_tokens})
-    outcome = _run(arguments, argv, job, arguments.mesh)
+    query = Query(prompt=arguments.prompt, generate={"max_new_tokens": arguments.max_new_tokens})
+    outcome = _run(arguments, argv, query, arguments.mesh)
     if isinstance(outcome, int):
         return outcome
     print(render.report_text(outcome.report))
@@ -50,7 +50,7 @@ def run_verify(arguments: argparse.Namespace, argv: list[str]) -> int:
         raise InputError.one("verify", what, "Run it without a launcher")
     found = {}
     for mesh in arguments.mesh:
-        outcome = _run(arguments, [*_without(argv, "--mesh"), "--mesh", mesh, "--mesh", mesh], Job(), mesh)
+        outcome = _run(arguments, [*_without(argv, "--mesh"), "--mesh", mesh, "--mesh", mesh], Query(), mesh)
         if isinstance(outcome, int):
             return outcome
         found[mesh] = outcome.report["fingerprint"]
@@ -62,7 +62,7 @@ def run_verify(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def run_perplexity(arguments: argparse.Namespace, argv: list[str]) -> int:
-    outcome = _run(arguments, argv, Job(text=_read_text(arguments.text), window=arguments.window), arguments.mesh)
+    outcome = _run(arguments, argv, Query(text=_read_text(arguments.text), window=arguments.window), arguments.mesh)
     if isinstance(outcome, int):
         return outcome
     print(f"perplexity {outcome.perplexity:.4f}  fingerprint {outcome.report['fingerprint']}")
@@ -90,10 +90,10 @@ def run_demo(arguments: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | None) -> Outcome | int:
+def _run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str | None) -> Outcome | int:
     """The outcome, or the exit code where somebody else tells it."""
     try:
-        outcome = launch.run(arguments, argv, job, mesh)
+        outcome = launch.run(arguments, argv, query, mesh)
     except launch.Handled as handled:
         return handled.code
     return 0 if outcome is None else outcome

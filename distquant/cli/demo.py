@@ -1,4 +1,4 @@
-"""The main job from end to end: plan, load onto Ray workers, answer, measure, and prove the bits."""
+"""The main query from end to end: plan, load onto Ray workers, answer, measure, and prove the bits."""
 
 from __future__ import annotations
 

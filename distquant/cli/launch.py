@@ -1,4 +1,4 @@
-"""Runs a job in the runtime that was asked for. torchrun ranks are started here unless a launcher has started them."""
+"""Runs a query in the runtime that was asked for. torchrun ranks are started here unless a launcher has started them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any
 
 from distquant.cli.flags import read_flags
 from distquant.cli.progress import ProgressLine
-from distquant.errors import DistquantError, InputError, Problem, Problems, RankError, said
+from distquant.errors import DistquantError, InputError, Problem, Problems, RankError, one_line
 from distquant.model import source_of, tokenizer_file_problems
 from distquant.options import PlanOptions, RunOptions
 from distquant.planning.validation import check_supported
-from distquant.runtime.job import Job, Outcome
 from distquant.runtime.measure import check_rank_count
+from distquant.runtime.query import Outcome, Query
 from distquant.sharding.mesh import Mesh
 
 OUTCOME = "DISTQUANT_OUTCOME"
@@ -40,8 +40,8 @@ class Handled(DistquantError):
         super().__init__(f"exit code {code}")
 
 
-def run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | None) -> Outcome | None:
-    """Loads the model and does the job; None on ranks that leave the telling to rank 0."""
+def run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str | None) -> Outcome | None:
+    """Loads the model and does the query; None on ranks that leave the telling to rank 0."""
     from distquant.api import plan
 
     launched, size, problems = is_launched(), 1, Problems()
@@ -54,15 +54,15 @@ def run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | No
         what = f"{mesh} needs {size} ranks, and the runtime 'local' is one process"
         problems.add("mesh", what, "Use --runtime torchrun or --runtime ray")
     if OUTCOME not in os.environ:  # else whoever started this rank has checked it
-        problems.extend(token_problems(arguments, job))
+        problems.extend(token_problems(arguments, query))
     if problems:
         raise all_problems(problems, arguments, mesh)
     if runtime == "ray":
-        return _on_ray(arguments, job, mesh)
+        return _on_ray(arguments, query, mesh)
     if runtime == "local":
-        return _here(arguments, job, mesh, "local")
+        return _here(arguments, query, mesh, "local")
     if launched:
-        return _here(arguments, job, mesh, "torchrun")
+        return _here(arguments, query, mesh, "torchrun")
     check_supported(plan(arguments.model, **load_options(arguments, mesh)))  # before ranks are started
     check_rank_count(size)
     return _start_ranks(arguments, argv, size)
@@ -84,9 +84,9 @@ def all_problems(problems: Problems, arguments: argparse.Namespace, mesh: str | 
     return InputError(problems)
 
 
-def token_problems(arguments: argparse.Namespace, job: Job) -> Iterator[Problem]:
+def token_problems(arguments: argparse.Namespace, query: Query) -> Iterator[Problem]:
     """Why a prompt or text cannot be given to the model; told before anything is loaded."""
-    given = [("--prompt", job.prompt, 1), ("--text", job.text and job.text[:1000], 2)]
+    given = [("--prompt", query.prompt, 1), ("--text", query.text and query.text[:1000], 2)]
     given = [(option, text, least) for option, text, least in given if text is not None]
     if not given:
         return
@@ -106,7 +106,7 @@ def token_problems(arguments: argparse.Namespace, job: Job) -> Iterator[Problem]
             where, gguf = source_of(folder)
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=arguments.trust_remote_code, **gguf)
         except (ValueError, OSError, KeyError, ImportError) as error:
-            what = f"transformers can load no tokenizer from {folder} ({said(error)})"
+            what = f"transformers can load no tokenizer from {folder} ({one_line(error)})"
             yield Problem(option, what, "Put the model's tokenizer.json there")
             continue
         count = len(tokenizer(text).input_ids)
@@ -119,12 +119,12 @@ def load_options(arguments: argparse.Namespace, mesh: str | None) -> dict[str, A
     return {**read_flags(arguments, PlanOptions), "mesh": mesh}
 
 
-def _here(arguments: argparse.Namespace, job: Job, mesh: str | None, runtime: str) -> Outcome | None:
+def _here(arguments: argparse.Namespace, query: Query, mesh: str | None, runtime: str) -> Outcome | None:
     import torch
 
     from distquant.api import load
     from distquant.runtime import torchrun
-    from distquant.runtime.job import perform
+    from distquant.runtime.query import perform
 
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if runtime == "torchrun" else 1
     torch.set_num_threads(arguments.threads or max((os.cpu_count() or 1) // ranks, 1))
@@ -142,7 +142,7 @@ def _here(arguments: argparse.Namespace, job: Job, mesh: str | None, runtime: st
             **load_options(arguments, mesh),
             progress=lambda seen: line.show([seen]),
         )
-    outcome = perform(model, job, runtime)
+    outcome = perform(model, query, runtime)
     if runtime == "torchrun":
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -155,7 +155,7 @@ def _here(arguments: argparse.Namespace, job: Job, mesh: str | None, runtime: st
     return outcome
 
 
-def _on_ray(arguments: argparse.Namespace, job: Job, mesh: str | None) -> Outcome:
+def _on_ray(arguments: argparse.Namespace, query: Query, mesh: str | None) -> Outcome:
     try:
         from distquant.runtime import ray
     except ImportError as error:
@@ -175,7 +175,7 @@ def _on_ray(arguments: argparse.Namespace, job: Job, mesh: str | None) -> Outcom
         ) as sharded,
     ):
         line.end()
-        return sharded.perform(job)
+        return sharded.perform(query)
 
 
 def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> Outcome:

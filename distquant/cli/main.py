@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="show what this machine can run, and what is missing")
     doctor.add_argument("--quant", metavar="NAME")
 
-    demo = commands.add_parser("demo", help="the main job from end to end, on a small trained model")
+    demo = commands.add_parser("demo", help="the main query from end to end, on a small trained model")
     _model_argument(demo)
     add_flags(demo, PlanOptions, without=(*DECLARED, "device_map"), mesh={"default": "tp=2"})
     demo.add_argument("--prompt", default="In the beginning")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from distquant.errors import InputError, Problems, said
+from distquant.errors import InputError, Problems, one_line
 from distquant.model import STAR
 from distquant.sharding.device_map import main_place, place_of
 from distquant.units import format_bytes, parse_bytes
@@ -54,7 +54,7 @@ def infer_device_map(
         with _declared_devices():
             check_device_map(model, found)
     except ValueError as error:
-        problems.add("device_map", said(error), "Give every module a device; '' stands for the whole model")
+        problems.add("device_map", one_line(error), "Give every module a device; '' stands for the whole model")
         return None
     unknown = [key for key in found if key and not any(n == key or n.startswith(key + ".") for n in _names(model))]
     for key in unknown:

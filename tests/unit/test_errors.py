@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from distquant.errors import CheckFailed, DistquantError, InputError, Problem, Problems, RankError, said
+from distquant.errors import CheckFailed, DistquantError, InputError, Problem, Problems, RankError, one_line
 
 FIRST = Problem("config.json", "'nf5' is not allowed", "Give 'nf4'")
 SECOND = Problem("--mesh", "tp=3 does not fit", "Give tp=2")
@@ -88,9 +88,11 @@ def test_problems_collects_each_once_in_order():
     ],
 )
 def test_what_other_libraries_say_is_told_in_a_line(text: str, told: str | None) -> None:
-    assert said(ValueError(text)) == (told or "Validation error for field 'heads': TypeError: expected int, got str")
+    assert one_line(ValueError(text)) == (
+        told or "Validation error for field 'heads': TypeError: expected int, got str"
+    )
 
 
 def test_what_other_libraries_say_at_length_is_cut_short() -> None:
-    assert said(ValueError("word " * 1000)).endswith("word ...")
-    assert len(said(ValueError("word " * 1000))) <= 300
+    assert one_line(ValueError("word " * 1000)).endswith("word ...")
+    assert len(one_line(ValueError("word " * 1000))) <= 300

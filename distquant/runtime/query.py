@@ -14,7 +14,7 @@ from distquant.planning import LoadPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Query:
     """What is wanted of a loaded model; all ranks get the same."""
 
     prompt: str | None = None
@@ -28,7 +28,7 @@ class Job:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What came of a job."""
+    """What came of a query."""
 
     report: dict[str, Any]
     answer: str | None = None
@@ -67,21 +67,21 @@ def generate(model: Any, prompt: str | list[str], **kwargs: Any) -> str | list[s
     return answers if batch or len(answers) > 1 else answers[0]
 
 
-def perform(model: Any, job: Job, runtime: str) -> Outcome:
-    """Does a job on a loaded model. On a sharded model all ranks must call it; all get the outcome."""
+def perform(model: Any, query: Query, runtime: str) -> Outcome:
+    """Does a query on a loaded model. On a sharded model all ranks must call it; all get the outcome."""
     from distquant.verification.fingerprint import fingerprint
     from distquant.verification.perplexity import perplexity
 
     loaded = model.distquant
     plan: LoadPlan = loaded.plan
-    digest = fingerprint(model) if job.fingerprint and not loaded.scheme.delegated else None
+    digest = fingerprint(model) if query.fingerprint and not loaded.scheme.delegated else None
     ranks: list[RankReport] = loaded.comm.collect(loaded.report)
     outcome = Outcome(report=make_report(plan, runtime, ranks, digest))
-    if job.prompt is not None:
-        answer = generate(model, job.prompt, **job.generate)
+    if query.prompt is not None:
+        answer = generate(model, query.prompt, **query.generate)
         outcome.answer = answer if isinstance(answer, str) else "\n".join(answer)
-    if job.text is not None:
-        outcome.perplexity = perplexity(model, _tokenizer(model), job.text, job.window)
+    if query.text is not None:
+        outcome.perplexity = perplexity(model, _tokenizer(model), query.text, query.window)
     return outcome
 
 
