@@ -1,4 +1,4 @@
-"""What is known about the machines that will hold the shards: measured by a runtime, declared by the user, or unknown.
+"""Facts about the machines that will hold the shards: measured by a runtime, declared by the user, or unknown.
 
 An unknown is not a guess: the plan lists it as checked at load.
 """
@@ -14,7 +14,7 @@ class Environment:
     """Devices and packages as far as they are known; None means unknown until load."""
 
     device_type: str | None = None
-    """`cpu`, `cuda`, ...; what one rank's device is."""
+    """Type of a rank's device: `cpu`, `cuda`, ..."""
     device_count: int | None = None
     """Devices that the ranks can use."""
     capability: tuple[int, int] | None = None
@@ -22,7 +22,7 @@ class Environment:
     memory: int | None = None
     """Bytes that one rank may fill."""
     memory_source: str = "unknown"
-    """Where `memory` comes from: `--max-memory`, a measurement, or unknown."""
+    """Source of `memory`: `max_memory`, a measurement, or unknown."""
     nodes: tuple[int, ...] = ()
     """The node of each rank (ranks of one node share memory); empty = unknown."""
     packages: dict[str, str] = field(default_factory=dict)
@@ -30,11 +30,11 @@ class Environment:
 
 
 _VERSIONS: dict[str, str] = {}
-"""Of packages that were found: reading their metadata takes milliseconds each. One that is missing may come."""
+"""Versions of installed packages: reading metadata takes milliseconds each. A missing package is looked up again."""
 
 
 def installed(package: str) -> str | None:
-    """Version of an installed package, or None; nothing is imported."""
+    """Returns the version of an installed package, or None; nothing is imported."""
     if package not in _VERSIONS:
         try:
             _VERSIONS[package] = importlib.metadata.version(package)

@@ -18,7 +18,11 @@ for _power, _letter in enumerate("KMGTP", 1):
 
 
 def parse_bytes(text: str | int, where: str = "size") -> int:
-    """Reads `24GiB`, `512MiB`, `80GB` or a plain number of bytes; raises `InputError` otherwise."""
+    """Returns the bytes that are meant by `24GiB`, `512MiB`, `80GB` or a plain number of bytes.
+
+    Raises:
+        InputError: an invalid size.
+    """
     if isinstance(text, int) and not isinstance(text, bool) and 0 <= text < MOST_BYTES:
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?i?B?)\s*", str(text))
@@ -32,7 +36,7 @@ def parse_bytes(text: str | int, where: str = "size") -> int:
 
 
 def format_bytes(count: float) -> str:
-    """`count` bytes in the largest binary unit that keeps at least one digit before the point."""
+    """Returns `count` bytes in the largest binary unit that keeps at least one digit before the point."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""One function a command: `run_<command>(arguments, argv)` returns the exit code."""
+"""One function for each command: `run_<command>(arguments, argv)` returns the exit code."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def run_verify(arguments: argparse.Namespace, argv: list[str]) -> int:
     if len(arguments.mesh) < 2:
-        raise InputError.one("--mesh", "one mesh has nothing to be compared with", "Give --mesh twice or more")
+        raise InputError.one("--mesh", "one mesh cannot be compared", "Give --mesh twice or more")
     if launch.is_launched() and launch.OUTCOME not in os.environ:
         what = f"verify starts the ranks of each mesh itself, and this is rank {os.environ['RANK']} of a launcher"
         raise InputError.one("verify", what, "Run it without a launcher")
-    found = {}
+    fingerprints = {}
     for mesh in arguments.mesh:
         outcome = _run(arguments, [*_without(argv, "--mesh"), "--mesh", mesh, "--mesh", mesh], Query(), mesh)
         if isinstance(outcome, int):
             return outcome
-        found[mesh] = outcome.report["fingerprint"]
-        print(f"{found[mesh]}  {mesh} ({outcome.report['runtime']})")
-    if len(set(found.values())) > 1:
-        raise CheckFailed(f"the fingerprints differ: {found}")
+        fingerprints[mesh] = outcome.report["fingerprint"]
+        print(f"{fingerprints[mesh]}  {mesh} ({outcome.report['runtime']})")
+    if len(set(fingerprints.values())) > 1:
+        raise CheckFailed(f"the fingerprints differ: {fingerprints}")
     print("equal")
     return 0
 
@@ -91,7 +91,7 @@ def run_demo(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str | None) -> Outcome | int:
-    """The outcome, or the exit code where somebody else tells it."""
+    """Returns the outcome, or the exit code where another process reports it."""
     try:
         outcome = launch.run(arguments, argv, query, mesh)
     except launch.Handled as handled:
@@ -100,7 +100,7 @@ def _run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str
 
 
 def _without(argv: list[str], option: str) -> list[str]:
-    """The arguments without an option and its value."""
+    """Returns the arguments without an option and its value."""
     kept, skip = [], False
     for argument in argv:
         if skip:
@@ -113,14 +113,14 @@ def _without(argv: list[str], option: str) -> list[str]:
 
 
 def _check_output(option: str, path: str | None) -> None:
-    """Raises `InputError` where a file could not be written at the end, so that nothing is done in vain."""
+    """Raises `InputError` if a file could not be written at the end, before the work is done in vain."""
     if path is None:
         return
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path):
         raise InputError.one(option, f"{path} is a folder", "Give the name of a file")
     if not os.path.isdir(folder):
-        raise InputError.one(option, f"there is no folder {folder}", "Create it, or give another path")
+        raise InputError.one(option, f"the folder {folder} does not exist", "Create it, or give another path")
     if not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise InputError.one(option, f"{path} cannot be written", "Check its permissions, or give another path")
 

@@ -1,4 +1,4 @@
-"""The main query from end to end: plan, load onto Ray workers, answer, measure, and prove the bits."""
+"""The main job from end to end: plan, load onto Ray workers, answer, measure, and compare the bits."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def demo(arguments: argparse.Namespace) -> None:
         quantized = sharded.perplexity(text) if text else None
 
     print("\n== the same model on one device\n", flush=True)
-    whole = load(arguments.model, **{**options, "mesh": None})
-    reference = fingerprint(whole)
+    unsharded = load(arguments.model, **{**options, "mesh": None})
+    reference = fingerprint(unsharded)
     if text:
         from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Runs a query in the runtime that was asked for. torchrun ranks are started here unless a launcher has started them."""
+"""Runs a query in the chosen runtime. Ranks of torchrun are started here unless a launcher has started them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ from distquant.runtime.query import Outcome, Query
 from distquant.sharding.mesh import Mesh
 
 OUTCOME = "DISTQUANT_OUTCOME"
-"""Environment variable: file that rank 0 of ranks that we started writes the outcome to."""
+"""Environment variable: the file that rank 0 writes the outcome to, if the command line has started the ranks."""
 
 PATIENCE = 30.0
-"""Seconds that a rank leaves the telling to another, and the launcher the time to stop it: ranks that share few cores
-come to the same error many seconds apart."""
+"""Seconds that a rank waits for another to report the error, and for the launcher to stop this one.
+
+Ranks that share few cores meet the same error many seconds apart.
+"""
 
 
 class Handled(DistquantError):
-    """A rank has already told what is wrong; `code` is the exit code."""
+    """A rank has already reported the error; `code` is the exit code."""
 
     def __init__(self, code: int):
         self.code = code
@@ -41,7 +43,7 @@ class Handled(DistquantError):
 
 
 def run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str | None) -> Outcome | None:
-    """Loads the model and does the query; None on ranks that leave the telling to rank 0."""
+    """Loads the model and runs the query; returns None on ranks whose outcome rank 0 prints."""
     from distquant.api import plan
 
     launched, size, problems = is_launched(), 1, Problems()
@@ -51,9 +53,9 @@ def run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str 
         problems.extend(error.problems)
     runtime = arguments.runtime or ("torchrun" if launched or size > 1 else "local")
     if runtime == "local" and size > 1:
-        what = f"{mesh} needs {size} ranks, and the runtime 'local' is one process"
+        what = f"{mesh} needs {size} ranks, and the runtime 'local' has one"
         problems.add("mesh", what, "Use --runtime torchrun or --runtime ray")
-    if OUTCOME not in os.environ:  # else whoever started this rank has checked it
+    if OUTCOME not in os.environ:  # else the process that started this rank has checked it
         problems.extend(token_problems(arguments, query))
     if problems:
         raise all_problems(problems, arguments, mesh)
@@ -69,12 +71,12 @@ def run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str 
 
 
 def is_launched() -> bool:
-    """Whether a launcher (torchrun, srun, ours) has started this process as a rank."""
+    """Returns True if a launcher (torchrun, srun, ours) has started this process as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def all_problems(problems: Problems, arguments: argparse.Namespace, mesh: str | None) -> InputError:
-    """The error that tells these problems, and whatever planning finds wrong."""
+    """Returns the error with these problems and those that planning finds."""
     from distquant.api import plan
 
     try:
@@ -85,10 +87,10 @@ def all_problems(problems: Problems, arguments: argparse.Namespace, mesh: str | 
 
 
 def token_problems(arguments: argparse.Namespace, query: Query) -> Iterator[Problem]:
-    """Why a prompt or text cannot be given to the model; told before anything is loaded."""
-    given = [("--prompt", query.prompt, 1), ("--text", query.text and query.text[:1000], 2)]
-    given = [(option, text, least) for option, text, least in given if text is not None]
-    if not given:
+    """Yields why a prompt or text cannot be given to the model, before anything is loaded."""
+    texts = [("--prompt", query.prompt, 1), ("--text", query.text and query.text[:1000], 2)]
+    texts = [(option, text, least) for option, text, least in texts if text is not None]
+    if not texts:
         return
     from transformers import AutoTokenizer
 
@@ -97,16 +99,16 @@ def token_problems(arguments: argparse.Namespace, query: Query) -> Iterator[Prob
     try:
         folder, _ = locate(arguments.model, arguments.revision)
     except InputError:
-        return  # the plan tells it
+        return  # planning reports it
     if unreadable := list(tokenizer_file_problems(folder)):
         yield from unreadable
         return
-    for option, text, least in given:
+    for option, text, least in texts:
         try:
-            where, gguf = source_of(folder)
-            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=arguments.trust_remote_code, **gguf)
+            source, gguf = source_of(folder)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code, **gguf)
         except (ValueError, OSError, KeyError, ImportError) as error:
-            what = f"transformers can load no tokenizer from {folder} ({one_line(error)})"
+            what = f"transformers cannot load a tokenizer from {folder} ({one_line(error)})"
             yield Problem(option, what, "Put the model's tokenizer.json there")
             continue
         count = len(tokenizer(text).input_ids)
@@ -179,7 +181,7 @@ def _on_ray(arguments: argparse.Namespace, query: Query, mesh: str | None) -> Ou
 
 
 def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> Outcome:
-    """Starts the ranks with torch's elastic launcher, and reads what rank 0 writes."""
+    """Starts the ranks with torch's elastic launcher, and reads the outcome that rank 0 writes."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -219,7 +221,7 @@ def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> O
 
 @contextmanager
 def _own_handlers_afterwards() -> Iterator[None]:
-    """Puts back the signal handlers that torch's launcher replaces, and leaves replaced (`PContext.start`)."""
+    """Restores the signal handlers that torch's launcher replaces and does not restore (`PContext.start`)."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield
@@ -229,33 +231,32 @@ def _own_handlers_afterwards() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def lost_peer(error: Exception) -> bool:
-    """Whether a collective failed under this rank because another rank is gone, and told why itself."""
+def lost_peer(error: RuntimeError) -> bool:
+    """Returns True if a collective of this rank failed because another rank ended, which reports its own error."""
     if not is_launched() or "torch" not in sys.modules:
         return False
-    import torch.distributed
+    from distquant.runtime.process_group import is_lost_peer
 
-    of_nccl = isinstance(error, torch.distributed.DistError)
-    return of_nccl or (isinstance(error, RuntimeError) and "/gloo/transport/" in str(error))  # gloo has no type
+    return is_lost_peer(error)
 
 
 def of_another_rank(error: DistquantError) -> bool:
-    """Whether this process is a rank, and stopped because another rank failed, which tells it itself."""
+    """Returns True if this process is a rank that stopped because another rank failed, which reports its own error."""
     return is_launched() and isinstance(error, RankError) and error.rank != int(os.environ["RANK"])
 
 
 def wait_for_the_end() -> None:
-    """Lets the rank whose error this is tell it, and the launcher stop this one."""
+    """Gives the failing rank the time to report its error, and the launcher the time to stop this rank."""
     time.sleep(PATIENCE)
 
 
 def rank_prefix() -> str:
-    """`rank N: ` in a process that a launcher started."""
+    """Returns `rank N: ` in a process that a launcher started."""
     return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
 
 
-def tell_once(error: InputError) -> None:
-    """Tells an error that every rank may have: rank 0 does. Another rank that is not stopped then is alone with it."""
+def report_once(error: InputError) -> None:
+    """Prints, on rank 0, an error that every rank may have. Another rank prints it if nobody stops it meanwhile."""
     prefix = ""
     if os.environ.get("RANK", "0") != "0":
         wait_for_the_end()

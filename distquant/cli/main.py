@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="show what this machine can run, and what is missing")
     doctor.add_argument("--quant", metavar="NAME")
 
-    demo = commands.add_parser("demo", help="the main query from end to end, on a small trained model")
+    demo = commands.add_parser("demo", help="run the main job from end to end, on a small trained model")
     _model_argument(demo)
     add_flags(demo, PlanOptions, without=(*DECLARED, "device_map"), mesh={"default": "tp=2"})
     demo.add_argument("--prompt", default="In the beginning")
@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0 done, 1 a check failed, 2 what the user gave cannot work."""
+    """Runs a command; returns its exit code: 0 done, 1 a check failed, 2 the input cannot work."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(argv)
     _quiet()
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"distquant: {error}", file=sys.stderr)
         return 1
     except InputError as error:
-        launch.tell_once(error)
+        launch.report_once(error)
         return 2
     except DistquantError as error:
         if launch.of_another_rank(error):
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quiet() -> None:
-    """Keeps the libraries' chatter out of the output; errors of theirs still reach the user."""
+    """Keeps the messages of libraries out of the output; their errors still reach the user."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("bitsandbytes", "torch.distributed.elastic", "torch.distributed.run"):

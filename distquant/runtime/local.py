@@ -19,7 +19,7 @@ NAME = "local"
 
 
 def device() -> torch.device:
-    """The device that a lone process uses."""
+    """Returns the device that a process without others uses."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -29,7 +29,7 @@ def load(
     options: RunOptions | None = None,
     progress: Progress | None = None,
 ) -> Any:
-    """Plans (unless that is done) and loads in this process."""
+    """Plans, unless given a plan, and loads in this process."""
     own, prepared = device(), None
     if isinstance(request, LoadPlan):
         plan = request

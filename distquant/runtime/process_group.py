@@ -2,8 +2,8 @@
 
 Nothing here keeps a group alive past `destroy_process_group`, which ends gloo's worker threads with their group. A
 worker thread that lives until the interpreter ends may still hold a tensor of the last collective. To release it, it
-asks for the interpreter's lock. Python up to 3.12 then ends the thread inside a C++ destructor, and that ends the process
-(SIGABRT, "terminate called without an active exception").
+asks for the interpreter's lock. Python up to 3.12 then ends the thread inside a C++ destructor, and that ends the
+process (SIGABRT, "terminate called without an active exception").
 
 `torch.distributed.nn.functional`, which transformers imports, is imported before there is a group: its functions take
 as their default the group that is the default at import, and would keep it alive.
@@ -30,7 +30,7 @@ OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class GroupAxis:
-    """One mesh axis as a process group. The group is torch's: it ends with `destroy_process_group`, a model may outlive it."""
+    """One mesh axis as a process group of torch, which `destroy_process_group` ends; a model may outlive it."""
 
     def __init__(self, group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int):
         self._group, self.ranks = weakref.ref(group), ranks
@@ -95,7 +95,7 @@ class GroupComm:
                 self._axes[axis] = self._axes["tp" if mesh.ep == 1 else "ep"]
                 continue
             for ranks in groups:
-                # Every rank makes every group, in the same order.
+                # torch wants every rank to make every group, in the same order.
                 group = dist.new_group(ranks) if len(groups) > 1 else _world()
                 if self.rank in ranks:
                     self._axes[axis] = GroupAxis(group, ranks, self.rank)
@@ -155,7 +155,7 @@ INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def serve(address: str) -> dist.TCPStore:
-    """Opens the store at which ranks meet. It listens at this address only; torch's own would listen at all addresses."""
+    """Opens the store at which ranks meet, at this address only; torch's own would listen at all addresses."""
     with socket.socket() as listener:
         listener.bind((address, 0))
         listener.listen(socket.SOMAXCONN)
@@ -171,9 +171,9 @@ def connect(address: str, port: int) -> dist.TCPStore:
 
 
 def stay_on_this_machine() -> None:
-    """Lets the ranks of this process, and of those that it starts, listen on the loopback interface only.
+    """Makes the ranks of this process, and of those that it starts, listen on the loopback interface only.
 
-    An interface that the user has named stays.
+    An interface that the user has named is kept.
     """
     name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     for variable in INTERFACES if name is not None else ():

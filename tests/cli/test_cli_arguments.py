@@ -37,7 +37,7 @@ def test_arguments_that_cannot_be(arguments: list[str], pattern: str, command: C
 def test_verify_with_one_mesh(kjv_tiny: str, refused: Command) -> None:
     tells(
         refused("verify", kjv_tiny, "--mesh", "tp=1"),
-        r"^--mesh: one mesh has nothing to be compared with\. Give --mesh",
+        r"^--mesh: one mesh cannot be compared\. Give --mesh",
     )
 
 
@@ -73,14 +73,17 @@ def test_prompt_is_empty(kjv_tiny: str, refused: Command) -> None:
 
 def test_prompt_for_a_checkpoint_without_tokenizer(model_of, refused: Command) -> None:
     done = refused("load", model_of("llama-gqa"), "--prompt", "In the beginning")
-    tells(done, r"^--prompt: transformers can load no tokenizer from /.*\. Put the model's tokenizer\.json there")
+    tells(done, r"^--prompt: transformers cannot load a tokenizer from /.*\. Put the model's tokenizer\.json there")
 
 
 @pytest.mark.parametrize(("name", "option"), [("plan", "--json"), ("load", "--report")])
 def test_output_that_cannot_be_written_is_told_before_the_work(
     name: str, option: str, kjv_tiny: str, command: Command, workdir: Path
 ) -> None:
-    tells(command(name, kjv_tiny, option, "nowhere/out.json"), rf"^{option}: there is no folder .*nowhere\. Create it")
+    tells(
+        command(name, kjv_tiny, option, "nowhere/out.json"),
+        rf"^{option}: the folder .*nowhere does not exist\. Create it",
+    )
     tells(command(name, kjv_tiny, option, workdir), rf"^{option}: .* is a folder\. Give the name of a file")
 
 
