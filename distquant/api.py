@@ -12,6 +12,7 @@ from distquant.options import Model, PlanOptions, Progress, RunOptions, select
 from distquant.planning import LoadPlan
 from distquant.planning.planner import make_plan
 from distquant.planning.request import Request
+from distquant.quiet import quiet_imports
 from distquant.sharding.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def plan(
         InputError: with every problem that can be known from configs and headers.
     """
     arguments = locals()
+    quiet_imports()
     from distquant.runtime.measure import declared
 
     request = Request(model=model, **select(PlanOptions, arguments))
@@ -111,6 +113,7 @@ def load(
         InputError: with every problem, before a weight byte is read.
     """
     arguments = locals()
+    quiet_imports()
     from distquant.runtime import local, torchrun
 
     if isinstance(model, LoadPlan):

@@ -1,4 +1,4 @@
-"""What libraries say on import about themselves, and nobody who loads a model can do anything about."""
+"""Keeps out of the log what libraries report about themselves on import, and a user who loads a model cannot change."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import logging
 PREFIXES = {
     "torchao": "Failed to load ",  # its GPU libraries, on a machine without a GPU; transformers imports torchao
     "torch.utils._pytree": "<enum ",  # torch's advice to torchao's authors
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # distquant does not use that kernel
 }
+"""Beginning of such messages, by the logger's name."""
 
 
 class _Without(logging.Filter):
-    """Lets pass what does not begin with a prefix."""
+    """Passes every record that does not begin with a prefix."""
 
     def __init__(self, prefix: str):
         super().__init__()
@@ -21,7 +23,10 @@ class _Without(logging.Filter):
         return not record.getMessage().startswith(self.prefix)
 
 
+_FILTERS = {name: _Without(prefix) for name, prefix in PREFIXES.items()}
+
+
 def quiet_imports() -> None:
-    """Leaves such lines out of the log of this process; everything else of those libraries is still logged."""
-    for name, prefix in PREFIXES.items():
-        logging.getLogger(name).addFilter(_Without(prefix))
+    """Removes such messages from the log of this process; may be called again. All other messages are still logged."""
+    for name, without in _FILTERS.items():
+        logging.getLogger(name).addFilter(without)  # adds each filter once

@@ -177,6 +177,7 @@ def load(
         "model": os.path.abspath(model) if os.path.isdir(model) else model,
         "trace": None if trace is None else os.path.abspath(trace),
     }
+    quiet_imports()
     request = Request(model=arguments["model"], **select(PlanOptions, arguments))
     options = RunOptions(**select(RunOptions, arguments))
     first = make_plan(request, declared(request))
