@@ -4,7 +4,7 @@
     plan = dq.plan("path-or-hub-id", quantization_config="nf4-dq", mesh="tp=8", max_memory="24GiB")
     model = dq.load("path-or-hub-id", quantization_config="nf4-dq", mesh="tp=8")
 
-Importing it touches neither torch nor Ray nor any GPU; names are loaded when they are first used.
+Importing it imports neither torch nor Ray and uses no GPU; names are loaded when they are first used.
 """
 
 from __future__ import annotations

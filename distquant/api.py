@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distquant.environment import Environment, parse_bytes
+from distquant.environment import Environment
 from distquant.errors import InputError
-from distquant.options import Options, Progress
+from distquant.options import Model, PlanOptions, Progress, RunOptions, select
 from distquant.planning import LoadPlan
 from distquant.planning.planner import make_plan
-from distquant.planning.request import DEFAULT_STAGING, Request
+from distquant.planning.request import Request
+from distquant.quiet import quiet_imports
 from distquant.sharding.mesh import Mesh
 
-Model = str | os.PathLike[str]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def plan(
@@ -25,7 +27,7 @@ def plan(
     device_map: str | Mapping[str, Any] | None = None,
     max_memory: str | int | Mapping[Any, Any] | None = None,
     dtype: Any = "auto",
-    staging: str | int = DEFAULT_STAGING,
+    staging: str | int = "512MiB",
     ranks_per_node: int | None = None,
     dispatch: str = "all_reduce",
     on_unsupported: str = "error",
@@ -36,51 +38,35 @@ def plan(
     """Decides how a checkpoint would be loaded. Reads configs and headers only; needs no device.
 
     Args:
-        model: folder of a safetensors checkpoint, or the id of one in the Hugging Face cache.
-        quantization_config: a `transformers` config object, a dict, a JSON file, one of our dataclasses, or a short
-            name (`nf4-dq`, `int8`, ...). None: what the checkpoint says.
-        mesh: `tp=8`, `dp=2,tp=4`; None is one rank.
-        device_map: "auto" or a dict, for one process with many devices; excludes a mesh.
-        max_memory: bytes that each rank may fill (`24GiB`); a dict of device -> size with a device map.
-        dtype: what weights are loaded in and quantized from; "auto" takes the checkpoint's.
-        staging: bytes that weights may pass through, per rank.
-        ranks_per_node: ranks that share a node, and so read each byte once among them; None: 8.
-        dispatch: how tokens reach experts on other ranks of ep: "all_reduce" where all of them are given the same
-            tokens (as by `generate`), "all_to_all" where each is given a batch of its own.
-        on_unsupported: what to do with a checkpoint that is quantized by a method without a scheme here: "error", or
-            "skip" to leave the method out and plan its tensors as they are stored. Such a plan is to be read; `load`
-            refuses it.
+        model: Folder of a safetensors checkpoint, a GGUF file, or the id of a model in the Hugging Face cache.
+        quantization_config: How to quantize: a short name (`nf4-dq`, `int8`, ...), a JSON file, or JSON text. Default:
+            as the checkpoint says. Also a `transformers` config object, a dict, or a dataclass of `distquant.config`.
+        mesh: Mesh of ranks, such as `tp=8` or `dp=2,tp=4`. Default: one rank.
+        device_map: `auto`, a device, or a dict (JSON) of module to device, for one process with many devices; excludes
+            a mesh.
+        max_memory: Bytes that each rank may fill, such as `24GiB`; with a device map also a dict (JSON) of device to
+            size.
+        dtype: Dtype that weights are loaded in and quantized from: `bfloat16`, `float16`, `float32`, or `auto` (as
+            stored).
+        staging: Bytes that weights may pass through, per rank.
+        ranks_per_node: Ranks that share a node, and so read each byte once among them. Default: 8.
+        dispatch: How tokens reach experts on other ranks of ep: `all_reduce` if these ranks hold the same tokens (as in
+            `generate`), `all_to_all` if each holds a batch of its own.
+        on_unsupported: What to do with a checkpoint whose quantization method is not supported: `error`, or `skip` to
+            plan its tensors as they are stored. Such a plan is for reading; `load` refuses it.
         capability: CUDA compute capability of the devices, if known.
-        trust_remote_code: run model code that comes with the checkpoint.
-        revision: which revision of a cached id.
+        trust_remote_code: Run model code that comes with the checkpoint.
+        revision: Revision of a cached id.
 
     Raises:
         InputError: with every problem that can be known from configs and headers.
     """
-    from distquant.runtime.measure import packages
+    arguments = locals()
+    quiet_imports()
+    from distquant.runtime.measure import declared
 
-    request = Request(
-        model=model,
-        quantization_config=quantization_config,
-        mesh=mesh,
-        device_map=dict(device_map) if isinstance(device_map, Mapping) else device_map,
-        max_memory=dict(max_memory) if isinstance(max_memory, Mapping) else max_memory,
-        dtype=dtype,
-        staging=staging,
-        ranks_per_node=ranks_per_node,
-        dispatch=dispatch,
-        on_unsupported=on_unsupported,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-    )
-    memory = _rank_memory(max_memory)
-    environment = Environment(
-        capability=capability,
-        memory=memory,
-        memory_source="max_memory" if memory is not None else "unknown",
-        packages=packages(),
-    )
-    return make_plan(request, environment)
+    request = Request(model=model, **select(PlanOptions, arguments))
+    return make_plan(request, declared(request))
 
 
 def load(
@@ -91,7 +77,7 @@ def load(
     device_map: str | Mapping[str, Any] | None = None,
     max_memory: str | int | Mapping[Any, Any] | None = None,
     dtype: Any = "auto",
-    staging: str | int = DEFAULT_STAGING,
+    staging: str | int = "512MiB",
     dispatch: str = "all_reduce",
     on_unsupported: str = "error",
     trust_remote_code: bool = False,
@@ -102,22 +88,22 @@ def load(
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
     progress: Progress | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """Loads a model: all of it in one process, or this rank's part under torchrun and its like.
 
-    Arguments are those of `plan`; `model` may also be a finished `LoadPlan`, and then stands alone.
+    Arguments up to `revision` are those of `plan`; `model` may also be a finished `LoadPlan`, and then stands alone.
 
     Args:
-        kernel: which kernels quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`. All give the same bits.
-        forward: how weights are multiplied that are kept as their format stores them: `dequantize`, `float8` (with
-            activations rounded to float8, where the method is meant so), `gptqmodel` (by its fastest kernel for GPTQ's
-            and AWQ's layouts, which may rearrange the words: no saving then, and no training), or `auto`: on a GPU in
-            float8, or by those of gptqmodel's kernels that leave the words alone.
-        io: how files are read: `buffered` (through the page cache), `direct` (past it), or `auto`: what is in memory
+        kernel: Kernels that quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`. All give the same bits.
+        forward: How weights are multiplied that are kept as their format stores them. `dequantize`; `float8`, with
+            activations rounded to float8, where the method is meant so; `gptqmodel`, by its fastest kernel for the
+            layouts of GPTQ and AWQ, which may rearrange the words (then the model can be neither saved nor trained); or
+            `auto`: on a GPU float8, or those of gptqmodel's kernels that leave the words alone.
+        io: How files are read: `buffered` (through the page cache), `direct` (past it), or `auto`: what is in memory
             through the page cache, the rest past it.
-        trace: file to write a trace of all ranks' stages to, for Perfetto.
-        timeout: seconds that a rank waits for the others before it gives up.
-        progress: called with `LoadProgress` (bytes taken, bytes in all, stage that limits) as rows arrive.
+        trace: File to write a trace of all ranks' stages to, for Perfetto.
+        timeout: Seconds that a rank waits for the others before it gives up.
+        progress: Called with `LoadProgress` (bytes taken, bytes in all, stage that limits) as rows arrive.
 
     Returns:
         A `transformers.PreTrainedModel` in eval mode whose quantized modules are the ecosystem's own, of local size.
@@ -126,39 +112,28 @@ def load(
     Raises:
         InputError: with every problem, before a weight byte is read.
     """
+    arguments = locals()
+    quiet_imports()
     from distquant.runtime import local, torchrun
 
     if isinstance(model, LoadPlan):
         request: Request | LoadPlan = model
         size = model.mesh.size
     else:
-        request = Request(
-            model=model,
-            quantization_config=quantization_config,
-            mesh=mesh,
-            device_map=dict(device_map) if isinstance(device_map, Mapping) else device_map,
-            max_memory=dict(max_memory) if isinstance(max_memory, Mapping) else max_memory,
-            dtype=dtype,
-            staging=staging,
-            dispatch=dispatch,
-            on_unsupported=on_unsupported,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-        )
+        request = Request(model=model, **select(PlanOptions, arguments))
         size = _mesh_size(request)
-    written = None if trace is None else os.fspath(trace)
-    options = Options(kernel=kernel, forward=forward, io=io, trace=written, timeout=timeout)
+    options = RunOptions(**select(RunOptions, arguments))
     if torchrun.joined():
-        return torchrun.load(request, _rank_memory(max_memory), options, progress)
+        return torchrun.load(request, options, progress)
     if size > 1:
         what = f"needs {size} ranks, and this process is alone"
         fix = "Start it with torchrun, or use distquant.ray.load (command line: --runtime torchrun or ray)"
         raise InputError.one("mesh", what, fix)
-    return local.load(request, _rank_memory(max_memory), options, progress)
+    return local.load(request, options, progress)
 
 
 def fingerprint(model: Any) -> str:
-    """32 hex digits that name the quantized weights, however many ranks hold them. All ranks must call it."""
+    """Returns 32 hex digits that name the quantized weights, however many ranks hold them. All ranks must call it."""
     from distquant.verification.fingerprint import fingerprint as of
 
     return of(model)
@@ -168,15 +143,5 @@ def _mesh_size(request: Request) -> int:
     try:
         return Mesh.parse(request.mesh).size
     except InputError:
-        make_plan(request, Environment())  # tells this and whatever else is wrong
+        make_plan(request, Environment())  # raises this and every other problem
         raise
-
-
-def _rank_memory(max_memory: Any) -> int | None:
-    """Bytes per rank where they are given; what is no size is told by `make_plan`, with all other problems."""
-    if max_memory is None or isinstance(max_memory, Mapping):
-        return None
-    try:
-        return parse_bytes(max_memory, "max_memory")
-    except InputError:
-        return None

@@ -1,4 +1,4 @@
-"""What is known about the machines that will hold the shards: measured by a runtime, declared by the user, or unknown.
+"""Facts about the machines that will hold the shards: measured by a runtime, declared by the user, or unknown.
 
 An unknown is not a guess: the plan lists it as checked at load.
 """
@@ -6,43 +6,7 @@ An unknown is not a guess: the plan lists it as checked at load.
 from __future__ import annotations
 
 import importlib.metadata
-import re
-import reprlib
 from dataclasses import dataclass, field
-from decimal import Decimal
-
-from distquant.errors import InputError
-
-MOST_BYTES = 1 << 63
-"""What no size reaches: offsets and lengths of files and memory are signed numbers of 64 bits."""
-
-_SUFFIX = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGTP", 1):
-    _SUFFIX[_letter + "B"] = 1000**_power
-    _SUFFIX[_letter + "iB"] = 1024**_power
-
-
-def parse_bytes(text: str | int, where: str = "size") -> int:
-    """Reads `24GiB`, `512MiB`, `80GB` or a plain number of bytes; raises `InputError` otherwise."""
-    if isinstance(text, int) and not isinstance(text, bool) and 0 <= text < MOST_BYTES:
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?i?B?)\s*", str(text))
-    if not match or match.group(2) not in _SUFFIX:
-        raise InputError.one(where, f"{text!r} is no size", "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
-    size = Decimal(match.group(1)) * _SUFFIX[match.group(2)]
-    if size >= MOST_BYTES:
-        what = f"{reprlib.repr(str(text))} is more than any machine has: sizes are below {MOST_BYTES} bytes"
-        raise InputError.one(where, what, "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
-    return int(size)
-
-
-def format_bytes(count: float) -> str:
-    """`count` bytes in the largest binary unit that keeps at least one digit before the point."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +14,7 @@ class Environment:
     """Devices and packages as far as they are known; None means unknown until load."""
 
     device_type: str | None = None
-    """`cpu`, `cuda`, ...; what one rank's device is."""
+    """Type of a rank's device: `cpu`, `cuda`, ..."""
     device_count: int | None = None
     """Devices that the ranks can use."""
     capability: tuple[int, int] | None = None
@@ -58,7 +22,7 @@ class Environment:
     memory: int | None = None
     """Bytes that one rank may fill."""
     memory_source: str = "unknown"
-    """Where `memory` comes from: `--max-memory`, a measurement, or unknown."""
+    """Source of `memory`: `max_memory`, a measurement, or unknown."""
     nodes: tuple[int, ...] = ()
     """The node of each rank (ranks of one node share memory); empty = unknown."""
     packages: dict[str, str] = field(default_factory=dict)
@@ -66,11 +30,11 @@ class Environment:
 
 
 _VERSIONS: dict[str, str] = {}
-"""Of packages that were found: reading their metadata takes milliseconds each. One that is missing may come."""
+"""Versions of installed packages: reading metadata takes milliseconds each. A missing package is looked up again."""
 
 
 def installed(package: str) -> str | None:
-    """Version of an installed package, or None; nothing is imported."""
+    """Returns the version of an installed package, or None; nothing is imported."""
     if package not in _VERSIONS:
         try:
             _VERSIONS[package] = importlib.metadata.version(package)

@@ -1,14 +1,14 @@
-"""Errors, and how they are told: one message that lists every problem, each with where, what and what to do.
+"""Errors: one message that lists every problem, each with its place, its cause and what to do.
 
 `InputError` is for what the user gave (arguments, configs, files, machines): the command line prints it without a
 traceback and exits with 2. `CheckFailed` is for a comparison that came out unequal (exit 1). `RankError` carries one
-rank's failure to all others. All survive pickling, because Ray and spawned processes send them home.
+rank's failure to all others. All can be pickled, because Ray and spawned processes send them to another process.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -17,7 +17,7 @@ class Problem:
     """One thing that cannot work.
 
     Attributes:
-        where: module path, file, option or tensor that the problem sits in.
+        where: module path, file, option or tensor that has the problem.
         what: the offending value and the limit that it breaks.
         fix: what the user can do about it.
     """
@@ -35,7 +35,7 @@ class DistquantError(Exception):
 
 
 class InputError(DistquantError, ValueError):
-    """What the user gave cannot work; `problems` lists every reason, found before any weight moved."""
+    """Input of the user that cannot work; `problems` lists every reason, before any weight is read."""
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = tuple(problems)
@@ -49,12 +49,12 @@ class InputError(DistquantError, ValueError):
 
     @classmethod
     def one(cls, where: str, what: str, fix: str) -> InputError:
-        """The error with a single problem."""
+        """Returns the error with a single problem."""
         return cls([Problem(where, what, fix)])
 
 
-def said(error: object) -> str:
-    """What an error of another library says, in a line, as a part of a sentence."""
+def one_line(error: object) -> str:
+    """Returns the message of another library's error in one line, to be part of a sentence."""
     return textwrap.shorten(str(error).rstrip(".: \n"), 300, placeholder=" ...") or type(error).__name__
 
 
@@ -74,26 +74,30 @@ class RankError(DistquantError, RuntimeError):
         return type(self), (self.rank, self.message)
 
 
+class LostPeerError(RankError):
+    """A collective of this rank failed because another rank ended or did not answer; that rank's error is the cause."""
+
+
 class Problems:
-    """Collects problems so that all of them are told at once."""
+    """Collects problems, each once and in order, so that all are reported together."""
 
     def __init__(self) -> None:
-        self._found: dict[Problem, None] = {}
+        self._problems: dict[Problem, None] = {}  # in place of an ordered set
 
     def add(self, where: str, what: str, fix: str) -> None:
-        self._found.setdefault(Problem(where, what, fix))
+        self._problems.setdefault(Problem(where, what, fix))
 
     def extend(self, problems: Iterable[Problem]) -> None:
         for problem in problems:
             self.add(problem.where, problem.what, problem.fix)
 
     def __bool__(self) -> bool:
-        return bool(self._found)
+        return bool(self._problems)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(self._found)
+    def __iter__(self) -> Iterator[Problem]:
+        return iter(self._problems)
 
     def raise_if_any(self) -> None:
-        """Raises `InputError` with everything collected so far, if there is anything."""
-        if self._found:
-            raise InputError(self._found)
+        """Raises `InputError` with everything collected so far, if anything."""
+        if self._problems:
+            raise InputError(self._problems)

@@ -1,17 +1,37 @@
-"""How a load runs, as far as that changes no bit of its result: such options are no part of the plan."""
+"""The options of `plan`, `load` and `ray.load`, each in one place.
+
+The docstring under a field documents the option. Its first paragraph is also the help of the command line's flag
+(`cli.flags`); what follows is for the Python API. The public functions repeat names, types, defaults and
+documentation, for readers and type checkers; `tests/unit/test_options.py` holds them and the flags to this module.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distquant.errors import Problems
+from distquant.errors import InputError, Problems
+from distquant.kernels.choice import Kernel
+from distquant.units import parse_bytes
 
 if TYPE_CHECKING:
     import torch
+
+    from distquant.sharding.mesh import Mesh
+
+Model = str | os.PathLike[str]
+"""Folder of a checkpoint, GGUF file, or id in the Hugging Face cache."""
+
+ALL_REDUCE, ALL_TO_ALL = "all_reduce", "all_to_all"
+
+DISPATCH = {
+    ALL_REDUCE: "all ranks of ep hold the same tokens; each runs its own experts on them, and the results are summed",
+    ALL_TO_ALL: "every rank of ep holds tokens of its own; they are sent to the ranks of their experts and back",
+}
+"""How tokens reach experts on other ranks of ep."""
 
 IO_MODES = ("auto", "buffered", "direct")
 """By measurement, through the page cache, past it."""
@@ -31,11 +51,12 @@ class Forward(str, Enum):
     """By the fastest of gptqmodel's kernels for the layouts of GPTQ and AWQ; it may keep the stored words to itself."""
 
     def tries(self, way: Forward, device: torch.device) -> bool:
-        """Whether this way is tried on a device: where it is asked for, and by itself on a GPU."""
+        """Returns True if this way is tried on a device: where it is asked for, and on a GPU by `AUTO`."""
         return self is way or (self is Forward.AUTO and device.type == "cuda")
 
 
 FORWARDS = tuple(each.value for each in Forward)
+KERNELS = tuple(each.value for each in Kernel)
 
 
 class LoadProgress(NamedTuple):
@@ -53,30 +74,101 @@ Progress = Callable[[LoadProgress], None]
 """Called as rows arrive."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """Choices of one load."""
+DECLARED = ("ranks_per_node", "capability")
+"""Options of `plan` alone: facts about devices, which a load measures."""
 
-    kernel: str = "auto"
-    """Which kernels quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`."""
-    forward: str = "auto"
-    """How stored weights are multiplied: `auto`, `dequantize`, `float8` or `gptqmodel`; of no consequence to them."""
-    io: str = "auto"
-    """How files are read: through the page cache (`buffered`), past it (`direct`), or by measurement (`auto`)."""
-    trace: str | None = None
-    """File to write a Chrome trace of all ranks' stages to."""
-    timeout: float | None = None
-    """Seconds that a rank waits for the others."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What to load, and how to divide it: what a plan depends on, apart from the model and the devices."""
+
+    quantization_config: Any = None
+    """How to quantize: a short name (`nf4-dq`, `int8`, ...), a JSON file, or JSON text. Default: as the
+    checkpoint says.
+
+    Also a `transformers` config object, a dict, or a dataclass of `distquant.config`.
+    """
+    mesh: str | Mesh | None = None
+    """Mesh of ranks, such as `tp=8` or `dp=2,tp=4`. Default: one rank."""
+    device_map: str | Mapping[str, Any] | None = None
+    """`auto`, a device, or a dict (JSON) of module to device, for one process with many devices; excludes a mesh."""
+    max_memory: str | int | Mapping[Any, Any] | None = None
+    """Bytes that each rank may fill, such as `24GiB`; with a device map also a dict (JSON) of device to size."""
+    dtype: Any = "auto"
+    """Dtype that weights are loaded in and quantized from: `bfloat16`, `float16`, `float32`, or `auto` (as stored)."""
+    staging: str | int = "512MiB"
+    """Bytes that weights may pass through, per rank."""
+    ranks_per_node: int | None = None
+    """Ranks that share a node, and so read each byte once among them. Default: 8."""
+    dispatch: str = ALL_REDUCE
+    """How tokens reach experts on other ranks of ep: `all_reduce` if these ranks hold the same tokens (as in
+    `generate`), `all_to_all` if each holds a batch of its own."""
+    on_unsupported: str = "error"
+    """What to do with a checkpoint whose quantization method is not supported: `error`, or `skip` to plan its tensors
+    as they are stored.
+
+    Such a plan is for reading; `load` refuses it.
+    """
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability of the devices, if known."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+    revision: str | None = None
+    """Revision of a cached id."""
 
     def __post_init__(self) -> None:
-        """Raises `InputError` with every option that cannot work."""
+        """Copies mappings, so that they are dicts of this object's own."""
+        for name in ("device_map", "max_memory"):
+            given = getattr(self, name)
+            if isinstance(given, Mapping):
+                object.__setattr__(self, name, dict(given))
+
+    def rank_memory(self) -> int | None:
+        """Returns the bytes per rank, where one valid size is given; `make_plan` reports what is not valid."""
+        if self.max_memory is None or isinstance(self.max_memory, Mapping):
+            return None
+        try:
+            return parse_bytes(self.max_memory, "max_memory")
+        except InputError:
+            return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a load runs, as far as that changes no bit of its result: no part of the plan."""
+
+    kernel: str = "auto"
+    """Kernels that quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`. All give the same bits."""
+    forward: str = "auto"
+    """How weights are multiplied that are kept as their format stores them.
+
+    `dequantize`; `float8`, with activations rounded to float8, where the method is meant so; `gptqmodel`, by its
+    fastest kernel for the layouts of GPTQ and AWQ, which may rearrange the words (then the model can be neither saved
+    nor trained); or `auto`: on a GPU float8, or those of gptqmodel's kernels that leave the words alone.
+    """
+    io: str = "auto"
+    """How files are read: `buffered` (through the page cache), `direct` (past it), or `auto`: what is in memory through
+    the page cache, the rest past it."""
+    trace: str | os.PathLike[str] | None = None
+    """File to write a trace of all ranks' stages to, for Perfetto."""
+    timeout: float | None = None
+    """Seconds that a rank waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` with every option that cannot work; which kernels there are depends on the device."""
         problems = Problems()
-        if self.forward not in FORWARDS:
-            problems.add("forward", f"{self.forward!r} is no way to multiply", f"Choose one of: {', '.join(FORWARDS)}")
-        if self.io not in IO_MODES:
-            problems.add("io", f"{self.io!r} is no way to read", f"Choose one of: {', '.join(IO_MODES)}")
-        if self.trace is not None and not os.path.isdir(os.path.dirname(os.path.abspath(self.trace))):
-            problems.add("trace", f"{self.trace}: there is no such folder", "Give a file in a folder that exists")
+        for name, known in (("forward", FORWARDS), ("io", IO_MODES)):
+            if getattr(self, name) not in known:
+                problems.add(name, f"unknown value {getattr(self, name)!r}", f"Choose one of: {', '.join(known)}")
+        if self.trace is not None:
+            object.__setattr__(self, "trace", os.fspath(self.trace))
+            if not os.path.isdir(os.path.dirname(os.path.abspath(self.trace))):
+                problems.add("trace", f"{self.trace}: the folder does not exist", "Give a file in a folder that exists")
         if self.timeout is not None and not self.timeout > 0:
-            problems.add("timeout", f"{self.timeout} is no time to wait", "Give a number of seconds above 0")
+            problems.add("timeout", f"invalid timeout {self.timeout}", "Give a number of seconds above 0")
         problems.raise_if_any()
+
+
+def select(kind: type[PlanOptions] | type[RunOptions], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of a function's arguments that are options of `kind`."""
+    return {option.name: arguments[option.name] for option in fields(kind) if option.name in arguments}

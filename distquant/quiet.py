@@ -7,7 +7,9 @@ import logging
 PREFIXES = {
     "torchao": "Failed to load ",  # its GPU libraries, on a machine without a GPU; transformers imports torchao
     "torch.utils._pytree": "<enum ",  # torch's advice to torchao's authors
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # distquant does not use that kernel
 }
+"""Beginning of such messages, by the logger's name."""
 
 
 class _Without(logging.Filter):
@@ -21,7 +23,10 @@ class _Without(logging.Filter):
         return not record.getMessage().startswith(self.prefix)
 
 
+_FILTERS = {name: _Without(prefix) for name, prefix in PREFIXES.items()}
+
+
 def quiet_imports() -> None:
-    """Drops such lines from the log of this process; all other lines of those libraries are still logged."""
-    for name, prefix in PREFIXES.items():
-        logging.getLogger(name).addFilter(_Without(prefix))
+    """Removes such messages from the log of this process; may be called again. All other messages are still logged."""
+    for name, without in _FILTERS.items():
+        logging.getLogger(name).addFilter(without)  # adds each filter once

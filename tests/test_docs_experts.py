@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import distquant as dq
-from distquant.environment import format_bytes
+from distquant.units import format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = re.compile(r"^\| `([^`]+)` \| (.+) \|$", re.M)

@@ -14,22 +14,12 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from distquant.checkpoint.faults import Faults, HeaderFault, shown
+from distquant.dtypes import DTYPE_BITS
 from distquant.files import open_file
 
 MAX_HEADER_BYTES = 100_000_000  # `MAX_HEADER_SIZE` of safetensors' tensor.rs
 LENGTH_BYTES = 8
 MAX_U64 = 2**64 - 1
-
-DTYPE_BITS: dict[str, int] = {
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
-}
-"""Bits of one element, for every dtype of safetensors 0.8 (`Dtype` in tensor.rs). Sub-byte elements are packed."""
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 

@@ -1,10 +1,9 @@
-"""One function a command: `run_<command>(arguments, argv)` returns the exit code."""
+"""One function for each command: `run_<command>(arguments, argv)` returns the exit code."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 
 from distquant.api import plan as make
 from distquant.cli import launch, render
@@ -12,15 +11,13 @@ from distquant.cli.html import plan_html
 from distquant.errors import CheckFailed, InputError
 from distquant.files import TEXT_BYTES, read_text
 from distquant.loading.report import write_report
-from distquant.runtime.job import Job, Outcome
+from distquant.runtime.query import Outcome, Query
 
 
 def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
     _check_output("--json", arguments.json)
     _check_output("--html", arguments.html)
-    options = launch.load_options(arguments, arguments.mesh)
-    capability, per_node = _capability(arguments.capability), arguments.ranks_per_node
-    plan = make(arguments.model, **options, capability=capability, ranks_per_node=per_node)
+    plan = make(arguments.model, **launch.load_options(arguments, arguments.mesh))
     print(render.plan_text(plan))
     if arguments.json:
         with open(arguments.json, "w") as file:
@@ -33,8 +30,8 @@ def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
     _check_output("--report", arguments.report)
-    job = Job(prompt=arguments.prompt, generate={"max_new_tokens": arguments.max_new_tokens})
-    outcome = _run(arguments, argv, job, arguments.mesh)
+    query = Query(prompt=arguments.prompt, generate={"max_new_tokens": arguments.max_new_tokens})
+    outcome = _run(arguments, argv, query, arguments.mesh)
     if isinstance(outcome, int):
         return outcome
     print(render.report_text(outcome.report))
@@ -47,25 +44,25 @@ def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def run_verify(arguments: argparse.Namespace, argv: list[str]) -> int:
     if len(arguments.mesh) < 2:
-        raise InputError.one("--mesh", "one mesh has nothing to be compared with", "Give --mesh twice or more")
+        raise InputError.one("--mesh", "one mesh cannot be compared", "Give --mesh twice or more")
     if launch.is_launched() and launch.OUTCOME not in os.environ:
         what = f"verify starts the ranks of each mesh itself, and this is rank {os.environ['RANK']} of a launcher"
         raise InputError.one("verify", what, "Run it without a launcher")
-    found = {}
+    fingerprints = {}
     for mesh in arguments.mesh:
-        outcome = _run(arguments, [*_without(argv, "--mesh"), "--mesh", mesh, "--mesh", mesh], Job(), mesh)
+        outcome = _run(arguments, [*_without(argv, "--mesh"), "--mesh", mesh, "--mesh", mesh], Query(), mesh)
         if isinstance(outcome, int):
             return outcome
-        found[mesh] = outcome.report["fingerprint"]
-        print(f"{found[mesh]}  {mesh} ({outcome.report['runtime']})")
-    if len(set(found.values())) > 1:
-        raise CheckFailed(f"the fingerprints differ: {found}")
+        fingerprints[mesh] = outcome.report["fingerprint"]
+        print(f"{fingerprints[mesh]}  {mesh} ({outcome.report['runtime']})")
+    if len(set(fingerprints.values())) > 1:
+        raise CheckFailed(f"the fingerprints differ: {fingerprints}")
     print("equal")
     return 0
 
 
 def run_perplexity(arguments: argparse.Namespace, argv: list[str]) -> int:
-    outcome = _run(arguments, argv, Job(text=_read_text(arguments.text), window=arguments.window), arguments.mesh)
+    outcome = _run(arguments, argv, Query(text=_read_text(arguments.text), window=arguments.window), arguments.mesh)
     if isinstance(outcome, int):
         return outcome
     print(f"perplexity {outcome.perplexity:.4f}  fingerprint {outcome.report['fingerprint']}")
@@ -93,17 +90,17 @@ def run_demo(arguments: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | None) -> Outcome | int:
-    """The outcome, or the exit code where somebody else tells it."""
+def _run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str | None) -> Outcome | int:
+    """Returns the outcome, or the exit code where another process reports it."""
     try:
-        outcome = launch.run(arguments, argv, job, mesh)
+        outcome = launch.run(arguments, argv, query, mesh)
     except launch.Handled as handled:
         return handled.code
     return 0 if outcome is None else outcome
 
 
 def _without(argv: list[str], option: str) -> list[str]:
-    """The arguments without an option and its value."""
+    """Returns the arguments without an option and its value."""
     kept, skip = [], False
     for argument in argv:
         if skip:
@@ -116,14 +113,14 @@ def _without(argv: list[str], option: str) -> list[str]:
 
 
 def _check_output(option: str, path: str | None) -> None:
-    """Raises `InputError` where a file could not be written at the end, so that nothing is done in vain."""
+    """Raises `InputError` if a file could not be written at the end, before the work is done in vain."""
     if path is None:
         return
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path):
         raise InputError.one(option, f"{path} is a folder", "Give the name of a file")
     if not os.path.isdir(folder):
-        raise InputError.one(option, f"there is no folder {folder}", "Create it, or give another path")
+        raise InputError.one(option, f"the folder {folder} does not exist", "Create it, or give another path")
     if not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise InputError.one(option, f"{path} cannot be written", "Check its permissions, or give another path")
 
@@ -134,12 +131,3 @@ def _read_text(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError.one("--text", f"{path} cannot be read ({reason})", "Give a UTF-8 text file") from error
-
-
-def _capability(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)\.(\d+)", text)
-    if not match:
-        raise InputError.one("--capability", f"{text!r} is no compute capability", "Write it as 9.0")
-    return int(match.group(1)), int(match.group(2))

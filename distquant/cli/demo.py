@@ -1,4 +1,4 @@
-"""The main job from end to end: plan, load onto Ray workers, answer, measure, and prove the bits."""
+"""The main job from end to end: plan, load onto Ray workers, answer, measure, and compare the bits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ def demo(arguments: argparse.Namespace) -> None:
     from distquant.runtime import ray
     from distquant.verification.perplexity import perplexity
 
-    quant = arguments.quant or "nf4-dq"
-    arguments.quant = quant
+    quant = arguments.quantization_config = arguments.quantization_config or "nf4-dq"
     options = launch.load_options(arguments, arguments.mesh)
     print(f"== the plan: {quant} at {arguments.mesh}\n")
     print(render.plan_text(plan(arguments.model, **options)))
@@ -36,8 +35,8 @@ def demo(arguments: argparse.Namespace) -> None:
         quantized = sharded.perplexity(text) if text else None
 
     print("\n== the same model on one device\n", flush=True)
-    whole = load(arguments.model, **{**options, "mesh": None})
-    reference = fingerprint(whole)
+    unsharded = load(arguments.model, **{**options, "mesh": None})
+    reference = fingerprint(unsharded)
     if text:
         from transformers import AutoTokenizer
 

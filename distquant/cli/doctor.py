@@ -1,4 +1,4 @@
-"""What this machine can run: its devices and packages, and for each method what works here and what is missing."""
+"""Text of `distquant doctor`: the machine's devices and packages, and for each method what works or is missing."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from collections.abc import Iterator
 
 from distquant.cli.render import table
 from distquant.config import QuantizationConfig
-from distquant.environment import Environment, format_bytes
+from distquant.environment import Environment
 from distquant.quantization import Context, Scheme
+from distquant.units import format_bytes
 
 HEADER = ("method", "names", "pre-quantized", "on the fly", "tp", "ep", "experts", "train", "state")
-"""`experts`: how they are held where they are dealt out or cut."""
+"""`experts`: how they are held when they are distributed over ep or sharded over tp."""
 OPTIONAL = {"ray": "--runtime ray", "peft": "LoRA on loaded models"}
-"""Packages that no method needs, and what is not available without each."""
+"""Packages that no method needs, and the feature that needs each."""
 
 
 def doctor_text(quant: str | None) -> str:
-    """The whole answer of `distquant doctor`; of one method only, where one is named."""
+    """Returns the whole text, or that of one method, where `quant` names one."""
     import torch
 
     from distquant.config import parse
@@ -28,7 +29,7 @@ def doctor_text(quant: str | None) -> str:
     from distquant.runtime import local
     from distquant.runtime.measure import host_memory, measure, packages, watched
 
-    found, environment = packages(), measure(local.device(), None)
+    versions, environment = packages(), measure(local.device(), None)
     gpu = (
         f" {torch.cuda.get_device_name()}, capability {environment.capability}"
         if environment.device_type == "cuda"
@@ -39,7 +40,7 @@ def doctor_text(quant: str | None) -> str:
         f"{format_bytes(host_memory())} free",
         f"device: {environment.device_type}{gpu}",
         "",
-        table(("package", "version"), [(name, found.get(name, "missing")) for name in watched()]),
+        table(("package", "version"), [(name, versions.get(name, "missing")) for name in watched()]),
         "",
     ]
     if quant:
@@ -61,7 +62,7 @@ def doctor_text(quant: str | None) -> str:
 
 
 def _abilities(scheme: Scheme) -> tuple[str, ...]:
-    """What a method can do at all."""
+    """Returns a row of the table: everything that a method can do, on any machine."""
     names = ", ".join(scheme.config_class.short_names) or "-"
     partition, train = ("no", "as transformers") if scheme.delegated else ("yes", "adapters")
     experts = "-" if scheme.delegated else "quantized" if scheme.stacks else "plain"
@@ -78,7 +79,7 @@ def _abilities(scheme: Scheme) -> tuple[str, ...]:
 
 
 def _example(kind: type[QuantizationConfig]) -> QuantizationConfig:
-    """A configuration of a method: that of its first short name, or its defaults."""
+    """Returns a configuration of a method: that of its first short name, or its defaults."""
     return kind(**next(iter(kind.short_names.values()), {}))
 
 
@@ -87,7 +88,7 @@ def _yes(value: bool) -> str:
 
 
 def _problems(scheme: Scheme, environment: Environment) -> Iterator[str]:
-    """What keeps the method from running on this machine, whatever the checkpoint."""
+    """Yields the reasons why a method cannot run on this machine, whatever the checkpoint."""
     from distquant.model import ModelDescription
     from distquant.model.description import Linear
     from distquant.sharding.mesh import Mesh

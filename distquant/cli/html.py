@@ -6,8 +6,8 @@ import html
 from collections.abc import Sequence
 
 from distquant.cli.render import heads_of
-from distquant.environment import format_bytes
 from distquant.planning import LoadPlan
+from distquant.units import format_bytes
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }
@@ -20,7 +20,7 @@ th { border-bottom: 2px solid #888 } td { border-bottom: 1px solid #ddd } td.num
 
 
 def plan_html(plan: LoadPlan) -> str:
-    """The whole plan: memory per rank as bars, every rule with its reason, notes, and every tensor with its cut."""
+    """Returns the plan as a page: memory per rank as bars, rules, notes, and tensors with their partitions."""
     rules = [(r.pattern, r.asked, r.became, str(r.modules), r.reason) for r in plan.rules]
     tensors = [
         (
@@ -47,10 +47,10 @@ def plan_html(plan: LoadPlan) -> str:
             "<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>",
             "<h2>Rules</h2>",
             _table(("rule", "asked", "became", "modules", "why"), rules),
-            "<h2>Cuts</h2>",
-            _table(("cut", "size", "per rank"), partitions),
+            "<h2>Partitions</h2>",
+            _table(("partition", "size", "per rank"), partitions),
             "<h2>Tensors</h2>",
-            _table(("name", "shape", "dtype", "scheme", "cut"), tensors),
+            _table(("name", "shape", "dtype", "scheme", "partition"), tensors),
             "</body></html>\n",
         ]
     )

@@ -1,4 +1,4 @@
-"""Runs a job in the runtime that was asked for. torchrun ranks are started here unless a launcher has started them."""
+"""Runs a query in the chosen runtime. Ranks of torchrun are started here unless a launcher has started them."""
 
 from __future__ import annotations
 
@@ -14,32 +14,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from distquant.cli.flags import read_flags
 from distquant.cli.progress import ProgressLine
-from distquant.errors import DistquantError, InputError, Problem, Problems, RankError, said
+from distquant.errors import DistquantError, InputError, Problem, Problems, RankError, one_line
 from distquant.model import source_of, tokenizer_file_problems
+from distquant.options import PlanOptions, RunOptions
 from distquant.planning.validation import check_supported
-from distquant.runtime.job import Job, Outcome
 from distquant.runtime.measure import check_rank_count
+from distquant.runtime.query import Outcome, Query
 from distquant.sharding.mesh import Mesh
 
 OUTCOME = "DISTQUANT_OUTCOME"
-"""Environment variable: file that rank 0 of ranks that we started writes the outcome to."""
+"""Environment variable: the file that rank 0 writes the outcome to, if the command line has started the ranks."""
 
 PATIENCE = 30.0
-"""Seconds that a rank leaves the telling to another, and the launcher the time to stop it: ranks that share few cores
-come to the same error many seconds apart."""
+"""Seconds that a rank waits for another to report the error, and for the launcher to stop this one.
+
+Ranks that share few cores meet the same error many seconds apart.
+"""
 
 
 class Handled(DistquantError):
-    """A rank has already told what is wrong; `code` is the exit code."""
+    """A rank has already reported the error; `code` is the exit code."""
 
     def __init__(self, code: int):
         self.code = code
         super().__init__(f"exit code {code}")
 
 
-def run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | None) -> Outcome | None:
-    """Loads the model and does the job; None on ranks that leave the telling to rank 0."""
+def run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str | None) -> Outcome | None:
+    """Loads the model and runs the query; returns None on ranks whose outcome rank 0 prints."""
     from distquant.api import plan
 
     launched, size, problems = is_launched(), 1, Problems()
@@ -49,30 +53,30 @@ def run(arguments: argparse.Namespace, argv: list[str], job: Job, mesh: str | No
         problems.extend(error.problems)
     runtime = arguments.runtime or ("torchrun" if launched or size > 1 else "local")
     if runtime == "local" and size > 1:
-        what = f"{mesh} needs {size} ranks, and the runtime 'local' is one process"
+        what = f"{mesh} needs {size} ranks, and the runtime 'local' has one"
         problems.add("mesh", what, "Use --runtime torchrun or --runtime ray")
-    if OUTCOME not in os.environ:  # else whoever started this rank has checked it
-        problems.extend(token_problems(arguments, job))
+    if OUTCOME not in os.environ:  # else the process that started this rank has checked it
+        problems.extend(token_problems(arguments, query))
     if problems:
         raise all_problems(problems, arguments, mesh)
     if runtime == "ray":
-        return _on_ray(arguments, job, mesh)
+        return _on_ray(arguments, query, mesh)
     if runtime == "local":
-        return _here(arguments, job, mesh, "local")
+        return _here(arguments, query, mesh, "local")
     if launched:
-        return _here(arguments, job, mesh, "torchrun")
+        return _here(arguments, query, mesh, "torchrun")
     check_supported(plan(arguments.model, **load_options(arguments, mesh)))  # before ranks are started
     check_rank_count(size)
     return _start_ranks(arguments, argv, size)
 
 
 def is_launched() -> bool:
-    """Whether a launcher (torchrun, srun, ours) has started this process as a rank."""
+    """Returns True if a launcher (torchrun, srun, ours) has started this process as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def all_problems(problems: Problems, arguments: argparse.Namespace, mesh: str | None) -> InputError:
-    """The error that tells these problems, and whatever planning finds wrong."""
+    """Returns the error with these problems and those that planning finds."""
     from distquant.api import plan
 
     try:
@@ -82,11 +86,11 @@ def all_problems(problems: Problems, arguments: argparse.Namespace, mesh: str | 
     return InputError(problems)
 
 
-def token_problems(arguments: argparse.Namespace, job: Job) -> Iterator[Problem]:
-    """Why a prompt or text cannot be given to the model; told before anything is loaded."""
-    given = [("--prompt", job.prompt, 1), ("--text", job.text and job.text[:1000], 2)]
-    given = [(option, text, least) for option, text, least in given if text is not None]
-    if not given:
+def token_problems(arguments: argparse.Namespace, query: Query) -> Iterator[Problem]:
+    """Yields why a prompt or text cannot be given to the model, before anything is loaded."""
+    texts = [("--prompt", query.prompt, 1), ("--text", query.text and query.text[:1000], 2)]
+    texts = [(option, text, least) for option, text, least in texts if text is not None]
+    if not texts:
         return
     from transformers import AutoTokenizer
 
@@ -95,16 +99,16 @@ def token_problems(arguments: argparse.Namespace, job: Job) -> Iterator[Problem]
     try:
         folder, _ = locate(arguments.model, arguments.revision)
     except InputError:
-        return  # the plan tells it
+        return  # planning reports it
     if unreadable := list(tokenizer_file_problems(folder)):
         yield from unreadable
         return
-    for option, text, least in given:
+    for option, text, least in texts:
         try:
-            where, gguf = source_of(folder)
-            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=arguments.trust_remote_code, **gguf)
+            source, gguf = source_of(folder)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code, **gguf)
         except (ValueError, OSError, KeyError, ImportError) as error:
-            what = f"transformers can load no tokenizer from {folder} ({said(error)})"
+            what = f"transformers cannot load a tokenizer from {folder} ({one_line(error)})"
             yield Problem(option, what, "Put the model's tokenizer.json there")
             continue
         count = len(tokenizer(text).input_ids)
@@ -113,45 +117,16 @@ def token_problems(arguments: argparse.Namespace, job: Job) -> Iterator[Problem]
 
 
 def load_options(arguments: argparse.Namespace, mesh: str | None) -> dict[str, Any]:
-    """The arguments of `distquant.load` that the command line gave."""
-    options = {
-        "quantization_config": arguments.quant,
-        "mesh": mesh,
-        "max_memory": text_or_json(arguments.max_memory, "max_memory", '{"0": "24GiB", "cpu": "100GiB"}'),
-        "dtype": arguments.dtype,
-        "staging": arguments.staging,
-        "dispatch": arguments.dispatch,
-        "on_unsupported": arguments.on_unsupported,
-        "trust_remote_code": arguments.trust_remote_code,
-        "revision": arguments.revision,
-    }
-    device_map = getattr(arguments, "device_map", None)
-    if device_map is not None:
-        options["device_map"] = text_or_json(device_map, "device_map", '{"model.layers.0": 0, "lm_head": "cpu", ...}')
-    return options
+    """Returns the options of the plan that the command line gave, with this mesh."""
+    return {**read_flags(arguments, PlanOptions), "mesh": mesh}
 
 
-def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How the load runs: arguments of `distquant.load` that are no part of the plan."""
-    return {name: getattr(arguments, name) for name in ("kernel", "forward", "io", "trace", "timeout")}
-
-
-def text_or_json(text: str | None, where: str, example: str) -> Any:
-    """The text as it is, or the JSON object that it spells."""
-    if text is None or not text.lstrip().startswith("{"):
-        return text
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError.one(where, f"is no JSON ({error})", f"Write it as {example}") from error
-
-
-def _here(arguments: argparse.Namespace, job: Job, mesh: str | None, runtime: str) -> Outcome | None:
+def _here(arguments: argparse.Namespace, query: Query, mesh: str | None, runtime: str) -> Outcome | None:
     import torch
 
     from distquant.api import load
     from distquant.runtime import torchrun
-    from distquant.runtime.job import perform
+    from distquant.runtime.query import perform
 
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if runtime == "torchrun" else 1
     torch.set_num_threads(arguments.threads or max((os.cpu_count() or 1) // ranks, 1))
@@ -167,10 +142,9 @@ def _here(arguments: argparse.Namespace, job: Job, mesh: str | None, runtime: st
         model = load(
             arguments.model,
             **load_options(arguments, mesh),
-            **run_options(arguments),
             progress=lambda seen: line.show([seen]),
         )
-    outcome = perform(model, job, runtime)
+    outcome = perform(model, query, runtime)
     if runtime == "torchrun":
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -183,28 +157,31 @@ def _here(arguments: argparse.Namespace, job: Job, mesh: str | None, runtime: st
     return outcome
 
 
-def _on_ray(arguments: argparse.Namespace, job: Job, mesh: str | None) -> Outcome:
+def _on_ray(arguments: argparse.Namespace, query: Query, mesh: str | None) -> Outcome:
     try:
         from distquant.runtime import ray
     except ImportError as error:
         raise InputError.one(
-            "--runtime ray", f"ray cannot be imported ({error})", "Run: pip install 'ray>=2.50'"
+            "--runtime ray", f"ray cannot be imported ({error})", "Run: pip install 'distquant[ray]'"
         ) from error
-    options = load_options(arguments, mesh)
+    options = {**load_options(arguments, mesh), **read_flags(arguments, RunOptions)}
     if options.pop("device_map", None) is not None:
         raise InputError.one("device_map", "Ray workers hold one device each", "Use --mesh, or --runtime local")
     with (
         ProgressLine(Mesh.parse(mesh).size) as line,
         ray.load(
-            arguments.model, **options, threads=arguments.threads or 1, **run_options(arguments), progress=line.show
+            arguments.model,
+            **options,
+            threads=arguments.threads or 1,
+            progress=line.show,
         ) as sharded,
     ):
         line.end()
-        return sharded.perform(job)
+        return sharded.perform(query)
 
 
 def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> Outcome:
-    """Starts the ranks with torch's elastic launcher, and reads what rank 0 writes."""
+    """Starts the ranks with torch's elastic launcher, and reads the outcome that rank 0 writes."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -244,7 +221,7 @@ def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> O
 
 @contextmanager
 def _own_handlers_afterwards() -> Iterator[None]:
-    """Puts back the signal handlers that torch's launcher replaces, and leaves replaced (`PContext.start`)."""
+    """Restores the signal handlers that torch's launcher replaces and does not restore (`PContext.start`)."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield
@@ -254,33 +231,32 @@ def _own_handlers_afterwards() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def lost_peer(error: Exception) -> bool:
-    """Whether a collective failed under this rank because another rank is gone, and told why itself."""
+def lost_peer(error: RuntimeError) -> bool:
+    """Returns True if a collective of this rank failed because another rank ended, which reports its own error."""
     if not is_launched() or "torch" not in sys.modules:
         return False
-    import torch.distributed
+    from distquant.runtime.process_group import is_lost_peer
 
-    of_nccl = isinstance(error, torch.distributed.DistError)
-    return of_nccl or (isinstance(error, RuntimeError) and "/gloo/transport/" in str(error))  # gloo has no type
+    return is_lost_peer(error)
 
 
 def of_another_rank(error: DistquantError) -> bool:
-    """Whether this process is a rank, and stopped because another rank failed, which tells it itself."""
+    """Returns True if this process is a rank that stopped because another rank failed, which reports its own error."""
     return is_launched() and isinstance(error, RankError) and error.rank != int(os.environ["RANK"])
 
 
 def wait_for_the_end() -> None:
-    """Lets the rank whose error this is tell it, and the launcher stop this one."""
+    """Gives the failing rank the time to report its error, and the launcher the time to stop this rank."""
     time.sleep(PATIENCE)
 
 
 def rank_prefix() -> str:
-    """`rank N: ` in a process that a launcher started."""
+    """Returns `rank N: ` in a process that a launcher started."""
     return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
 
 
-def tell_once(error: InputError) -> None:
-    """Tells an error that every rank may have: rank 0 does. Another rank that is not stopped then is alone with it."""
+def report_once(error: InputError) -> None:
+    """Prints, on rank 0, an error that every rank may have. Another rank prints it if nobody stops it meanwhile."""
     prefix = ""
     if os.environ.get("RANK", "0") != "0":
         wait_for_the_end()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
-from distquant.environment import format_bytes
 from distquant.options import LoadProgress
+from distquant.units import format_bytes
 
 EVERY = 0.2
 """Seconds between updates on a terminal; ten times that elsewhere."""
@@ -18,7 +18,7 @@ class ProgressLine:
     def __init__(self, ranks: int):
         self.ranks, self.started, self.last = ranks, time.perf_counter(), 0.0
         self.terminal = sys.stderr.isatty()
-        self.seen: list[LoadProgress] = []
+        self.latest: list[LoadProgress] = []
 
     def __enter__(self) -> ProgressLine:
         return self
@@ -27,30 +27,31 @@ class ProgressLine:
         self.end()
 
     def show(self, ranks: list[LoadProgress]) -> None:
-        """Takes how far every rank is that is known."""
+        """Takes the progress of the ranks that is known, and shows it if enough time has passed."""
         if not self.ranks or not ranks:
             return
-        moved = [seen for seen in ranks if seen.total]
-        if moved and not any(seen.total for seen in self.seen):
+        reading = any(rank.total for rank in ranks)
+        # Rates count from the first bytes: ranks start at different times, and plan before they read.
+        if reading and not any(rank.total for rank in self.latest):
             self.started = time.perf_counter()
-        self.seen = ranks
+        self.latest = ranks
         now = time.perf_counter()
-        if moved and now - self.last >= (EVERY if self.terminal else 10 * EVERY):
+        if reading and now - self.last >= (EVERY if self.terminal else 10 * EVERY):
             self.last = now
             self._write("\r" if self.terminal else "", "" if self.terminal else "\n")
 
     def _write(self, before: str, after: str) -> None:
         seconds = max(time.perf_counter() - self.started, 1e-3)
         parts = [
-            f"rank {rank} {100 * seen.done / max(seen.total, 1):3.0f}% {format_bytes(seen.done)} "
-            f"({format_bytes(seen.done / seconds)}/s, {seen.limit})"
-            for rank, seen in enumerate(self.seen)
+            f"rank {rank} {100 * each.done / max(each.total, 1):3.0f}% {format_bytes(each.done)} "
+            f"({format_bytes(each.done / seconds)}/s, {each.limit})"
+            for rank, each in enumerate(self.latest)
         ]
         sys.stderr.write(before + "loading: " + " | ".join(parts) + after)
         sys.stderr.flush()
 
     def end(self) -> None:
         """Writes the final state, once."""
-        if self.ranks and any(seen.total for seen in self.seen):
+        if self.ranks and any(rank.total for rank in self.latest):
             self._write("\r" if self.terminal else "", "\n")
-        self.seen = []
+        self.latest = []

@@ -9,17 +9,17 @@ from typing import Any
 
 from distquant.checkpoint import Checkpoint
 from distquant.config.vocabulary import columns
-from distquant.environment import format_bytes
 from distquant.errors import InputError
 from distquant.planning import LoadPlan
 from distquant.planning.read_assignment import REASONS
+from distquant.units import format_bytes
 
 SHOWN_RANKS = 16
 """Ranks that a table lists; of more, the first and last are shown."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned by spaces; numbers to the right."""
+    """Returns columns aligned by spaces; numbers to the right."""
     every = [list(header), *map(list, rows)]
     widths = [max(len(row[i]) for row in every) for i in range(len(header))]
     right = [all(row[i][:1].isdigit() for row in rows) if rows else False for i in range(len(header))]
@@ -32,7 +32,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plan_text(plan: LoadPlan) -> str:
-    """The plan as a page: what, per rank, per rule, and what to know."""
+    """Returns the plan as text: memory of each rank, reading, rules, device map and notes."""
     quantization = plan.quantization_config.get("quant_method", "none")
     stored = "as the checkpoint stores it" if plan.prequantized else f"from {plan.dtype}"
     ranks = "1 rank" if plan.mesh.size == 1 else f"{plan.mesh.size} ranks"
@@ -43,8 +43,8 @@ def plan_text(plan: LoadPlan) -> str:
         _memory_table(plan),
     ]
     if plan.mesh.size > 1:
-        ways = Counter(tensor.reading for tensor in plan.tensors)
-        parts += ["", *(f"{count:,} tensors {REASONS[way]}" for way, count in ways.items())]
+        reading = Counter(tensor.reading for tensor in plan.tensors)
+        parts += ["", *(f"{count:,} tensors {REASONS[way]}" for way, count in reading.items())]
     if plan.rules:
         rows = [(r.pattern, r.asked, r.became, str(r.modules), r.reason) for r in plan.rules]
         parts += ["", table(("rule", "asked", "became", "modules", "why"), rows)]
@@ -72,18 +72,18 @@ def _memory_table(plan: LoadPlan) -> str:
         rows = [*rows[: SHOWN_RANKS // 2], ("...",) * 7, *rows[-SHOWN_RANKS // 2 :]]
     header = ("rank", "parameters", "to read", "quantized", "unquantized", "staging", "at most")
     heads = {m.rank: heads_of(plan, m.rank) for m in plan.memory[:SHOWN_RANKS]}
-    told = [f"rank {rank}: {text}" for rank, text in heads.items() if text]
-    return "\n".join([table(header, rows), *(["", *told] if told else [])])
+    lines = [f"rank {rank}: {text}" for rank, text in heads.items() if text]
+    return "\n".join([table(header, rows), *(["", *lines] if lines else [])])
 
 
 def heads_of(plan: LoadPlan, rank: int) -> str:
-    """The rank's attention heads, one text for each kind of attention."""
+    """Returns the rank's attention heads in words, for each kind of attention."""
     tp = plan.mesh.coordinates(rank)["tp"]
     return "; ".join(heads.describe(tp) for heads in plan.heads.values())
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """A load's report as a page."""
+    """Returns a load's report as text."""
     rows = [
         (
             str(r["rank"]),
@@ -97,18 +97,18 @@ def report_text(report: dict[str, Any]) -> str:
         for r in report["ranks"]
     ]
     header = ("rank", "loaded in", "read", "quantized", "unquantized", "peak memory", "busy (s)")
-    said = [
-        f"{label} {'; '.join(told)}"
+    choices = [
+        f"{label} {'; '.join(values)}"
         for label, field in (("kernels", "kernel"), ("forward", "forward"))
-        if (told := dict.fromkeys(r[field] for r in report["ranks"] if r[field]))
+        if (values := dict.fromkeys(r[field] for r in report["ranks"] if r[field]))
     ]
-    what = f"{report['runtime']}, mesh {report['mesh']}, fingerprint {report['fingerprint']}"
+    summary = f"{report['runtime']}, mesh {report['mesh']}, fingerprint {report['fingerprint']}"
     limits = ", ".join(dict.fromkeys(r["limit"] for r in report["ranks"]))
-    return "\n".join([table(header, rows), *said, f"limited by {limits}", what])
+    return "\n".join([table(header, rows), *choices, f"limited by {limits}", summary])
 
 
 def inspect_text(checkpoint: Checkpoint) -> str:
-    """What lies in a checkpoint, by dtype and by shard, and how it is quantized."""
+    """Returns the contents of a checkpoint as text, by dtype and by file, and how it is quantized."""
     from distquant.config import detect
 
     config = checkpoint.config
@@ -144,13 +144,12 @@ def inspect_text(checkpoint: Checkpoint) -> str:
 
 
 def _precision_text(quantization: dict[str, Any]) -> str:
-    """A checkpoint's quantization in the words of all methods: a row for each of its precisions."""
+    """Returns a checkpoint's quantization in terms that all methods share: a row for each of its precisions."""
     from distquant.config import CONFIG_CLASSES, parse
 
     try:
         config = parse(quantization, CONFIG_CLASSES)
     except InputError as error:
         return f"not understood: {error}"
-    found = config.vocabulary() if config else ()
-    header, rows = columns(found)
-    return table(header, rows) if rows else "its precisions are not known here"
+    header, rows = columns(config.vocabulary() if config else ())
+    return table(header, rows) if rows else "unknown precisions"

@@ -1,7 +1,7 @@
-"""How ranks that the command line starts on this machine meet: at a store that only this machine can reach.
+"""A rendezvous for ranks that the command line starts: a store that only this machine can reach.
 
-torch's own rendezvous listen on all interfaces, and unpickle what anyone writes there. One machine needs neither: the
-number of ranks is known, and the store that the launcher serves is all that they share.
+The rendezvous of torch listen on all interfaces, and unpickle anything that is written there. One machine needs
+neither: the number of ranks is known, and the ranks need only the store that the launcher serves.
 """
 
 from __future__ import annotations

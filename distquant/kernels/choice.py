@@ -1,10 +1,9 @@
-"""Which kernels quantize on a device, and why: decided once, shown in reports, never changed on the way."""
+"""Chooses the kernels that quantize on a device: once, with a reason that reports show."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from distquant.errors import InputError
@@ -12,9 +11,11 @@ from distquant.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from distquant.kernels.protocol import Kernels
+
 
 class Kernel(str, Enum):
-    """What a user may ask for."""
+    """Kernels that a user may ask for."""
 
     AUTO = "auto"
     """The fastest exact kernels of the device: `cpu` on the CPU, `triton` on CUDA."""
@@ -34,12 +35,12 @@ class Choice:
 
     Attributes:
         kernel: never AUTO.
-        ops: module that offers the functions of `distquant.kernels.reference`.
+        ops: the module of kernels.
         reason: one line for people, `cpu: AVX-512, 1 thread`.
     """
 
     kernel: Kernel
-    ops: ModuleType
+    ops: Kernels
     reason: str
 
 
@@ -47,17 +48,17 @@ ISA_NAMES = {"portable": "no AVX2", "avx2": "AVX2", "avx512": "AVX-512"}
 
 
 def choose(kernel: Kernel | str, device: torch.device) -> Choice:
-    """The kernels that `kernel` asks for on `device`.
+    """Returns the kernels that `kernel` asks for on `device`.
 
     Raises:
-        InputError: there is no such kernel, or it cannot run there. `auto` on the CPU takes the reference where the
-            native kernels are missing, and says so in `reason`; on CUDA it needs Triton.
+        InputError: the name is unknown, or these kernels cannot run there. On the CPU `auto` takes the reference if the
+            native kernels are missing, as `reason` shows; on CUDA it needs Triton.
     """
     try:
         wanted = Kernel(kernel)
     except ValueError:
         names = ", ".join(member.value for member in Kernel)
-        raise InputError.one("kernel", f"{kernel!r} is none of ours", f"Take one of {names}") from None
+        raise InputError.one("kernel", f"unknown kernels {kernel!r}", f"Take one of {names}") from None
     if wanted is Kernel.AUTO:
         return _automatic(device)
     if wanted is Kernel.REFERENCE:
@@ -94,7 +95,7 @@ def _cpu(device: torch.device) -> Choice:
         from distquant.kernels import cpu
     except ImportError as error:
         fix = "Install distquant where a C++17 compiler is found, or take 'reference'"
-        raise InputError.one("kernel", f"'cpu' is not there: {error}", fix) from error
+        raise InputError.one("kernel", f"'cpu' is not available: {error}", fix) from error
     threads = torch.get_num_threads()
     reason = f"cpu: {ISA_NAMES[cpu.isa()]}, {threads} thread{'s' if threads > 1 else ''}"
     return Choice(Kernel.CPU, cpu, reason)
@@ -109,7 +110,7 @@ def _triton(device: torch.device) -> Choice:
         from distquant.kernels import gpu
     except ImportError as error:
         fix = "Install the triton that belongs to this torch, or take 'reference'"
-        raise InputError.one("kernel", f"'triton' is not there: {error}", fix) from error
+        raise InputError.one("kernel", f"'triton' is not available: {error}", fix) from error
     if device.type == "cuda":
         return Choice(Kernel.TRITON, gpu, f"triton: {torch.cuda.get_device_name(device)}, Triton {triton.__version__}")
     if device.type == "cpu" and triton.knobs.runtime.interpret:
@@ -126,6 +127,6 @@ def _bitsandbytes(device: torch.device) -> Choice:
         from distquant.kernels import with_bitsandbytes
     except ImportError as error:
         fix = "pip install 'distquant[bitsandbytes]', or take 'auto'"
-        raise InputError.one("kernel", f"'bitsandbytes' is not there: {error}", fix) from error
+        raise InputError.one("kernel", f"'bitsandbytes' is not available: {error}", fix) from error
     reason = f"bitsandbytes: version {bitsandbytes.__version__} on {device}"
     return Choice(Kernel.BITSANDBYTES, with_bitsandbytes, reason)

@@ -1,7 +1,7 @@
-"""The functions of `reference` that bitsandbytes has, computed by it, so that its results can be had and compared.
+"""Kernels that call bitsandbytes, to compare its results with ours.
 
 On the CPU they are equal to the reference's. On CUDA bitsandbytes decides FP4 by other constants near the thresholds,
-and second-level codes by another search. What it does not have raises ValueError: that method needs other kernels.
+and second-level codes by another search. A function that it lacks raises ValueError: its method needs other kernels.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def quantize_4bit(
     if count % 2:
         raise ValueError(f"{count} codes do not fill whole bytes")
     packed = prepared(codes, (count // 2,), torch.uint8, weight.device)
-    found = prepared(absmax, (-(-count // blocksize),), torch.float32, weight.device)
+    statistics = prepared(absmax, (-(-count // blocksize),), torch.float32, weight.device)
     theirs, state = functional.quantize_4bit(weight.contiguous(), blocksize=blocksize, quant_type=quant_type)
-    return packed.copy_(theirs.view(-1)), found.copy_(state.absmax)
+    return packed.copy_(theirs.view(-1)), statistics.copy_(state.absmax)
 
 
 def dequantize_4bit(
@@ -89,7 +89,8 @@ def dequantize_4bit(
         absmax: float32 `[ceil(n / blocksize)]`.
     """
     count, blocks = math.prod(shape), len(absmax)
-    packed = codes.new_zeros(blocks * blocksize // 2)  # its kernel for the CPU errs where a row ends within a block
+    # Its kernel for the CPU is wrong where a row ends within a block, so rows are made of whole blocks.
+    packed = codes.new_zeros(blocks * blocksize // 2)
     packed[: (count + 1) // 2] = codes.view(-1)[: (count + 1) // 2]
     state = functional.QuantState(
         absmax,
@@ -99,10 +100,8 @@ def dequantize_4bit(
         quant_type=quant_type,
         dtype=dtype,
     )
-    with (
-        changing_process_state(),
-        torch.compiler.set_stance("force_eager"),
-    ):  # it would compile its fallback for large blocks
+    # By itself it compiles its fallback for large blocks.
+    with changing_process_state(), torch.compiler.set_stance("force_eager"):
         values = functional.dequantize_4bit(packed.view(-1, 1), state).view(-1)
     if quant_type == "fp4":  # without AVX-512 its code 8, the second zero, comes out as -0.0
         values = torch.where(unpack_4bit(packed) == 8, values.abs(), values)
@@ -116,8 +115,8 @@ def quantize_blockwise(
     flat = values.reshape(-1).float().contiguous()
     theirs, state = functional.quantize_blockwise(flat, code=code, blocksize=blocksize)
     packed = prepared(codes, (flat.numel(),), torch.uint8, flat.device)
-    found = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
-    return packed.copy_(theirs), found.copy_(state.absmax)
+    statistics = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
+    return packed.copy_(theirs), statistics.copy_(state.absmax)
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
@@ -129,15 +128,15 @@ def quantize_int8_rows(
     weight: Tensor, *, codes: Tensor | None = None, absmax: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Codes (int8 `[rows, columns]`) and absmax (float32 `[rows]`) of `weight` (`[rows, columns]`)."""
-    theirs, statistics, _ = functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+    theirs, their_absmax, _ = functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
     packed = prepared(codes, tuple(weight.shape), torch.int8, weight.device)
-    found = prepared(absmax, (len(weight),), torch.float32, weight.device)
-    return packed.copy_(theirs), found.copy_(statistics)
+    statistics = prepared(absmax, (len(weight),), torch.float32, weight.device)
+    return packed.copy_(theirs), statistics.copy_(their_absmax)
 
 
 def _absent(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: object, **__: object) -> NoReturn:
-        raise ValueError(f"bitsandbytes has no {name}: take kernel 'auto', 'cpu', 'triton' or 'reference'")
+        raise ValueError(f"bitsandbytes has no {name}: use kernel 'auto', 'cpu', 'triton' or 'reference'")
 
     return refuse
 

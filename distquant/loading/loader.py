@@ -32,12 +32,11 @@ from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.tasks import Task
 from distquant.loading.stream.trace import write_trace
 from distquant.model import build
-from distquant.options import Forward, LoadProgress, Options, Progress
+from distquant.options import ALL_REDUCE, Forward, LoadProgress, Progress, RunOptions
 from distquant.parallel.comm import Comm
 from distquant.parallel.experts import join_experts
 from distquant.parallel.lora import watch_adapters
 from distquant.parallel.replicas import install_wrapper_checks
-from distquant.planning.expert_parallel import ALL_REDUCE
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.prepared import Prepared
 from distquant.planning.read_assignment import node_ranks
@@ -76,7 +75,7 @@ def load_shard(
     plan: LoadPlan,
     comm: Comm,
     device: torch.device | str,
-    options: Options | None = None,
+    options: RunOptions | None = None,
     progress: Progress | None = None,
     prepared: Prepared | None = None,
 ) -> Any:
@@ -96,7 +95,7 @@ def load_shard(
         RankError: another rank failed, or was not heard of for the timeout.
     """
     check_supported(plan)
-    options = options or Options()
+    options = options or RunOptions()
     device = torch.device(device)
     if scheme_of(plan).delegated:
         return _delegate(plan, comm, device)
@@ -184,7 +183,7 @@ class _Loading:
     comm: Comm
     checkpoint: Checkpoint
     device: torch.device
-    options: Options
+    options: RunOptions
     progress: Progress | None
     model: Any = None
     """On `meta`, if it has been built already."""

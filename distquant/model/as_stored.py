@@ -12,17 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from distquant.checkpoint import TensorInfo
+from distquant.dtypes import TORCH_NAMES
 from distquant.model.description import ModelDescription, Param, Source
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 """Checkpoint dtypes that need no scheme to be read."""
-
-TORCH_NAMES = {
-    "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-}  # fmt: skip
-"""torch's name of a checkpoint dtype; what is not listed is counted in the model's dtype, which is wider."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,4 +96,5 @@ def _owner(name: str) -> str:
 
 
 def _dtype(info: TensorInfo, otherwise: str) -> str:
+    """Returns torch's name; for a dtype that is not loaded, the model's, which is wider."""
     return TORCH_NAMES.get(info.dtype, otherwise)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from distquant.errors import InputError, Problems, said
+from distquant.errors import InputError, Problems, one_line
 from distquant.model.description import Attention, Linear, ModelDescription, Param, Source
 from distquant.model.experts import experts_of
 from distquant.model.gguf import source_of
@@ -62,7 +62,7 @@ def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> 
         if model.can_generate() and (path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(path)
     except (*UNBUILDABLE, _strict_error()) as error:
-        raise InputError.one(str(path), said(error), _how_to_build(error, trust_remote_code)) from error
+        raise InputError.one(str(path), one_line(error), _how_to_build(error, trust_remote_code)) from error
     return model.eval()
 
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from distquant.memory import MEMORY
 from distquant.model import Experts as Form
 from distquant.model.description import Projection
+from distquant.options import ALL_TO_ALL
 from distquant.parallel.comm import Axis, Comm, SoloAxis
 from distquant.parallel.expert_stack import ExpertStack
 from distquant.parallel.grouped_matmul import grouped_matmul, has_kernel
 from distquant.parallel.tensor_parallel import copy_input, reduce_output
-from distquant.planning.expert_parallel import ALL_TO_ALL
 from distquant.planning.load_plan import LoadPlan
 from distquant.quantization.linear.dequant_matmul import dequant_matmul
 from distquant.sharding.mesh import REPLICA
@@ -65,7 +65,7 @@ class LocalExperts(nn.Module):
         """`<projection>.weight` (not quantized) or `.bias` -> the parameter here, its first and last row in that."""
 
     def join(self, axis: Axis, ep: Axis, tp: Axis, dispatch: str) -> None:
-        """Connects to experts of other ranks; `dispatch` (of `planning.expert_parallel`) is how tokens reach them."""
+        """Connects to experts of other ranks; `dispatch` (of `options.DISPATCH`) is how tokens reach them."""
         self.__dict__.update(axis=axis, ep=ep, tp=tp, dispatch=dispatch)
 
     # -- weights ---------------------------------------------------------------------------------------------------

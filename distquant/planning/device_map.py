@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from distquant.environment import format_bytes, parse_bytes
-from distquant.errors import InputError, Problems, said
+from distquant.errors import InputError, Problems, one_line
 from distquant.model import STAR
 from distquant.sharding.device_map import main_place, place_of
+from distquant.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ def infer_device_map(
         with _without_accelerate_warnings():
             check_device_map(model, device_map)
     except ValueError as error:
-        problems.add("device_map", said(error), "Give every module a device; '' stands for the whole model")
+        problems.add("device_map", one_line(error), "Give every module a device; '' stands for the whole model")
         return None
     # accelerate ignores entries that name nothing, so a typo would go unnoticed.
     names = _names(model)

@@ -21,14 +21,6 @@ from distquant.sharding.layout import Layout
 from distquant.sharding.mesh import Mesh
 from distquant.sharding.partition import Partition, even_partition, join_partitions
 
-ALL_REDUCE, ALL_TO_ALL = "all_reduce", "all_to_all"
-
-DISPATCH = {
-    ALL_REDUCE: "all ranks of ep hold the same tokens; each runs its own experts on them, and the results are summed",
-    ALL_TO_ALL: "every rank of ep holds tokens of its own; they are sent to the ranks of their experts and back",
-}
-"""How tokens reach experts on other ranks of ep."""
-
 
 def expert_rules(description: ModelDescription, plan: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """The rules of a parallel plan that are for experts of known form: pattern of the module -> rule -> style.

@@ -137,7 +137,7 @@ class LoadPlan:
     experts: dict[str, ExpertsShard]
     """Modules of experts that are held as stacks of single ones; others stay the model's own."""
     dispatch: str
-    """How tokens reach experts on other ranks of ep, a key of `planning.experts.DISPATCH`."""
+    """How tokens reach experts on other ranks of ep, a key of `options.DISPATCH`."""
     converted: tuple[str, ...]
     """Modules that the scheme replaces."""
     rules: tuple[Rule, ...]

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from distquant.config.resolve import is_known
-from distquant.environment import format_bytes
-from distquant.planning.expert_parallel import ALL_REDUCE, DISPATCH, one_of
+from distquant.dtypes import DTYPE_BYTES
+from distquant.options import ALL_REDUCE, DISPATCH
+from distquant.planning.expert_parallel import one_of
 from distquant.planning.load_plan import TensorPlan
 from distquant.planning.plan_builder import Partitioned
 from distquant.quantization import Shard, config_classes
-from distquant.sharding.layout import DTYPE_BYTES
+from distquant.units import format_bytes
 
 LISTED = 3
 """Names that a note lists."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
+from distquant.dtypes import DTYPE_BYTES
 from distquant.model import Source
 from distquant.planning.described import Described
 from distquant.planning.expert_parallel import experts_of, one_of, owner_of, pieces_of
@@ -18,7 +19,6 @@ from distquant.planning.slots import READ_SLOTS, SEND_SLOTS, SLACK
 from distquant.planning.tensor_parallel import ParallelPlan
 from distquant.planning.transfers import Transfer, transfers_of
 from distquant.quantization import Shard
-from distquant.sharding.layout import DTYPE_BYTES
 from distquant.sharding.partition import Partition
 
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distquant.config.resolve import is_known
-from distquant.environment import Environment, format_bytes
+from distquant.environment import Environment
 from distquant.errors import InputError, Problem, Problems
 from distquant.kernels.choice import Kernel
 from distquant.model import EXPECTED, STAR, ModelDescription
+from distquant.options import ALL_REDUCE
 from distquant.planning.described import Described
 from distquant.planning.device_map import check_memory, memory_limits
-from distquant.planning.expert_parallel import ALL_REDUCE
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.plan_builder import Partitioned
 from distquant.planning.planned import Planned
@@ -25,6 +25,7 @@ from distquant.planning.source_checks import LISTED, check_sources
 from distquant.quantization import Context, Scheme, config_classes
 from distquant.quantization.registry import discover
 from distquant.sharding.device_map import is_offloaded, main_place, place_of
+from distquant.units import format_bytes
 
 PLAIN = {"float64", "float32", "float16", "bfloat16", "int64", "bool"}
 """Dtypes of parameters and buffers whose values mean themselves, without a scale."""

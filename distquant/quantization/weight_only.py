@@ -16,15 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from distquant.errors import Problem
-from distquant.model.as_stored import TORCH_NAMES
 from distquant.quantization.linear.quantized_linear import QuantizedLinear
 from distquant.quantization.scheme import Scheme, Stream
 from distquant.sharding.shard import Shard
 
 FLOATS = ("F32", "BF16", "F16")
 """Safetensors' dtypes that scales may have."""
-SPELLED = {name: spelled for spelled, name in TORCH_NAMES.items()}
-"""Safetensors' name of a torch dtype."""
 
 
 class WeightOnlyScheme(Scheme):

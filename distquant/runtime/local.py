@@ -8,31 +8,31 @@ import torch
 
 from distquant.garbage_collection import without_collector
 from distquant.loading.loader import load_shard
-from distquant.options import Options, Progress
+from distquant.options import Progress, RunOptions
 from distquant.parallel.comm import SoloComm
 from distquant.planning import LoadPlan
-from distquant.planning.planner import Request, plan_and_open
+from distquant.planning.planner import plan_and_open
+from distquant.planning.request import Request
 from distquant.runtime.measure import measure
 
 NAME = "local"
 
 
 def device() -> torch.device:
-    """The device that a lone process uses."""
+    """Returns the device that a process without others uses."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @without_collector()
 def load(
     request: Request | LoadPlan,
-    max_memory: int | None,
-    options: Options | None = None,
+    options: RunOptions | None = None,
     progress: Progress | None = None,
 ) -> Any:
-    """Plans (unless that is done) and loads in this process."""
+    """Plans, unless given a plan, and loads in this process."""
     own, prepared = device(), None
     if isinstance(request, LoadPlan):
         plan = request
     else:
-        plan, prepared = plan_and_open(request, measure(own, max_memory))
+        plan, prepared = plan_and_open(request, measure(own, request.rank_memory()))
     return load_shard(plan, SoloComm(), own, options, progress, prepared)

@@ -9,32 +9,34 @@ from collections.abc import Sequence
 
 import torch
 
-from distquant.environment import Environment, format_bytes, installed
+from distquant.environment import Environment, installed
 from distquant.errors import InputError
+from distquant.options import PlanOptions
 from distquant.quantization.registry import discover
+from distquant.units import format_bytes
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "peft", "ray", "deepspeed")
-"""What distquant works with whatever the method."""
+"""Packages that distquant works with, whatever the method."""
 
 PROCESS = 400 << 20
-"""Bytes that a rank's process takes of a machine before it loads: Python, torch, transformers (resident after a load of
-a model of 1.4 MiB on a CPU: 490 MB, 160 MB of it pages of files, which ranks share)."""
+"""Bytes of host memory that a rank's process needs before it loads: Python, torch, transformers. Measured after a load
+of a model of 1.4 MiB on a CPU: 490 MB resident, 160 MB of it pages of files, which ranks share."""
 
 
 def watched() -> list[str]:
-    """Names of these, and of what the methods need."""
+    """Returns the names of these packages, and of those that methods need."""
     needed = (package for scheme in discover().values() for package in scheme.requires)
     return list(dict.fromkeys((*PACKAGES, *needed)))
 
 
 def packages() -> dict[str, str]:
-    """Installed versions of what distquant can work with; nothing is imported."""
-    found = ((name, installed(name)) for name in watched())
-    return {name: version for name, version in found if version is not None}
+    """Returns the installed versions of these packages; nothing is imported."""
+    versions = ((name, installed(name)) for name in watched())
+    return {name: version for name, version in versions if version is not None}
 
 
 def host_memory() -> int:
-    """Bytes of host memory that can still be had."""
+    """Returns the bytes of host memory that are available."""
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":", 1) for line in file)
@@ -44,7 +46,7 @@ def host_memory() -> int:
 
 
 def check_rank_count(ranks: int) -> None:
-    """Raises `InputError` where so many ranks cannot be started on this machine, whatever they load."""
+    """Raises `InputError` if so many ranks cannot be started on this machine, whatever they load."""
     need, have = ranks * PROCESS, host_memory()
     if need > have:
         sizes = f"{format_bytes(need)} for their processes, {format_bytes(have)} are free"
@@ -53,7 +55,7 @@ def check_rank_count(ranks: int) -> None:
 
 
 def node_name() -> str:
-    """Equal for processes that can meet in shared memory: same machine, same boot, same folder for temporary files."""
+    """Returns a name that processes share if they can use shared memory: same machine, boot and temporary folder."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
@@ -64,17 +66,28 @@ def node_name() -> str:
 
 
 def numbered(names: Sequence[str]) -> tuple[int, ...]:
-    """The node of each rank as a number, in order of appearance."""
+    """Returns the node of each rank as a number, in order of appearance."""
     numbers: dict[str, int] = {}
     return tuple(numbers.setdefault(name, len(numbers)) for name in names)
 
 
+def declared(options: PlanOptions) -> Environment:
+    """Returns what the user has declared about the devices; what is not declared is checked at load."""
+    memory = options.rank_memory()
+    return Environment(
+        capability=options.capability,
+        memory=memory,
+        memory_source="max_memory" if memory is not None else "unknown",
+        packages=packages(),
+    )
+
+
 def measure(device: torch.device, max_memory: int | None, nodes: tuple[int, ...] = (0,), rank: int = 0) -> Environment:
-    """Facts of ranks on devices like `device`.
+    """Measures ranks on devices like `device`.
 
     Args:
         device: of this process.
-        max_memory: bytes that a rank may fill, if the user said so.
+        max_memory: bytes that a rank may fill, if declared.
         nodes: the node of each rank.
         rank: of this process.
     """

@@ -1,10 +1,12 @@
 """`Comm` over torch.distributed. Process groups are created here, and nowhere else in distquant.
 
-Nothing here keeps a group alive past `destroy_process_group`, which ends gloo's worker threads with their group. One
-that is carried into the end of the interpreter, and has a tensor of the last collective to let go, asks for the
-interpreter's lock there: Python up to 3.12 answers by ending the thread inside a C++ destructor, and that ends the
-process (SIGABRT, "terminate called without an active exception"). `torch.distributed.nn.functional`, which transformers
-imports, is imported before there is a group: its functions hold as their default what is the default group then.
+Nothing here keeps a group alive past `destroy_process_group`, which ends gloo's worker threads with their group. A
+worker thread that lives until the interpreter ends may still hold a tensor of the last collective. To release it, it
+asks for the interpreter's lock. Python up to 3.12 then ends the thread inside a C++ destructor, and that ends the
+process (SIGABRT, "terminate called without an active exception").
+
+`torch.distributed.nn.functional`, which transformers imports, is imported before there is a group: its functions take
+as their default the group that is the default at import, and would keep it alive.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import traceback
 import weakref
 from typing import Any
 
@@ -27,7 +30,7 @@ OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class GroupAxis:
-    """One mesh axis as a process group, which is torch's: it ends with `destroy_process_group`, the model may stay."""
+    """One mesh axis as a process group of torch, which `destroy_process_group` ends; a model may outlive it."""
 
     def __init__(self, group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int):
         self._group, self.ranks = weakref.ref(group), ranks
@@ -50,7 +53,7 @@ class GroupAxis:
         return tensor
 
     def all_gather(self, tensor: Tensor, sizes: list[int], dim: int) -> Tensor:
-        """Pads to the longest, because backends want equal sizes, and joins what is real."""
+        """Pads to the longest, because backends need equal sizes, and joins the parts without padding."""
         longest = max(sizes)
         moved = tensor.movedim(dim, 0)
         padded = torch.zeros((longest, *moved.shape[1:]), dtype=tensor.dtype, device=tensor.device)
@@ -64,9 +67,9 @@ class GroupAxis:
         return tensor
 
     def all_to_all(self, tensor: Tensor, sent: list[int], got: list[int]) -> Tensor:
-        received = tensor.new_empty((sum(got), *tensor.shape[1:]))
-        dist.all_to_all_single(received, tensor, got, sent, group=self.group)
-        return received
+        result = tensor.new_empty((sum(got), *tensor.shape[1:]))
+        dist.all_to_all_single(result, tensor, got, sent, group=self.group)
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupAxis:
         return self
@@ -92,7 +95,7 @@ class GroupComm:
                 self._axes[axis] = self._axes["tp" if mesh.ep == 1 else "ep"]
                 continue
             for ranks in groups:
-                # Every rank makes every group, in the same order.
+                # torch wants every rank to make every group, in the same order.
                 group = dist.new_group(ranks) if len(groups) > 1 else _world()
                 if self.rank in ranks:
                     self._axes[axis] = GroupAxis(group, ranks, self.rank)
@@ -114,50 +117,63 @@ def _world() -> dist.ProcessGroup:
 
 
 def share(value: Any) -> Any:
-    """Rank 0's value, on every rank of the default group."""
+    """Returns rank 0's value on every rank of the default group."""
     box = [value]
     dist.broadcast_object_list(box, 0)
     return box[0]
 
 
 def collect(value: Any) -> list[Any]:
-    """Every rank's value, in rank order."""
+    """Returns every rank's value, in rank order."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Returns True if a collective of torch failed, as it does when another rank ends or does not answer.
+
+    NCCL's errors have a type. Gloo raises plain RuntimeErrors: they are known by where they are raised, which is inside
+    torch.distributed. A collective with invalid arguments raises other types.
+    """
+    if isinstance(error, dist.DistError):
+        return True
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inner = next((name for name in reversed(modules) if name != "torch._ops"), "")  # which calls every operator
+    return inner.split(".")[:2] == ["torch", "distributed"]
+
+
 def backend() -> str:
-    """NCCL where there are GPUs (with gloo for what lies on the CPU), gloo otherwise."""
+    """Returns the backend: NCCL where there are GPUs (with gloo for CPU tensors), gloo otherwise."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 LOOPBACK = "127.0.0.1"
 
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Environment variables that say on which network interface ranks listen."""
+"""Environment variables that name the network interface on which ranks listen."""
 
 
 def serve(address: str) -> dist.TCPStore:
-    """The store at which ranks meet, open at this address only: by itself torch's listens at all of the machine's."""
+    """Opens the store at which ranks meet, at this address only; torch's own would listen at all addresses."""
     with socket.socket() as listener:
         listener.bind((address, 0))
         listener.listen(socket.SOMAXCONN)
         port = listener.getsockname()[1]
-        return dist.TCPStore(  # which owns the descriptor from now on
+        return dist.TCPStore(  # owns the descriptor from now on
             address, port, None, True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
 
 
-def meet(address: str, port: int) -> dist.TCPStore:
-    """The store that another rank serves."""
+def connect(address: str, port: int) -> dist.TCPStore:
+    """Returns the store that another rank serves."""
     return dist.TCPStore(address, port, None, False)
 
 
 def stay_on_this_machine() -> None:
-    """Lets the ranks of this process, and of those that it starts, listen on the loopback interface only.
+    """Makes the ranks of this process, and of those that it starts, listen on the loopback interface only.
 
-    An interface that the user has named stays.
+    An interface that the user has named is kept.
     """
     name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     for variable in INTERFACES if name is not None else ():

@@ -19,17 +19,16 @@ from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from distquant.api import Model, _rank_memory
 from distquant.environment import Environment
-from distquant.errors import InputError
-from distquant.options import LoadProgress, Options
+from distquant.errors import InputError, LostPeerError
+from distquant.options import LoadProgress, Model, PlanOptions, RunOptions, select
 from distquant.planning import LoadPlan
 from distquant.planning.planner import make_plan
-from distquant.planning.request import DEFAULT_STAGING, Request
+from distquant.planning.request import Request
 from distquant.planning.validation import check_supported
 from distquant.quiet import quiet_imports
-from distquant.runtime.job import Job, Outcome
-from distquant.runtime.measure import check_rank_count, numbered, packages
+from distquant.runtime.measure import check_rank_count, declared, numbered
+from distquant.runtime.query import Outcome, Query
 from distquant.runtime.ray_model import POLL, Sharded, gather, stop
 from distquant.sharding.mesh import Mesh
 
@@ -42,12 +41,12 @@ SCHEDULE_TIMEOUT = 60.0
 """Seconds that a placement group may take to be scheduled."""
 
 Progress = Callable[[list[LoadProgress]], None]
-"""Called with how far every rank is."""
+"""Called with the progress of every rank."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker asks of Ray."""
+    """Resources that one worker asks of Ray."""
 
     cpus: float = 1
     gpus: float = 0
@@ -57,7 +56,7 @@ class Resources:
 
 
 class Worker:
-    """One rank; a Ray actor that does one thing after another, except that progress can be asked for meanwhile."""
+    """One rank: a Ray actor that runs one method at a time, and meanwhile answers `progress`."""
 
     def __init__(self, rank: int, world: int, threads: int):
         import torch
@@ -69,8 +68,8 @@ class Worker:
         self.store: TCPStore | None = None
         """On rank 0: the store at which ranks meet."""
 
-    def meet(self, alone: bool) -> tuple[str, int]:
-        """Opens rank 0's store; returns the address at which the others meet it: `alone`, no other machine can."""
+    def serve(self, alone: bool) -> tuple[str, int]:
+        """Opens rank 0's store and returns its address; if all ranks are `alone` on a machine, no other reaches it."""
         from distquant.runtime import process_group
 
         address = process_group.LOOPBACK if alone else ray.util.get_node_ip_address()
@@ -86,23 +85,23 @@ class Worker:
         return node_name()
 
     def environment(self, max_memory: int | None, nodes: tuple[int, ...]) -> Environment:
-        from distquant.runtime import local as one
+        from distquant.runtime import local
         from distquant.runtime.measure import measure
 
-        return measure(one.device(), max_memory, nodes, self.rank)
+        return measure(local.device(), max_memory, nodes, self.rank)
 
-    def load(self, plan: str, address: tuple[str, int], options: Options) -> None:
+    def load(self, plan: str, address: tuple[str, int], options: RunOptions) -> None:
         from distquant.loading.loader import load_shard
-        from distquant.runtime import local as one
-        from distquant.runtime import process_group
+        from distquant.runtime import local, process_group
 
         loaded = LoadPlan.from_json(plan)
         if address[0] == process_group.LOOPBACK:
             process_group.stay_on_this_machine()
-        store = self.store or process_group.meet(*address)
-        process_group.init(options.timeout, self.rank, self.world, store)
-        comm = process_group.GroupComm(loaded.mesh, options.timeout)
-        self.model = load_shard(loaded, comm, one.device(), options, self._progress)
+        with self._lost_peers_named():
+            store = self.store or process_group.connect(*address)
+            process_group.init(options.timeout, self.rank, self.world, store)
+            comm = process_group.GroupComm(loaded.mesh, options.timeout)
+            self.model = load_shard(loaded, comm, local.device(), options, self._progress)
 
     def _progress(self, seen: LoadProgress) -> None:
         self.seen = seen
@@ -111,13 +110,27 @@ class Worker:
     def progress(self) -> LoadProgress:
         return self.seen
 
-    def perform(self, job: Job) -> Outcome:
-        from distquant.runtime.job import perform
+    def perform(self, query: Query) -> Outcome:
+        from distquant.runtime.query import perform
 
-        return perform(self.model, job, NAME)
+        with self._lost_peers_named():
+            return perform(self.model, query, NAME)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return function(self.model, *args, **kwargs)
+        with self._lost_peers_named():
+            return function(self.model, *args, **kwargs)
+
+    @contextmanager
+    def _lost_peers_named(self) -> Iterator[None]:
+        """Gives a type to the error of a collective whose other ranks are gone: the driver sees types, not frames."""
+        from distquant.runtime.process_group import is_lost_peer
+
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            raise LostPeerError(self.rank, f"{type(error).__name__}: {error}") from error
 
 
 def load(
@@ -127,7 +140,7 @@ def load(
     mesh: str | Mesh | None = None,
     max_memory: str | int | None = None,
     dtype: Any = "auto",
-    staging: str | int = DEFAULT_STAGING,
+    staging: str | int = "512MiB",
     dispatch: str = "all_reduce",
     on_unsupported: str = "error",
     trust_remote_code: bool = False,
@@ -145,36 +158,29 @@ def load(
     """Loads a model onto Ray workers, one for each rank of the mesh.
 
     Joins the Ray that is running (or that RAY_ADDRESS names), and starts a local one without a dashboard otherwise.
+    Arguments that are not described here are those of `distquant.plan` and `distquant.load`. The worker of rank 0
+    writes the trace.
 
     Args:
-        model: and the arguments up to `revision`: as in `distquant.plan`.
-        resources: what one worker asks for; None: one CPU, and one GPU where the cluster has any.
-        threads: torch threads of a worker.
-        schedule_timeout: seconds until a placement group that cannot be scheduled is given up.
-        kernel, forward, io, trace, timeout: as in `distquant.load`; the worker of rank 0 writes the trace.
-        progress: called with how far every rank is.
+        resources: What one worker asks for; None: one CPU, and one GPU where the cluster has any.
+        threads: Torch threads of a worker.
+        schedule_timeout: Seconds until a placement group that cannot be scheduled is given up.
+        progress: Called with the progress of every rank.
 
     Raises:
         InputError: with every problem; also where the cluster lacks what the mesh needs.
         RankError: a worker failed or died; the others have been ended.
     """
-    request = Request(
-        model=os.path.abspath(model) if os.path.isdir(model) else model,
-        quantization_config=quantization_config,
-        mesh=mesh,
-        max_memory=max_memory,
-        dtype=dtype,
-        staging=staging,
-        dispatch=dispatch,
-        on_unsupported=on_unsupported,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-    )
-    written = None if trace is None else os.path.abspath(trace)
-    options = Options(kernel=kernel, forward=forward, io=io, trace=written, timeout=timeout)
-    memory = _rank_memory(max_memory)
-    source = "max_memory" if memory is not None else "unknown"
-    first = make_plan(request, Environment(memory=memory, memory_source=source, packages=packages()))
+    arguments = {
+        **locals(),
+        # Workers run in folders of their own.
+        "model": os.path.abspath(model) if os.path.isdir(model) else model,
+        "trace": None if trace is None else os.path.abspath(trace),
+    }
+    quiet_imports()
+    request = Request(model=arguments["model"], **select(PlanOptions, arguments))
+    options = RunOptions(**select(RunOptions, arguments))
+    first = make_plan(request, declared(request))
     check_supported(first)
     world = first.mesh.size
     started_ray = _start(world)
@@ -184,11 +190,11 @@ def load(
         resources = resources or Resources(gpus=1 if ray.cluster_resources().get("GPU") else 0)
         group = _reserve(world, resources, schedule_timeout)
         workers = _workers(world, resources, group, threads)
-        plan = _plan(request, workers, memory)
+        plan = _plan(request, workers)
         alone = len(set(gather([worker.ray_node.remote() for worker in workers]))) == 1
-        address = ray.get(workers[0].meet.remote(alone))
+        address = ray.get(workers[0].serve.remote(alone))
         text = plan.to_json()
-        tick = (lambda: progress(_seen(workers))) if progress is not None else None
+        tick = (lambda: progress(_progress_of(workers))) if progress is not None else None
         gather([worker.load.remote(text, address, options) for worker in workers], tick)
         return Sharded(plan, workers, group, started_ray)
     except BaseException:
@@ -197,7 +203,7 @@ def load(
 
 
 def _start(world: int) -> bool:
-    """Starts a local Ray unless one runs or is named; whether it did."""
+    """Starts a local Ray unless one runs or is named; returns True if it did."""
     if ray.is_initialized():
         return False
     local = not os.environ.get("RAY_ADDRESS")
@@ -212,9 +218,9 @@ def _start(world: int) -> bool:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Lets a Ray that starts meanwhile listen on the loopback interface only, which no public option of Ray's does.
+    """Makes a Ray that starts meanwhile listen on the loopback interface only; Ray has no public option for that.
 
-    By this switch Ray gives its node the address 127.0.0.1 on Windows and macOS, and then listens nowhere else.
+    Ray uses this switch on Windows and macOS to give its node the address 127.0.0.1, and then listens nowhere else.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -230,35 +236,35 @@ def _reserve(world: int, resources: Resources, timeout: float) -> PlacementGroup
         return group
     have, need = ray.available_resources(), resources.bundle()
     remove_placement_group(group)
-    short = [f"{name}: {amount * world:g} needed, {have.get(name, 0):g} free" for name, amount in need.items()]
+    shortage = [f"{name}: {amount * world:g} needed, {have.get(name, 0):g} free" for name, amount in need.items()]
     raise InputError.one(
         "ray",
-        f"{world} workers of {need} could not be scheduled within {timeout:g} s ({'; '.join(short)})",
+        f"{world} workers of {need} could not be scheduled within {timeout:g} s ({'; '.join(shortage)})",
         "Free or add resources, use a smaller mesh, or ask for less per worker",
     )
 
 
 def _workers(world: int, resources: Resources, group: PlacementGroup, threads: int) -> list[Any]:
     actor = ray.remote(concurrency_groups={"progress": 1})(Worker)  # type: ignore[call-overload]
-    made = []
+    workers = []
     for rank in range(world):
         strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=rank)
         options = actor.options(
             num_cpus=resources.cpus, num_gpus=resources.gpus, max_concurrency=1, scheduling_strategy=strategy
         )
-        made.append(options.remote(rank, world, threads))
-    return made
+        workers.append(options.remote(rank, world, threads))
+    return workers
 
 
-def _plan(request: Request, workers: list[Any], max_memory: int | None) -> LoadPlan:
-    """The plan with what the workers measured; the weakest device counts."""
+def _plan(request: Request, workers: list[Any]) -> LoadPlan:
+    """Plans with what the workers measured; the weakest device counts."""
     nodes = numbered(gather([worker.node.remote() for worker in workers]))
-    environment = gather([worker.environment.remote(max_memory, nodes) for worker in workers])
+    environment = gather([worker.environment.remote(request.rank_memory(), nodes) for worker in workers])
     weakest = min(environment, key=lambda f: (f.capability or (0, 0), f.memory or 0))
     return make_plan(request, weakest)
 
 
-def _seen(workers: list[Any]) -> list[LoadProgress]:
+def _progress_of(workers: list[Any]) -> list[LoadProgress]:
     try:
         return ray.get([worker.progress.remote() for worker in workers], timeout=1)
     except (ray.exceptions.RayError, TimeoutError):

@@ -1,4 +1,4 @@
-"""A model that lives on Ray workers: one call at a time goes to all of them, and one rank's failure ends it."""
+"""A model on Ray workers: one call at a time goes to all of them, and the failure of one rank ends it."""
 
 from __future__ import annotations
 
@@ -11,35 +11,29 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from distquant.errors import DistquantError, InputError, RankError
+from distquant.errors import DistquantError, InputError, LostPeerError, RankError
 from distquant.planning import LoadPlan
-from distquant.runtime.job import Job, Outcome
+from distquant.runtime.query import Outcome, Query
 
 POLL = 0.2
 """Seconds between looks at the workers."""
 
 GRACE = 5.0
-"""Seconds in which the rank behind a broken connection is looked for."""
-
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""How gloo and NCCL tell that another rank is gone."""
-
-NO_ANSWER = ("/gloo/transport/", "NCCL error", "DistBackendError", "Watchdog")
-"""How they tell that a collective ended without the others; their process group is of no use then."""
+"""Seconds to wait for the error of the rank that others have lost."""
 
 
 class Sharded:
     """A model that lives on Ray workers. Use as a context manager, or `close` it.
 
     Any number of threads may use it: calls wait for each other, because every call needs all workers. One process
-    holds it; others send their requests to that (a Ray actor that holds it, say).
+    holds it; others send their requests to that process (for example a Ray actor).
     """
 
     def __init__(self, plan: LoadPlan, workers: list[Any], group: PlacementGroup | None, started_ray: bool):
         self.plan, self._workers, self._group, self._started_ray = plan, workers, group, started_ray
-        self._transpose = threading.Lock()
-        self._behind: list[Any] = []
-        """Results of a call that failed, which other ranks may still be waiting in."""
+        self._one_call = threading.Lock()
+        self._unfinished: list[Any] = []
+        """Results of a call that failed; other ranks may still be waiting in it."""
         self._failure: DistquantError | None = None
 
     def __reduce__(self) -> Any:
@@ -52,9 +46,9 @@ class Sharded:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def perform(self, job: Job) -> Outcome:
-        """Does a job on all workers."""
-        return self._everywhere("perform", job)[0]
+    def perform(self, query: Query) -> Outcome:
+        """Runs a query on all workers."""
+        return self._everywhere("perform", query)[0]
 
     def generate(self, prompt: str | list[str], **kwargs: Any) -> Any:
         """Prompt and continuation; keyword arguments go to `generate` of transformers.
@@ -64,7 +58,7 @@ class Sharded:
         Raises:
             RankError: ranks did not agree on the tokens.
         """
-        from distquant.runtime.job import generate
+        from distquant.runtime.query import generate
 
         answers = self.call(generate, prompt, **kwargs)
         for rank, answer in enumerate(answers):
@@ -74,7 +68,7 @@ class Sharded:
 
     def perplexity(self, text: str, window: int = 256) -> float:
         """Perplexity of `text`, see `distquant.perplexity`."""
-        value = self.perform(Job(text=text, window=window, fingerprint=False)).perplexity
+        value = self.perform(Query(text=text, window=window, fingerprint=False)).perplexity
         assert value is not None
         return value
 
@@ -84,34 +78,34 @@ class Sharded:
 
     def report(self) -> dict[str, Any]:
         """The JSON report of the load, fingerprint included."""
-        return self.perform(Job()).report
+        return self.perform(Query()).report
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """`function(model, *args, **kwargs)` on every worker (a training step, say); results in rank order."""
         return self._everywhere("call", function, *args, **kwargs)
 
     def _everywhere(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        with self._transpose:
+        with self._one_call:
             self._check_usable()
             futures = [getattr(worker, method).remote(*args, **kwargs) for worker in self._workers]
             try:
                 return gather(futures)
             except DistquantError as error:
-                self._behind, self._failure = futures, error
+                self._unfinished, self._failure = futures, error
                 raise
 
     def _check_usable(self) -> None:
-        """Raises where a call could not end: after `close`, or where ranks still wait for one that has failed."""
+        """Raises if a call could not end: after `close`, or while ranks wait for one that has failed."""
         if not self._workers:
             raise InputError.one("ray", "the model was closed", "Load it again")
         if self._failure is None:
             return
-        _, waiting = ray.wait(self._behind, num_returns=len(self._behind), timeout=GRACE)
-        lost = [rank for rank, future in enumerate(self._behind) if future in waiting or _has_lost_others(rank, future)]
+        _, waiting = ray.wait(self._unfinished, num_returns=len(self._unfinished), timeout=GRACE)
+        lost = [rank for rank, future in enumerate(self._unfinished) if future in waiting or _lost_peer(rank, future)]
         if lost:
-            what = f"the model is lost: rank {lost[0]} did not come through an earlier call, in which {self._failure}"
+            what = f"the model is lost: rank {lost[0]} did not return from an earlier call, in which {self._failure}"
             raise RankError(lost[0], f"{what}. Close it, and load it again")
-        self._behind, self._failure = [], None
+        self._unfinished, self._failure = [], None
 
     def close(self) -> None:
         """Ends the workers, gives back their resources, and stops Ray if this load started it."""
@@ -119,21 +113,21 @@ class Sharded:
         self._workers, self._group, self._started_ray = [], None, False
 
 
-def _has_lost_others(rank: int, future: Any) -> bool:
-    """Whether a rank died, or its connections to others are broken."""
+def _lost_peer(rank: int, future: Any) -> bool:
+    """Returns True if a rank died, or a collective of it failed: its process group is of no use then."""
     try:
         ray.get(future)
     except ray.exceptions.RayTaskError as error:
-        return any(sign in str(_failure(rank, error)) for sign in (*LOST_PEER, *NO_ANSWER))
+        return isinstance(_failure(rank, error), LostPeerError)
     except ray.exceptions.RayError:
         return True
     return False
 
 
 def gather(futures: list[Any], tick: Callable[[], None] | None = None) -> list[Any]:
-    """Results in rank order; a failure is raised at once, as the error of the rank that caused it.
+    """Returns results in rank order; raises a failure at once, as the error of the rank that caused it.
 
-    A rank that only lost its peer may be heard first, so the peer's own end is awaited for a moment.
+    The error of a rank that lost its peer may arrive before the peer's own, which is then awaited for a moment.
     """
     pending = {future: rank for rank, future in enumerate(futures)}
     results: dict[int, Any] = {}
@@ -147,7 +141,7 @@ def gather(futures: list[Any], tick: Callable[[], None] | None = None) -> list[A
                 results[rank] = ray.get(future)
             except ray.exceptions.RayError as error:
                 failure = _failure(rank, error)
-                if not any(sign in str(failure) for sign in LOST_PEER):
+                if not isinstance(failure, LostPeerError):
                     raise failure from None
                 lost[rank] = failure
                 deadline = min(deadline, time.monotonic() + GRACE)
@@ -159,7 +153,7 @@ def gather(futures: list[Any], tick: Callable[[], None] | None = None) -> list[A
 
 
 def _failure(rank: int, error: ray.exceptions.RayError) -> DistquantError:
-    """What a worker's end is told as: its own message where it is one of ours."""
+    """Returns the error to raise for a worker's: its own if that is one of ours."""
     if not isinstance(error, ray.exceptions.RayTaskError):
         return RankError(rank, str(error).strip().splitlines()[0])
     cause = error.cause

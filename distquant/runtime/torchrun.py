@@ -11,10 +11,11 @@ import torch.distributed as dist
 from distquant.errors import InputError, RankError
 from distquant.garbage_collection import without_collector
 from distquant.loading.loader import load_shard
-from distquant.options import Options, Progress
+from distquant.options import Progress, RunOptions
 from distquant.planning import LoadPlan
-from distquant.planning.planner import Request, plan_and_open
+from distquant.planning.planner import plan_and_open
 from distquant.planning.prepared import Prepared, open_early
+from distquant.planning.request import Request
 from distquant.runtime import process_group
 from distquant.runtime.measure import measure, node_name, numbered
 from distquant.sharding.mesh import Mesh
@@ -23,12 +24,12 @@ NAME = "torchrun"
 
 
 def joined() -> bool:
-    """Whether this process is one of several ranks (or would be, once the group is up)."""
+    """Returns True if this process is one of several ranks, or will be once the process group exists."""
     return dist.is_initialized() or ("WORLD_SIZE" in os.environ and "RANK" in os.environ)
 
 
 def device() -> torch.device:
-    """This rank's device: the GPU of its local rank, or the CPU."""
+    """Returns this rank's device: the GPU of its local rank, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
@@ -39,32 +40,31 @@ def device() -> torch.device:
 @without_collector()
 def load(
     request: Request | LoadPlan,
-    max_memory: int | None,
-    options: Options | None = None,
+    options: RunOptions | None = None,
     progress: Progress | None = None,
 ) -> Any:
-    """Rank 0 plans and shares the plan (or what is wrong with it); every rank loads its part.
+    """Plans on rank 0, shares the plan or its problems, and loads this rank's part.
 
-    Joins the default process group if nobody has.
+    Initializes the default process group unless it exists.
     """
     own, timeout = device(), options.timeout if options else None
     if not dist.is_initialized():
         process_group.init(timeout=timeout)
-    plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own, max_memory)
+    plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own)
     check_world(plan.mesh, dist.get_world_size())
     comm = process_group.GroupComm(plan.mesh, timeout)
     return load_shard(plan, comm, own, options, progress, prepared)
 
 
-def agree(request: Request, own: torch.device, max_memory: int | None) -> tuple[LoadPlan, Prepared | None]:
-    """Rank 0's plan, on every rank; its error too. With it what this rank has opened of it already."""
+def agree(request: Request, own: torch.device) -> tuple[LoadPlan, Prepared | None]:
+    """Returns rank 0's plan on every rank, or raises its error; also returns what this rank has already opened."""
     outcome: Any = None
     nodes = numbered(process_group.collect(node_name()))
     if dist.get_rank() != 0:
         prepared = open_early(request)
     else:
         try:
-            plan, prepared = plan_and_open(request, measure(own, max_memory, nodes))
+            plan, prepared = plan_and_open(request, measure(own, request.rank_memory(), nodes))
             outcome = plan.to_json()
         except InputError as error:
             outcome = error
@@ -79,7 +79,7 @@ def agree(request: Request, own: torch.device, max_memory: int | None) -> tuple[
 
 
 def check_world(mesh: Mesh, world: int | None = None) -> None:
-    """Raises `InputError` where the mesh is not the world that the launcher started."""
+    """Raises `InputError` if the mesh needs another number of ranks than the launcher has started."""
     world = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world
     if mesh.size != world:
         what = f"{mesh} needs {mesh.size} ranks, the launcher started {world}"

@@ -12,26 +12,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from distquant.dtypes import DTYPE_BYTES
+
 ALL = -1
 """Block size of a component that reduces over the whole dim."""
-
-DTYPE_BYTES = {
-    "float64": 8,
-    "int64": 8,
-    "float32": 4,
-    "int32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "float8_e8m0fnu": 1,
-}
-"""Bytes of one element, by torch's name of the dtype."""
-
 
 PLAIN_STEPS = (16, 1)
 """Alignments of dims without blocks: matrix kernels prefer multiples of 16, and any boundary is exact."""

@@ -18,11 +18,11 @@ from cli_runs import Command, tells
         (["load", "x", "--quantt", "nf4"], "unrecognized arguments: --quantt nf4"),
         (["load", "x", "--qua", "nf4"], "unrecognized arguments: --qua nf4"),
         (["load", "x", "--runtime", "mpi"], "argument --runtime: invalid choice: 'mpi'"),
-        (["load", "x", "--max-new-tokens", "0"], "argument --max-new-tokens: '0' is no int of at least 1"),
-        (["load", "x", "--threads", "-2"], "argument --threads: '-2' is no int of at least 1"),
-        (["load", "x", "--timeout", "nan"], "argument --timeout: 'nan' is no float of at least 0.1"),
+        (["load", "x", "--max-new-tokens", "0"], "argument --max-new-tokens: '0' is not an integer of at least 1"),
+        (["load", "x", "--threads", "-2"], "argument --threads: '-2' is not an integer of at least 1"),
+        (["load", "x", "--timeout", "nan"], "argument --timeout: 'nan' is not a number of at least 0.1"),
         (["perplexity", "x"], "arguments are required: --text"),
-        (["perplexity", "x", "--text", "y", "--window", "1"], "argument --window: '1' is no int of at least 2"),
+        (["perplexity", "x", "--text", "y", "--window", "1"], "argument --window: '1' is not an integer of at least 2"),
         (["verify", "x"], "arguments are required: --mesh"),
     ],
     ids=lambda value: "_".join(value) or "nothing" if isinstance(value, list) else "",
@@ -37,7 +37,7 @@ def test_arguments_that_cannot_be(arguments: list[str], pattern: str, command: C
 def test_verify_with_one_mesh(kjv_tiny: str, refused: Command) -> None:
     tells(
         refused("verify", kjv_tiny, "--mesh", "tp=1"),
-        r"^--mesh: one mesh has nothing to be compared with\. Give --mesh",
+        r"^--mesh: one mesh cannot be compared\. Give --mesh",
     )
 
 
@@ -73,24 +73,27 @@ def test_prompt_is_empty(kjv_tiny: str, refused: Command) -> None:
 
 def test_prompt_for_a_checkpoint_without_tokenizer(model_of, refused: Command) -> None:
     done = refused("load", model_of("llama-gqa"), "--prompt", "In the beginning")
-    tells(done, r"^--prompt: transformers can load no tokenizer from /.*\. Put the model's tokenizer\.json there")
+    tells(done, r"^--prompt: transformers cannot load a tokenizer from /.*\. Put the model's tokenizer\.json there")
 
 
 @pytest.mark.parametrize(("name", "option"), [("plan", "--json"), ("load", "--report")])
 def test_output_that_cannot_be_written_is_told_before_the_work(
     name: str, option: str, kjv_tiny: str, command: Command, workdir: Path
 ) -> None:
-    tells(command(name, kjv_tiny, option, "nowhere/out.json"), rf"^{option}: there is no folder .*nowhere\. Create it")
+    tells(
+        command(name, kjv_tiny, option, "nowhere/out.json"),
+        rf"^{option}: the folder .*nowhere does not exist\. Create it",
+    )
     tells(command(name, kjv_tiny, option, workdir), rf"^{option}: .* is a folder\. Give the name of a file")
 
 
 @pytest.mark.parametrize(
     ("option", "value", "pattern"),
     [
-        ("--capability", "9", r"^--capability: '9' is no compute capability\. Write it as 9\.0"),
-        ("--dtype", "int8", r"^dtype: 'int8' is no dtype to load in\. Use bfloat16, float16, float32 or auto"),
-        ("--staging", "much", r"^staging: 'much' is no size\. Write it as 24GiB, 512MiB"),
-        ("--max-memory", "24 gigs", r"^max_memory: '24 gigs' is no size\. Write it as 24GiB"),
+        ("--capability", "9", r"^--capability: invalid compute capability '9'\. Write it as 9\.0"),
+        ("--dtype", "int8", r"^dtype: cannot load in 'int8'\. Use bfloat16, float16, float32 or auto"),
+        ("--staging", "much", r"^staging: invalid size 'much'\. Write it as 24GiB, 512MiB"),
+        ("--max-memory", "24 gigs", r"^max_memory: invalid size '24 gigs'\. Write it as 24GiB"),
         ("--revision", "v1", r"^revision: 'v1' was given for the folder .*, which has none\. Leave the revision out"),
     ],
 )

@@ -141,7 +141,7 @@ def test_load_answers_and_reports(kjv_tiny: str, command: Command, workdir: Path
     assert rank["bytes_sent"] == rank["bytes_received"] == 0
     model = dq.load(kjv_tiny, quantization_config="nf4")
     assert report["fingerprint"] == dq.fingerprint(model)
-    from distquant.runtime.job import generate
+    from distquant.runtime.query import generate
 
     answer = generate(model, "In the beginning", max_new_tokens=8)
     assert done.out.endswith(f"\n\n{answer}\n")
@@ -306,7 +306,7 @@ def test_doctor_of_a_method_that_cannot_run(command: Command, monkeypatch: pytes
     monkeypatch.setattr("distquant.runtime.measure.packages", lambda: {"bitsandbytes": "0.40.0"})
     done = command("doctor", "--quant", "nf4")
     assert done.code == 0
-    assert "bitsandbytes 0.40.0, bitsandbytes_4bit needs 0.46.1 or newer. Run: pip install" in done.out
+    assert "bitsandbytes 0.40.0, bitsandbytes_4bit needs 0.50 or newer. Run: pip install" in done.out
 
 
 def test_version_and_help(command: Command) -> None:

@@ -74,7 +74,7 @@ def test_auto_on_this_machine_loads(kjv_tiny: str, command: Command) -> None:
 
 @pytest.mark.parametrize(
     ("memory", "words"),
-    [({"gpu0": "1GiB"}, "invalid device 'gpu0'"), ({"0": "many"}, "'many' is no size")],
+    [({"gpu0": "1GiB"}, "invalid device 'gpu0'"), ({"0": "many"}, "invalid size 'many'")],
     ids=["no-device", "no-size"],
 )
 def test_memory_that_cannot_be(memory: dict[str, str], words: str, kjv_tiny: str) -> None:

@@ -39,4 +39,4 @@ def test_what_is_skipped_is_not_loaded(mesh: str, fp8: Path, refused: Command) -
 
 
 def test_a_value_that_is_no_choice(kjv_tiny: str, refused: Command) -> None:
-    tells(refused("plan", kjv_tiny, "--on-unsupported", "ignore"), r"^on_unsupported: 'ignore' is no way")
+    tells(refused("plan", kjv_tiny, "--on-unsupported", "ignore"), r"^on_unsupported: unknown value 'ignore'")

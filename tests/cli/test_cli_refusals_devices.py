@@ -73,7 +73,7 @@ def test_too_little_memory_on_a_device(memory: str, kjv_tiny: str, refused: Comm
         ('{"": "cpu", "lm_head": "meta"}', r"^device_map: invalid device 'meta' \(for lm_head\)\. Give 'auto'"),
         ('{"": "cpu", "lm_haed": "cpu"}', r"^device_map: 'lm_haed' names no module of LlamaForCausalLM\. Remove or"),
         ('{"model": "cpu"}', r"^device_map: .*does not give any device .*lm_head\.weight\. Give every module a device"),
-        ('{"model": ', r"^device_map: is no JSON \(.*\)\. Write it as"),
+        ('{"model": ', r"^device_map: invalid JSON \(.*\)\. Write it as"),
     ],
     ids=["no-device", "meta", "no-module", "incomplete", "no-json"],
 )

@@ -17,7 +17,7 @@ def test_package_of_the_method_is_missing(
 ) -> None:
     monkeypatch.setattr("distquant.runtime.measure.packages", lambda: found)
     what = r"bitsandbytes 0\.40\.0" if found else "bitsandbytes is not installed"
-    pattern = rf"^environment: {what}, bitsandbytes_4bit needs 0\.46\.1 or newer\. Run: pip install 'bitsandbytes>="
+    pattern = rf"^environment: {what}, bitsandbytes_4bit needs 0\.50 or newer\. Run: pip install 'bitsandbytes>="
     tells(refused(name, kjv_tiny, "--quant", "nf4"), pattern)
 
 

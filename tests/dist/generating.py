@@ -117,7 +117,7 @@ def own_batches(path: str, mesh: str, lengths: list[int]) -> tuple[list[list[int
     ids, more = IDS[ep : ep + 1, ep:], {"max_new_tokens": lengths[ep], "min_new_tokens": lengths[ep]}
     sharded = dq.load(path, quantization_config="nf4", mesh=mesh, dispatch="all_to_all", dtype="float32")
     found = sharded.generate(ids, do_sample=False, **more).tolist()
-    whole = local.load(Request(model=path, quantization_config="nf4", dtype="float32"), None)
+    whole = local.load(Request(model=path, quantization_config="nf4", dtype="float32"))
     return found, whole.generate(ids, do_sample=False, **more).tolist()
 
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 import distquant as dq
 from distquant.loading.loader import load_shard
-from distquant.options import Options
+from distquant.options import RunOptions
 from distquant.parallel.comm import SoloComm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -30,7 +30,7 @@ def test_products_in_float8(kjv_tiny: str, quant: str) -> None:
     by_gpu = dq.load(kjv_tiny, quantization_config=quant, dtype="bfloat16")
     assert by_gpu.distquant.report.forward.startswith("torch's scaled_mm")
     plan = dq.plan(kjv_tiny, quantization_config=quant, dtype="bfloat16")
-    by_cpu = load_shard(plan, SoloComm(), "cpu", Options(forward="float8"))
+    by_cpu = load_shard(plan, SoloComm(), "cpu", RunOptions(forward="float8"))
     with torch.no_grad():
         a, b = by_gpu(ids.cuda()).logits.float().cpu(), by_cpu(ids).logits.float()
     assert float((a - b).norm() / b.norm()) < 0.05

@@ -14,7 +14,7 @@ from torch import Tensor
 import distquant as dq
 from distquant.errors import RankError
 from distquant.loading.loader import load_shard
-from distquant.options import Options
+from distquant.options import RunOptions
 from distquant.parallel.comm import SoloAxis, SoloComm
 
 SLOW = (50e9, 6e9, 1e-3)
@@ -203,7 +203,7 @@ def device_that_stands_still(path: str) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
-            load_shard(plan, Hasty(), "sim:1", Options(io="buffered"))
+            load_shard(plan, Hasty(), "sim:1", RunOptions(io="buffered"))
             raised = ""
         except RankError as error:
             raised = str(error)

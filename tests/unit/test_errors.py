@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from distquant.errors import CheckFailed, DistquantError, InputError, Problem, Problems, RankError, said
+from distquant.errors import CheckFailed, DistquantError, InputError, Problem, Problems, RankError, one_line
 
 FIRST = Problem("config.json", "'nf5' is not allowed", "Give 'nf4'")
 SECOND = Problem("--mesh", "tp=3 does not fit", "Give tp=2")
@@ -79,18 +79,21 @@ def test_problems_collects_each_once_in_order():
     assert caught.value.problems == (SECOND, FIRST)
 
 
+OF_TWO_LINES = "Validation error for field 'heads':\n    TypeError: expected int, got str"
+
+
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "line"),
     [
         ("no such file.", "no such file"),
-        ("Validation error for field 'heads':\n    TypeError: expected int, got str", None),
+        (OF_TWO_LINES, "Validation error for field 'heads': TypeError: expected int, got str"),
         ("", "ValueError"),
     ],
 )
-def test_what_other_libraries_say_is_told_in_a_line(text: str, told: str | None) -> None:
-    assert said(ValueError(text)) == (told or "Validation error for field 'heads': TypeError: expected int, got str")
+def test_an_error_of_another_library_is_one_line(text: str, line: str) -> None:
+    assert one_line(ValueError(text)) == line
 
 
-def test_what_other_libraries_say_at_length_is_cut_short() -> None:
-    assert said(ValueError("word " * 1000)).endswith("word ...")
-    assert len(said(ValueError("word " * 1000))) <= 300
+def test_a_long_error_of_another_library_is_shortened() -> None:
+    assert one_line(ValueError("word " * 1000)).endswith("word ...")
+    assert len(one_line(ValueError("word " * 1000))) <= 300

@@ -21,12 +21,13 @@ import distquant
 PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
-    ["errors", "version", "garbage_collection", "quiet", "files", "process_state", "memory"],
-    ["environment", "options"],
+    ["errors", "version", "dtypes", "garbage_collection", "quiet", "files", "process_state", "memory"],
+    ["environment", "units"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],
     ["model"],
     ["kernels"],
+    ["options"],
     ["quantization"],
     ["planning"],
     ["parallel", "loading.stream"],
@@ -34,7 +35,6 @@ FLOORS = [
     ["verification"],
     ["runtime"],
     ["api"],
-    ["runtime.ray"],  # an entry point as `api` is one, and built on it
     ["schemes"],
     ["cli"],
     ["__main__"],

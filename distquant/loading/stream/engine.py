@@ -19,7 +19,6 @@ from time import monotonic, perf_counter
 
 import torch
 
-from distquant.environment import format_bytes
 from distquant.loading.stream.arrivals import ArrivalTracker
 from distquant.loading.stream.budget import Budget
 from distquant.loading.stream.copier import Copier
@@ -35,6 +34,7 @@ from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.staging_buffer import Slots, StagingBuffer
 from distquant.loading.stream.tasks import TORCH_DTYPE, Chunk, Sink, Task, batches, chunks_of
 from distquant.planning.slots import READ_SLOTS, SEND_SLOTS
+from distquant.units import format_bytes
 
 READERS = 2
 """Reads in flight, where they may wait for a disk or a network."""

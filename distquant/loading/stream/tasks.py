@@ -9,17 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distquant.dtypes import TORCH_NAMES
 from distquant.loading.stream.rows import RowMap, RowRange
 from distquant.planning.read_assignment import Part
 from distquant.sharding.partition import Segment
 from distquant.sharding.row_layout import RowLayout
 
-TORCH_DTYPE = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
+TORCH_DTYPE = {stored: getattr(torch, name) for stored, name in TORCH_NAMES.items()}
 """torch's dtype by safetensors' name."""
 
 ALIGN = 64

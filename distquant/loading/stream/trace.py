@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 from distquant.loading.stream.stage_timer import STAGES, StageTimer
 from distquant.parallel.comm import Comm
@@ -10,7 +11,7 @@ from distquant.parallel.comm import Comm
 MICROSECONDS = 1e6
 
 
-def write_trace(path: str, comm: Comm, timer: StageTimer, origin: float) -> None:
+def write_trace(path: str | os.PathLike[str], comm: Comm, timer: StageTimer, origin: float) -> None:
     """Collects the events of all ranks; rank 0 writes them. Every rank must call it.
 
     Args:

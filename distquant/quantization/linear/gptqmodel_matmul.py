@@ -38,7 +38,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from distquant.config import torch_dtype
-from distquant.errors import said
+from distquant.errors import one_line
 from distquant.process_state import changing_process_state
 from distquant.quantization.algorithms.bit_packing import pack_words
 from distquant.quantization.linear.quantized_linear import QuantizedLinear
@@ -105,7 +105,7 @@ def missing() -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return "gptqmodel is not installed"
     except Exception as error:  # it imports half of the ecosystem: what it is, is told
-        return f"gptqmodel cannot be imported ({said(error)})"
+        return f"gptqmodel cannot be imported ({one_line(error)})"
     return None
 
 
@@ -158,7 +158,7 @@ def take_kernel(module: QuantizedLinear, keep: bool) -> str | None:
         try:
             reason = refusal or _tried(kind, module, words, zeros, symmetric, keep)
         except Exception as error:  # kernels fail in ways of their own (no compiler, no library): what it is, is told
-            reason = f"{kind.__name__}: {said(error)}"
+            reason = f"{kind.__name__}: {one_line(error)}"
         if reason is None:
             return None
         reasons.append(reason)
@@ -207,13 +207,13 @@ def _kinds(
                 **asked, device=device, backend=backend, format=form, quant_method=method, multi_select=True
             )
     except (ValueError, NotImplementedError) as error:
-        yield None, said(error)
+        yield None, one_line(error)
         return
     for kind in kinds:
         if left_out.isdisjoint(each.value for each in kind.SUPPORTS_BACKENDS):
             rows, columns = shard.local_shape
             good, why = kind.validate(**asked, in_features=columns, out_features=rows, device=device)
-            yield kind, None if good else f"{kind.__name__}: {said(why)}"
+            yield kind, None if good else f"{kind.__name__}: {one_line(why)}"
 
 
 def _asked(scheme: PackedIntScheme, shard: Shard, symmetric: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from distquant.sharding.device_map import place_of
 class BitsandbytesScheme(Scheme):
     """Hooks of both: device maps, memory, and the mark that PEFT and transformers look for."""
 
-    requires: ClassVar[Mapping[str, str]] = {"bitsandbytes": "0.46.1"}
+    requires: ClassVar[Mapping[str, str]] = {"bitsandbytes": "0.50"}  # older ones nest absmax into other bits
     by_bitsandbytes: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
     unmoved: ClassVar[Mapping[str, str]] = {}  # what would be moved is left unquantized, see `offloaded`

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from distquant.config import Bnb4bitConfig, torch_dtype
+from distquant.dtypes import DTYPE_BYTES
 from distquant.errors import InputError, Problem
 from distquant.kernels import reference
 from distquant.quantization.algorithms.nested_absmax import (
@@ -50,7 +51,7 @@ from distquant.quantization.algorithms.nested_absmax import (
 from distquant.quantization.methods.bitsandbytes import BitsandbytesScheme
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Stream
-from distquant.sharding.layout import DTYPE_BYTES, Component, Layout
+from distquant.sharding.layout import Component, Layout
 from distquant.sharding.shard import Shard
 
 

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from distquant.config import HqqConfig, torch_dtype
 from distquant.config.hqq import HqqWeight
+from distquant.dtypes import DTYPE_BYTES
 from distquant.errors import InputError, Problem
 from distquant.model.description import ModelDescription
 from distquant.quantization.algorithms.hqq_optimizer import quantize_hqq
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context, Scheme
 from distquant.quantization.weight_only import mark_quantized
-from distquant.sharding.layout import ALL, DTYPE_BYTES, Component, Layout
+from distquant.sharding.layout import ALL, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
 

@@ -33,11 +33,12 @@ import torch
 from torch import Tensor, nn
 
 from distquant.config import QuantoConfig, torch_dtype
+from distquant.dtypes import DTYPE_BYTES, STORED_NAMES
 from distquant.errors import Problem
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context, Stream
-from distquant.quantization.weight_only import FLOATS, SPELLED, WeightOnlyScheme, wrong_dtypes
-from distquant.sharding.layout import ALL, DTYPE_BYTES, PLAIN_STEPS, Component, Layout
+from distquant.quantization.weight_only import FLOATS, WeightOnlyScheme, wrong_dtypes
+from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
 
@@ -155,7 +156,7 @@ class QuantoScheme(WeightOnlyScheme):
 
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
         floats = dict.fromkeys((SCALE, SHIFT, *OF_ACTIVATIONS), FLOATS)
-        return wrong_dtypes(name, dtypes, {"": (SPELLED[self.codes_dtype],), **floats})
+        return wrong_dtypes(name, dtypes, {"": (STORED_NAMES[self.codes_dtype],), **floats})
 
     def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         codes = Component(name="", dtype=self.codes_dtype)

@@ -40,10 +40,11 @@ from torch import Tensor, nn
 
 from distquant.config import TorchaoConfig, torch_dtype
 from distquant.config.frozen import thaw
+from distquant.dtypes import STORED_NAMES
 from distquant.errors import Problem
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context, Stream
-from distquant.quantization.weight_only import FLOATS, SPELLED, WeightOnlyScheme, wrong_dtypes
+from distquant.quantization.weight_only import FLOATS, WeightOnlyScheme, wrong_dtypes
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
@@ -187,7 +188,7 @@ class TorchaoScheme(WeightOnlyScheme):
         return found
 
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
-        return wrong_dtypes(name, dtypes, {"": (SPELLED[self.codes_dtype],), SCALE: FLOATS, ZERO: ("I8",)})
+        return wrong_dtypes(name, dtypes, {"": (STORED_NAMES[self.codes_dtype],), SCALE: FLOATS, ZERO: ("I8",)})
 
     def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         if self.group == "tensor":

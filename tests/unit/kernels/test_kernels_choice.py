@@ -41,7 +41,7 @@ def test_auto_without_the_native_kernels_is_the_reference_and_says_why(monkeypat
     choice = choose(Kernel.AUTO, CPU)
     assert (choice.kernel, choice.ops) == (Kernel.REFERENCE, reference)
     assert "slow, because" in choice.reason
-    with pytest.raises(InputError, match=r"kernel: 'cpu' is not there.*or take 'reference'"):
+    with pytest.raises(InputError, match=r"kernel: 'cpu' is not available.*or take 'reference'"):
         choose("cpu", CPU)
 
 
@@ -74,7 +74,7 @@ def test_auto_on_cuda_is_triton(monkeypatch):
 
 def test_auto_on_cuda_never_falls_back(monkeypatch):
     missing(monkeypatch, "triton")
-    with pytest.raises(InputError, match="kernel: 'triton' is not there"):
+    with pytest.raises(InputError, match="kernel: 'triton' is not available"):
         choose("auto", CUDA)
 
 
@@ -84,7 +84,7 @@ def test_auto_on_cuda_never_falls_back(monkeypatch):
         ("cpu", CUDA, "'cpu' cannot quantize on cuda:0"),
         ("triton", torch.device("meta"), "'triton' cannot quantize on meta"),
         ("bitsandbytes", torch.device("mps"), "'bitsandbytes' cannot quantize on mps"),
-        ("fast", CPU, "'fast' is none of ours. Take one of auto, reference, cpu, triton, bitsandbytes"),
+        ("fast", CPU, "unknown kernels 'fast'. Take one of auto, reference, cpu, triton, bitsandbytes"),
     ],
 )
 def test_what_cannot_run_is_refused(kernel, device, message):
@@ -103,7 +103,7 @@ def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):
 
 def test_bitsandbytes_that_is_not_installed(monkeypatch):
     missing(monkeypatch, "bitsandbytes")
-    with pytest.raises(InputError, match="'bitsandbytes' is not there"):
+    with pytest.raises(InputError, match="'bitsandbytes' is not available"):
         choose("bitsandbytes", CPU)
 
 
@@ -167,5 +167,5 @@ def test_bitsandbytes_second_level_and_outputs_in_place():
     "name", ["quantize_fp8", "dequantize_fp8", "quantize_groups", "dequantize_groups", "quantize_mxfp4"]
 )
 def test_what_bitsandbytes_does_not_have_is_refused(name):
-    with pytest.raises(ValueError, match=f"bitsandbytes has no {name}: take kernel 'auto'"):
+    with pytest.raises(ValueError, match=f"bitsandbytes has no {name}: use kernel 'auto'"):
         getattr(with_bitsandbytes, name)(torch.full((4, 4), math.pi), (None, None))

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distquant.dtypes import DTYPE_BYTES
 from distquant.planning import even_partition
-from distquant.sharding.layout import ALL, DTYPE_BYTES, PLAIN_STEPS, Component, Layout, plain
+from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout, plain
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from distquant.config import CompressedTensorsConfig, ModuleSelection, torch_dtype
 from distquant.config.compressed_tensors import matches
+from distquant.dtypes import STORED_NAMES
 from distquant.errors import InputError, Problem
 from distquant.model.description import ModelDescription
 from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Rows, multiply
@@ -35,7 +36,7 @@ from distquant.quantization.methods.compressed_tensors.storage import WORD, Stor
 from distquant.quantization.module_selection import STAR, members, one_of, unlike
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context, Stream
-from distquant.quantization.weight_only import FLOATS, SPELLED, WeightOnlyScheme, wrong_dtypes
+from distquant.quantization.weight_only import FLOATS, WeightOnlyScheme, wrong_dtypes
 from distquant.sharding.layout import ALL, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
@@ -142,7 +143,7 @@ class CompressedTensorsScheme(WeightOnlyScheme):
 
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
         storage = self.storage(name)
-        return wrong_dtypes(name, dtypes, {storage.codes: (SPELLED[storage.dtype],), "weight_scale": FLOATS})
+        return wrong_dtypes(name, dtypes, {storage.codes: (STORED_NAMES[storage.dtype],), "weight_scale": FLOATS})
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         found = [*self.check_weight(name, shape), *super().check_stored(name, shape, stored)]

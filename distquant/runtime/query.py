@@ -1,4 +1,4 @@
-"""What to do with a loaded model, the same in every runtime: answer a prompt, measure perplexity, prove its bits."""
+"""Queries to a loaded model, the same in every runtime: an answer to a prompt, perplexity, the fingerprint."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from distquant.planning import LoadPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is wanted of a loaded model; all ranks get the same."""
+class Query:
+    """A query to a loaded model; all ranks get the same."""
 
     prompt: str | None = None
     generate: dict[str, Any] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class Job:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What came of a job."""
+    """The outcome of a query."""
 
     report: dict[str, Any]
     answer: str | None = None
@@ -39,25 +39,25 @@ class Outcome:
 
 
 def generate(model: Any, prompt: str | list[str], **kwargs: Any) -> str | list[str]:
-    """Prompt and continuation as text. On a sharded model all ranks must call it.
+    """Returns prompt and continuation as text. On a sharded model all ranks must call it.
 
     Args:
         model: the loaded model.
-        prompt: one, or several that are answered as a batch.
+        prompt: one prompt, or a list that is answered as a batch.
         kwargs: of `generate` of transformers.
 
     Returns:
         All answers in order where several were asked for (prompts, or `num_return_sequences`); else the only one.
 
     Raises:
-        InputError: more than tokens is asked for.
+        InputError: `return_dict_in_generate`, which asks for more than text.
     """
     if kwargs.get("return_dict_in_generate"):
         fix = "Use call(function), where the function calls model.generate and returns what it needs"
         raise InputError.one("return_dict_in_generate", "the answer of generate is text", fix)
     tokenizer = _tokenizer(model)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked wherever it stands
+        tokenizer.pad_token = tokenizer.eos_token  # the attention mask hides every padding
     batch = isinstance(prompt, list)
     inputs = tokenizer(prompt, return_tensors="pt", padding=batch, **({"padding_side": "left"} if batch else {}))
     if kwargs.get("stop_strings") or model.generation_config.stop_strings:
@@ -67,21 +67,21 @@ def generate(model: Any, prompt: str | list[str], **kwargs: Any) -> str | list[s
     return answers if batch or len(answers) > 1 else answers[0]
 
 
-def perform(model: Any, job: Job, runtime: str) -> Outcome:
-    """Does a job on a loaded model. On a sharded model all ranks must call it; all get the outcome."""
+def perform(model: Any, query: Query, runtime: str) -> Outcome:
+    """Runs a query on a loaded model. On a sharded model all ranks must call it; all get the outcome."""
     from distquant.verification.fingerprint import fingerprint
     from distquant.verification.perplexity import perplexity
 
     loaded = model.distquant
     plan: LoadPlan = loaded.plan
-    digest = fingerprint(model) if job.fingerprint and not loaded.scheme.delegated else None
+    digest = fingerprint(model) if query.fingerprint and not loaded.scheme.delegated else None
     ranks: list[RankReport] = loaded.comm.collect(loaded.report)
     outcome = Outcome(report=make_report(plan, runtime, ranks, digest))
-    if job.prompt is not None:
-        answer = generate(model, job.prompt, **job.generate)
+    if query.prompt is not None:
+        answer = generate(model, query.prompt, **query.generate)
         outcome.answer = answer if isinstance(answer, str) else "\n".join(answer)
-    if job.text is not None:
-        outcome.perplexity = perplexity(model, _tokenizer(model), job.text, job.window)
+    if query.text is not None:
+        outcome.perplexity = perplexity(model, _tokenizer(model), query.text, query.window)
     return outcome
 
 

@@ -1,0 +1,44 @@
+"""Sizes in bytes, read from text and written as text."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from decimal import Decimal
+
+from distquant.errors import InputError
+
+MOST_BYTES = 1 << 63
+"""Limit of every size: offsets and lengths of files and memory are signed numbers of 64 bits."""
+
+_SUFFIX = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGTP", 1):
+    _SUFFIX[_letter + "B"] = 1000**_power
+    _SUFFIX[_letter + "iB"] = 1024**_power
+
+
+def parse_bytes(text: str | int, where: str = "size") -> int:
+    """Returns the bytes that are meant by `24GiB`, `512MiB`, `80GB` or a plain number of bytes.
+
+    Raises:
+        InputError: an invalid size.
+    """
+    if isinstance(text, int) and not isinstance(text, bool) and 0 <= text < MOST_BYTES:
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?i?B?)\s*", str(text))
+    if not match or match.group(2) not in _SUFFIX:
+        raise InputError.one(where, f"invalid size {text!r}", "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
+    size = Decimal(match.group(1)) * _SUFFIX[match.group(2)]
+    if size >= MOST_BYTES:
+        what = f"{reprlib.repr(str(text))} is more than any machine has: a size is below {MOST_BYTES} bytes"
+        raise InputError.one(where, what, "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
+    return int(size)
+
+
+def format_bytes(count: float) -> str:
+    """Returns `count` bytes in the largest binary unit that keeps at least one digit before the point."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
