@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import distquant.checkpoint
 from distquant.checkpoint import DTYPE_BITS, CheckpointError, HeaderFault, read_header
-from distquant.checkpoint.faults import TOLD_PER_KIND
+from distquant.checkpoint.faults import LISTED_PER_KIND
 from distquant.errors import InputError
 
 A = entry("U8", [4], 0, 4)
@@ -56,7 +56,7 @@ HOSTILE: dict[str, tuple[bytes, HeaderFault, str]] = {
     "a space first": (safetensors_bytes(" {}"), HeaderFault.NOT_JSON, r"starts with ' \{\}'"),
     "cut-off JSON": (safetensors_bytes('{"a": '), HeaderFault.NOT_JSON, r"not JSON \(.*column"),
     "text after the object": (safetensors_bytes("{} x"), HeaderFault.NOT_JSON, r"Extra data"),
-    "NaN": (safetensors_bytes('{"a": NaN}'), HeaderFault.NOT_JSON, r"NaN is no JSON number"),
+    "NaN": (safetensors_bytes('{"a": NaN}'), HeaderFault.NOT_JSON, r"NaN is not a JSON number"),
     "lone surrogate": (safetensors_bytes('{"\\ud800": 1}'), HeaderFault.NOT_JSON, r"surrogates"),
     "a number of 5000 digits": (safetensors_bytes('{"a": ' + "9" * 5000 + "}"), HeaderFault.NOT_JSON, r"digits"),
     "nested 100,000 deep": (
@@ -199,10 +199,10 @@ def test_all_problems_of_a_file_are_told_together(tmp_path: Path) -> None:
 
 def test_many_problems_of_a_kind_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    path.write_bytes(safetensors_bytes({f"t{i}": i for i in range(TOLD_PER_KIND + 7)}))
+    path.write_bytes(safetensors_bytes({f"t{i}": i for i in range(LISTED_PER_KIND + 7)}))
     with pytest.raises(CheckpointError, match=r"7 more problems \(bad_entry\)") as caught:
         read_header(path, "m.safetensors")
-    assert len(caught.value.problems) == TOLD_PER_KIND + 1
+    assert len(caught.value.problems) == LISTED_PER_KIND + 1
 
 
 def test_hostile_values_do_not_flood_the_message(tmp_path: Path) -> None:
