@@ -16,7 +16,7 @@ from transformers.core_model_loading import Concatenate, Transpose, WeightConver
 
 from distquant.errors import Problems
 from distquant.model import ModelDescription, Source, build, describe_model
-from distquant.model.weight_mapping import ignorable, map_names, natural, split_component, tell_parts
+from distquant.model.weight_mapping import check_merged_components, ignorable, map_names, natural, split_component
 
 SMALL = {
     "hidden_size": 16,
@@ -197,7 +197,9 @@ def test_unknown_conversion_is_a_problem(tmp_path, monkeypatch):
     description, _, problems = concatenating(tmp_path, monkeypatch, [Transpose(0, 1)], 0)
     told = [str(problem) for problem in problems]
     assert len(told) == 2
-    assert told[0].startswith("model.layers.0.self_attn.q_proj.weight: the checkpoint stores it in a form that needs")
+    assert told[0].startswith(
+        "model.layers.0.self_attn.q_proj.weight: unsupported conversion from the checkpoint's form: "
+    )
     assert "Transpose" in told[0]
     assert description.missing == tuple(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))
 
@@ -261,7 +263,7 @@ def test_component_of_a_converted_weight_is_a_problem(tmp_path):
     name = "model.layers.0.block_sparse_moe.experts.1.w2.weight.absmax"
     tensors[name] = torch.zeros(6)
     problems = Problems()
-    tell_parts(described(tmp_path, tensors, **BNB).parts, problems)
+    check_merged_components(described(tmp_path, tensors, **BNB).parts, problems)
     (problem,) = problems
     assert problem.where == name
     assert "'absmax'" in problem.what

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distquant.config import CompressedTensorsConfig, ModuleSelection, torch_dtype
-from distquant.config.compressed_tensors import matches
+from distquant.config.quantization_group import matches
 from distquant.errors import InputError, Problem
 from distquant.model.description import ModelDescription
 from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Rows, multiply
