@@ -1,4 +1,4 @@
-"""Outputs that a caller may bring along, so that a kernel writes where the result is to stay."""
+"""Outputs that a caller may pass, so that a kernel writes its result into place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def prepared(given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The tensor to write into: `given`, seen with `shape`, or a new one.
+    """Returns the tensor to write into: a view of `given` with `shape`, or a new one.
 
     Raises:
         ValueError: `given` has another dtype, device or number of elements, or is not contiguous.
@@ -17,8 +17,8 @@ def prepared(given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, d
     if given is None:
         return torch.empty(shape, dtype=dtype, device=device)
     if given.dtype is not dtype or given.numel() != math.prod(shape) or given.device != device:
-        found = f"{given.dtype} {list(given.shape)} on {given.device}"
-        raise ValueError(f"the output is {found}, the result is {dtype} {list(shape)} on {device}")
+        description = f"{given.dtype} {list(given.shape)} on {given.device}"
+        raise ValueError(f"the output is {description}, the result is {dtype} {list(shape)} on {device}")
     if not given.is_contiguous():
         raise ValueError(f"the output of shape {list(given.shape)} is not contiguous: strides {given.stride()}")
     return given.view(shape)

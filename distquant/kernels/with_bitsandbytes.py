@@ -1,7 +1,7 @@
 """The functions of `reference` that bitsandbytes has, computed by it, so that its results can be had and compared.
 
 On the CPU they are equal to the reference's. On CUDA bitsandbytes decides FP4 by other constants near the thresholds,
-and second-level codes by another search. What it does not have raises ValueError: that method needs other kernels.
+and second-level codes by another search. Functions that it lacks raise ValueError: such a method needs other kernels.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def quantize_4bit(
     if count % 2:
         raise ValueError(f"{count} codes do not fill whole bytes")
     packed = prepared(codes, (count // 2,), torch.uint8, weight.device)
-    found = prepared(absmax, (-(-count // blocksize),), torch.float32, weight.device)
+    absmax = prepared(absmax, (-(-count // blocksize),), torch.float32, weight.device)
     theirs, state = functional.quantize_4bit(weight.contiguous(), blocksize=blocksize, quant_type=quant_type)
-    return packed.copy_(theirs.view(-1)), found.copy_(state.absmax)
+    return packed.copy_(theirs.view(-1)), absmax.copy_(state.absmax)
 
 
 def dequantize_4bit(
@@ -82,14 +82,14 @@ def dequantize_4bit(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`dtype` of `shape`, by the flat definition: bitsandbytes is given rows of whole blocks, one after the other.
+    """`dtype` of `shape`, by the flat definition: bitsandbytes gets one row for each block.
 
     Args:
         codes: uint8 of at least `ceil(n / 2)` elements, any shape.
         absmax: float32 `[ceil(n / blocksize)]`.
     """
     count, blocks = math.prod(shape), len(absmax)
-    packed = codes.new_zeros(blocks * blocksize // 2)  # its kernel for the CPU errs where a row ends within a block
+    packed = codes.new_zeros(blocks * blocksize // 2)  # its kernel for the CPU is wrong if a row ends within a block
     packed[: (count + 1) // 2] = codes.view(-1)[: (count + 1) // 2]
     state = functional.QuantState(
         absmax,
@@ -116,8 +116,8 @@ def quantize_blockwise(
     flat = values.reshape(-1).float().contiguous()
     theirs, state = functional.quantize_blockwise(flat, code=code, blocksize=blocksize)
     packed = prepared(codes, (flat.numel(),), torch.uint8, flat.device)
-    found = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
-    return packed.copy_(theirs), found.copy_(state.absmax)
+    absmax = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
+    return packed.copy_(theirs), absmax.copy_(state.absmax)
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
@@ -131,26 +131,26 @@ def quantize_int8_rows(
     """Codes (int8 `[rows, columns]`) and absmax (float32 `[rows]`) of `weight` (`[rows, columns]`)."""
     theirs, statistics, _ = functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
     packed = prepared(codes, tuple(weight.shape), torch.int8, weight.device)
-    found = prepared(absmax, (len(weight),), torch.float32, weight.device)
-    return packed.copy_(theirs), found.copy_(statistics)
+    absmax = prepared(absmax, (len(weight),), torch.float32, weight.device)
+    return packed.copy_(theirs), absmax.copy_(statistics)
 
 
-def _absent(name: str) -> Callable[..., NoReturn]:
-    def refuse(*_: object, **__: object) -> NoReturn:
+def _missing(name: str) -> Callable[..., NoReturn]:
+    def raise_missing(*_: object, **__: object) -> NoReturn:
         raise ValueError(f"bitsandbytes has no {name}: take kernel 'auto', 'cpu', 'triton' or 'reference'")
 
-    return refuse
+    return raise_missing
 
 
-encode_4bit = _absent("encode_4bit")
-encode_int8_rows = _absent("encode_int8_rows")
-encode_scaled_rows = _absent("encode_scaled_rows")
-encode_fp8 = _absent("encode_fp8")
-quantize_fp8 = _absent("quantize_fp8")
-quantize_fp8_rows = _absent("quantize_fp8_rows")
-quantize_fp8_ue8m0 = _absent("quantize_fp8_ue8m0")
-dequantize_fp8 = _absent("dequantize_fp8")
-quantize_groups = _absent("quantize_groups")
-dequantize_groups = _absent("dequantize_groups")
-quantize_mxfp4 = _absent("quantize_mxfp4")
-dequantize_mxfp4 = _absent("dequantize_mxfp4")
+encode_4bit = _missing("encode_4bit")
+encode_int8_rows = _missing("encode_int8_rows")
+encode_scaled_rows = _missing("encode_scaled_rows")
+encode_fp8 = _missing("encode_fp8")
+quantize_fp8 = _missing("quantize_fp8")
+quantize_fp8_rows = _missing("quantize_fp8_rows")
+quantize_fp8_ue8m0 = _missing("quantize_fp8_ue8m0")
+dequantize_fp8 = _missing("dequantize_fp8")
+quantize_groups = _missing("quantize_groups")
+dequantize_groups = _missing("dequantize_groups")
+quantize_mxfp4 = _missing("quantize_mxfp4")
+dequantize_mxfp4 = _missing("dequantize_mxfp4")
