@@ -1,7 +1,7 @@
-"""The contestants of `load.py`: what each does in its measured processes.
+"""The contestants of `load.py`, and the work of each in its measured processes.
 
-A system is a function of a checkpoint's folder, a contestant and a rank. It makes ready what may be ready before the
-clock starts, and returns the call that is timed.
+A system is a function of a checkpoint's folder, a contestant and a rank. It prepares everything that may be done before
+the clock starts, and returns the call that is timed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from checkpoints import CHUNK, copier, reader, tensors, total_bytes
 from common import memory
 
 QUANTIZED_AT_ONCE = (1024, 2048)
-"""Rows and columns that a floor quantizes again and again: 4 MiB of bfloat16, which lie in the cache."""
+"""Rows and columns that a floor quantizes again and again: 4 MiB of bfloat16, which fit in the cache."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Contestant:
     """One row of the table.
 
     Attributes:
-        name: what `--only` looks for.
+        name: text that `--only` searches.
         system: a key of `SYSTEMS`.
-        quant: distquant's short name of the quantization; "none" is bf16 as it is, "" what the checkpoint says.
+        quant: distquant's short name of the quantization; "none" is unquantized bf16, "" the checkpoint's own.
         ranks, threads: processes, and threads of each.
-        mesh: of distquant; "" is tp over all ranks.
+        mesh: distquant's mesh; "" is tp over all ranks.
         staging: distquant's option; "" is its default.
-        cold: whether the files are taken out of the page cache before, not brought into it.
-        once: whether one run is enough, because it is about bytes and not about seconds.
+        cold: True if the files are dropped from the page cache before a run, not read into it.
+        once: True if one run is enough, because it measures bytes and not seconds.
         peer: a key of `peers.PEERS`, for the system "upstream".
         small: folder of the model that is loaded before the clock starts; "" is the small example model.
     """
@@ -51,20 +51,20 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Measured:
-    """One rank's figures; None where a system does not know.
+    """One rank's figures; None if a system does not measure one.
 
     Attributes:
-        seconds: from the common start to the end.
-        memory: bytes that were resident at most, over those before the start.
-        own: bytes at the end that are no pages of mapped files, over those before the start.
+        seconds: seconds from the common start to the end.
+        memory: peak of resident bytes, over those before the start.
+        own: bytes at the end outside mapped files, over those before the start.
         read: bytes read from files; `direct` of them past the page cache.
-        needed: bytes of the checkpoint's tensors that fill the model, each once.
+        needed: bytes of the checkpoint's tensors that fill the model, each counted once.
         finished: bytes of the finished shard.
-        quantized, planned: bytes of its quantized weights, as they are and as the plan says.
+        quantized, planned: bytes of its quantized weights, measured and planned.
         held: bytes of all tensors of the model.
-        staging: bytes that weights may pass through.
+        staging: bytes of the staging budget.
         parts: seconds of the parts of a floor.
-        reads: bytes of a mixture of experts that were read, by what they are of (`reads.KINDS`).
+        reads: bytes of a mixture of experts that were read, by their kind (`reads.KINDS`).
     """
 
     seconds: float = 0.0
@@ -110,7 +110,7 @@ CONTESTANTS = (
 
 @dataclass(frozen=True)
 class Bar:
-    """What the times of two contestants are to be: A `faster` times as fast as B at least, or `most` times B's time."""
+    """A bar for two contestants' times: A at least `faster` times as fast as B, or at most `most` times B's time."""
 
     a: str
     b: str
@@ -193,7 +193,7 @@ def transformers(path: str, contestant: Contestant, rank: int) -> Run:
 
 
 def recorded(path: str, contestant: Contestant, rank: int) -> Run:
-    """distquant again, with every read of a file written down."""
+    """distquant again, with a record of every read of a file."""
     from reads import recording
 
     return recording(path, contestant, rank, distquant(path, contestant, rank))
@@ -215,7 +215,7 @@ def upstream(path: str, contestant: Contestant, rank: int) -> Run:
 
 
 def floor(path: str, contestant: Contestant, rank: int) -> Run:
-    """What no loader gets around: this rank's half of the reads and of the arithmetic, and its shard's fresh memory."""
+    """The minimum for any loader: this rank's half of the reads and of the arithmetic, and its shard's fresh memory."""
     import distquant as dq
 
     plan = dq.plan(path, quantization_config=contestant.quant, mesh=f"tp={contestant.ranks}", dtype="bfloat16")
@@ -239,7 +239,7 @@ def floor(path: str, contestant: Contestant, rank: int) -> Run:
 
 
 def quantizer(quant: str, parameters: int) -> Callable[[], None]:
-    """A call that quantizes so many parameters, from a warm buffer into warm outputs."""
+    """Returns a call that quantizes so many parameters, from a warm buffer into warm outputs."""
     import torch
 
     from distquant.kernels import cpu
@@ -261,8 +261,8 @@ def quantizer(quant: str, parameters: int) -> Callable[[], None]:
         return lambda: None
 
     def run() -> None:
-        whole, rest = divmod(parameters // columns, rows)
-        for _ in range(whole):
+        full, rest = divmod(parameters // columns, rows)
+        for _ in range(full):
             some(rows)
         if rest:
             some(rest)
@@ -271,7 +271,7 @@ def quantizer(quant: str, parameters: int) -> Callable[[], None]:
 
 
 def shard_sizes(plan: Any, rank: int) -> list[int]:
-    """Bytes of each tensor of a rank's finished shard: the plan's sums, divided as the whole tensors are."""
+    """Returns bytes of each tensor of a rank's finished shard: the plan's sums, divided as the full tensors are."""
     shard, sizes = plan.memory[rank], []
     for quantized, nbytes in ((True, shard.quantized), (False, shard.unquantized)):
         counts = [math.prod(tensor.shape) for tensor in plan.tensors if (tensor.scheme != "none") is quantized]
@@ -287,7 +287,7 @@ def write_fresh(sizes: list[int]) -> None:
 
 
 def fresh_memory(path: str, contestant: Contestant, rank: int) -> Run:
-    """This rank's share of the files' bytes, written once to new memory in parts as large as weights are."""
+    """Writes this rank's share of the files' bytes once to new memory, in parts as large as weights."""
     sizes = [2 * CHUNK] * (total_bytes(path) // contestant.ranks // (2 * CHUNK))
 
     def run() -> Measured:
@@ -298,7 +298,7 @@ def fresh_memory(path: str, contestant: Contestant, rank: int) -> Run:
 
 
 def read_files(path: str, contestant: Contestant, rank: int) -> Run:
-    """All bytes of all files into one small buffer a thread, and nothing done with them."""
+    """Reads all bytes of all files into one small buffer a thread, and drops them."""
     read = reader(path, contestant.threads, direct=contestant.cold)
 
     def run() -> Measured:
@@ -309,7 +309,7 @@ def read_files(path: str, contestant: Contestant, rank: int) -> Run:
 
 
 def copy_files(path: str, contestant: Contestant, rank: int) -> Run:
-    """All bytes of all files, read into new memory and then touched: the least for a loader that does not map them."""
+    """Reads all bytes of all files into new memory and touches them: the minimum for a loader without mapped files."""
     import torch
 
     copy = copier(path, contestant.threads)
@@ -336,15 +336,15 @@ SYSTEMS: dict[str, Callable[[str, Contestant, int], Run]] = {
 
 
 def own_memory() -> int:
-    """Bytes of this process that are no pages of mapped files."""
+    """Counts the bytes of this process outside mapped files."""
     return memory("RssAnon") + memory("RssShmem")
 
 
 def touch(model: Any) -> None:
-    """Reads every byte of the weights once: what was only mapped into memory is then really there.
+    """Reads every byte of the weights once, so that mapped pages are really in memory.
 
-    For loads of what is stored (bf16, pre-quantized) only: a weight quantized on the way has been written, and the
-    peer's unquantized rest is left to it.
+    Only for loads of stored weights (bf16, pre-quantized). A weight quantized on the way has been written already, and
+    the peer's unquantized rest is left to it.
     """
     import torch
 
@@ -354,30 +354,30 @@ def touch(model: Any) -> None:
 
 
 def add_up(data: Any) -> None:
-    """Reads all bytes (uint8, flat) but the last few."""
+    """Reads all bytes (uint8, flat) except the last few."""
     import torch
 
     data[: data.numel() // 8 * 8].view(torch.int64).sum()
 
 
 def held(model: Any) -> int:
-    """Bytes of a model's tensors, and of what bitsandbytes keeps beside them; what several share counts once."""
-    found = {}
+    """Counts the bytes of a model's tensors and of bitsandbytes' states beside them; shared memory counts once."""
+    nbytes_at = {}
     for tensor in (*model.parameters(), *model.buffers()):
         state = getattr(tensor, "quant_state", None)
         inner = [value for each in (state, getattr(state, "state2", None)) if each for value in vars(each).values()]
         for plain in (*plain_tensors(tensor), *inner):
             if hasattr(plain, "data_ptr"):
-                found[plain.data_ptr()] = plain.nbytes
-    return sum(found.values())
+                nbytes_at[plain.data_ptr()] = plain.nbytes
+    return sum(nbytes_at.values())
 
 
 def plain_tensors(tensor: Any) -> Iterator[Any]:
-    """The tensor, or those that a tensor subclass (a shard, torchao's, quanto's) is made of."""
+    """Yields the tensor, or those inside a tensor subclass (a shard, torchao's, quanto's)."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor.data
         return
     for name in tensor.__tensor_flatten__()[0]:
         inner = getattr(tensor, name)
-        if hasattr(inner, "data_ptr"):  # a shard also names the mesh that it lies on
+        if hasattr(inner, "data_ptr"):  # a shard also names its mesh
             yield from plain_tensors(inner)

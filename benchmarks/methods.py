@@ -1,4 +1,4 @@
-"""What every method costs in quality, and how fast it loads beside the library that it comes from.
+"""Measures the quality of every method, and the speed of its loads beside the library that it comes from.
 
     python benchmarks/methods.py quality MODEL --text FILE [--only nf4 hqq ...] [--out FILE]
     python benchmarks/methods.py speed CHECKPOINT [--runs 5] [--only nf4 stored:nf4 ...] [--work FOLDER] [--out FILE]
@@ -6,15 +6,15 @@
 MODEL and CHECKPOINT are folders of a bf16 model with safetensors files. A benchmark of CPUs: GPUs are hidden.
 
 `quality` quantizes the model on the fly with every method that can run here, at tp=1 and tp=2, and writes the table of
-docs/quality.md (with `--out`, a page). It exits with 1 where a method failed or its fingerprints differ.
+docs/quality.md (with `--out`, a page). It exits with 1 if a method failed or its fingerprints differ.
 
 `speed` times loads of distquant (tp=1 with a thread for each core, and tp=2 with the same threads divided) and of the
-method's own library ("upstream"), in alternation (A B C A B C ...), each in fresh processes that have loaded the small
-example model by the same call, with the files in the page cache. A method's name quantizes CHECKPOINT on the way;
-`stored:METHOD` loads a checkpoint that the library quantized and saved, once, below the folder of `--work`. The page
-has a line for each method: median seconds, distquant's divided by upstream's, for stored checkpoints the seconds of
-copying their bytes into memory and nothing more, and peak memory; with the command, the machine and all versions. It
-exits with 1 where distquant failed and the library did not.
+method's own library ("upstream"), in alternation (A B C A B C ...). Each load has fresh processes that have loaded the
+small example model by the same call, and the files are in the page cache. A method's name quantizes CHECKPOINT on the
+way; `stored:METHOD` loads a checkpoint that the library quantized and saved, once, below the folder of `--work`. The
+page has a line for each method: median seconds, distquant's divided by upstream's, and peak memory. For stored
+checkpoints it also has the seconds of only copying their bytes into memory. The command, the machine and all versions
+are listed. It exits with 1 if distquant failed and the library did not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from peers import PEERS, STORED, WITHOUT, store
 from ranks import one_run
 
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
-"""What lies between these lines of docs/quality.md is written here."""
+"""The lines of docs/quality.md between which the table is written."""
 DOCUMENT = ROOT / "docs" / "quality.md"
 PACKAGES = (
     "distquant", "torch", "transformers", "accelerate", "bitsandbytes", "compressed-tensors", "torchao",
@@ -49,14 +49,14 @@ PACKAGES = (
 
 
 def about(path: str, load: float) -> str:
-    """Model, machine, versions and kernels."""
-    found = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
-    known = tuple(name for name in PACKAGES if name in found)
+    """Describes model, machine, versions and kernels."""
+    installed = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
+    known = tuple(name for name in PACKAGES if name in installed)
     return f"{describe(path)}\n\n{machine(load, known)}\nKernels of distquant: {kernels()}."
 
 
 def kernels() -> str:
-    """The kernels that `auto` takes here: seconds depend on them."""
+    """Describes the kernels that `auto` takes here: seconds depend on them."""
     import torch
 
     from distquant.kernels.choice import choose
@@ -72,7 +72,7 @@ def today() -> str:
 
 
 def plannable(path: str, only: list[str] | None) -> tuple[list[str], dict[str, str]]:
-    """Short names of the methods that can run here, and of the others the reason why not."""
+    """Returns short names of the methods that can run here, and of the others with the reason why not."""
     import distquant as dq
     from distquant.errors import InputError
     from distquant.quantization.registry import config_classes
@@ -93,7 +93,7 @@ def plannable(path: str, only: list[str] | None) -> tuple[list[str], dict[str, s
 
 @dataclass(frozen=True)
 class Both:
-    """A method at tp=1 and tp=2; text where it failed."""
+    """A method at tp=1 and tp=2; the error's text if it failed."""
 
     name: str
     tp1: list[Quality] | str
@@ -105,41 +105,41 @@ class Both:
 
     def cells(self) -> list[str]:
         widths = (self.tp1, self.tp2)
-        failures = [f"tp={tp}: {found}" for tp, found in enumerate(widths, 1) if isinstance(found, str)]
+        failures = [f"tp={tp}: {ranks}" for tp, ranks in enumerate(widths, 1) if isinstance(ranks, str)]
         if failures:
             return [self.name, "FAILED, see below", *[""] * 8]
-        tp1, tp2 = ([rank for rank in found if isinstance(rank, Quality)] for found in widths)
+        tp1, tp2 = ([rank for rank in ranks if isinstance(rank, Quality)] for ranks in widths)
         prints = {rank.fingerprint for rank in (*tp1, *tp2)}
         bits = 8 * tp1[0].quantized_bytes / tp1[0].parameters if tp1[0].parameters else 16
         return [
             self.name,
             f"{bits:.2f}",
-            *(f"{found[0].perplexity:.3f}" for found in (tp1, tp2)),
+            *(f"{ranks[0].perplexity:.3f}" for ranks in (tp1, tp2)),
             f"`{tp1[0].fingerprint[:8]}`",
             "equal" if len(prints) == 1 else "DIFFERS",
-            *(f"{median_load(found):.2f}" for found in (tp1, tp2)),
-            *(f"{max(rank.beyond for rank in found) / 2**20:.0f}" for found in (tp1, tp2)),
+            *(f"{median_load(ranks):.2f}" for ranks in (tp1, tp2)),
+            *(f"{max(rank.beyond for rank in ranks) / 2**20:.0f}" for ranks in (tp1, tp2)),
         ]
 
     @property
     def failure(self) -> str | None:
-        found = [f"tp={tp}: {one}" for tp, one in enumerate((self.tp1, self.tp2), 1) if isinstance(one, str)]
-        return f"`{self.name}` FAILED: {'; '.join(found)}" if found else None
+        failures = [f"tp={tp}: {one}" for tp, one in enumerate((self.tp1, self.tp2), 1) if isinstance(one, str)]
+        return f"`{self.name}` FAILED: {'; '.join(failures)}" if failures else None
 
 
 def median_load(ranks: list[Quality]) -> float:
     return statistics.median(max(seconds) for seconds in zip(*(rank.seconds for rank in ranks), strict=True))
 
 
-def quality_text(path: str, command: str, found: list[Both], unable: dict[str, str], load: float) -> str:
+def quality_text(path: str, command: str, results: list[Both], unable: dict[str, str], load: float) -> str:
     heads = ["method", "bits per weight", "perplexity tp=1", "tp=2", "fingerprint", "tp=1 and tp=2", "load s tp=1"]
     heads += ["tp=2", "peak beyond the shard MiB tp=1", "tp=2"]
     parts = [
         f"{Path(path).name}: {about(path, load)}",
         f"Command, on {today()}: `{command}`; loads: the median of {LOADS}.",
-        table(heads, [both.cells() for both in found]),
+        table(heads, [both.cells() for both in results]),
     ]
-    failures = [f"- {both.failure}" for both in found if both.failure]
+    failures = [f"- {both.failure}" for both in results if both.failure]
     parts += ["\n".join(failures)] if failures else []
     if unable:
         parts.append("Not run:\n\n" + "\n".join(f"- `{name}`: {reason}" for name, reason in unable.items()))
@@ -150,26 +150,26 @@ def quality(arguments: argparse.Namespace) -> int:
     path, text = os.path.abspath(arguments.model), Path(arguments.text).read_text()
     load = os.getloadavg()[0]
     able, unable = plannable(path, arguments.only)
-    ranks, found = Ranks(), []
+    ranks, results = Ranks(), []
     try:
         for name in able:
             both = Both(name, ranks.measure(path, name, 1, text), ranks.measure(path, name, 2, text))
             print("  ".join(both.cells()), flush=True)
-            found.append(both)
+            results.append(both)
     finally:
         ranks.close()
     only = f" --only {shlex.join(arguments.only)}" if arguments.only else ""
     command = f"python benchmarks/methods.py quality {Path(path).name} --text {Path(arguments.text).name}{only}"
-    written = quality_text(path, command, found, unable, load)
+    written = quality_text(path, command, results, unable, load)
     if arguments.out:
         write(f"# What quantization costs, {today()}\n\n{written}", "quality", arguments.out)
     else:
         fill(DOCUMENT, written)
-    return 0 if all(both.good for both in found) else 1
+    return 0 if all(both.good for both in results) else 1
 
 
 def fill(document: Path, text: str) -> None:
-    """Replaces what lies between the two marks of a document."""
+    """Replaces the text between the two marks of a document."""
     before, begin, rest = document.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -186,14 +186,14 @@ NAMES = (*(name for name in PEERS if not name.startswith("stored")), *(STORED_PR
 
 @dataclass(frozen=True)
 class Match:
-    """distquant at two widths and the library, over one checkpoint; and what a loader cannot be faster than."""
+    """distquant at two widths and the library, over one checkpoint; and the minimum for any loader."""
 
     name: str
     path: str
     how: str
     contestants: tuple[Contestant, Contestant, Contestant]
     copying: Contestant | None
-    """Of a stored checkpoint: its bytes read into memory, and nothing more."""
+    """The floor of a stored checkpoint: its bytes are only read into memory."""
 
     @property
     def all(self) -> tuple[Contestant, ...]:
@@ -201,7 +201,7 @@ class Match:
 
 
 def match(name: str, path: str, work: str) -> Match:
-    """Who is compared under a name of `NAMES`; makes the stored checkpoints that it needs."""
+    """Returns the contestants under a name of `NAMES`; makes the stored checkpoints that they need."""
     cores = os.cpu_count() or 1
     stored = name.startswith(STORED_PREFIX)
     method = name.removeprefix(STORED_PREFIX)
@@ -224,7 +224,7 @@ Runs = dict[str, list[list[Measured]]]
 
 
 def alternate(matches: list[Match], count: int) -> tuple[Runs, dict[str, str]]:
-    """All runs, and why contestants failed: those are not run again."""
+    """Returns all runs, and the failures of contestants, which are not run again."""
     runs: Runs = {contestant.name: [] for each in matches for contestant in each.all}
     failed: dict[str, str] = {}
     for number in range(count):
@@ -233,21 +233,21 @@ def alternate(matches: list[Match], count: int) -> tuple[Runs, dict[str, str]]:
                 if contestant.name in failed:
                     continue
                 try:
-                    found = one_run(each.path, contestant)
+                    run = one_run(each.path, contestant)
                 except SystemExit as error:
                     failed[contestant.name] = str(error)
                     print(f"FAILED  {error}", flush=True)
                     continue
-                runs[contestant.name].append(found)
-                seconds = seconds_of([found])[0]
+                runs[contestant.name].append(run)
+                seconds = seconds_of([run])[0]
                 print(f"run {number + 1}/{count}  {contestant.name:40} {seconds:8.3f} s", flush=True)
     return runs, failed
 
 
 def speed_row(each: Match, runs: Runs, failed: dict[str, str]) -> list[str]:
-    """Cells of a method: medians, their ratios, the verdict, and memory; empty where a side failed."""
-    found = [[] if c.name in failed else runs[c.name] for c in each.contestants]
-    medians = [statistics.median(seconds_of(one)) if one else None for one in found]
+    """Returns the cells of a method: medians, their ratios, the verdict, and memory; empty if a side failed."""
+    measured = [[] if c.name in failed else runs[c.name] for c in each.contestants]
+    medians = [statistics.median(seconds_of(one)) if one else None for one in measured]
     tp1, tp2, theirs = medians
     ratios = [ours / theirs if ours is not None and theirs is not None else None for ours in (tp1, tp2)]
     known = [ratio for ratio in ratios if ratio is not None]
@@ -260,7 +260,7 @@ def speed_row(each: Match, runs: Runs, failed: dict[str, str]) -> list[str]:
         verdict(max(known) <= 1) if len(known) == len(ratios) else "",
         "" if copying is None else f"{copying:.3f}",
         "" if copying is None or theirs is None else f"{copying / theirs:.2f}",
-        *(gigabytes(one, "memory") if one else "" for one in found),
+        *(gigabytes(one, "memory") if one else "" for one in measured),
         each.how,
     ]
 
@@ -268,7 +268,7 @@ def speed_row(each: Match, runs: Runs, failed: dict[str, str]) -> list[str]:
 def speed_page(
     path: str, command: str, matches: list[Match], runs: Runs, failed: dict[str, str], load: float, count: int
 ) -> str:
-    """The page: what was measured where, a line for each method, the spread, and what has no figures."""
+    """Formats the page: the measurement, a line for each method, the spread, and methods without figures."""
     heads = ["method", "distquant tp=1, median s", "tp=2, median s", "upstream, median s"]
     heads += ["tp=1 / upstream", "tp=2 / upstream", "bar: not slower than upstream"]
     heads += ["copying alone, median s", "copying / upstream"]
@@ -285,7 +285,7 @@ def speed_page(
     if failed:
         parts.append("Failed:\n\n" + "\n".join(f"- {shortened(reason)}" for reason in failed.values()))
     parts += [
-        "No row:\n\n" + "\n".join(f"- {what}: {why}." for what, why in WITHOUT.items()),
+        "No row:\n\n" + "\n".join(f"- {method}: {why}." for method, why in WITHOUT.items()),
         "Seconds are medians of those of the slowest rank, from the call of the load to the assembled model;\n"
         "processes started, imports done, the small example model loaded, files in the page cache. tp=1 and upstream:\n"
         f"one process with {cores} threads; tp=2: two with {max(1, cores // 2)}. The bar is met where neither\n"
@@ -300,7 +300,7 @@ def speed_page(
 
 
 def shortened(reason: str) -> str:
-    """In a line, as far as it goes."""
+    """Shortens an error to a line."""
     return textwrap.shorten(reason, 300, placeholder=" ...")
 
 

@@ -1,6 +1,6 @@
 // A vector of W floats and the few operations on it that the kernels need, for the instruction set of this unit.
 //
-// Arithmetic is written with the vector types of GCC and Clang, so one source serves every set. Intrinsics are used only
+// Arithmetic is written with the vector types of GCC and Clang, so one source serves every set. Intrinsics are only used
 // where compilers do not choose the instruction themselves. Each set has its own namespace: two units with different
 // flags must never share an inline function, or the linker would keep one of the two for both.
 #pragma once
