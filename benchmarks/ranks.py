@@ -16,7 +16,8 @@ from typing import Any
 
 from checkpoints import drop, reader, total_bytes
 from common import SMALL, TIMEOUT, memory
-from contestants import SYSTEMS, Contestant, Measured, own_memory
+from contestants import Contestant, Measured
+from systems import SYSTEMS, own_memory
 
 # -- in the measured processes -----------------------------------------------------------------------------------------
 

@@ -88,7 +88,7 @@ def describe_model(
     _, left = ignorable(left, [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"])
     tied = _ties(model, sources)
     params = {name: param for name, param in params.items() if name not in tied}
-    sources = {name: filling for name, filling in sources.items() if name in params}
+    sources = {name: each for name, each in sources.items() if name in params}
     _, missing = ignorable([n for n in params if n not in sources], model._keys_to_ignore_on_load_missing)
     return ModelDescription(
         model_type=model.config.model_type,

@@ -120,10 +120,10 @@ def split_experts(
             linears[name] = Linear(name, *sizes, experts.bias, experts.transposed, experts.count)
             fused = f"{module}.{projection.parameter}"
             params[f"{name}.weight"] = Param(f"{name}.weight", (experts.count, *sizes), description.params[fused].dtype)
-            filling = tuple(s for s in _sources_of(description, experts, projection) if _inside(s, experts.count))
-            if filling:
-                sources[f"{name}.weight"] = filling
-            lacking = set(range(experts.count)).difference(*(_experts_in(source, experts.count) for source in filling))
+            own = tuple(s for s in _sources_of(description, experts, projection) if _inside(s, experts.count))
+            if own:
+                sources[f"{name}.weight"] = own
+            lacking = set(range(experts.count)).difference(*(_experts_in(source, experts.count) for source in own))
             # A stack without any source is one missing weight. In others each lacking expert is named.
             numbers = [STAR] if len(lacking) == experts.count else sorted(lacking)
             missing += [f"{name}.weight".replace(STAR, str(number)) for number in numbers]

@@ -54,7 +54,7 @@ def gguf_names(model: PreTrainedModel, tensors: Mapping[str, Any], architecture:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     if architecture in TENSOR_PROCESSORS and architecture != FOLLOWED:
-        reason = f"weights of {architecture!r} are stored in another form than {type(model).__name__} has"
+        reason = f"{architecture!r} weights are stored in another form than {type(model).__name__} has"
         raise InputError.one("general.architecture", reason, "Load the safetensors version of this model")
     known = get_gguf_hf_weights_map(model, TensorProcessor())
     params = {name: known[name] for name in tensors if name in known}
@@ -77,7 +77,7 @@ def with_gguf_sources(description: ModelDescription, names: GgufNames) -> ModelD
     """Replaces the parameters' names in the sources of a description by those of the file's tensors."""
     stored = {param: name for name, param in names.params.items()}
     sources = {
-        name: tuple(Source(stored.get(source.tensor, source.tensor)) for source in filling)
-        for name, filling in description.sources.items()
+        name: tuple(Source(stored.get(source.tensor, source.tensor)) for source in tensors)
+        for name, tensors in description.sources.items()
     }
     return replace(description, sources=sources)

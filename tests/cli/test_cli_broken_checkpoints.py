@@ -167,7 +167,7 @@ def test_broken_checkpoint(
     assert {path.name: path.read_bytes() for path in spoiled.iterdir()} == before
 
 
-def test_problems_of_several_files_are_told_together(spoiled: Path, refused: Command) -> None:
+def test_problems_of_several_files_are_reported_together(spoiled: Path, refused: Command) -> None:
     truncated_shard(spoiled)
     header_not_json(spoiled)
     config_not_json(spoiled)

@@ -1,4 +1,4 @@
-"""GGUF headers: what a good file says, and one clear error for every way in which a file is hostile or cut short."""
+"""GGUF headers: the contents of a good file, and one clear error for every hostile or truncated file."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ HOSTILE = {
         "asks for 1125899906842624 bytes",
     ),
     "key bytes": (lambda d: d[:32] + b"\xff\xfe" + d[34:], HeaderFault.NOT_UTF8, "not UTF-8"),
-    "cut in the header": (lambda d: d[:100], HeaderFault.HEADER_TOO_LONG_FOR_FILE, "the file ends at 100"),
-    "cut in the weights": (lambda d: d[:-100], HeaderFault.TRUNCATED, "only .* bytes long"),
+    "truncated in the header": (lambda d: d[:100], HeaderFault.HEADER_TOO_LONG_FOR_FILE, "the file ends at 100"),
+    "truncated in the weights": (lambda d: d[:-100], HeaderFault.TRUNCATED, "only .* bytes long"),
     "array length": (
         lambda d: swap(d, struct.pack("<IIQQ", 9, 8, 2, 1), struct.pack("<IIQQ", 9, 8, 1 << 61, 1)),
         HeaderFault.HEADER_TOO_LONG_FOR_FILE,

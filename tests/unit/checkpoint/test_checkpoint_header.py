@@ -54,7 +54,7 @@ HOSTILE: dict[str, tuple[bytes, HeaderFault, str]] = {
     "no bytes of header": (safetensors_bytes(b""), HeaderFault.NOT_JSON, r"starts with ''"),
     "a list": (safetensors_bytes("[1]"), HeaderFault.NOT_JSON, r"starts with '\[1\]'"),
     "a space first": (safetensors_bytes(" {}"), HeaderFault.NOT_JSON, r"starts with ' \{\}'"),
-    "cut-off JSON": (safetensors_bytes('{"a": '), HeaderFault.NOT_JSON, r"not JSON \(.*column"),
+    "truncated JSON": (safetensors_bytes('{"a": '), HeaderFault.NOT_JSON, r"not JSON \(.*column"),
     "text after the object": (safetensors_bytes("{} x"), HeaderFault.NOT_JSON, r"Extra data"),
     "NaN": (safetensors_bytes('{"a": NaN}'), HeaderFault.NOT_JSON, r"NaN is not a JSON number"),
     "lone surrogate": (safetensors_bytes('{"\\ud800": 1}'), HeaderFault.NOT_JSON, r"surrogates"),
@@ -142,7 +142,7 @@ HOSTILE: dict[str, tuple[bytes, HeaderFault, str]] = {
         HeaderFault.NOT_CONTIGUOUS,
         "'a'",
     ),
-    "data cut off": (
+    "truncated data": (
         both(A, entry("U8", [4], 4, 8), 7),
         HeaderFault.TRUNCATED,
         r"'b': ends at byte \d+.*only \d+ bytes",
@@ -186,7 +186,7 @@ def test_every_header_fault_has_a_hostile_file() -> None:
     assert {fault for _, fault, _ in HOSTILE.values()} == of_one_file
 
 
-def test_all_problems_of_a_file_are_told_together(tmp_path: Path) -> None:
+def test_all_problems_of_a_file_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     header = {"a": {**A, "dtype": "U7"}, "b": entry("F32", [3], 4, 8), "c": 1, "d": entry("U8", [4], 6, 10)}
     path.write_bytes(safetensors_bytes(header, bytes(8)))

@@ -142,7 +142,7 @@ def test_a_tensor_listed_twice(tmp_path: Path) -> None:
     assert "key 'a' stands twice" in message
 
 
-def test_missing_shard_is_told_once(tmp_path: Path) -> None:
+def test_missing_shard_is_reported_once(tmp_path: Path) -> None:
     os.remove(sharded(tmp_path) / "s1.safetensors")
     faults, message = fault_of(tmp_path)
     assert faults == [HeaderFault.SHARD_MISSING]
@@ -186,7 +186,7 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
     assert "tensor 'a'" in message and "['s1.safetensors', 's2.safetensors']" in message
 
 
-def test_problems_of_all_files_are_told_together(tmp_path: Path) -> None:
+def test_problems_of_all_files_are_reported_together(tmp_path: Path) -> None:
     sharded(tmp_path)
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "s1.safetensors").write_bytes(b"abc")
@@ -322,7 +322,7 @@ def test_ref_that_leaves_the_cache(cached: Path) -> None:
 
 
 def test_partly_downloaded_model(cached: Path) -> None:
-    """A link whose blob is gone, and a shard that never came: both told, with the command that brings them."""
+    """A link without its blob, and a shard that was never downloaded: both are reported, with the command for them."""
     snapshot = cached / "snapshots" / COMMIT
     (snapshot / "s1.safetensors").resolve().unlink()
     (snapshot / "s2.safetensors").unlink()

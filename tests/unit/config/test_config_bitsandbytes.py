@@ -184,7 +184,7 @@ def test_errors_of_8bit(given, message):
     assert len(caught.value.problems) == 1
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     given = {
         "quant_method": "gptq",
         "bnb_4bit_quant_type": "nf5",
@@ -196,8 +196,8 @@ def test_all_problems_are_told_at_once():
     }
     with pytest.raises(InputError, match=r"^8 problems:\n  1\. .*'gptq' is not 'bitsandbytes'") as caught:
         Bnb4bitConfig.from_dict(given)
-    told = {problem.where.removeprefix("quantization_config.") for problem in caught.value.problems}
-    assert told == set(given)
+    reported = {problem.where.removeprefix("quantization_config.") for problem in caught.value.problems}
+    assert reported == set(given)
 
 
 def test_construction_tells_all_problems_too():

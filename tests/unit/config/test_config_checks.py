@@ -1,4 +1,4 @@
-"""Values that cannot work are told, all at once, with what would."""
+"""Invalid values are reported all at once, with valid ones."""
 
 from __future__ import annotations
 
@@ -88,17 +88,17 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("given", "messages"), WRONG)
-def test_wrong_values_are_told_together(given, messages):
+def test_wrong_values_are_reported_together(given, messages):
     with pytest.raises(InputError) as caught:
         parse(given, CONFIG_CLASSES)
-    told = [str(problem) for problem in caught.value.problems]
-    assert len(told) == len(messages), told
+    reported = [str(problem) for problem in caught.value.problems]
+    assert len(reported) == len(messages), reported
     for message in messages:
-        assert any(re.search(message, text) for text in told), (message, told)
+        assert any(re.search(message, text) for text in reported), (message, reported)
 
 
 @pytest.mark.parametrize("cls", [cls for cls in CONFIG_CLASSES if cls.__name__ != "NoneConfig"])
-def test_unknown_keys_are_told_by_every_method(cls):
+def test_unknown_keys_are_reported_by_every_method(cls):
     with pytest.raises(InputError, match=r"quux: is unknown \(given 1\)"):
         cls.from_dict({"quux": 1})
 

@@ -1,4 +1,4 @@
-"""What a user may say beside a quantized checkpoint, method by method."""
+"""Fields that a user may give beside a quantized checkpoint, method by method."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ OTHERS: list[Any] = [
 
 
 @pytest.mark.parametrize("user", OTHERS, ids=by_name)
-def test_whatever_else_differs_is_told_with_both_values(user):
+def test_whatever_else_differs_is_reported_with_both_values(user):
     checkpoint = next(config for config in ONE_OF_EACH if type(config) is type(user))
     changed = {field.name for field in fields(user) if getattr(user, field.name) != getattr(checkpoint, field.name)}
     bound = changed - user.loading_attributes
@@ -159,8 +159,8 @@ def test_whatever_else_differs_is_told_with_both_values(user):
         merge(checkpoint, user)
     assert len(caught.value.problems) == len(bound)
     for name in bound:
-        told = f"{name}: the checkpoint has {getattr(checkpoint, name)!r}, you gave {getattr(user, name)!r}"
-        assert told in str(caught.value)
+        reported = f"{name}: the checkpoint has {getattr(checkpoint, name)!r}, you gave {getattr(user, name)!r}"
+        assert reported in str(caught.value)
 
 
 def test_history_asks_for_nothing_at_its_default():

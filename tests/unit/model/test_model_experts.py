@@ -31,7 +31,7 @@ FP8 = {"weight_scale_inv": "weight_scale_inv"}
 
 
 def split(folder: Path, tensors: dict[str, Tensor], suffixes: dict[str, str] | None = None) -> ModelDescription:
-    """The skeleton of a checkpoint with these tensors, all modules of experts split."""
+    """The description of a checkpoint with these tensors, all modules of experts split."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     description = describe_model(build(folder, None), shapes, suffixes or {}, Problems())
     return split_experts(description, description.experts, shapes)
@@ -142,7 +142,7 @@ BIASES = {"gate_up_proj_bias": (4, 12), "down_proj_bias": (4, 5)}
         pytest.param(SHAPES, {"is_transposed": None}, id="no mark"),
         pytest.param(SHAPES, {"has_post_expert_norm": True}, id="a norm after each expert"),
         pytest.param(SHAPES | BIASES, {"has_bias": True}, id="a bias on gate and up that are apart"),
-        pytest.param(SHAPES | BIASES, {}, id="biases that no mark tells of"),
+        pytest.param(SHAPES | BIASES, {}, id="biases without a mark"),
         pytest.param(SHAPES | {"scale": (4,)}, {}, id="another parameter"),
         pytest.param({"gate_up_proj": (4, 12, 5)}, {}, id="no down"),
         pytest.param(SHAPES | {"down_proj": (3, 5, 6)}, {}, id="another number of experts"),
@@ -228,7 +228,7 @@ def spoil(moe_of: Callable[..., str], family: str, pattern: str) -> tuple[Path, 
     ],
 )
 def test_experts_that_the_checkpoint_lacks_are_named(moe_of, pattern, missing):
-    """One that is missing moves no other, and all of a projection are told as one."""
+    """A missing expert shifts no other, and all of a projection are reported as one."""
     folder, tensors = spoil(moe_of, "mixtral", pattern)
     description = split(folder, tensors)
     assert list(description.missing) == missing
@@ -245,7 +245,7 @@ def test_bias_that_the_checkpoint_lacks_is_named(moe_of):
 
 
 def test_experts_beyond_the_models_own_number_fill_nothing(moe_of, tmp_path):
-    """That there are more is told where names are mapped."""
+    """Names are mapped elsewhere, and experts beyond the model are reported there."""
     from transformers import AutoConfig
 
     tensors = read_all(Path(moe_of("mixtral")))

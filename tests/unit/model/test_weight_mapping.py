@@ -148,8 +148,8 @@ def test_no_source_lies_outside_its_parameter(tmp_path):
     problems = Problems()
     description = described(tmp_path, tensors, problems)
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    told = name in description.missing or f"{moe}.4.w3.weight" in description.unexpected or bool(problems)
-    assert told or all(source.offset[0] < 4 for source in description.sources[name])
+    reported = name in description.missing or f"{moe}.4.w3.weight" in description.unexpected or bool(problems)
+    assert reported or all(source.offset[0] < 4 for source in description.sources[name])
 
 
 def test_chunked_tensor_is_taken_in_parts(tmp_path):
@@ -195,17 +195,17 @@ def test_concatenated_tensors_follow_the_order_of_the_patterns(tmp_path, monkeyp
 
 def test_unknown_conversion_is_a_problem(tmp_path, monkeypatch):
     description, _, problems = concatenating(tmp_path, monkeypatch, [Transpose(0, 1)], 0)
-    told = [str(problem) for problem in problems]
-    assert len(told) == 2
-    assert told[0].startswith(
+    reported = [str(problem) for problem in problems]
+    assert len(reported) == 2
+    assert reported[0].startswith(
         "model.layers.0.self_attn.q_proj.weight: unsupported conversion from the checkpoint's form: "
     )
-    assert "Transpose" in told[0]
+    assert "Transpose" in reported[0]
     assert description.missing == tuple(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))
 
 
 def test_base_model_prefix_is_added(tmp_path):
-    """A checkpoint of the bare model (no `model.`) fills the causal model; the absent head is told."""
+    """A checkpoint of the bare model (no `model.`) fills the causal model; the absent head is reported."""
     tensors = saved(tmp_path, "Llama")
     bare = {n.removeprefix("model."): t for n, t in tensors.items() if n != "lm_head.weight"}
     save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
