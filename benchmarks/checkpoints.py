@@ -1,4 +1,4 @@
-"""The files of a checkpoint as benchmarks meet them: described, brought into the page cache or out of it, and read."""
+"""The files of a checkpoint for benchmarks: described, read, and put into the page cache or dropped from it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def total_bytes(path: str) -> int:
 
 
 def headers(path: str) -> Iterator[tuple[str, int, dict[str, dict[str, Any]]]]:
-    """(file, its first byte of data, entry of every tensor by name) of every file."""
+    """Returns (file, its first byte of data, entry of every tensor by name) for every file."""
     for file in shards(path):
         with open(file, "rb") as prepared:
             size = int.from_bytes(prepared.read(8), "little")
@@ -42,17 +42,17 @@ def headers(path: str) -> Iterator[tuple[str, int, dict[str, dict[str, Any]]]]:
 
 
 def tensors(path: str) -> dict[str, tuple[tuple[int, ...], int]]:
-    """(shape, bytes) of every tensor, by name, from the headers."""
-    found = {}
+    """Returns (shape, bytes) of every tensor, by name, from the headers."""
+    sizes = {}
     for _, _, entries in headers(path):
         for name, entry in entries.items():
             start, stop = entry["data_offsets"]
-            found[name] = (tuple(entry["shape"]), stop - start)
-    return found
+            sizes[name] = (tuple(entry["shape"]), stop - start)
+    return sizes
 
 
 def places(path: str) -> dict[str, list[tuple[int, int, str]]]:
-    """(first byte, byte after the last, name) of every tensor in the order of its file, by the file's real path."""
+    """Returns (first byte, byte after the last, name) of every tensor in its file's order, by the file's real path."""
     return {
         os.path.realpath(file): sorted(
             (data + entry["data_offsets"][0], data + entry["data_offsets"][1], name) for name, entry in entries.items()
@@ -62,31 +62,31 @@ def places(path: str) -> dict[str, list[tuple[int, int, str]]]:
 
 
 def describe(path: str) -> str:
-    """Model, size and dimensions in a line."""
+    """Describes model, size and dimensions in a line."""
     config = json.loads((Path(path) / "config.json").read_text())
     parameters = sum(math.prod(shape) for shape, _ in tensors(path).values())
     known = ", ".join(f"{name} {config[name]}" for name in DIMENSIONS if name in config)
-    what = f"{config.get('architectures', ['?'])[0]}, {parameters / 1e9:.2f} B parameters"
-    return f"{what}, {total_bytes(path) / 1e9:.2f} GB in {len(shards(path))} files ({known})."
+    size = f"{config.get('architectures', ['?'])[0]}, {parameters / 1e9:.2f} B parameters"
+    return f"{size}, {total_bytes(path) / 1e9:.2f} GB in {len(shards(path))} files ({known})."
 
 
 def drop(path: str) -> None:
-    """Takes the files out of the page cache."""
+    """Drops the files from the page cache."""
     for file in shards(path):
         descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)  # pages that are not on the disk yet would stay
+        os.fsync(descriptor)  # pages that are not on the disk yet would not be dropped
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
 def reader(path: str, threads: int, direct: bool = False, part: slice = slice(None)) -> Callable[[], int]:
-    """A call that reads all files once, keeps nothing and returns the bytes; its buffers are warm already.
+    """Returns a call that reads all files once, keeps nothing and returns the bytes; its buffers are warm.
 
     Args:
         path: folder of the files.
-        threads: each takes the next chunk of `CHUNK` bytes, and has one buffer.
-        direct: past the page cache.
-        part: which of the chunks.
+        threads: number of threads; each takes the next chunk of `CHUNK` bytes, and has one buffer.
+        direct: True to bypass the page cache.
+        part: the chunks to read.
     """
     sizes, chunks = _chunks(path)
     chunks = chunks[part]
@@ -114,7 +114,7 @@ def reader(path: str, threads: int, direct: bool = False, part: slice = slice(No
 
 
 def copier(path: str, threads: int) -> Callable[[], list[mmap.mmap]]:
-    """A call that reads all files once into new memory, in huge pages where the machine has them, and returns that."""
+    """Returns a call that reads all files once into new memory (huge pages if the machine has them) and returns it."""
     sizes, chunks = _chunks(path)
 
     def run() -> list[mmap.mmap]:
@@ -141,7 +141,7 @@ def copier(path: str, threads: int) -> Callable[[], list[mmap.mmap]]:
 
 
 def _chunks(path: str) -> tuple[dict[str, int], list[tuple[str, int]]]:
-    """Bytes of every file, and (file, offset) of every chunk."""
+    """Returns the bytes of every file, and (file, offset) of every chunk."""
     sizes = {file: os.path.getsize(file) for file in shards(path)}
     return sizes, [(file, offset) for file, size in sizes.items() for offset in range(0, size, CHUNK)]
 
@@ -154,7 +154,7 @@ def _open(files: list[str], direct: bool) -> dict[str, int]:
 
 
 def _fill(descriptor: int, offset: int, buffer: mmap.mmap, size: int) -> int:
-    """Reads a chunk, less at the end of the file."""
+    """Reads a chunk, or less at the end of the file."""
     done, view = 0, memoryview(buffer)
     while done < CHUNK and offset + done < size:
         count = os.preadv(descriptor, [view[done:]], offset + done)

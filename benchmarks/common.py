@@ -1,4 +1,4 @@
-"""What the benchmarks share: this machine in words, fresh processes, tables, and where results go."""
+"""Shared code of the benchmarks: a description of this machine, fresh processes, tables, and pages of results."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ROOT / "examples" / "models" / "kjv-tiny"
 TIMEOUT = 1800
-"""Seconds until a measurement is given up."""
+"""Seconds until a measurement is abandoned."""
 
 
 def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of a benchmark returns in a process of its own; its failure ends the benchmark."""
+    """Runs a function of a benchmark in its own process and returns its result; a failure ends the benchmark."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_answer, args=(theirs, function, *arguments), daemon=True)
@@ -47,20 +47,20 @@ def _answer(pipe: Any, function: Callable[..., Any], *arguments: Any) -> None:
 
 
 def memory(key: str) -> int:
-    """A field of this process's `/proc` status in bytes: `VmRSS` is resident now, `VmHWM` the most that ever was."""
-    found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
-    assert found is not None
-    return int(found.group(1)) * 1024
+    """Reads a field of this process's `/proc` status in bytes: `VmRSS` is resident now, `VmHWM` the peak."""
+    line = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    assert line is not None
+    return int(line.group(1)) * 1024
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown; the first column is text, the others are numbers."""
+    """Formats a table in Markdown; the first column is text, the others are numbers."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def machine(load: float, packages: tuple[str, ...]) -> str:
-    """Hardware, versions and commit; `load` is the load average before the benchmark."""
+    """Describes hardware, versions and commit; `load` is the load average before the benchmark."""
     with open("/proc/meminfo") as file:
         size = int(file.readline().split()[1]) * 1024
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
@@ -80,9 +80,9 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
-def write(text: str, what: str, out: str | None) -> None:
+def write(text: str, subject: str, out: str | None) -> None:
     """Prints a page of results and writes it to `out`, or to `results/WHAT_HARDWARE_DATE.md`."""
-    name = f"{what}_{slug(cpu())}-{os.cpu_count()}c_{datetime.date.today().isoformat()}.md"
+    name = f"{subject}_{slug(cpu())}-{os.cpu_count()}c_{datetime.date.today().isoformat()}.md"
     target = Path(out) if out else ROOT / "benchmarks" / "results" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text)

@@ -3,8 +3,8 @@
     python benchmarks/cpu_kernels.py [--parameters 16777216] [--runs 5] [--out FILE]
 
 Every contestant works on the same bfloat16 weight `[parameters / 4096, 4096]` (dequantization on its codes, the second
-level on the absmax of every four elements). Ours and the reference write into outputs that are already there, as a load
-does; bitsandbytes makes its own, and everybody does for dequantization. They take turns (A B C A B C ...).
+level on the absmax of every four elements). Ours and the reference write into existing outputs, as a load does.
+bitsandbytes makes its own outputs, and all contestants do for dequantization. They take turns (A B C A B C ...).
 
 Before anything is timed, results are compared bit by bit (a NaN equals a NaN). A kernel of ours that differs from the
 reference ends the benchmark.
@@ -32,9 +32,9 @@ PACKAGES = ("distquant", "torch", "bitsandbytes")
 COLUMNS = 4096
 BLOCK, SECOND = 64, 256
 STATISTICS = 4
-"""Elements for each absmax that the second level gets: more of them than a weight has, enough to be timed."""
+"""Elements for each absmax of the second level: more absmax than a weight has, enough to be timed."""
 BARS = {"nf4, blocks of 64": 40.0}
-"""How many times as fast as bitsandbytes a kernel is to be."""
+"""The least speed of a kernel, as a multiple of bitsandbytes' speed."""
 
 Results = tuple[Tensor | None, ...]
 
@@ -44,12 +44,12 @@ class Case:
     """One row of the table.
 
     Attributes:
-        name: what it computes.
-        function: its name in `distquant.kernels.cpu` and `reference`.
-        given: arguments from a weight.
-        outputs: keywords by which results may be written in place.
-        theirs: the same by bitsandbytes, from the weight and the arguments; None: it has no such kernel.
-        parameters: what counts as one, by element of the first argument.
+        name: label of the row.
+        function: name in `distquant.kernels.cpu` and `reference`.
+        given: makes the arguments from a weight.
+        outputs: keywords of outputs that are written in place.
+        theirs: does the same by bitsandbytes, from the weight and the arguments; None if it lacks such a kernel.
+        parameters: parameters for each element of the first argument.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Case:
     parameters: int = 1
 
 
-# -- what bitsandbytes has ---------------------------------------------------------------------------------------------
+# -- bitsandbytes' kernels ---------------------------------------------------------------------------------------------
 
 
 def their_4bit(weight: Tensor, blocksize: int, quant_type: str) -> Results:
@@ -97,11 +97,11 @@ def their_dequantized(codes: Tensor, absmax: Tensor, blocksize: int, quant_type:
     return functional.dequantize_4bit(codes.view(-1, 1), state)
 
 
-# -- what is measured --------------------------------------------------------------------------------------------------
+# -- the measurements --------------------------------------------------------------------------------------------------
 
 
 def second_level(weight: Tensor) -> tuple[Any, ...]:
-    """absmax around zero, as double quantization stores them."""
+    """Returns absmax around zero, as double quantization stores them."""
     from bitsandbytes.functional import create_dynamic_map
 
     from distquant.kernels import reference
@@ -122,21 +122,21 @@ def packed(quant_type: str) -> Callable[[Tensor], tuple[Any, ...]]:
 
 def cases() -> list[Case]:
     four, fp8, groups = ("codes", "absmax"), ("codes", "scale"), ("codes", "scale", "zero")
-    found = [Case(f"{kind}, blocks of 64", "quantize_4bit", lambda w, kind=kind: (w, BLOCK, kind), four, their_4bit)
+    cases = [Case(f"{kind}, blocks of 64", "quantize_4bit", lambda w, kind=kind: (w, BLOCK, kind), four, their_4bit)
              for kind in ("nf4", "fp4")]  # fmt: skip
-    found.append(Case("int8 rows", "quantize_int8_rows", lambda w: (w,), four, their_int8))
+    cases.append(Case("int8 rows", "quantize_int8_rows", lambda w: (w,), four, their_int8))
     for name, block in (("tensor", (None, None)), ("rows", (1, None)), ("128 x 128", (128, 128))):
-        found.append(Case(f"fp8, {name}", "quantize_fp8", lambda w, block=block: (w, block), fp8))
+        cases.append(Case(f"fp8, {name}", "quantize_fp8", lambda w, block=block: (w, block), fp8))
     for bits in (4, 8):
         for name, symmetric in (("symmetric", True), ("with zero points", False)):
             given = lambda w, bits=bits, symmetric=symmetric: (w, 128, bits, symmetric)  # noqa: E731
             outputs = groups[:2] if symmetric else groups
-            found.append(Case(f"int{bits}, groups of 128, {name}", "quantize_groups", given, outputs))
-    found.append(Case("mxfp4", "quantize_mxfp4", lambda w: (w,), fp8))
-    found.append(Case("second level, blocks of 256", "quantize_blockwise", second_level, four, their_second_level))
-    found += [Case(f"dequantize {kind}", "dequantize_4bit", packed(kind), (), their_dequantized, parameters=2)
+            cases.append(Case(f"int{bits}, groups of 128, {name}", "quantize_groups", given, outputs))
+    cases.append(Case("mxfp4", "quantize_mxfp4", lambda w: (w,), fp8))
+    cases.append(Case("second level, blocks of 256", "quantize_blockwise", second_level, four, their_second_level))
+    cases += [Case(f"dequantize {kind}", "dequantize_4bit", packed(kind), (), their_dequantized, parameters=2)
               for kind in ("nf4", "fp4")]  # fmt: skip
-    return found
+    return cases
 
 
 def tensors_of(results: Any) -> list[Tensor]:
@@ -144,7 +144,7 @@ def tensors_of(results: Any) -> list[Tensor]:
 
 
 def equal(ours: Any, theirs: Any) -> bool:
-    """Bit for bit, but for the payload of a NaN."""
+    """Compares bit for bit, except for the payload of a NaN."""
     pairs = list(zip(tensors_of(ours), tensors_of(theirs), strict=True))
     if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
         return False
@@ -159,7 +159,7 @@ def equal(ours: Any, theirs: Any) -> bool:
 
 @dataclass
 class Contestants:
-    """The calls of one case, and how many parameters they work on; `equal` is about bitsandbytes' results."""
+    """The calls of one case, and the number of their parameters; `equal` is about bitsandbytes' results."""
 
     calls: dict[str, Callable[[], Any]]
     parameters: int
@@ -167,7 +167,7 @@ class Contestants:
 
 
 def in_place(module: Any, case: Case, arguments: tuple[Any, ...]) -> Callable[[], Any]:
-    """The call with outputs that are already there."""
+    """Returns the call with existing outputs."""
     function = getattr(module, case.function)
     results = function(*arguments)
     made = dict(zip(case.outputs, tensors_of(results), strict=False)) if case.outputs else {}
@@ -175,7 +175,7 @@ def in_place(module: Any, case: Case, arguments: tuple[Any, ...]) -> Callable[[]
 
 
 def prepare(case: Case, weight: Tensor) -> Contestants:
-    """All that take part in a case; ends the benchmark if ours is not bit-equal to the reference."""
+    """Returns all contestants of a case; ends the benchmark if ours is not bit-equal to the reference."""
     from distquant.kernels import cpu, reference
 
     arguments = case.given(weight)
@@ -190,25 +190,25 @@ def prepare(case: Case, weight: Tensor) -> Contestants:
     return Contestants(calls, arguments[0].numel() * case.parameters, same)
 
 
-def measure(found: Contestants, runs: int) -> dict[str, list[float]]:
-    """Parameters per second of each run of each contestant, in turns."""
-    rates: dict[str, list[float]] = {name: [] for name in found.calls}
+def measure(contestants: Contestants, runs: int) -> dict[str, list[float]]:
+    """Measures parameters per second of each run of each contestant, in turns."""
+    rates: dict[str, list[float]] = {name: [] for name in contestants.calls}
     for _ in range(runs):
-        for name, call in found.calls.items():
+        for name, call in contestants.calls.items():
             start = time.perf_counter()
             call()
-            rates[name].append(found.parameters / (time.perf_counter() - start))
+            rates[name].append(contestants.parameters / (time.perf_counter() - start))
     return rates
 
 
-def row(case: Case, found: Contestants, rates: dict[str, list[float]]) -> list[str]:
+def row(case: Case, contestants: Contestants, rates: dict[str, list[float]]) -> list[str]:
     median = {name: statistics.median(values) for name, values in rates.items()}
     cells = [case.name, f"{median['ours'] / 1e6:,.0f}"]
     cells.append(f"{min(rates['ours']) / 1e6:,.0f} - {max(rates['ours']) / 1e6:,.0f}")
     for name in ("reference", "bitsandbytes"):
         there = name in median
         cells += [f"{median[name] / 1e6:,.1f}", f"{median['ours'] / median[name]:.1f}"] if there else ["", ""]
-    cells.append({None: "", True: "yes", False: "no"}[found.equal])
+    cells.append({None: "", True: "yes", False: "no"}[contestants.equal])
     bar = BARS.get(case.name)
     if bar is None or "bitsandbytes" not in median:
         return [*cells, ""]
@@ -235,9 +235,9 @@ def main() -> None:
     weight = torch.randn(arguments.parameters // COLUMNS, COLUMNS, generator=generator).mul_(0.02).bfloat16()
     rows = []
     for case in cases():
-        found = prepare(case, weight)
-        measure(found, 1)
-        rows.append(row(case, found, measure(found, arguments.runs)))
+        contestants = prepare(case, weight)
+        measure(contestants, 1)
+        rows.append(row(case, contestants, measure(contestants, arguments.runs)))
         print(" | ".join(rows[-1]), flush=True)
     heads = ["kernel", "ours, M/s", "range", "reference, M/s", "ours is faster by", "bitsandbytes, M/s"]
     heads += ["ours is faster by", "equal to bitsandbytes", "bar"]

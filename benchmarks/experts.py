@@ -5,11 +5,11 @@
 Both are folders of bf16 models with safetensors files; the mixture's have one tensor for each projection of an expert,
 as Mixtral's on the hub. A benchmark of CPUs: GPUs are hidden.
 
-Everything loads in nf4 with double quantization. What is timed, and how, is told in `load.py`: fresh processes, each
-of which has loaded a small model of the same kind by the same call, files in the page cache, contestants in turns.
-bitsandbytes leaves fused experts as they are, so the peer's time is that of a bf16 load, and its model is larger.
+Everything loads in nf4 with double quantization. `load.py` describes the timing: fresh processes, each of which has
+loaded a small model of the same kind by the same call, files in the page cache, contestants in turns. bitsandbytes
+does not quantize fused experts, so the peer's time is that of a bf16 load, and its model is larger.
 
-At ep=2 every read of a file is written down, and laid over the tensors (`reads.py`; about a millisecond of the load).
+At ep=2 every read of a file is recorded, and matched with the tensors (`reads.py`; about a millisecond of the load).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Row:
 
 
 def rows_of(experts: str, dense: str, small: str) -> list[Row]:
-    """In the order of their turns; `small` is a small mixture of experts."""
+    """Returns the rows in the order of their turns; `small` is a small mixture of experts."""
     return [
         Row(Contestant(TP, "distquant", "nf4-dq", 2, small=small), experts),
         Row(Contestant(DENSE, "distquant", "nf4-dq", 2), dense),
@@ -77,9 +77,9 @@ def measure(rows: list[Row], count: int) -> Runs:
     runs: Runs = {row.contestant.name: [] for row in rows}
     for number in range(count):
         for row in rows:
-            found = one_run(row.path, row.contestant)
-            runs[row.contestant.name].append(found)
-            seconds = seconds_of([found])[0]
+            run = one_run(row.path, row.contestant)
+            runs[row.contestant.name].append(run)
+            seconds = seconds_of([run])[0]
             print(f"run {number + 1}/{count}  {row.contestant.name:50} {seconds:8.3f} s", flush=True)
     return runs
 
@@ -88,13 +88,13 @@ def measure(rows: list[Row], count: int) -> Runs:
 
 
 def rate(row: Row, runs: Runs) -> float:
-    """Bytes of the files per second, from the median of the seconds."""
+    """Returns bytes of the files per second, from the median of the seconds."""
     return total_bytes(row.path) / statistics.median(seconds_of(runs[row.contestant.name]))
 
 
 def times(rows: list[Row], runs: Runs) -> str:
     dense = next(rate(row, runs) for row in rows if row.contestant.name == DENSE)
-    found = []
+    lines = []
     for row in rows:
         contestant, seconds = row.contestant, seconds_of(runs[row.contestant.name])
         ratio = rate(row, runs) / dense
@@ -110,27 +110,27 @@ def times(rows: list[Row], runs: Runs) -> str:
             f"{RATE_BAR:.2f} or more" if barred else "",
             verdict(ratio >= RATE_BAR) if barred else "",
         ]
-        found.append(cells)
+        lines.append(cells)
     heads = ["what", "processes x threads", "files GB", "median s", "range s", "GB/s", "of the dense rate", "bar", ""]
-    return table(heads, found)
+    return table(heads, lines)
 
 
 def sizes(rows: list[Row], runs: Runs) -> str:
-    """What the finished models take, all ranks together; the peer's is the measure."""
+    """Formats the memory of the finished models, all ranks together, relative to the peer's."""
 
     def total(name: str, figure: str) -> float:
         return statistics.median(sum(getattr(rank, figure) for rank in ranks) for ranks in runs[name])
 
-    found = []
+    lines = []
     for name in (row.contestant.name for row in rows if row.contestant.name != DENSE):
         cells = [f"{total(name, figure) / 1e9:.3f}" for figure in ("held", "own", "memory")]
-        found.append([name, *cells, f"{total(PEER, 'held') / total(name, 'held'):.2f}"])
+        lines.append([name, *cells, f"{total(PEER, 'held') / total(name, 'held'):.2f}"])
     heads = ["resident, GB, all processes", "tensors of the model", "own memory", "peak", "times smaller than the peer"]
-    return table(heads, found)
+    return table(heads, lines)
 
 
 def planned(rows: list[Row], runs: Runs) -> str:
-    found = []
+    lines = []
     for row in rows:
         if row.contestant.name == PEER:
             continue
@@ -138,21 +138,21 @@ def planned(rows: list[Row], runs: Runs) -> str:
             assert rank.quantized is not None and rank.planned
             ratio = rank.quantized / rank.planned
             cells = [f"{row.contestant.name}, rank {number}", f"{rank.quantized:,}", f"{rank.planned:,}"]
-            found.append([*cells, f"{ratio:.4f}", "1.00 within 1%", verdict(abs(ratio - 1) <= PLAN_BAR)])
-    return table(["bytes of quantized weights", "finished", "planned", "ratio", "bar", ""], found)
+            lines.append([*cells, f"{ratio:.4f}", "1.00 within 1%", verdict(abs(ratio - 1) <= PLAN_BAR)])
+    return table(["bytes of quantized weights", "finished", "planned", "ratio", "bar", ""], lines)
 
 
 def own_reads(path: str, ranks: list[Measured]) -> str:
-    """What each rank of ep asked the system for."""
-    found = [
+    """Formats the bytes that each rank of ep read."""
+    rows = [
         [f"rank {number}", *(f"{rank.reads[kind]:,}" for kind in KINDS), "0", verdict(rank.reads[OTHERS] == 0)]
         for number, rank in enumerate(ranks)
     ]
     total = sum(sum(rank.reads.values()) for rank in ranks)
     needed = sum(nbytes for _, nbytes in tensors(path).values())
     sums = [f"{sum(rank.reads[kind] for rank in ranks):,}" for kind in KINDS]
-    found.append(["both", *sums, "", f"{total / needed:.4f} of the file's tensors"])
-    return table(["bytes read at ep=2", *KINDS, "bar for others' experts", ""], found)
+    rows.append(["both", *sums, "", f"{total / needed:.4f} of the file's tensors"])
+    return table(["bytes read at ep=2", *KINDS, "bar for others' experts", ""], rows)
 
 
 def page(rows: list[Row], command: str, runs: Runs, load: float, count: int) -> str:

@@ -2,11 +2,11 @@
 
     python benchmarks/gpu_kernels.py [--rows 8192] [--columns 8192] [--runs 30] [--out FILE]
 
-Each contestant quantizes the same bfloat16 weight into outputs that are already there (bitsandbytes makes its own).
-They take turns (A B C A B C ...), the L2 cache is overwritten before each measurement, times are those of CUDA events
-around one call, and the table has medians. Bandwidth counts each byte of the weight as read once and each byte of codes
-and statistics as written once, whatever a kernel really moves. Before anything is timed, results are compared with the
-reference's. Without a GPU there is nothing to measure: it says so and exits with 2.
+Each contestant quantizes the same bfloat16 weight into existing outputs (bitsandbytes makes its own). They take turns
+(A B C A B C ...), and the L2 cache is overwritten before each measurement. Times are those of CUDA events around one
+call, and the table has medians. Bandwidth counts each byte of the weight as read once and each byte of codes and
+statistics as written once, whatever a kernel really moves. Before anything is timed, results are compared with the
+reference's. Without a GPU it exits with 2.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PACKAGES = ("distquant", "torch", "triton", "bitsandbytes")
 
 @dataclass(frozen=True)
 class Contestant:
-    """One row of the table: a call without arguments, and the bytes that it must at least read and write."""
+    """One row of the table: a call without arguments, and the least bytes that it must read and write."""
 
     name: str
     call: Callable[[], Any]
@@ -49,10 +49,10 @@ def size(*tensors: Tensor | None) -> int:
 
 
 def contestants(weight: Tensor) -> list[Contestant]:
-    """All of them, after a first call each: compiled, and equal to the reference."""
+    """Returns all contestants after a first call each: compiled, and equal to the reference."""
     from distquant.kernels import gpu, reference
 
-    found = []
+    contestants = []
 
     def add(name: str, function: str, *arguments: Any) -> None:
         results = getattr(gpu, function)(weight, *arguments)
@@ -62,10 +62,10 @@ def contestants(weight: Tensor) -> list[Contestant]:
         keys = ("codes", "absmax") if "4bit" in function or "int8" in function else ("codes", "scale", "zero")
         outputs = {key: result for key, result in zip(keys, results, strict=False) if result is not None}
         call = lambda: getattr(gpu, function)(weight, *arguments, **outputs)  # noqa: E731
-        found.append(Contestant(name, call, size(weight, *results)))
+        contestants.append(Contestant(name, call, size(weight, *results)))
 
     target = torch.empty_like(weight)
-    found.append(Contestant(COPY, lambda: target.copy_(weight), 2 * size(weight)))
+    contestants.append(Contestant(COPY, lambda: target.copy_(weight), 2 * size(weight)))
     add("nf4, blocks of 64", "quantize_4bit", 64, "nf4")
     add("fp4, blocks of 64", "quantize_4bit", 64, "fp4")
     add("fp8, 128 x 128", "quantize_fp8", (128, 128))
@@ -80,12 +80,13 @@ def contestants(weight: Tensor) -> list[Contestant]:
         for kind in ("nf4", "fp4"):
             call = lambda kind=kind: functional.quantize_4bit(weight, blocksize=64, quant_type=kind)  # noqa: E731
             codes, state = call()
-            found.append(Contestant(f"bitsandbytes {kind}, blocks of 64", call, size(weight, codes, state.absmax)))
-    return found
+            name = f"bitsandbytes {kind}, blocks of 64"
+            contestants.append(Contestant(name, call, size(weight, codes, state.absmax)))
+    return contestants
 
 
 def measure(wanted: list[Contestant], runs: int) -> dict[str, list[float]]:
-    """Seconds of each run of each contestant, in turns."""
+    """Measures the seconds of each run of each contestant, in turns."""
     flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in wanted}
     for _ in range(runs):

@@ -1,16 +1,20 @@
-"""Times loads by distquant, by what users would take instead, and by what no loader gets around, in alternation.
+"""Times loads by distquant, by its alternatives, and by the minimum for any loader ("floor"), in alternation.
 
     python benchmarks/load.py CHECKPOINT [--runs 5] [--only nf4 ...] [--out FILE]
 
 CHECKPOINT is a folder of a bf16 model with safetensors files. A benchmark of CPUs: GPUs are hidden.
 
-What is timed: from the call of the load to the assembled model (bf16: every byte of its parameters read once). Each
-measurement has fresh processes. They have imported everything, joined their process group and, by the same call,
-loaded the small example model before the clock starts; the checkpoint's files have just been read, so they lie in the
-page cache where it has room (for a cold contestant they have just been dropped from it); and memory of the checkpoint's
-size and a quarter more has just been taken and given back, so that no virtual machine waits for its host to back it.
+A time is that from the call of the load to the assembled model (bf16: every byte of its parameters read once). Each
+measurement has fresh processes. Before the clock starts:
+
+- they have imported everything, joined their process group and loaded the small example model by the same call;
+- the checkpoint's files have just been read, so they are in the page cache if it has room (for a cold contestant they
+  have just been dropped from it);
+- memory of 1.25 times the checkpoint's size has just been allocated and freed, so that a virtual machine does not wait
+  for its host to provide it.
+
 The seconds of a run are those of its slowest rank. Contestants take turns (A B C A B C ...), so that a slow minute of
-the machine meets all of them.
+the machine affects all of them.
 
 Writes a page and, beside it under the same name, all measurements as JSON (for `plot.py peers`).
 """
@@ -42,7 +46,7 @@ Runs = dict[str, list[list[Measured]]]
 
 
 def seconds_of(runs: list[list[Measured]]) -> list[float]:
-    """Of the slowest rank of each run."""
+    """Returns the seconds of the slowest rank of each run."""
     return [max(rank.seconds for rank in ranks) for ranks in runs]
 
 
@@ -51,7 +55,7 @@ def chosen(runs: Runs, contestants: Sequence[Contestant] = CONTESTANTS) -> list[
 
 
 def gigabytes(runs: list[list[Measured]], figure: str) -> str:
-    """Of all ranks together, the median of the runs; empty where it is not known."""
+    """Formats a figure of all ranks together, the median of the runs; empty if it is unknown."""
     sums = [sum(getattr(rank, figure) for rank in ranks) for ranks in runs if getattr(ranks[0], figure) is not None]
     return f"{statistics.median(sums) / 1e9:.3f}" if sums else ""
 
@@ -59,8 +63,8 @@ def gigabytes(runs: list[list[Measured]], figure: str) -> str:
 def times(runs: Runs, size: int) -> str:
     rows = []
     for contestant in chosen(runs):
-        found = runs[contestant.name]
-        seconds = seconds_of(found)
+        measured = runs[contestant.name]
+        seconds = seconds_of(measured)
         median = statistics.median(seconds)
         rows.append(
             [
@@ -69,10 +73,10 @@ def times(runs: Runs, size: int) -> str:
                 f"{median:.3f}",
                 f"{min(seconds):.3f} - {max(seconds):.3f}",
                 f"{size / median / 1e9:.2f}",
-                gigabytes(found, "memory"),
-                gigabytes(found, "own"),
-                gigabytes(found, "read"),
-                gigabytes(found, "direct"),
+                gigabytes(measured, "memory"),
+                gigabytes(measured, "own"),
+                gigabytes(measured, "read"),
+                gigabytes(measured, "direct"),
             ]
         )
     heads = ["what", "processes x threads", "median s", "range s", "GB/s", "peak memory GB"]
@@ -85,7 +89,7 @@ def verdict(met: bool) -> str:
 
 
 def compared(bar: Bar, ratio: float) -> list[str]:
-    """Cells of a bar: what it asks for, and whether the ratio of times meets it."""
+    """Returns the cells of a bar: the bar itself, the ratio of times, and the verdict."""
     if bar.faster is not None:
         return [f"{bar.faster:g}x faster or more", verdict(1 / ratio >= bar.faster)]
     if bar.most is not None:
@@ -104,7 +108,7 @@ def ratios(runs: Runs) -> str | None:
 
 
 def floors(runs: Runs) -> str | None:
-    """What the floors are made of."""
+    """Formats the parts of the floors."""
     rows = []
     for contestant in chosen(runs):
         if contestant.system == "floor":
@@ -116,7 +120,7 @@ def floors(runs: Runs) -> str | None:
 
 
 def memory(runs: Runs, contestants: Sequence[Contestant] = CONTESTANTS) -> str | None:
-    """The rank that had most resident beyond its shard, in any run."""
+    """Returns the rank with most resident memory beyond its shard, in any run."""
     rows = []
     for contestant in chosen(runs, contestants):
         if contestant.system not in OURS or contestant.cold or contestant.once:
@@ -169,12 +173,12 @@ def page(path: str, command: str, runs: Runs, load: float, count: int) -> str:
 
 
 def raw(path: str, command: str, runs: Runs, load: float) -> dict[str, Any]:
-    """All measurements, for JSON."""
+    """Returns all measurements, for JSON."""
     results = []
     for contestant in chosen(runs):
-        found = runs[contestant.name]
-        ranks = [[dataclasses.asdict(rank) for rank in each] for each in found]
-        median = statistics.median(seconds_of(found))
+        measured = runs[contestant.name]
+        ranks = [[dataclasses.asdict(rank) for rank in each] for each in measured]
+        median = statistics.median(seconds_of(measured))
         results.append({**dataclasses.asdict(contestant), "seconds": median, "runs": ranks})
     return {
         "model": Path(path).name,
@@ -195,9 +199,9 @@ def measure(path: str, wanted: list[Contestant], count: int) -> Runs:
         for contestant in wanted:
             if contestant.once and number:
                 continue
-            found = one_run(path, contestant)
-            runs[contestant.name].append(found)
-            print(f"run {number + 1}/{count}  {contestant.name:50} {seconds_of([found])[0]:8.3f} s", flush=True)
+            run = one_run(path, contestant)
+            runs[contestant.name].append(run)
+            print(f"run {number + 1}/{count}  {contestant.name:50} {seconds_of([run])[0]:8.3f} s", flush=True)
     return runs
 
 
@@ -222,10 +226,10 @@ def main() -> None:
     runs = measure(path, wanted, arguments.runs)
     options = f" --runs {arguments.runs}" + (f" --only {shlex.join(arguments.only)}" if arguments.only else "")
     command = f"python benchmarks/load.py {Path(path).name}{options}"
-    what = f"load-{slug(Path(path).name)}"
-    named = f"{what}_{slug(cpu())}-{os.cpu_count()}c_{datetime.date.today().isoformat()}.md"
+    subject = f"load-{slug(Path(path).name)}"
+    named = f"{subject}_{slug(cpu())}-{os.cpu_count()}c_{datetime.date.today().isoformat()}.md"
     target = Path(arguments.out) if arguments.out else ROOT / "benchmarks" / "results" / named
-    write(page(path, command, runs, load, arguments.runs), what, str(target))
+    write(page(path, command, runs, load, arguments.runs), subject, str(target))
     target.with_suffix(".json").write_text(json.dumps(raw(path, command, runs, load), indent=1) + "\n")
 
 

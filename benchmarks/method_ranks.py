@@ -1,4 +1,4 @@
-"""Ranks that `methods.py quality` measures in: started once, so that imports are paid once, with one thread each."""
+"""The ranks in which `methods.py quality` measures: started once, to import only once, with one thread each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from common import SMALL, TIMEOUT, memory
 
 LOADS = 3
-"""Loads of which the median counts."""
+"""Number of loads; their median is the result."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Quality:
     """One rank's figures of a method.
 
     Attributes:
-        seconds: of each load.
-        beyond: bytes that were resident at most, over those before the load and those of the finished shard.
-        fingerprint: of the quantized weights.
-        perplexity: on the text.
-        parameters: of the modules that are quantized, over all ranks.
-        quantized_bytes: of their weights, on this rank.
+        seconds: seconds of each load.
+        beyond: peak of resident bytes, over those before the load and those of the finished shard.
+        fingerprint: fingerprint of the quantized weights.
+        perplexity: perplexity on the text.
+        parameters: parameters of the quantized modules, over all ranks.
+        quantized_bytes: bytes of their weights, on this rank.
     """
 
     seconds: tuple[float, ...]
@@ -113,9 +113,9 @@ def qualities(path: str, quant: str, world: int, text: str) -> Quality:
 
 
 def clean() -> int:
-    """Gives back to the system what former loads left; bytes that are resident then, where the high-water mark starts.
+    """Returns freed memory to the system and resets the high-water mark; returns the resident bytes.
 
-    Without it the next load would fill memory that is resident already, and its peak would not be seen.
+    Otherwise the next load would fill memory that is resident already, and its peak would be hidden.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -123,7 +123,7 @@ def clean() -> int:
     return memory("VmRSS")
 
 
-# -- in the process that keeps the score -------------------------------------------------------------------------------
+# -- in the main process -------------------------------------------------------------------------------
 
 
 class Ranks:
@@ -134,21 +134,21 @@ class Ranks:
         self._workers: list[tuple[Any, Any]] = []
 
     def measure(self, path: str, quant: str, world: int, text: str) -> list[Quality] | str:
-        """Every rank's figures, or what went wrong."""
+        """Returns every rank's figures, or the failure."""
         self._start(world)
         pipes = [pipe for _, pipe in self._workers[:world]]
         with tempfile.TemporaryDirectory() as folder:
             for pipe in pipes:
                 pipe.send((path, quant, world, text, os.path.join(folder, "store")))
-            found: dict[Any, Quality] = {}
-            while len(found) < world:
-                failure = self._receive(found, [pipe for pipe in pipes if pipe not in found])
+            answers: dict[Any, Quality] = {}
+            while len(answers) < world:
+                failure = self._receive(answers, [pipe for pipe in pipes if pipe not in answers])
                 if failure is not None:
                     self.close()
                     return failure
-        return [found[pipe] for pipe in pipes]
+        return [answers[pipe] for pipe in pipes]
 
-    def _receive(self, found: dict[Any, Quality], waiting: list[Any]) -> str | None:
+    def _receive(self, answers: dict[Any, Quality], waiting: list[Any]) -> str | None:
         ready = wait(waiting, TIMEOUT)
         if not ready:
             return f"no answer within {TIMEOUT} s"
@@ -159,7 +159,7 @@ class Ranks:
                 return "a rank died"
             if isinstance(answer, str):
                 return answer
-            found[pipe] = answer
+            answers[pipe] = answer
         return None
 
     def _start(self, count: int) -> None:

@@ -1,8 +1,8 @@
-"""The libraries that `methods.py` times distquant against: how each loads, quantizes and stores a checkpoint on a CPU.
+"""The libraries that `methods.py` compares with distquant, and their ways to load, quantize and store on a CPU.
 
-A peer loads a folder in bfloat16, quantizes every linear but the output head, and returns the model. Where
-`from_pretrained` of transformers 5.23 quantizes with a method on the CPU, that is the peer; where it refuses (fp8 and
-hqq there), the model is loaded plainly and the method's own function quantizes one linear after the other.
+A peer loads a folder in bfloat16, quantizes every linear except the output head, and returns the model. If
+`from_pretrained` of transformers 5.23 quantizes with a method on the CPU, that is the peer. Otherwise (fp8 and hqq) the
+model is loaded unquantized, and the method's own function quantizes one linear after the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Peer:
     """One library's way.
 
     Attributes:
-        how: in words, for the page.
+        how: a description for the page.
         load: folder -> model.
     """
 
@@ -38,7 +38,7 @@ def plain(path: str, **options: Any) -> Any:
 
 
 def linears(model: Any) -> Iterator[tuple[str, Any]]:
-    """What is quantized: all linears but the head."""
+    """Yields the modules to quantize: all linears except the head."""
     import torch
 
     for name, module in list(model.named_modules()):
@@ -89,7 +89,7 @@ def hqq(path: str) -> Any:
 
 
 def fp8(**fields: Any) -> Callable[[str], Any]:
-    """`Fp8Quantize` leaves weights alone that are no whole tiles, so these get zeros around them."""
+    """Quantizes with `Fp8Quantize`, which skips weights of partial tiles, so that these are padded with zeros."""
 
     def load(path: str) -> Any:
         import torch
@@ -106,17 +106,17 @@ def fp8(**fields: Any) -> Callable[[str], Any]:
             block = fields["weight_block_size"] or weight.shape
             if out % block[0] or into % block[1]:
                 weight = torch.nn.functional.pad(weight, (0, -into % block[1], 0, -out % block[0]))
-            found = operation.convert({"m.weight": weight})
-            codes = found["m.weight"][:out, :into].contiguous()
+            converted = operation.convert({"m.weight": weight})
+            codes = converted["m.weight"][:out, :into].contiguous()
             module.weight = torch.nn.Parameter(codes, requires_grad=False)
-            module.register_buffer("weight_scale_inv", found["m.weight_scale_inv"])
+            module.register_buffer("weight_scale_inv", converted["m.weight_scale_inv"])
         return model
 
     return load
 
 
 def compressed(preset: str) -> Callable[[str], Any]:
-    """Scales are the library's `calculate_qparams` of each group's range; `ModelCompressor` quantizes and packs."""
+    """Computes scales by the library's `calculate_qparams` of each group's range; `ModelCompressor` packs."""
     return lambda path: _compressed(path, preset)[0]
 
 
@@ -151,7 +151,7 @@ def _compressed(path: str, preset: str) -> tuple[Any, Any]:
 def stored_quanto(path: str) -> Any:
     from optimum.quanto import QuantizedModelForCausalLM
 
-    # The wrapper is no module; what it wraps is.
+    # The wrapper is not a module, but it holds one.
     return QuantizedModelForCausalLM.from_pretrained(path)._wrapped
 
 
@@ -175,7 +175,7 @@ PEERS = {
     "stored": Peer("from_pretrained", plain),
     "stored quanto": Peer("QuantizedModelForCausalLM.from_pretrained", stored_quanto),
 }
-"""By distquant's short name where they quantize; the last two load what is stored quantized."""
+"""Peers by distquant's short name; the last two only load stored quantized weights."""
 
 STORED = ("nf4", "nf4-dq", "int8", "int4", "torchao-int8", "torchao-fp8", "quanto-int8")
 """Methods whose checkpoints a library both writes and loads on the CPU."""
@@ -194,11 +194,11 @@ WITHOUT = {
     "mxfp4": "transformers quantizes nothing but experts with it, by kernels that the package `kernels` would download",
     "nvfp4": "loaded by transformers on both sides",
 }
-"""What has no row in the table of speeds, and why."""
+"""Methods without a row in the table of speeds -> the reason."""
 
 
 def store(path: str, method: str, work: str) -> str:
-    """Folder below `work` of a checkpoint quantized and saved by the method's library; made when it is not there."""
+    """Returns the folder below `work` of a checkpoint that the method's library saved; makes it if needed."""
     folder = Path(work) / f"{Path(path).name}-{method}"
     if not folder.is_dir():
         print(f"making {folder}", flush=True)

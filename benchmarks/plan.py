@@ -3,14 +3,14 @@
     python benchmarks/plan.py FOLDER:MESH [FOLDER:MESH ...] [--runs 5] [--quant NAME] [--out FILE]
 
 FOLDER is a checkpoint (only its config and headers are read, so sparse files do), MESH a mesh such as `dp=4,tp=64`. A
-checkpoint of a method that distquant has no scheme for is planned with `on_unsupported="skip"`.
+checkpoint of a method without a scheme in distquant is planned with `on_unsupported="skip"`.
 
-What is timed: the call of `distquant.plan`, and with the finished plan `to_json`, `from_json` and `digest`. A process
-measures one plan. It has imported distquant, torch and transformers and, because transformers imports most of itself
-when it first builds a model, planned the small example model before the clock starts. "First call" is the same in
-a process of its own that has only done the imports. `build` is the part of the plan in which transformers builds the
-model on `meta`, and `open` that in which headers and index are read, each measured in a call of its own. Cases take
-turns: a slow minute of the machine meets all of them.
+It times the call of `distquant.plan`, and with the finished plan `to_json`, `from_json` and `digest`. A process
+measures one plan. Before the clock starts it has imported distquant, torch and transformers, and has planned the small
+example model, because transformers imports most of itself when it first builds a model. "First call" is the same in a
+process that has only done the imports. `build` is the part of the plan in which transformers builds the model on
+`meta`, and `open` the part in which headers and index are read, each measured by a separate call. Cases take turns, so
+that a slow minute of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """One process's figures: wall and CPU seconds of each step; bytes of memory at most; sizes of the plan."""
+    """One process's figures: wall and CPU seconds of each step, peak bytes of memory, sizes of the plan."""
 
     wall: dict[str, float]
     cpu: dict[str, float]
@@ -88,11 +88,11 @@ def measure(case: Case, warm: bool) -> Measured:
     peak = memory("VmHWM")
     timed("build", lambda: build(Path(case.folder), None))
     timed("open", lambda: open_checkpoint(case.folder))
-    assert again == plan and again.digest == plan.digest, "the plan came back from JSON as another"
+    assert again == plan and again.digest == plan.digest, "the plan read from JSON differs"
     return Measured(wall, spent, peak, len(text), len(plan.tensors), plan.digest)
 
 
-# -- in the process that keeps the score -------------------------------------------------------------------------------
+# -- in the main process -------------------------------------------------------------------------------
 
 
 def row(case: Case, warm: list[Measured], first: list[Measured]) -> list[str]:
@@ -146,7 +146,7 @@ def main() -> None:
     for text in arguments.cases:
         folder, _, mesh = text.rpartition(":")
         if not os.path.isfile(os.path.join(folder, "config.json")):
-            parser.error(f"{text!r} is no FOLDER:MESH with a config.json in the folder")
+            parser.error(f"{text!r} is not FOLDER:MESH with a config.json in the folder")
         cases.append(Case(os.path.abspath(folder), mesh, arguments.quant))
     load = os.getloadavg()[0]
     warm: dict[Case, list[Measured]] = {case: [] for case in cases}
@@ -155,8 +155,8 @@ def main() -> None:
         for case in cases:
             first[case].append(fresh(measure, case, False))
             warm[case].append(fresh(measure, case, True))
-            found = warm[case][-1]
-            seconds = f"{found.wall['plan']:8.3f} s ({found.cpu['plan']:.3f} s CPU)"
+            figures = warm[case][-1]
+            seconds = f"{figures.wall['plan']:8.3f} s ({figures.cpu['plan']:.3f} s CPU)"
             print(f"run {number + 1}/{arguments.runs}  {case.name:40} {seconds}", flush=True)
     named = " ".join(f"{Path(case.folder).name}:{case.mesh}" for case in cases)
     options = f" --runs {arguments.runs}" + (f" --quant {arguments.quant}" if arguments.quant else "")

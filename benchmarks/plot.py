@@ -1,6 +1,6 @@
-"""Draws what loads and benchmarks wrote. Needs matplotlib, which distquant itself does not.
+"""Draws traces of loads and results of benchmarks. Needs matplotlib, which distquant itself does not.
 
-python benchmarks/plot.py stages TRACE.json OUT.png    what every stage of every rank did when (`load --trace`)
+python benchmarks/plot.py stages TRACE.json OUT.png    the work of every stage of every rank (`load --trace`)
 python benchmarks/plot.py peers RESULTS.json OUT.png   seconds of distquant, its peers and floors (`load.py`)
 """
 
@@ -36,38 +36,38 @@ COLD = "NF4, files not in memory"
 
 
 class Unreadable(Exception):
-    """The file is not what the command draws."""
+    """Raised if a file does not fit the command."""
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
 def merged(block_shape: Sequence[Span], gap: float) -> list[Span]:
-    """The union of spans, in order; those closer than `gap` become one."""
-    found: list[Span] = []
+    """Returns the union of spans, in order; those closer than `gap` become one."""
+    union: list[Span] = []
     for start, stop in sorted(block_shape):
-        if found and start - found[-1][1] <= gap:
-            found[-1] = (found[-1][0], max(found[-1][1], stop))
+        if union and start - union[-1][1] <= gap:
+            union[-1] = (union[-1][0], max(union[-1][1], stop))
         else:
-            found.append((start, stop))
-    return found
+            union.append((start, stop))
+    return union
 
 
 def stage_rows(trace: Any) -> dict[tuple[int, str], list[Span]]:
-    """Spans of every stage of every rank that did anything, ranks in order, stages in the order of work."""
-    found: dict[tuple[int, str], list[Span]] = {}
+    """Returns the spans of every active stage of every rank: ranks in order, stages in the order of work."""
+    rows: dict[tuple[int, str], list[Span]] = {}
     try:
         events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
         for rank in sorted({int(event["pid"]) for event in events}):
             for stage in COLOURS:
                 mine = [e for e in events if e["pid"] == rank and e["cat"] == stage]
                 if mine:
-                    found[rank, stage] = [(e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in mine]
+                    rows[rank, stage] = [(e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in mine]
     except (KeyError, TypeError) as error:
-        raise Unreadable("is no trace of a load: write one with `distquant load ... --trace FILE`") from error
-    if not found:
-        raise Unreadable("is a trace without any work of a load in it")
-    return found
+        raise Unreadable("is not a trace of a load: write one with `distquant load ... --trace FILE`") from error
+    if not rows:
+        raise Unreadable("is a trace without any work of a load")
+    return rows
 
 
 def draw_stages(trace: Any, out: str) -> None:
@@ -78,17 +78,17 @@ def draw_stages(trace: Any, out: str) -> None:
     ranks = sorted({rank for rank, _ in rows})
     first = min(start for block_shape in rows.values() for start, _ in block_shape)
     last = max(stop for block_shape in rows.values() for _, stop in block_shape)
-    least = (last - first) / 3000  # what is closer than a pixel is drawn as one
+    least = (last - first) / 3000  # spans closer than a pixel are drawn as one
     height, places = 0.72, {}
     for key in rows:
         places[key] = len(places) + 0.6 * ranks.index(key[0])  # a gap between ranks
     figure, axes = plt.subplots(figsize=(11, 1.5 + 0.34 * (max(places.values()) + 1)), layout="constrained")
     for (rank, stage), block_shape in rows.items():
-        at = places[rank, stage]
+        row = places[rank, stage]
         bars = [(start, max(stop - start, least)) for start, stop in merged(block_shape, least)]
-        axes.broken_barh(bars, (at - height / 2, height), color=COLOURS[stage], linewidth=0)
+        axes.broken_barh(bars, (row - height / 2, height), color=COLOURS[stage], linewidth=0)
         busy = sum(stop - start for start, stop in merged(block_shape, 0)) / (last - first)
-        axes.text(1.01, at, f"{busy:.0%}", transform=axes.get_yaxis_transform(), va="center", fontsize=10)
+        axes.text(1.01, row, f"{busy:.0%}", transform=axes.get_yaxis_transform(), va="center", fontsize=10)
     axes.text(1.01, -0.9, "busy", transform=axes.get_yaxis_transform(), va="center", fontsize=10, color="#666666")
     axes.set_yticks(list(places.values()), [f"rank {rank}  {stage}" for rank, stage in rows])
     axes.set_ylim(max(places.values()) + 0.7, -1.3)
@@ -107,7 +107,7 @@ def draw_stages(trace: Any, out: str) -> None:
 
 
 def peer_groups(results: Any) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Contestants by what they load; those that only vary an option of distquant are left out."""
+    """Groups contestants by the weights that they load; those that only vary an option of distquant are left out."""
     try:
         every = [c for c in results["contestants"] if not c["staging"] and not c["once"]]
         cold = [c for c in every if c["cold"]]
@@ -150,20 +150,20 @@ def draw_peers(results: Any, out: str) -> None:
 
 
 def draw_group(axes: Any, title: str, members: list[dict[str, Any]]) -> None:
-    """One panel: a bar a contestant, with its seconds and how many times distquant's first they are."""
+    """Draws one panel: a bar for each contestant, with its seconds and their ratio to distquant's first."""
     colours = {"distquant": DISTQUANT, "floor": FLOOR, "read": FLOOR}
     reference = min((c["seconds"] for c in members if c["system"] == "distquant"), default=None)
     widest = max(spread(c)[1] for c in members)
-    for at, contestant in enumerate(members):
+    for row, contestant in enumerate(members):
         seconds, (fastest, slowest) = contestant["seconds"], spread(contestant)
-        axes.barh(at, seconds, height=0.68, color=colours.get(contestant["system"], PEER))
+        axes.barh(row, seconds, height=0.68, color=colours.get(contestant["system"], PEER))
         if slowest > fastest:
-            axes.plot([fastest, slowest], [at, at], color=INK, linewidth=1.2)
+            axes.plot([fastest, slowest], [row, row], color=INK, linewidth=1.2)
         label = f"{seconds:.2f} s"
         if reference and contestant["system"] == "transformers":
             times = seconds / reference
             label += f"  ({times:.{1 if times >= 1 else 2}f}x distquant's best)"
-        axes.text(max(seconds, slowest) + widest * 0.012, at, label, va="center", fontsize=10)
+        axes.text(max(seconds, slowest) + widest * 0.012, row, label, va="center", fontsize=10)
     axes.set_yticks(range(len(members)), [c["name"] for c in members])
     axes.set_ylim(len(members) - 0.4, -0.6)
     axes.set_xlim(0, widest * 1.5)  # room for the longest label
@@ -174,7 +174,7 @@ def draw_group(axes: Any, title: str, members: list[dict[str, Any]]) -> None:
 
 
 def spread(contestant: dict[str, Any]) -> Span:
-    """Seconds of the fastest and of the slowest run."""
+    """Returns the seconds of the fastest and of the slowest run."""
     seconds = [max(rank["seconds"] for rank in ranks) for ranks in contestant["runs"]]
     return min(seconds), max(seconds)
 
@@ -188,18 +188,18 @@ def main() -> None:
     try:
         import matplotlib
     except ImportError:
-        print("this needs matplotlib, which is no part of distquant: pip install matplotlib", file=sys.stderr)
+        print("this needs matplotlib, which is not a dependency of distquant: pip install matplotlib", file=sys.stderr)
         sys.exit(2)
     if Path(arguments.out).suffix not in (".png", ".svg"):
         parser.error(f"{arguments.out!r} must end in .png or .svg")
     try:
-        found = json.loads(Path(arguments.file).read_text())
+        content = json.loads(Path(arguments.file).read_text())
     except (OSError, ValueError) as error:
         parser.error(f"{arguments.file} cannot be read as JSON: {error}")
     matplotlib.use("agg")
     matplotlib.rcParams.update(STYLE)
     try:
-        {"stages": draw_stages, "peers": draw_peers}[arguments.what](found, arguments.out)
+        {"stages": draw_stages, "peers": draw_peers}[arguments.what](content, arguments.out)
     except Unreadable as error:
         parser.error(f"{arguments.file} {error}")
     except OSError as error:

@@ -16,7 +16,8 @@ from typing import Any
 
 from checkpoints import drop, reader, total_bytes
 from common import SMALL, TIMEOUT, memory
-from contestants import SYSTEMS, Contestant, Measured, own_memory
+from contestants import Contestant, Measured
+from systems import SYSTEMS, own_memory
 
 # -- in the measured processes -----------------------------------------------------------------------------------------
 
@@ -35,7 +36,7 @@ def rank_main(pipe: Any, path: str, contestant: Contestant, rank: int, port: int
 
 
 def measure(path: str, contestant: Contestant, rank: int, url: str) -> Measured:
-    """Everything imported and done once with the small example model, then timed."""
+    """Times a run after importing everything and loading the small example model once."""
     import logging
 
     import torch
@@ -58,35 +59,35 @@ def timed(path: str, contestant: Contestant, rank: int, barrier: Callable[[], ob
     system(contestant.small or str(SMALL), contestant, rank)()
     run = system(path, contestant, rank)
     gc.collect()
-    settle(total_bytes(path) * 5 // 4 // contestant.ranks, barrier)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    touch_memory(total_bytes(path) * 5 // 4 // contestant.ranks, barrier)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before, owned = memory("VmRSS"), own_memory()
     barrier()
     start = time.perf_counter()
-    found = run()
+    figures = run()
     seconds = time.perf_counter() - start
     barrier()
-    own = None if found.own is None else found.own - owned
-    return replace(found, seconds=seconds, memory=memory("VmHWM") - before, own=own)
+    own = None if figures.own is None else figures.own - owned
+    return replace(figures, seconds=seconds, memory=memory("VmHWM") - before, own=own)
 
 
-def settle(nbytes: int, barrier: Callable[[], object]) -> None:
-    """Takes memory of the machine and gives it back, so that it is there when the clock starts.
+def touch_memory(nbytes: int, barrier: Callable[[], object]) -> None:
+    """Allocates and frees memory, so that the machine has it when the clock starts.
 
-    A virtual machine may have handed free memory back to its host, and whoever needs it first would wait for the host.
+    A virtual machine may have returned free memory to its host, and its first user would wait for the host.
     """
     with mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as taken:
         taken.madvise(mmap.MADV_HUGEPAGE)  # the host takes large blocks
-        for at in range(0, nbytes, mmap.PAGESIZE):
-            taken[at] = 1
+        for page in range(0, nbytes, mmap.PAGESIZE):
+            taken[page] = 1
         barrier()
 
 
-# -- in the process that keeps the score -------------------------------------------------------------------------------
+# -- in the main process -------------------------------------------------------------------------------
 
 
 def one_run(path: str, contestant: Contestant) -> list[Measured]:
-    """Every rank's figures; a rank that fails ends the benchmark."""
+    """Returns every rank's figures; a rank that fails ends the benchmark."""
     if contestant.cold:
         drop(path)
     else:
@@ -103,17 +104,17 @@ def one_run(path: str, contestant: Contestant) -> list[Measured]:
         theirs.close()
         processes.append(process)
         pipes.append(ours)
-    found = []
+    answers = []
     try:
         for rank, pipe in enumerate(pipes):
             answer = pipe.recv() if pipe.poll(TIMEOUT) else f"no answer within {TIMEOUT} s"
             if isinstance(answer, str):
                 sys.exit(f"{contestant.name}, rank {rank}: {answer}")
-            found.append(answer)
+            answers.append(answer)
     except EOFError:
         sys.exit(f"{contestant.name}: a rank died")
     finally:
         for process in processes:
-            process.join(0 if len(found) < len(processes) else 30)
+            process.join(0 if len(answers) < len(processes) else 30)
             process.kill()
-    return found
+    return answers

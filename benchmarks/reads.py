@@ -1,7 +1,7 @@
-"""Which bytes of a mixture of experts each rank reads, seen where the loader asks the system for them.
+"""Counts the bytes of a mixture of experts that each rank reads, from the loader's calls to the system.
 
-The loader's own open files write down every read (file, first byte, bytes), and the reads are laid over the tensors
-of the checkpoint's headers. Checkpoints have one tensor for each expert's projection, as hubs have Mixtral's.
+The loader's own open files record every read (file, first byte, bytes), and the reads are matched with the tensors of
+the checkpoint's headers. Checkpoints have one tensor for each expert's projection, as Mixtral's on the hub.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Read = tuple[str, int, int]
 
 
 def recording(path: str, contestant: Contestant, rank: int, run: Callable[[], Measured]) -> Callable[[], Measured]:
-    """A load that tells the bytes of its reads by kind, too."""
+    """Returns a load that also counts the bytes of its reads by kind."""
     own, there = mine(path, contestant, rank), places(path)
 
     def recorded_run() -> Measured:
         with recorded() as reads:
-            found = run()
-        return replace(found, reads=by_kind(reads, there, own))
+            figures = run()
+        return replace(figures, reads=by_kind(reads, there, own))
 
     return recorded_run
 
 
 @contextmanager
 def recorded() -> Iterator[list[Read]]:
-    """The list that the loader's reads go to meanwhile."""
+    """Yields the list to which the loader's reads are added meanwhile."""
     from distquant.loading import loader
     from distquant.loading.stream.files import Files
 
@@ -57,31 +57,31 @@ def recorded() -> Iterator[list[Read]]:
 
 
 def mine(path: str, contestant: Contestant, rank: int) -> range:
-    """Numbers of the experts that the plan gives to a rank."""
+    """Returns the numbers of the experts that the plan assigns to a rank."""
     import distquant as dq
 
     plan = dq.plan(path, quantization_config=contestant.quant, mesh=contestant.mesh, dtype="bfloat16")
-    dealt = plan.partitions[next(iter(plan.experts.values())).dealt]
-    ((first, last),) = dealt.segments(plan.mesh.coordinates(rank)["ep"])
+    partition = plan.partitions[next(iter(plan.experts.values())).dealt]
+    ((first, last),) = partition.segments(plan.mesh.coordinates(rank)["ep"])
     return range(first, last)
 
 
 def by_kind(reads: Iterable[Read], there: dict[str, list[tuple[int, int, str]]], own: range) -> dict[str, int]:
-    """Bytes of tensors that were read, those that were read twice counted twice.
+    """Counts the bytes of tensors that were read; bytes that were read twice count twice.
 
     Args:
-        reads: of a load.
-        there: the tensors' places (`checkpoints.places`).
+        reads: reads of a load.
+        there: places of the tensors (`checkpoints.places`).
         own: numbers of the rank's experts.
     """
-    found = dict.fromkeys(KINDS, 0)
+    nbytes = dict.fromkeys(KINDS, 0)
     for file, first, count in reads:
         tensors = there[file]
-        at = max(bisect_right(tensors, first, key=lambda tensor: tensor[0]) - 1, 0)
-        while at < len(tensors) and tensors[at][0] < first + count:
-            start, stop, name = tensors[at]
+        index = max(bisect_right(tensors, first, key=lambda tensor: tensor[0]) - 1, 0)
+        while index < len(tensors) and tensors[index][0] < first + count:
+            start, stop, name = tensors[index]
             number = re.search(r"\.experts\.(\d+)\.", name)
             kind = REST if number is None else OWN if int(number[1]) in own else OTHERS
-            found[kind] += max(min(stop, first + count) - max(start, first), 0)
-            at += 1
-    return found
+            nbytes[kind] += max(min(stop, first + count) - max(start, first), 0)
+            index += 1
+    return nbytes

@@ -23,7 +23,7 @@ Tensor = tuple[str, str, list[int]]
 
 NBYTES = {"BF16": 2, "F8_E4M3": 1, "F32": 4, "U8": 1}
 FILE = 5_000_000_000
-"""Bytes after which a new file is begun."""
+"""Bytes after which a new file starts."""
 TILE = 128
 
 
@@ -34,7 +34,7 @@ def linear(name: str, rows: int, columns: int, bias: bool = False) -> Iterator[T
 
 
 def tiles(name: str, rows: int, columns: int) -> Iterator[Tensor]:
-    """A weight in fine-grained FP8."""
+    """Yields a weight in fine-grained FP8."""
     yield f"{name}.weight", "F8_E4M3", [rows, columns]
     yield f"{name}.weight_scale_inv", "F32", [-(-rows // TILE), -(-columns // TILE)]
 
@@ -168,7 +168,7 @@ def size_of(tensor: Tensor) -> int:
 
 
 def in_files(tensors: Iterator[Tensor]) -> list[list[Tensor]]:
-    """The tensors of each file, in order."""
+    """Returns the tensors of each file, in order."""
     files: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -200,11 +200,11 @@ def write_shape(name: str, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     files, places = in_files(tensors(config)), {}
-    for number, found in enumerate(files, 1):
+    for number, members in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        write_sparse(folder / file, found)
-        places |= {tensor[0]: file for tensor in found}
-    total = sum(size_of(tensor) for found in files for tensor in found)
+        write_sparse(folder / file, members)
+        places |= {tensor[0]: file for tensor in members}
+    total = sum(size_of(tensor) for members in files for tensor in members)
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total

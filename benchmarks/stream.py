@@ -1,12 +1,12 @@
-"""Streams a whole checkpoint in one process and keeps nothing: how fast that is, and whether memory stays flat.
+"""Streams a checkpoint in one process and keeps nothing, to measure its speed and its memory over time.
 
     python benchmarks/stream.py CHECKPOINT [--quant nf4-dq] [--staging 512MiB] [--io auto] [--threads N]
                                 [--limit BYTES] [--out FILE]
 
-Planner, reader threads, staging memory and kernels are those of a load; only the last stage is another. It offers every
-piece the same memory, which is written again and again, and forgets each tensor when it is complete, so a model of any
-size streams through a small machine (double quantization's second level, 1/64 of the values, is left out with it). The
-checkpoint may be sparse files of a large model's shape; what its disk delivers is then zeros at the speed of memory.
+Planner, reader threads, staging memory and kernels are those of a load; only the last stage differs. It offers every
+piece the same memory, which is written again and again, and drops each tensor when it is complete. So a model of any
+size streams through a small machine. (Double quantization's second level, 1/64 of the values, is left out.) The
+checkpoint may be sparse files of a large model's shape; then the disk delivers zeros at the speed of memory.
 
 Memory is resident anonymous and shared memory (`RssAnon + RssShmem`; the page cache is not in it), sampled 50 times a
 second, against that before the stream started, when everything was imported and planned. A benchmark of CPUs.
@@ -36,12 +36,12 @@ SHARES = (0.05, 0.25, 0.5, 0.75, 1.0)
 
 
 def resident() -> int:
-    """Bytes of anonymous and shared memory of this process."""
+    """Returns the bytes of anonymous and shared memory of this process."""
     return memory("RssAnon") + memory("RssShmem")
 
 
 class Forgetful:
-    """A sink whose memory all tensors share: a component's rows are written where the rows before them were."""
+    """A sink with one memory for all tensors: a component's rows overwrite the rows before them."""
 
     def __init__(self, largest: int):
         self.largest = largest
@@ -49,14 +49,14 @@ class Forgetful:
         self._lock = threading.Lock()
 
     def direct(self, row_layout: Any, start: int, stop: int) -> Any:
-        """Memory for rows `[start, stop)` of a component, flat."""
+        """Returns flat memory for rows `[start, stop)` of a component."""
         import torch
 
         with self._lock:
             if row_layout.name not in self._memory:
                 self._memory[row_layout.name] = torch.empty(self.largest, dtype=torch.uint8)
-            whole = self._memory[row_layout.name]
-        return whole[: row_layout.nbytes(start, stop)].view(row_layout.dtype)
+            memory = self._memory[row_layout.name]
+        return memory[: row_layout.nbytes(start, stop)].view(row_layout.dtype)
 
     def place(self, row_layout: Any, values: Any, start: int, stop: int) -> int:
         self.direct(row_layout, start, stop).copy_(values)
@@ -65,7 +65,7 @@ class Forgetful:
 
 @dataclass
 class Streamed:
-    """What was seen of a stream; `samples` are (bytes taken, bytes resident)."""
+    """The figures of a stream; `samples` are (bytes taken, bytes resident)."""
 
     seconds: float = 0.0
     tensors: int = 0
@@ -80,9 +80,9 @@ class Streamed:
     samples: list[tuple[int, int]] = field(default_factory=list)
 
     def after(self, share: float) -> int:
-        """Bytes resident when that part of the bytes had been taken."""
-        at = bisect.bisect_left(self.samples, share * self.nbytes, key=lambda sample: sample[0])
-        return self.samples[min(at, len(self.samples) - 1)][1]
+        """Returns the resident bytes when that part of the bytes had been taken."""
+        index = bisect.bisect_left(self.samples, share * self.nbytes, key=lambda sample: sample[0])
+        return self.samples[min(index, len(self.samples) - 1)][1]
 
     @property
     def peak(self) -> int:
@@ -90,7 +90,7 @@ class Streamed:
 
 
 class Sampler:
-    """Takes samples on a thread of its own while the stream runs."""
+    """Takes samples on a separate thread while the stream runs."""
 
     def __init__(self) -> None:
         self.done = 0
@@ -116,18 +116,18 @@ class Sampler:
 
 
 def within(jobs: Iterable[Any], infos: Any, limit: int | None) -> list[Any]:
-    """The tasks of the first jobs, up to so many bytes; at least one."""
-    found: list[Any] = []
+    """Returns the tasks of the first jobs, up to so many bytes; at least one."""
+    streamed: list[Any] = []
     nbytes = 0
     for job in jobs:
         nbytes += sum(infos[source.tensor].nbytes for source in job.transfer.sources)
-        if limit is not None and nbytes > limit and found:
+        if limit is not None and nbytes > limit and streamed:
             break
-        found.append(job.task)
-    return found
+        streamed.append(job.task)
+    return streamed
 
 
-def stream(plan: Any, io: str, limit: int | None, tell: Callable[[int, int], None]) -> Streamed:
+def stream(plan: Any, io: str, limit: int | None, report: Callable[[int, int], None]) -> Streamed:
     import torch
 
     from distquant.checkpoint import open_checkpoint
@@ -147,13 +147,13 @@ def stream(plan: Any, io: str, limit: int | None, tell: Callable[[int, int], Non
     tasks = within(jobs, infos, limit)
     sink = Forgetful(Budget.of(plan.staging, tasks).largest)
     load_state, stages, files = LoadState(600), StageTimer(), Files(checkpoint.path, io)
-    found = Streamed(tensors=len({task.name for task in tasks}), staging=plan.staging, before=resident())
-    found.parameters = sum(task.rows.rows * task.rows.width for task in tasks if task.encode is not None)
+    streamed = Streamed(tensors=len({task.name for task in tasks}), staging=plan.staging, before=resident())
+    streamed.parameters = sum(task.rows.rows * task.rows.width for task in tasks if task.encode is not None)
     sampler = Sampler()
 
     def progress(done: int, total: int) -> None:
         sampler.progress(done, total)
-        tell(done, total)
+        report(done, total)
 
     start = time.perf_counter()
     try:
@@ -165,43 +165,43 @@ def stream(plan: Any, io: str, limit: int | None, tell: Callable[[int, int], Non
         ):
             engine.start()
             engine.run()
-            found.seconds = time.perf_counter() - start
-            found.slots = engine.staging_buffer.slot_bytes * engine.staging_buffer.slots
+            streamed.seconds = time.perf_counter() - start
+            streamed.slots = engine.staging_buffer.slot_bytes * engine.staging_buffer.slots
     finally:
         files.close()
-    found.nbytes, found.direct, found.samples = sampler.done, files.stats.direct, sampler.samples
-    found.busy, found.limit = dict(stages.busy), stages.limit(found.seconds)
-    return found
+    streamed.nbytes, streamed.direct, streamed.samples = sampler.done, files.stats.direct, sampler.samples
+    streamed.busy, streamed.limit = dict(stages.busy), stages.limit(streamed.seconds)
+    return streamed
 
 
-def page(path: str, command: str, found: Streamed, load: float, threads: int) -> str:
+def page(path: str, command: str, streamed: Streamed, load: float, threads: int) -> str:
     mebi = 1 << 20
-    busy = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in found.busy.items())
-    rows = [["at the start", f"{found.before / mebi:.1f}", "0.0"]]
-    points = [(f"after {share:.0%}", found.after(share)) for share in SHARES]
-    for name, size in (*points, ("peak", found.peak)):
-        rows.append([name, f"{size / mebi:.1f}", f"{(size - found.before) / mebi:.1f}"])
+    busy = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in streamed.busy.items())
+    rows = [["at the start", f"{streamed.before / mebi:.1f}", "0.0"]]
+    points = [(f"after {share:.0%}", streamed.after(share)) for share in SHARES]
+    for name, size in (*points, ("peak", streamed.peak)):
+        rows.append([name, f"{size / mebi:.1f}", f"{(size - streamed.before) / mebi:.1f}"])
     flat = max(size for _, size in points) - min(size for _, size in points)
     figures = [
-        ["tensors", f"{found.tensors:,}"],
-        ["bytes", f"{found.nbytes:,}"],
-        ["of them past the page cache", f"{found.direct:,}"],
-        ["parameters quantized", f"{found.parameters:,}"],
-        ["seconds", f"{found.seconds:.2f}"],
-        ["GB/s", f"{found.nbytes / found.seconds / 1e9:.2f}"],
-        ["M parameters/s", f"{found.parameters / found.seconds / 1e6:,.0f}"],
+        ["tensors", f"{streamed.tensors:,}"],
+        ["bytes", f"{streamed.nbytes:,}"],
+        ["of them past the page cache", f"{streamed.direct:,}"],
+        ["parameters quantized", f"{streamed.parameters:,}"],
+        ["seconds", f"{streamed.seconds:.2f}"],
+        ["GB/s", f"{streamed.nbytes / streamed.seconds / 1e9:.2f}"],
+        ["M parameters/s", f"{streamed.parameters / streamed.seconds / 1e6:,.0f}"],
     ]
     parts = [
         f"# Streaming {Path(path).name}, {datetime.date.today().isoformat()}",
         f"{describe(path)}\n\n{machine(load, PACKAGES)}",
         f"Command: `{command}`; one process, {threads} threads to quantize, 2 to read.",
         table(["what", "value"], figures),
-        f"Busy: {busy}; limited by {found.limit}.",
+        f"Busy: {busy}; limited by {streamed.limit}.",
         table(["resident memory", "MiB", "over the start, MiB"], rows),
-        f"Staging budget {found.staging / mebi:.0f} MiB, of which slots take {found.slots / mebi:.0f} MiB. Between "
-        f"{SHARES[0]:.0%} and {SHARES[-1]:.0%} of the stream\n"
-        f"memory differs by {flat / mebi:.1f} MiB; the peak of {len(found.samples):,} samples lies "
-        f"{(found.peak - found.before) / mebi:.1f} MiB over the start.",
+        f"Staging budget {streamed.staging / mebi:.0f} MiB, of which slots take {streamed.slots / mebi:.0f} MiB. "
+        f"Between {SHARES[0]:.0%} and {SHARES[-1]:.0%} of the stream\n"
+        f"memory differs by {flat / mebi:.1f} MiB; the peak of {len(streamed.samples):,} samples lies "
+        f"{(streamed.peak - streamed.before) / mebi:.1f} MiB over the start.",
         "Resident memory is anonymous and shared memory; the page cache is not in it. Every tensor was read,\n"
         "quantized and dropped: the last stage wrote each piece over the one before it, and double quantization's\n"
         "second level was left out.",
@@ -234,27 +234,27 @@ def main() -> None:
     load = os.getloadavg()[0]
     try:
         plan = distquant.plan(path, quantization_config=arguments.quant, mesh="tp=1", staging=arguments.staging)
-        found = stream(plan, arguments.io, arguments.limit, teller())
+        streamed = stream(plan, arguments.io, arguments.limit, teller())
     except distquant.InputError as error:
         parser.error(str(error))
     options = f"--quant {arguments.quant} --staging {arguments.staging} --io {arguments.io}"
     options += f" --limit {arguments.limit}" if arguments.limit else ""
     command = f"python benchmarks/stream.py {Path(path).name} {options} --threads {arguments.threads}"
-    what = f"stream-{slug(Path(path).name)}-{arguments.quant}"
-    write(page(path, command, found, load, arguments.threads), what, arguments.out)
+    subject = f"stream-{slug(Path(path).name)}-{arguments.quant}"
+    write(page(path, command, streamed, load, arguments.threads), subject, arguments.out)
 
 
 def teller() -> Callable[[int, int], None]:
     """Prints a line every 10%."""
-    told, start = [0], time.perf_counter()
+    reported, start = [0], time.perf_counter()
 
-    def tell(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         tenth = 10 * done // max(total, 1)
-        if tenth > told[0]:
-            told[0] = tenth
+        if tenth > reported[0]:
+            reported[0] = tenth
             print(f"{10 * tenth:3}%  {done / 1e9:8.2f} GB  {time.perf_counter() - start:8.1f} s", flush=True)
 
-    return tell
+    return report
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Gathers the headline tables of `benchmarks/results/*.md` into `docs/benchmarks.md`.
 
     python benchmarks/summarize.py            # writes the page
-    python benchmarks/summarize.py --check    # fails where the page is out of date
+    python benchmarks/summarize.py --check    # fails if the page is out of date
 
 A page of results is named `WHAT_HARDWARE_DATE.md`. It has a line for the hardware before that for the versions, a line
 `Command: ...`, and tables. The first tables are its headline.
@@ -30,7 +30,7 @@ SECTIONS = {
 """Headings in order; pages of another kind come after them, under their own name."""
 
 HEADLINES = {"load": 2}
-"""How many tables of a page are its headline, where that is not one."""
+"""Number of a page's tables that are its headline, if not one."""
 
 HEAD = """# Benchmarks
 
@@ -44,11 +44,11 @@ measure.
 
 @dataclass(frozen=True)
 class Result:
-    """A page of results. `hardware` and `command` are in the words of the page."""
+    """A page of results. `hardware` and `command` are quoted from the page."""
 
     path: Path
     kind: str
-    what: str
+    subject: str
     machine: str
     date: str
     hardware: str
@@ -61,33 +61,35 @@ class Result:
 
 
 def read(path: Path) -> Result:
-    """Takes a page apart, and exits with all that it lacks."""
+    """Parses a page; exits with a list of the parts that it lacks."""
     text = path.read_text(encoding="utf-8")
     name = re.fullmatch(r"(.+)_(.+)_(\d{4}-\d\d-\d\d)", path.stem)
     command = re.search(r"^Command\b[^:`]*: `([^`]+)`", text, re.M)
     tables = tuple(match.group().rstrip() for match in re.finditer(r"(?:^\|.*\n)+", text, re.M))
-    found = {"a name WHAT_HARDWARE_DATE.md": name, "a line 'Command: `...`'": command, "a table": tables}
-    missing = [what for what, there in found.items() if not there]
+    required = {"a name WHAT_HARDWARE_DATE.md": name, "a line 'Command: `...`'": command, "a table": tables}
+    missing = [subject for subject, there in required.items() if not there]
     if name is None or command is None or missing:
         sys.exit(f"{path.relative_to(ROOT)} lacks {', '.join(missing)}")
-    what, machine, date = name.groups()
+    subject, machine, date = name.groups()
     # The line before the versions names the machine; the load that it was under is a detail of the page.
     hardware = re.search(r"^(.+?)(?:; load average.*)?\.?\nPython \d", text, re.M)
-    kind = max((known for known in SECTIONS if what == known or what.startswith(f"{known}-")), key=len, default=what)
+    kinds = (known for known in SECTIONS if subject == known or subject.startswith(f"{known}-"))
+    kind = max(kinds, key=len, default=subject)
     shown = tables[: HEADLINES.get(kind, 1)]
-    return Result(path, kind, what, machine, date, hardware.group(1) if hardware else machine, command.group(1), shown)
+    described = hardware.group(1) if hardware else machine
+    return Result(path, kind, subject, machine, date, described, command.group(1), shown)
 
 
 def overview(results: list[Result]) -> str:
     lines = ["| measured | hardware | date |", "|---|---|---|"]
-    lines += [f"| [{result.what}]({result.link}) | {result.hardware} | {result.date} |" for result in results]
+    lines += [f"| [{result.subject}]({result.link}) | {result.hardware} | {result.date} |" for result in results]
     return "\n".join(lines)
 
 
 def section(result: Result) -> str:
     return "\n\n".join(
         [
-            f"### {result.what.removeprefix(f'{result.kind}-')} on {result.machine}, {result.date}",
+            f"### {result.subject.removeprefix(f'{result.kind}-')} on {result.machine}, {result.date}",
             f"{result.hardware}. [All of the page]({result.link}).",
             f"```bash\n{result.command}\n```",
             *result.tables,
@@ -97,7 +99,7 @@ def section(result: Result) -> str:
 
 def page(results: list[Result]) -> str:
     order = {kind: number for number, kind in enumerate(SECTIONS)}
-    results = sorted(results, key=lambda result: (result.what, result.machine))
+    results = sorted(results, key=lambda result: (result.subject, result.machine))
     results.sort(key=lambda result: result.date, reverse=True)
     results.sort(key=lambda result: (order.get(result.kind, len(order)), result.kind))
     parts, kind = [HEAD.rstrip(), overview(results)], None
@@ -111,7 +113,7 @@ def page(results: list[Result]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Gathers the headline tables of benchmarks/results into a page.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
     options = parser.parse_args()
     text = page([read(path) for path in sorted(RESULTS.glob("*.md"))])
     if not options.check:

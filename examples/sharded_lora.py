@@ -1,14 +1,14 @@
-"""QLoRA on a sharded model: 4-bit weights cut over two ranks, PEFT's adapters on top, a few steps of training.
+"""QLoRA on a sharded model: 4-bit weights partitioned over two ranks, PEFT's adapters, a few steps of training.
 
     torchrun --standalone --nproc-per-node 2 examples/sharded_lora.py [MODEL] [STEPS]
 
-Every rank sees the same batches and holds the adapters of its own part: of a column-parallel projection `lora_A` whole
-and its outputs of `lora_B`, of a row-parallel one its inputs of `lora_A` and `lora_B` whole. Gradients of what every
-rank holds whole are summed by distquant, so an ordinary optimizer keeps the copies equal.
+Every rank sees the same batches and holds the adapters of its own part. Of a column-parallel projection `lora_A` is
+replicated and `lora_B` partitioned by outputs; of a row-parallel one `lora_A` is partitioned by inputs and `lora_B`
+replicated. distquant sums the gradients of replicated adapters, so an ordinary optimizer keeps the copies equal.
 
-Three things to keep to:
+Three rules:
 - the same seed and the same data on all ranks (a sharded model is one model);
-- `lora_dropout=0`: each rank would drop other elements;
+- `lora_dropout=0`: each rank would drop different elements;
 - no adapters on `embed_tokens`, and none on `k_proj` and `v_proj` where kv heads are repeated (distquant refuses both).
 """
 

@@ -4,8 +4,8 @@
     RAY_ADDRESS=auto python launchers/ray_job.py MODEL --mesh tp=8      joins the cluster that runs here
     ray job submit --working-dir . -- python launchers/ray_job.py MODEL --mesh tp=8
 
-Workers ask for one CPU each, and for one GPU each where the cluster has any. MODEL must be readable at the same path
-on every node. `ray job submit` needs `pip install "ray[default]"`.
+Workers ask for one CPU each, and for one GPU each if the cluster has any. MODEL must be readable at the same path on
+every node. `ray job submit` needs `pip install "ray[default]"`.
 """
 
 from __future__ import annotations

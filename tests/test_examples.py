@@ -85,4 +85,4 @@ def test_without_the_package_its_name_is_unknown(kjv_tiny):
         [sys.executable, "-m", "distquant", "plan", kjv_tiny, "--quant", "int8-g32"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "'int8-g32' is no known quantization" in done.stderr
+    assert "unknown quantization 'int8-g32'" in done.stderr

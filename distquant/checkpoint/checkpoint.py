@@ -1,4 +1,4 @@
-"""A checkpoint folder: its config and every tensor's place, known from headers alone and checked as a whole."""
+"""A checkpoint folder: its config and every tensor's place, read from headers alone and checked together."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Checkpoint:
     """A checkpoint that passed every check its headers allow.
 
     Attributes:
-        path: its folder, or its one file (GGUF).
-        config: parsed config.json; of a GGUF file that it is one.
-        tensors: by name, in the order of files and offsets.
-        shards: in the order of their names.
-        types: GGML type of each tensor of a GGUF file.
-        architecture: of a GGUF file.
+        path: the folder, or the one GGUF file.
+        config: the parsed config.json. For a GGUF file it only names the method and the file.
+        tensors: headers of all tensors by name, in the order of files and offsets.
+        shards: headers of all files, in the order of their names.
+        types: GGML type of each tensor of a GGUF file; empty for safetensors.
+        architecture: `general.architecture` of a GGUF file.
     """
 
     path: Path
@@ -51,20 +51,16 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Where its files lie."""
+        """The folder that holds its files."""
         return self.path.parent if self.types else self.path
 
     @cached_property
     def total_bytes(self) -> int:
-        """Bytes of all tensors, headers left out."""
+        """Bytes of all tensors, without the headers."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def file_path(self, name: str) -> Path:
-        """Where the file `name` (a `TensorInfo.file` or `ShardHeader.name`) lies."""
-        return self.folder / name
-
     def digests(self) -> dict[str, tuple[str, int]]:
-        """File name to (SHA-256 of its header, file size in bytes); equal on two machines iff the headers are."""
+        """File name -> (SHA-256 of its header, file size in bytes): equal on two machines if the headers are."""
         return {shard.name: (shard.digest, shard.size) for shard in self.shards}
 
 
@@ -75,11 +71,11 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
         model: a folder, a `.gguf` file, or a Hugging Face id ("org/name"), which is looked up in the local cache only.
         revision: branch, tag or commit of an id.
 
-    As in transformers, `model.safetensors` wins over an index beside it.
+    As in transformers, `model.safetensors` takes precedence over an index beside it.
 
     Raises:
-        CheckpointError: with every problem of every file.
-        InputError: for a revision that cannot be.
+        CheckpointError: lists every problem of every file.
+        InputError: the revision is invalid.
     """
     folder, damaged = locate(model, revision)
     faults = Faults(damaged)
@@ -87,7 +83,7 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
         return _open_gguf(folder, faults)
     config = _read_config(folder, faults)
     if os.path.lexists(folder / QUANTO_MAP_NAME) and "quantization_config" not in config:
-        config["quantization_config"] = _of_quanto_map(folder, faults)
+        config["quantization_config"] = _config_of_quanto_map(folder, faults)
     if os.path.lexists(folder / SINGLE_NAME):
         shards, _ = _read_shards(folder, [SINGLE_NAME], faults)
         tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
@@ -97,13 +93,13 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
         tensors = merge(weight_map, shards, unreadable, faults)
     else:
         shards, tensors = [], {}
-        _tell_what_is_there(folder, faults)
+        _add_no_checkpoint(folder, faults)
     faults.raise_if_any()
     return Checkpoint(folder, config, tensors, tuple(shards))
 
 
 def _open_gguf(path: Path, faults: Faults) -> Checkpoint:
-    """A checkpoint that is one GGUF file; its configuration is read from it when the model is built."""
+    """Opens a single GGUF file; its configuration is read when the model is built."""
     header = parse_gguf(path, path.name, faults)
     faults.raise_if_any()
     assert header is not None
@@ -116,49 +112,51 @@ def _read_config(folder: Path, faults: Faults, name: str = CONFIG_NAME) -> dict[
     try:
         config = json.loads(read_file(folder / name, CONFIG_BYTES))
     except FileNotFoundError:
-        what = f"is missing in {folder}"
-        faults.add(HeaderFault.CONFIG_MISSING, name, what, fix=f"Put the model's {name} there")
+        reason = f"is missing in {folder}"
+        faults.add(HeaderFault.CONFIG_MISSING, name, reason, fix=f"Put the model's {name} there")
     except OSError as error:
-        what = f"cannot be read ({error.strerror or error})"
-        faults.add(HeaderFault.UNREADABLE, name, what, fix=f"Put the model's {name} there, readable")
+        reason = f"cannot be read ({error.strerror or error})"
+        faults.add(HeaderFault.UNREADABLE, name, reason, fix=f"Put the model's {name} there, readable")
     except (ValueError, RecursionError) as error:
         faults.add(HeaderFault.CONFIG_NOT_JSON, name, f"is not JSON ({error})")
     else:
         if isinstance(config, dict):
             return config
-        faults.add(HeaderFault.CONFIG_NOT_JSON, name, f"is {shown(config)}, and must be a JSON object")
+        faults.add(HeaderFault.CONFIG_NOT_JSON, name, f"is {shown(config)}, not a JSON object")
     return {}
 
 
-def _of_quanto_map(folder: Path, faults: Faults) -> dict[str, Any]:
-    """optimum-quanto says beside config.json what is quantized: module -> {"weights": "qint8", "activations": "none"}.
+def _config_of_quanto_map(folder: Path, faults: Faults) -> dict[str, Any]:
+    """Converts optimum-quanto's map of quantized modules into a `quantization_config`.
 
-    Written by its `QuantizedModelForCausalLM` (0.2.7, `models/transformers_models.py`). Kinds that differ from module
-    to module are joined, and so refused as a value that no configuration allows.
+    The map is a file beside config.json: module -> {"weights": "qint8", "activations": "none"}. It is written by
+    `QuantizedModelForCausalLM` (0.2.7, `models/transformers_models.py`).
     """
-    found = _read_config(folder, faults, QUANTO_MAP_NAME)
-    entries = [entry for entry in found.values() if isinstance(entry, dict)]
-    if len(entries) < len(found):
-        faults.add(HeaderFault.CONFIG_NOT_JSON, QUANTO_MAP_NAME, "has entries that are no JSON objects")
+    entries_by_module = _read_config(folder, faults, QUANTO_MAP_NAME)
+    entries = [entry for entry in entries_by_module.values() if isinstance(entry, dict)]
+    if len(entries) < len(entries_by_module):
+        faults.add(HeaderFault.CONFIG_NOT_JSON, QUANTO_MAP_NAME, "has entries that are not JSON objects")
     weights = sorted({str(entry.get("weights")).removeprefix("q") for entry in entries})
     activations = sorted({str(entry.get("activations")).removeprefix("q") for entry in entries} - {"none", "None"})
     names = {"float8_e4m3fn": "float8"}
+    # Precisions that differ between modules are joined by commas: no configuration allows such a value, so that the
+    # check of its fields rejects it and names them all.
     return {
         "quant_method": "quanto",
         "weights": ", ".join(names.get(kind, kind) for kind in weights),
         "activations": ", ".join(names.get(kind, kind) for kind in activations) or None,
         "modules_to_not_convert": [],
-        "include_modules": sorted(found),
+        "include_modules": sorted(entries_by_module),
     }
 
 
 def _read_shards(folder: Path, names: list[str], faults: Faults) -> tuple[list[ShardHeader], set[str]]:
-    """The headers that could be read, and the names of files whose tensors are not, or not all, known."""
+    """Reads the headers; also returns the names of the files whose tensors are not all known."""
     shards: list[ShardHeader] = []
     unreadable: set[str] = set()
     for name in names:
         path = folder / name
-        if not os.path.exists(path):  # unlike Path.exists, no exception for a name too long for the system
+        if not os.path.exists(path):  # unlike Path.exists, this raises nothing for a name too long for the system
             link = f", a link to {os.readlink(path)} which does not exist" if os.path.islink(path) else ""
             faults.add(HeaderFault.SHARD_MISSING, name, f"is missing in {folder}{link}")
             unreadable.add(name)
@@ -173,17 +171,18 @@ def _read_shards(folder: Path, names: list[str], faults: Faults) -> tuple[list[S
     return shards, unreadable
 
 
-def _tell_what_is_there(folder: Path, faults: Faults) -> None:
+def _add_no_checkpoint(folder: Path, faults: Faults) -> None:
+    """Adds the fault of a folder without safetensors, with advice that fits the files in it."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        what = f"cannot be listed ({error.strerror or error})"
-        faults.add(HeaderFault.UNREADABLE, str(folder), what, fix="Check the folder's permissions")
+        reason = f"cannot be listed ({error.strerror or error})"
+        faults.add(HeaderFault.UNREADABLE, str(folder), reason, fix="Check the folder's permissions")
         return
     fix = next(
         (fix for end, fix in _OTHER_FORMATS.items() if any(name.endswith(end) for name in names)),
         "Give the folder that save_pretrained() or `hf download` wrote",
     )
     there = shown(names) if names else "an empty folder"
-    what = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}; found: {there}"
-    faults.add(HeaderFault.NO_CHECKPOINT, str(folder), what, fix=fix)
+    reason = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}; found: {there}"
+    faults.add(HeaderFault.NO_CHECKPOINT, str(folder), reason, fix=fix)

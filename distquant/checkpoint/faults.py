@@ -1,7 +1,7 @@
-"""Everything that can be wrong with a checkpoint: a closed set, so that tests and callers match members, not prose.
+"""Faults of a checkpoint: a closed set, so that tests and callers match members and not prose.
 
-The header members refine `SafeTensorError` of safetensors 0.8 (`tensor.rs`), whose `MetadataIncompleteBuffer`, say, is
-here told apart as a hole, a cut-off file, or bytes too many.
+The members for headers refine `SafeTensorError` of safetensors 0.8 (`tensor.rs`). Its `MetadataIncompleteBuffer`, for
+example, is one of three here: a hole, a truncated file, or trailing bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from enum import Enum
 
 from distquant.errors import InputError, Problem
 
-TOLD_PER_KIND = 20  # problems told of one kind in one file; the rest are counted in a last line
+LISTED_PER_KIND = 20  # problems of one kind listed for one file; the rest are counted in a last line
 NAME_SHOWN = 250  # characters of a name in a message; no file system has longer file names
 
 _repr = reprlib.Repr()
@@ -23,20 +23,20 @@ _repr.maxlist = _repr.maxtuple = 12
 
 
 def shown(value: object) -> str:
-    """`repr`, bounded, because a hostile file chooses the value."""
+    """Returns a bounded `repr`, because a hostile file chooses the value."""
     return _repr.repr(value)
 
 
 class HeaderFault(str, Enum):
-    """What is wrong with a file of a checkpoint."""
+    """Kinds of faults in the files of a checkpoint."""
 
     # one safetensors file
-    UNREADABLE = "unreadable"  # the operating system refuses, or it is no regular file
+    UNREADABLE = "unreadable"  # the operating system refuses, or it is not a regular file
     TOO_SHORT = "too_short"  # fewer than the 8 bytes of the header length
     HEADER_OVER_CAP = "header_over_cap"  # longer than the 100 MB that safetensors reads
     HEADER_TOO_LONG_FOR_FILE = "header_too_long_for_file"
     NOT_UTF8 = "not_utf8"
-    NOT_JSON = "not_json"  # or JSON that is no object starting at the first byte
+    NOT_JSON = "not_json"  # or not an object that starts at the first byte
     DUPLICATE_KEY = "duplicate_key"
     BAD_ENTRY = "bad_entry"  # wrong types, missing or unknown fields
     UNKNOWN_DTYPE = "unknown_dtype"
@@ -69,7 +69,7 @@ class Fault(Problem):
 
     Attributes:
         fault: the kind.
-        file: name of the file (or the folder) that it sits in.
+        file: name of the file (or the folder) that has it.
     """
 
     fault: HeaderFault
@@ -86,41 +86,42 @@ class CheckpointError(InputError):
         self.faults: tuple[HeaderFault, ...] = tuple(problem.fault for problem in self.problems)
 
     @classmethod
-    def one(cls, where: str, what: str, fix: str, fault: HeaderFault) -> CheckpointError:  # type: ignore[override]
+    def one(cls, where: str, reason: str, fix: str, fault: HeaderFault) -> CheckpointError:  # type: ignore[override]
         """The error with a single problem."""
-        return cls([Fault(where, what, fix, fault, where)])
+        return cls([Fault(where, reason, fix, fault, where)])
 
 
 class Faults:
-    """Collects faults, at most `TOLD_PER_KIND` of one kind in one file, so that 90,000 lines become 20 and a count.
+    """Collects faults: at most `LISTED_PER_KIND` of one kind in one file, so that 90,000 lines become 20 and a count.
 
-    `damaged` is what to do about a file whose bytes cannot be right; only the opener knows where the file came from.
+    Attributes:
+        damaged: advice for a file whose bytes are wrong. The opener gives it, because only it knows the file's origin.
     """
 
     def __init__(self, damaged: str) -> None:
         self.damaged = damaged
-        self._told: list[Fault] = []
-        self._seen: Counter[tuple[HeaderFault, str]] = Counter()
+        self._listed: list[Fault] = []
+        self._counts: Counter[tuple[HeaderFault, str]] = Counter()
 
-    def add(self, fault: HeaderFault, file: str, what: str, *, tensor: str | None = None, fix: str = "") -> None:
-        self._seen[fault, file] += 1
-        if self._seen[fault, file] <= TOLD_PER_KIND:
+    def add(self, fault: HeaderFault, file: str, reason: str, *, tensor: str | None = None, fix: str = "") -> None:
+        self._counts[fault, file] += 1
+        if self._counts[fault, file] <= LISTED_PER_KIND:
             where = file[:NAME_SHOWN] if tensor is None else f"{file[:NAME_SHOWN]}: tensor {shown(tensor)}"
-            self._told.append(Fault(where, what, fix or self.damaged, fault, file))
+            self._listed.append(Fault(where, reason, fix or self.damaged, fault, file))
 
     def __bool__(self) -> bool:
-        return bool(self._told)
+        return bool(self._listed)
 
     def __iter__(self) -> Iterator[Fault]:
-        yield from self._told
-        for (fault, file), count in self._seen.items():
-            if count > TOLD_PER_KIND:
-                yield Fault(file, f"{count - TOLD_PER_KIND} more problems ({fault.value})", self.damaged, fault, file)
+        yield from self._listed
+        for (fault, file), count in self._counts.items():
+            if count > LISTED_PER_KIND:
+                yield Fault(file, f"{count - LISTED_PER_KIND} more problems ({fault.value})", self.damaged, fault, file)
 
     def extend(self, other: Faults) -> None:
-        """Takes over what was found in a file of its own."""
-        self._told += other._told
-        self._seen += other._seen
+        """Adds the faults that were collected separately for one file."""
+        self._listed += other._listed
+        self._counts += other._counts
 
     def raise_if_any(self) -> None:
         """Raises `CheckpointError` with everything collected so far, if there is anything."""

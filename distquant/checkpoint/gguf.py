@@ -1,11 +1,10 @@
-"""The header of a GGUF file: counts, key-value pairs, and where each tensor lies.
+"""The header of a GGUF file: counts, key-value pairs, and the place of each tensor.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian). The package `gguf`
-(0.19, `gguf_reader.py`) trusts counts and lengths; here each is held against the bytes that are left, so that a hostile
-or truncated file ends in one error, and the weights behind the header are never touched.
+(0.19, `gguf_reader.py`) trusts counts and lengths. Here each is compared with the bytes that are left, so that a
+hostile or truncated file ends in one error. The weights behind the header are never read.
 
-A quantized tensor is described as the rows of bytes that it is stored in (`U8 [rows, bytes of a row]`), with its type
-beside it.
+A quantized tensor is described as the rows of bytes that store it (`U8 [rows, bytes of a row]`), and by its type.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ OTHER_TYPES = {
     19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
     28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
-"""Types that exist and are not read here."""
+"""Types that exist and are not supported here."""
 
 BLOCKS: dict[str, tuple[int, int]] = {name: (elements, nbytes) for name, elements, nbytes in TYPES.values()}
 """Type name -> (elements of a block, bytes of a block)."""
@@ -46,26 +45,26 @@ BLOCKS: dict[str, tuple[int, int]] = {name: (elements, nbytes) for name, element
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _KEPT = {"general.architecture": str, "general.alignment": int, "split.count": int}
-"""The only values that are looked at here, with their types."""
+"""The only values that are used here, with their types."""
 
 
 class _Short(Exception):
-    """The header does not end within the bytes that were read."""
+    """Raised if the header does not end within the bytes that were read."""
 
 
 class _Bad(Exception):
-    """The header makes no sense."""
+    """Raised if the header is invalid."""
 
-    def __init__(self, fault: HeaderFault, what: str, tensor: str | None = None):
-        self.fault, self.what, self.tensor = fault, what, tensor
+    def __init__(self, fault: HeaderFault, reason: str, tensor: str | None = None):
+        self.fault, self.reason, self.tensor = fault, reason, tensor
 
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a GGUF file says about itself.
+    """The contents of a GGUF file's header.
 
     Attributes:
-        shard: as of any other checkpoint file; the digest is that of all bytes before the tensors.
+        shard: the header as that of any other checkpoint file; the digest is of all bytes before the tensors.
         types: name of the GGML type of each tensor.
         architecture: `general.architecture`.
     """
@@ -79,45 +78,45 @@ class _Cursor:
     """Reads the header's fields one after the other."""
 
     def __init__(self, data: bytes, size: int):
-        self.data, self.size, self.at = data, size, 0
+        self.data, self.size, self.position = data, size, 0
 
     def take(self, count: int) -> bytes:
-        end = self.at + count
+        end = self.position + count
         if end > self.size:
-            what = f"at byte {self.at} its header asks for {count} bytes, and the file ends at {self.size}"
-            raise _Bad(HeaderFault.HEADER_TOO_LONG_FOR_FILE, what)
+            reason = f"at byte {self.position} its header asks for {count} bytes, and the file ends at {self.size}"
+            raise _Bad(HeaderFault.HEADER_TOO_LONG_FOR_FILE, reason)
         if end > len(self.data):
             raise _Short
-        found = self.data[self.at : end]
-        self.at = end
-        return found
+        taken = self.data[self.position : end]
+        self.position = end
+        return taken
 
     def number(self, kind: str) -> Any:
         return struct.unpack("<" + kind, self.take(struct.calcsize("<" + kind)))[0]
 
-    def text(self, what: str) -> str:
+    def text(self, label: str) -> str:
         raw = self.take(self.number("Q"))
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            raise _Bad(HeaderFault.NOT_UTF8, f"{what} at byte {self.at - len(raw)} is not UTF-8") from error
+            raise _Bad(HeaderFault.NOT_UTF8, f"{label} at byte {self.position - len(raw)} is not UTF-8") from error
 
-    def count(self, what: str, least: int) -> int:
-        """A count of things that take at least so many bytes each."""
-        found = int(self.number("Q"))
-        if found * least > self.size - self.at:
-            where = f"at byte {self.at - 8} it counts {found} {what}"
-            raise _Bad(HeaderFault.HEADER_TOO_LONG_FOR_FILE, f"{where}, more than the file has room for")
-        return found
+    def count(self, label: str, least: int) -> int:
+        """Reads a count of things that take at least `least` bytes each."""
+        number = int(self.number("Q"))
+        if number * least > self.size - self.position:  # before anything of that size is allocated
+            reason = f"at byte {self.position - 8} it counts {number} {label}, more than the file has room for"
+            raise _Bad(HeaderFault.HEADER_TOO_LONG_FOR_FILE, reason)
+        return number
 
     def value(self, kind: int, nested: bool = False) -> Any:
-        """A value; of an array only how long it is."""
+        """Reads a value; an array is skipped, and None is returned."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind == _STRING:
             return self.text("a value")
         if kind != _ARRAY or nested:
-            raise _Bad(HeaderFault.BAD_ENTRY, f"at byte {self.at} a value is of the unknown type {kind}")
+            raise _Bad(HeaderFault.BAD_ENTRY, f"at byte {self.position} a value is of the unknown type {kind}")
         inner = self.number("I")
         if inner in _SCALARS:
             each = struct.calcsize("<" + _SCALARS[inner])
@@ -129,7 +128,7 @@ class _Cursor:
 
 
 def parse_gguf(path: str | os.PathLike[str], name: str, faults: Faults) -> GgufHeader | None:
-    """Reads and checks a file's header; adds what is wrong to `faults` and then returns None."""
+    """Reads and checks a file's header; returns None after adding a problem to `faults`."""
     try:
         with os.fdopen(open_file(path), "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -140,16 +139,18 @@ def parse_gguf(path: str | os.PathLike[str], name: str, faults: Faults) -> GgufH
                 try:
                     return _header(data, size, name)
                 except _Short:
+                    # The format does not give the header's length. Reading four times as much again from the start
+                    # costs at most a third more than the last read, and the parser needs no state.
                     if wanted >= MAX_HEADER_BYTES:
-                        what = f"its header is longer than {MAX_HEADER_BYTES} bytes"
-                        faults.add(HeaderFault.HEADER_OVER_CAP, name, what)
+                        reason = f"its header is longer than {MAX_HEADER_BYTES} bytes"
+                        faults.add(HeaderFault.HEADER_OVER_CAP, name, reason)
                         return None
                     wanted *= 4
     except OSError as error:
         faults.add(HeaderFault.UNREADABLE, name, f"cannot be read ({error.strerror or error})", fix="Check the path")
     except _Bad as bad:
-        fix = "Use a file of the types that are read" if bad.fault is HeaderFault.UNKNOWN_DTYPE else ""
-        faults.add(bad.fault, name, bad.what, tensor=bad.tensor, fix=fix)
+        fix = "Use a file with supported types" if bad.fault is HeaderFault.UNKNOWN_DTYPE else ""
+        faults.add(bad.fault, name, bad.reason, tensor=bad.tensor, fix=fix)
     return None
 
 
@@ -163,29 +164,29 @@ def _read(file: Any, count: int) -> bytes:
 def _header(data: bytes, size: int, name: str) -> GgufHeader:
     cursor = _Cursor(data, size)
     if size < 4 or cursor.take(4) != MAGIC:
-        raise _Bad(HeaderFault.BAD_ENTRY, f"starts with {shown(data[:4])} where {MAGIC!r} must stand")
+        raise _Bad(HeaderFault.BAD_ENTRY, f"starts with {shown(data[:4])}, not with {MAGIC!r}")
     version = cursor.number("I")
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
-        what = "is big-endian" if swapped else f"is GGUF of version {version}"
-        raise _Bad(HeaderFault.BAD_ENTRY, f"{what}; little-endian files of versions 2 and 3 are read")
+        reason = "is big-endian" if swapped else f"is GGUF of version {version}"
+        raise _Bad(HeaderFault.BAD_ENTRY, f"{reason}; little-endian files of versions 2 and 3 are read")
     tensors, pairs = cursor.count("tensors", 24), cursor.count("key-value pairs", 13)
     values = _values(cursor, pairs)
     entries = [_entry(cursor) for _ in range(tensors)]
     alignment = values.get("general.alignment", 32)
     if alignment <= 0 or alignment & (alignment - 1):
-        raise _Bad(HeaderFault.BAD_ENTRY, f"general.alignment is {alignment}, and must be a power of two")
-    start = -(-cursor.at // alignment) * alignment
+        raise _Bad(HeaderFault.BAD_ENTRY, f"general.alignment is {alignment}, not a power of two")
+    start = -(-cursor.position // alignment) * alignment
     infos, types = _placed(entries, start, alignment, size, name)
-    digest = hashlib.sha256(data[: cursor.at]).hexdigest()
+    digest = hashlib.sha256(data[: cursor.position]).hexdigest()
     shard = ShardHeader(name=name, size=size, digest=digest, tensors=infos, metadata={})
     return GgufHeader(shard, types, values["general.architecture"])
 
 
 def _values(cursor: _Cursor, count: int) -> dict[str, Any]:
-    """The values that matter here; all others are only walked over."""
+    """Reads the values of `_KEPT`; all others are skipped."""
     seen: set[str] = set()
-    found: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
     for _ in range(count):
         key = cursor.text("a key")
         if key in seen:
@@ -194,22 +195,22 @@ def _values(cursor: _Cursor, count: int) -> dict[str, Any]:
         value = cursor.value(cursor.number("I"))
         if key in _KEPT:
             if type(value) is not _KEPT[key]:
-                raise _Bad(HeaderFault.BAD_ENTRY, f"{key} is {shown(value)}, and must be {_KEPT[key].__name__}")
-            found[key] = value
-    if "general.architecture" not in found:
+                raise _Bad(HeaderFault.BAD_ENTRY, f"{key} is {shown(value)}, not {_KEPT[key].__name__}")
+            kept[key] = value
+    if "general.architecture" not in kept:
         raise _Bad(HeaderFault.BAD_ENTRY, "general.architecture is missing")
-    if found.get("split.count", 1) > 1:
-        what = f"is one of {found['split.count']} files of a split model"
-        raise _Bad(HeaderFault.BAD_ENTRY, f"{what}; join them with llama.cpp's gguf-split --merge")
-    return found
+    if kept.get("split.count", 1) > 1:
+        reason = f"is one of {kept['split.count']} files of a split model"
+        raise _Bad(HeaderFault.BAD_ENTRY, f"{reason}; join them with llama.cpp's gguf-split --merge")
+    return kept
 
 
 def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Name, dims (outermost first), number of the type, and offset of one tensor."""
+    """Reads name, dims (outermost first), number of the type, and offset of one tensor."""
     name = cursor.text("a tensor's name")
     dims = cursor.number("I")
     if not 1 <= dims <= MAX_DIMS:
-        raise _Bad(HeaderFault.BAD_ENTRY, f"has {dims} dims, and may have 1 to {MAX_DIMS}", name)
+        raise _Bad(HeaderFault.BAD_ENTRY, f"has {dims} dims, not 1 to {MAX_DIMS}", name)
     shape = tuple(cursor.number("Q") for _ in range(dims))[::-1]
     return name, shape, cursor.number("I"), cursor.number("Q")
 
@@ -217,30 +218,32 @@ def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 def _placed(
     entries: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int, size: int, file: str
 ) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
-    """Every tensor's place in the file, by rising offset, and its type."""
+    """Returns every tensor's place in the file, by rising offset, and its type."""
     infos: dict[str, TensorInfo] = {}
     types: dict[str, str] = {}
     for name, shape, number, offset in entries:
         if name in infos:
             raise _Bad(HeaderFault.DUPLICATE_KEY, "is described twice", name)
         if number not in TYPES:
-            what = f"is of type {OTHER_TYPES.get(number, number)}, and only {', '.join(BLOCKS)} are read"
-            raise _Bad(HeaderFault.UNKNOWN_DTYPE, what, name)
+            reason = f"unsupported type {OTHER_TYPES.get(number, number)}; supported are {', '.join(BLOCKS)}"
+            raise _Bad(HeaderFault.UNKNOWN_DTYPE, reason, name)
         kind, block, nbytes = TYPES[number]
         count = 1
         for dim in shape:
             count *= dim
             if not 0 < count <= MAX_U64:
-                raise _Bad(HeaderFault.OVERFLOW, f"shape {list(shape)} has no elements, or more than {MAX_U64}", name)
+                raise _Bad(HeaderFault.OVERFLOW, f"shape {list(shape)} has 0 elements, or more than {MAX_U64}", name)
         if shape[-1] % block:
-            what = f"rows of {shape[-1]} elements are no multiple of {kind}'s blocks of {block}"
-            raise _Bad(HeaderFault.SIZE_MISMATCH, what, name)
+            reason = f"rows of {shape[-1]} elements are not a multiple of {kind}'s blocks of {block}"
+            raise _Bad(HeaderFault.SIZE_MISMATCH, reason, name)
         total = count // block * nbytes
         if offset % alignment:
-            raise _Bad(HeaderFault.OUT_OF_RANGE, f"offset {offset} is no multiple of the alignment {alignment}", name)
+            raise _Bad(
+                HeaderFault.OUT_OF_RANGE, f"offset {offset} is not a multiple of the alignment {alignment}", name
+            )
         if start + offset + total > size:
-            what = f"ends at byte {start + offset + total}, and the file is only {size} bytes long"
-            raise _Bad(HeaderFault.TRUNCATED, what, name)
+            reason = f"ends at byte {start + offset + total}, and the file is only {size} bytes long"
+            raise _Bad(HeaderFault.TRUNCATED, reason, name)
         types[name] = kind
         stored = shape if block == 1 else (*shape[:-1], shape[-1] // block * nbytes)
         dtype = kind if block == 1 else "U8"
@@ -248,6 +251,6 @@ def _placed(
     placed = sorted(infos.values(), key=lambda info: info.offset)
     for before, after in pairwise(placed):
         if before.offset + before.nbytes > after.offset:
-            what = f"starts at byte {after.offset}, before {shown(before.name)} ends"
-            raise _Bad(HeaderFault.OVERLAP, what, after.name)
+            reason = f"starts at byte {after.offset}, before {shown(before.name)} ends"
+            raise _Bad(HeaderFault.OVERLAP, reason, after.name)
     return tuple(placed), types

@@ -1,9 +1,8 @@
-"""From what the user wrote to a folder: a path, or a Hugging Face id looked up in the local cache and nowhere else.
+"""The folder of a checkpoint, from a path or from a Hugging Face id, which is looked up in the local cache only.
 
 The cache's layout (`models--ORG--NAME/{refs,snapshots}`) is documented at
-https://huggingface.co/docs/huggingface_hub/guides/manage-cache. It is read here directly, because `snapshot_download`
-with `local_files_only=True` refuses (since 2.x) a snapshot that lacks any file of the repository, weights in another
-format included.
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache. It is read here directly: since 2.x,
+`snapshot_download(local_files_only=True)` rejects a snapshot that lacks any file, even weights in another format.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ _REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def locate(model: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
-    """The checkpoint's folder (or `.gguf` file), and what to do about a damaged file in it.
+    """Returns the checkpoint's folder (or `.gguf` file), and the advice for a damaged file in it.
 
     Raises:
-        CheckpointError: NO_CHECKPOINT where there is nothing of that name, NOT_IN_CACHE for an id not downloaded yet.
-        InputError: a revision that cannot be, or that was given for a folder.
+        CheckpointError: NO_CHECKPOINT if nothing has that name, NOT_IN_CACHE for an id not downloaded yet.
+        InputError: the revision is invalid, or was given for a folder.
     """
     name = os.fspath(model)
     path = os.path.expanduser(name)
@@ -41,11 +40,11 @@ def locate(model: str | os.PathLike[str], revision: str | None) -> tuple[Path, s
         return Path(path), "The file is damaged or was not fully written: download or copy it again"
     if os.path.exists(path):
         fix = "Give the folder that holds the safetensors files and config.json"
-        raise CheckpointError.one(name, "is a file, and a checkpoint is a folder", fix, HeaderFault.NO_CHECKPOINT)
+        raise CheckpointError.one(name, "is a file, not a folder", fix, HeaderFault.NO_CHECKPOINT)
     if not isinstance(model, str) or not _REPO_ID.fullmatch(name) or ".." in name or "--" in name:
         fix = "Give an existing folder, or a Hugging Face id such as org/name"
-        what = "no folder has this path, and it is no Hugging Face id"
-        raise CheckpointError.one(name, what, fix, HeaderFault.NO_CHECKPOINT)
+        reason = "no folder has this path, and it is not a Hugging Face id"
+        raise CheckpointError.one(name, reason, fix, HeaderFault.NO_CHECKPOINT)
     return _from_cache(name, revision)
 
 
@@ -53,7 +52,7 @@ def _from_cache(model: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import constants
 
     if revision is not None and not is_inside(revision):
-        raise InputError.one("revision", f"{revision!r} is no branch, tag or commit", "Give one, such as 'main'")
+        raise InputError.one("revision", f"{revision!r} is not a branch, tag or commit", "Give one, such as 'main'")
     wanted = revision or constants.DEFAULT_REVISION
     cache = Path(constants.HF_HUB_CACHE)
     repo = cache / f"models--{model.replace('/', '--')}"
@@ -61,12 +60,12 @@ def _from_cache(model: str, revision: str | None) -> tuple[Path, str]:
     try:
         commit = read_file(ref, REFERENCE_BYTES).decode().strip() if os.path.exists(ref) else wanted
     except (OSError, UnicodeDecodeError) as error:
-        what = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         fix = f"Remove it, and run `hf download {model}`"
-        raise CheckpointError.one(str(ref), what, fix, HeaderFault.NOT_IN_CACHE) from error
+        raise CheckpointError.one(str(ref), reason, fix, HeaderFault.NOT_IN_CACHE) from error
     folder = repo / "snapshots" / commit
     download = f"hf download {model}" + (f" --revision {revision}" if revision else "")
     if not is_inside(commit) or not folder.is_dir():
-        what = f"revision {wanted!r} is not in the Hugging Face cache {cache}, and there is no folder of this name"
-        raise CheckpointError.one(model, what, f"Run `{download}` first", HeaderFault.NOT_IN_CACHE)
+        reason = f"revision {wanted!r} is not in the Hugging Face cache {cache}, and there is no folder of this name"
+        raise CheckpointError.one(model, reason, f"Run `{download}` first", HeaderFault.NOT_IN_CACHE)
     return folder, f"Download it: `{download}` (with `--force-download` if the file is there)"

@@ -1,9 +1,10 @@
 """Quantization configurations under Hugging Face's names, and the pure logic of detecting and merging them."""
 
+from distquant.config.auto_round import AutoRoundConfig
 from distquant.config.base import QuantizationConfig
 from distquant.config.bitsandbytes import Bnb4bitConfig, Bnb8bitConfig
 from distquant.config.codebooks import AqlmConfig, HiggsConfig, SpqrConfig, VptqConfig
-from distquant.config.compressed_tensors import CompressedTensorsConfig, QuantizationArgs, QuantizationGroup
+from distquant.config.compressed_tensors import CompressedTensorsConfig
 from distquant.config.delegated import (
     BitnetConfig,
     EetqConfig,
@@ -16,10 +17,11 @@ from distquant.config.float4 import FouroversixConfig, FpQuantConfig, Nvfp4Confi
 from distquant.config.fp8 import FbgemmFp8Config, Fp8Config, Mxfp8Config
 from distquant.config.frozen import FrozenDict
 from distquant.config.gguf import GgufConfig
-from distquant.config.gptq import AutoRoundConfig, AwqConfig, GptqConfig
+from distquant.config.gptq import AwqConfig, GptqConfig
 from distquant.config.hqq import HqqConfig
 from distquant.config.mxfp4 import Mxfp4Config
 from distquant.config.none import NoneConfig
+from distquant.config.quantization_group import QuantizationArgs, QuantizationGroup
 from distquant.config.quanto import QuantoConfig
 from distquant.config.resolve import Merged, detect, merge, parse
 from distquant.config.selection import ModuleSelection

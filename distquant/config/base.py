@@ -1,7 +1,7 @@
 """The base of every quantization configuration: frozen fields under Hugging Face's names, read strictly.
 
 A method declares its fields with type hints and a few class variables; reading, writing, comparing and reporting are
-driven by those. Everything that is wrong with a configuration is told at once, in one `InputError`.
+driven by those. One `InputError` lists every problem of a configuration.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 EXTRAS = frozenset({"include_modules", "layers", "dequantize"})
-"""Fields that every method has here; `to_dict` leaves them out of what transformers reads, unless it writes them."""
+"""Fields that every method has here. `to_dict` writes them only on request, because transformers does not know them."""
 
 _BOOKKEEPING = frozenset({"quant_method", "transformers_version"})
 
 
 def default_of(field: Field[Any]) -> Any:
-    """The default value of a dataclass field, or `MISSING`."""
+    """Returns the default value of a dataclass field, or `MISSING`."""
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizationConfig:
-    """What one quantization method needs to know, checked at construction.
+    """The parameters of one quantization method, checked at construction.
 
     Raises:
-        InputError: at construction, with every problem of types, values and exclusive options.
+        InputError: at construction; lists every problem of types, values and exclusive options.
     """
 
     quant_method: ClassVar[str]
@@ -49,25 +49,25 @@ class QuantizationConfig:
     marker: ClassVar[str | None] = None
     """The key that, when true, chooses this class among those of one `quant_method`."""
     loading_attributes: ClassVar[frozenset[str]] = frozenset()
-    """Fields that touch no stored bit: the user may override them on a pre-quantized checkpoint."""
+    """Fields that change no stored bit: the user may override them on a pre-quantized checkpoint."""
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Groups of keys of which at most one may be true."""
     constants: ClassVar[Mapping[str, Any]] = {}
-    """Keys that Hugging Face writes and this method has no choice in: read only with these values, always written."""
+    """Keys of Hugging Face with one possible value here: always written, and an error if read with another value."""
     aliases: ClassVar[Mapping[str, str]] = {}
-    """Other spellings of keys, historical ones among them."""
+    """Other spellings of keys -> the field's name; some are historical."""
     echoes: ClassVar[Mapping[str, str]] = {}
     """Aliases that transformers writes beside the field itself."""
     unwritten: ClassVar[frozenset[str]] = EXTRAS
-    """Fields that transformers does not write, though it may read some; `to_dict(extras=True)` writes them if set."""
+    """Fields that transformers does not write, though it reads some; `to_dict(extras=True)` writes them if set."""
     sparse: ClassVar[frozenset[str]] = frozenset()
-    """Fields of other tools, written only where they are set."""
+    """Fields of other tools, written only if set."""
     history: ClassVar[frozenset[str]] = frozenset({"recorded"})
-    """Fields that tell how a checkpoint was made; at their defaults they ask nothing of one that is already made."""
+    """Fields that describe how a checkpoint was made; at their defaults they ask nothing of one that exists."""
     record_keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys of other tools and older versions that say nothing about what is stored: kept in `recorded`."""
+    """Keys of other tools and older versions that do not affect the stored weights: kept in `recorded`."""
     none_is_default: ClassVar[frozenset[str]] = frozenset()
-    """Fields for which None stands for the default."""
+    """Fields for which None means the default."""
     skip_field: ClassVar[str | None] = None
     """The field that lists the modules not to convert, under the method's own name."""
     short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -78,9 +78,9 @@ class QuantizationConfig:
     layers: str | None = None
     """Ranges of the only layers to quantize, such as `"2-5,7"` (distquant's own option)."""
     dequantize: bool = False
-    """Load what the checkpoint stores quantized as bfloat16."""
+    """Load the checkpoint's quantized weights as bfloat16."""
     recorded: Mapping[str, Any] = FrozenDict()
-    """What other tools noted, under their own keys; read and written, not used."""
+    """Notes of other tools, under their own keys; read and written, not used."""
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -94,53 +94,53 @@ class QuantizationConfig:
                 value = coerce(given, hints[field.name])
             except ValueError:
                 problems.add(where(field.name), f"{given!r} is not allowed", f"Give {describe(hints[field.name])}.")
-                value = default_of(field)  # so that the values of the other fields can still be checked
+                value = default_of(field)  # a valid value, so that the checks of the other fields can still run
                 checkable = checkable and value is not MISSING
             object.__setattr__(self, field.name, value)
         if checkable:
-            for name, value in self.settled().items():
+            for name, value in self.derived_fields().items():
                 object.__setattr__(self, name, value)
             problems.extend(self.problems())
         problems.raise_if_any()
 
     def problems(self) -> list[Problem]:
-        """Everything wrong with the values; empty for whatever could be constructed."""
+        """Returns all problems of the values; empty for every constructed object."""
         skip_name = where(self.skip_field) if self.skip_field else "skip"
-        found = self.selection.problems(skip_name, where("include_modules"))
-        return [*found, *self._value_problems()]
+        problems = self.selection.problems(skip_name, where("include_modules"))
+        return [*problems, *self._value_problems()]
 
-    def settled(self) -> Mapping[str, Any]:
-        """Fields whose values follow from those of others, all of the declared types."""
+    def derived_fields(self) -> Mapping[str, Any]:
+        """Returns the fields that follow from others, with values of the declared types."""
         return {}
 
     def _value_problems(self) -> Iterable[Problem]:
-        """A method's own checks; all fields have the declared types here."""
+        """Yields the problems of a method's own checks; all fields have the declared types here."""
         return ()
 
     @property
     def selection(self) -> ModuleSelection:
-        """Which modules this configuration converts, as far as it says."""
+        """The modules that this configuration converts, as far as it names them."""
         skip = getattr(self, self.skip_field) if self.skip_field else None
         return ModuleSelection(skip=skip, include=self.include_modules, layers=self.layers)
 
     def meaning(self, name: str) -> Any:
-        """What a field is compared by, where two configurations must agree: lists of patterns have no order."""
+        """Returns the value by which two configurations are compared in a field: lists of patterns are unordered."""
         value = getattr(self, name)
         unordered = name in (self.skip_field, "include_modules") and value is not None
         return frozenset(value) if unordered else value
 
     @classmethod
-    def adopt(cls, checkpoint: QuantizationConfig) -> Self | None:
-        """A checkpoint's configuration as one of this class, or None where this class cannot load it."""
+    def convert_from(cls, checkpoint: QuantizationConfig) -> Self | None:
+        """Converts a checkpoint's configuration into this class; returns None if this class cannot load it."""
         return checkpoint if type(checkpoint) is cls else None
 
     def vocabulary(self) -> tuple[Precision, ...]:
-        """The precisions of the weights in the words that all methods share; none where nothing is quantized."""
+        """Returns the precisions of the weights in terms that all methods share; empty if nothing is quantized."""
         return ()
 
     @classmethod
     def matches(cls, given: Mapping[str, Any]) -> bool:
-        """Whether a dict means this class; without a `quant_method` the marker alone decides."""
+        """Returns True if a dict is meant for this class; without a `quant_method` the marker alone decides."""
         method = plain(given.get("quant_method"))
         marked = cls.marker is not None and any(
             given.get(key) for key in (cls.marker, *(old for old, new in cls.aliases.items() if new == cls.marker))
@@ -149,12 +149,12 @@ class QuantizationConfig:
 
     @classmethod
     def is_for(cls, method: Any) -> bool:
-        """Whether a `quant_method` names this class's method."""
+        """Returns True if a `quant_method` names this class's method."""
         return plain(method) == cls.quant_method or plain(method) in cls.method_spellings
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
-        """Reads Hugging Face's spelling, strictly: unknown keys and wrong values are errors, all told at once."""
+        """Reads Hugging Face's spelling strictly: one error lists every unknown key and wrong value."""
         problems = Problems()
         given = cls._rename(cls._spelled(given), problems)
         clashing = cls._check_exclusive(given, problems)
@@ -165,8 +165,8 @@ class QuantizationConfig:
         for key, value in given.items():
             if key in cls.constants:
                 if key not in clashing and plain(value) not in (None, cls.constants[key]):
-                    what = f"{plain(value)!r} has no meaning here, {cls.__name__} takes only {cls.constants[key]!r}"
-                    problems.add(where(key), what, "Remove it.")
+                    reason = f"invalid value {plain(value)!r}, {cls.__name__} takes only {cls.constants[key]!r}"
+                    problems.add(where(key), reason, "Remove it.")
             elif key not in declared and key not in _BOOKKEEPING and key not in cls.record_keys:
                 known = [*declared, *cls.constants, *cls.aliases, *cls.record_keys]
                 names = ", ".join(name for name in declared if name != "recorded")
@@ -187,7 +187,7 @@ class QuantizationConfig:
 
     @classmethod
     def _spelled(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Historical spellings, beyond aliases of keys, in the form of today."""
+        """Converts historical spellings, beyond aliases of keys, into today's form."""
         return given
 
     @classmethod
@@ -195,8 +195,8 @@ class QuantizationConfig:
         renamed = {key: value for key, value in given.items() if key not in cls.aliases}
         for old, new in cls.aliases.items():
             if old in given and renamed.setdefault(new, given[old]) != given[old]:
-                what = f"{given[old]!r} contradicts {new}={given[new]!r}"
-                problems.add(where(old), what, f"They mean the same: give {new} only.")
+                reason = f"{given[old]!r} contradicts {new}={given[new]!r}"
+                problems.add(where(old), reason, f"They mean the same: give {new} only.")
         return renamed
 
     @classmethod
@@ -210,7 +210,7 @@ class QuantizationConfig:
         return clashing
 
     def to_dict(self, *, extras: bool = False) -> dict[str, Any]:
-        """Hugging Face's spelling, ready for JSON; `extras` adds what is set that transformers would not write."""
+        """Returns Hugging Face's spelling, ready for JSON; `extras` adds set fields that transformers does not have."""
         written: dict[str, Any] = {"quant_method": self.quant_method, **self.constants, **thaw(self.recorded)}
         for field in fields(self):
             value, rare = getattr(self, field.name), field.name in self.unwritten
@@ -220,13 +220,13 @@ class QuantizationConfig:
         return {**written, **{old: written[new] for old, new in self.echoes.items()}}
 
     def to_diff_dict(self, *, extras: bool = False) -> dict[str, Any]:
-        """`to_dict` with only what differs from the defaults, and what says which class this is."""
+        """Returns `to_dict` reduced to the keys that differ from their defaults and those that name the class."""
         identity = {"quant_method", self.marker}
         changed = {field.name for field in fields(self) if getattr(self, field.name) != default_of(field)}
         return {key: value for key, value in self.to_dict(extras=extras).items() if key in identity | changed}
 
     def to_json(self) -> str:
-        """The whole configuration, distquant's own options included, as JSON text that `from_json` reads back."""
+        """Returns all fields, distquant's own options included, as JSON text that `from_json` reads back."""
         return json.dumps(self.to_dict(extras=True), indent=2, sort_keys=True)
 
     @classmethod

@@ -1,8 +1,8 @@
 """bitsandbytes: NF4 and FP4 in 4 bits, LLM.int8 in 8.
 
-transformers has one `BitsAndBytesConfig` with the fields of both and two flags; here each kind has its own class, which
-accepts the other kind's fields only where they hold their defaults, and writes them so. Field names and defaults are
-those of `transformers/utils/quantization_config.py` (5.23).
+transformers has one `BitsAndBytesConfig` with the fields of both and two flags. Here each kind has its own class, which
+accepts the other kind's fields only at their defaults, and writes them so. Field names and defaults are those of
+`transformers/utils/quantization_config.py` (5.23).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _preset(quant_type: str, double_quant: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bnb4bitConfig(QuantizationConfig):
-    """4-bit NormalFloat or Float with one absmax for 64 weights (QLoRA, arXiv:2305.14314)."""
+    """4-bit NormalFloat or Float with one absmax for each 64 weights (QLoRA, arXiv:2305.14314)."""
 
     quant_method: ClassVar[str] = "bitsandbytes"
     marker: ClassVar[str | None] = "load_in_4bit"
@@ -60,13 +60,13 @@ class Bnb4bitConfig(QuantizationConfig):
     bnb_4bit_use_double_quant: bool = False
     """Quantize the absmax too, to 8 bits in blocks of 256 (nested quantization)."""
     bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = "float32"
-    """The dtype that weights are dequantized to for the matrix product. Touches no stored bit."""
+    """The dtype that weights are dequantized to for the matrix product. Changes no stored bit."""
     bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
     """The dtype that the packed codes are viewed as in memory and in files."""
     llm_int8_skip_modules: tuple[str, ...] | None = None
     """Patterns of modules not to convert; None leaves the choice to the model (its output head)."""
     llm_int8_enable_fp32_cpu_offload: bool = False
-    """Allow a device map to place modules on CPU or disk, unquantized. Decides where, not what is stored."""
+    """Allow a device map to place modules on CPU or disk, unquantized. Changes only the place of weights."""
 
     def vocabulary(self) -> tuple[Precision, ...]:
         return (
@@ -105,13 +105,13 @@ class Bnb8bitConfig(QuantizationConfig):
     short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {"int8": {}}
 
     llm_int8_threshold: float = 6.0
-    """Activations beyond this magnitude are multiplied in 16 bits; 0 switches it off. Touches no stored bit."""
+    """Activations beyond this magnitude are multiplied in 16 bits; 0 switches it off. Changes no stored bit."""
     llm_int8_skip_modules: tuple[str, ...] | None = None
     """Patterns of modules not to convert; None leaves the choice to the model (its output head)."""
     llm_int8_enable_fp32_cpu_offload: bool = False
-    """Allow a device map to place modules on CPU or disk, unquantized. Decides where, not what is stored."""
+    """Allow a device map to place modules on CPU or disk, unquantized. Changes only the place of weights."""
     llm_int8_has_fp16_weight: bool = False
-    """Keep 16-bit main weights. Always false here: nothing would be quantized in memory."""
+    """Keep 16-bit main weights. Always false here: otherwise nothing would be quantized in memory."""
 
     def vocabulary(self) -> tuple[Precision, ...]:
         return (
@@ -131,8 +131,8 @@ class Bnb8bitConfig(QuantizationConfig):
 
     def _value_problems(self) -> Iterable[Problem]:
         if not (math.isfinite(self.llm_int8_threshold) and self.llm_int8_threshold >= 0):
-            what = f"{self.llm_int8_threshold} is not a finite magnitude >= 0"
-            yield Problem(where("llm_int8_threshold"), what, "Give 6.0, the usual threshold, or 0 for no outliers.")
+            reason = f"{self.llm_int8_threshold} is not a finite magnitude >= 0"
+            yield Problem(where("llm_int8_threshold"), reason, "Give 6.0, the usual threshold, or 0 for no outliers.")
         if self.llm_int8_has_fp16_weight:
-            what = "True keeps the weights in 16 bits, so nothing would be quantized or sharded as int8"
-            yield Problem(where("llm_int8_has_fp16_weight"), what, "Remove it; train adapters, or load with 'none'.")
+            reason = "True keeps the weights in 16 bits, so nothing would be quantized or sharded as int8"
+            yield Problem(where("llm_int8_has_fp16_weight"), reason, "Remove it; train adapters, or load with 'none'.")

@@ -1,4 +1,4 @@
-"""Methods of learned or optimal code books, and SpQR's sparse outliers: checked here, loaded by transformers.
+"""Methods with learned or optimal code books, and SpQR with sparse outliers: checked here, loaded by transformers.
 
 Fields and defaults are those of `transformers/utils/quantization_config.py` (5.23).
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from distquant.config.base import QuantizationConfig
-from distquant.config.checks import one_of, positive, where
+from distquant.config.checks import check_one_of, check_positive, where
 from distquant.config.frozen import FrozenDict
 from distquant.config.records import read_record
 from distquant.config.skipping import SkippingConfig
@@ -40,7 +40,7 @@ class AqlmConfig(QuantizationConfig):
 
     def _value_problems(self) -> Iterable[Problem]:
         for name in ("in_group_size", "out_group_size", "num_codebooks", "nbits_per_codebook"):
-            yield from positive(name, getattr(self, name))
+            yield from check_positive(name, getattr(self, name))
 
     def vocabulary(self) -> tuple[Precision, ...]:
         bits = self.num_codebooks * self.nbits_per_codebook / (self.in_group_size * self.out_group_size)
@@ -85,10 +85,10 @@ class VptqConfig(SkippingConfig):
         if self.enable_proxy_error:
             problems.add(where("enable_proxy_error"), "True is for training only", "Remove it.")
         for name, own in self.config_for_layers.items():
-            at = where(f"config_for_layers.{name}")
-            layer = read_record(VptqLayer, own, at, problems)
+            path = where(f"config_for_layers.{name}")
+            layer = read_record(VptqLayer, own, path, problems)
             if layer is not None and not layer.is_indice_packed:
-                problems.add(f"{at}.is_indice_packed", "False is not supported", "Remove it.")
+                problems.add(f"{path}.is_indice_packed", "False is not supported", "Remove it.")
         return problems
 
     def vocabulary(self) -> tuple[Precision, ...]:
@@ -110,12 +110,12 @@ class SpqrConfig(SkippingConfig):
     beta2: int = 16
     """Height of a tile; only 16."""
     shapes: Mapping[str, Any] = FrozenDict()
-    """Parameter -> its size, which the other fields do not determine."""
+    """Parameter -> its size, which does not follow from the other fields."""
 
     def _value_problems(self) -> Iterable[Problem]:
-        yield from one_of("bits", self.bits, (3,))
-        yield from one_of("beta1", self.beta1, (16,))
-        yield from one_of("beta2", self.beta2, (16,))
+        yield from check_one_of("bits", self.bits, (3,))
+        yield from check_one_of("beta1", self.beta1, (16,))
+        yield from check_one_of("beta2", self.beta2, (16,))
 
     def vocabulary(self) -> tuple[Precision, ...]:
         return (
@@ -142,15 +142,15 @@ class HiggsConfig(SkippingConfig):
     group_size: int = 256
     """Inputs that share a scale: 64, 128 or 256, a divisor of `hadamard_size`."""
     tune_metadata: Mapping[str, Any] = FrozenDict()
-    """Module -> what tuning its kernel found."""
+    """Module -> results of tuning its kernel."""
 
     def _value_problems(self) -> Iterable[Problem]:
-        yield from one_of("bits", self.bits, (2, 3, 4))
-        yield from one_of("p", self.p, (1, 2))
-        yield from one_of("group_size", self.group_size, (64, 128, 256))
+        yield from check_one_of("bits", self.bits, (2, 3, 4))
+        yield from check_one_of("p", self.p, (1, 2))
+        yield from check_one_of("group_size", self.group_size, (64, 128, 256))
         if self.group_size > 0 and (self.hadamard_size % self.group_size or self.hadamard_size <= 0):
-            what = f"{self.hadamard_size} is no multiple of group_size={self.group_size}"
-            yield Problem(where("hadamard_size"), what, "Give 512, the usual size.")
+            reason = f"{self.hadamard_size} is not a multiple of group_size={self.group_size}"
+            yield Problem(where("hadamard_size"), reason, "Give 512, the usual size.")
 
     def vocabulary(self) -> tuple[Precision, ...]:
         excluded = self.modules_to_not_convert

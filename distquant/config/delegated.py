@@ -1,4 +1,4 @@
-"""Further methods whose kernels are other libraries' alone: checked here, loaded by transformers.
+"""Further methods with kernels only in other libraries: checked here, loaded by transformers.
 
 Fields and defaults are those of `transformers/utils/quantization_config.py` (5.23).
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from distquant.config.base import QuantizationConfig
-from distquant.config.checks import one_of, positive
+from distquant.config.checks import check_one_of, check_positive
 from distquant.config.frozen import FrozenDict
 from distquant.config.skipping import SkippingConfig
 from distquant.config.vocabulary import Group, Precision
@@ -24,7 +24,7 @@ class EetqConfig(SkippingConfig):
     quant_method: ClassVar[str] = "eetq"
 
     weights: Literal["int8"] = "int8"
-    """What a weight becomes; there is no other."""
+    """The dtype of quantized weights, the only choice."""
 
     def vocabulary(self) -> tuple[Precision, ...]:
         excluded = self.modules_to_not_convert
@@ -38,9 +38,9 @@ class BitnetConfig(SkippingConfig):
     quant_method: ClassVar[str] = "bitnet"
 
     linear_class: Literal["bitlinear", "autobitlinear"] = "bitlinear"
-    """The module that takes a linear's place."""
+    """The module that replaces a linear."""
     quantization_mode: Literal["online", "offline"] = "offline"
-    """Weights are quantized in each forward pass, or stored packed."""
+    """`online` quantizes weights in each forward pass, `offline` stores them packed."""
     use_rms_norm: bool = False
     """Normalize activations first."""
     rms_norm_eps: float | None = 1e-6
@@ -63,7 +63,7 @@ class BitnetConfig(SkippingConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuarkConfig(QuantizationConfig):
-    """AMD Quark: its own description, which transformers hands over whole."""
+    """AMD Quark: its own description, which transformers passes on unread."""
 
     quant_method: ClassVar[str] = "quark"
     sparse: ClassVar[frozenset[str]] = frozenset(
@@ -75,7 +75,7 @@ class QuarkConfig(QuantizationConfig):
     )  # fmt: skip
 
     global_quant_config: Mapping[str, Any] | None = None
-    """How weights, inputs, outputs and biases are quantized where nothing else is said."""
+    """The default quantization of weights, inputs, outputs and biases."""
     layer_quant_config: Mapping[str, Any] | None = None
     """Pattern of modules -> their own description."""
     layer_type_quant_config: Mapping[str, Any] | None = None
@@ -88,7 +88,7 @@ class QuarkConfig(QuantizationConfig):
     """Patterns, with `*`, of modules not to convert."""
     algo_config: Mapping[str, Any] | tuple[Any, ...] | None = None
     export: Mapping[str, Any] | None = None
-    """How the weights lie in files."""
+    """The file format of the weights."""
     version: str | None = None
     log_severity_level: int | None = None
 
@@ -123,13 +123,13 @@ class SinqConfig(SkippingConfig):
     """Inputs of a group; a multiple of 8."""
     tiling_mode: str = "1D"
     method: Literal["sinq", "asinq"] = "sinq"
-    """`asinq` is calibrated, and only read."""
+    """`asinq` is calibrated: such checkpoints can only be read."""
     _extra_kwargs: Mapping[str, Any] = FrozenDict()
-    """What transformers was given besides."""
+    """Further arguments that transformers was given."""
 
     def _value_problems(self) -> Iterable[Problem]:
-        yield from positive("nbits", self.nbits)
-        yield from positive("group_size", self.group_size)
+        yield from check_positive("nbits", self.nbits)
+        yield from check_positive("group_size", self.group_size)
 
     def vocabulary(self) -> tuple[Precision, ...]:
         excluded = self.modules_to_not_convert
@@ -152,8 +152,8 @@ class MetalConfig(SkippingConfig):
     """Inputs that share scale and bias."""
 
     def _value_problems(self) -> Iterable[Problem]:
-        yield from one_of("bits", self.bits, (2, 4, 8))
-        yield from positive("group_size", self.group_size)
+        yield from check_one_of("bits", self.bits, (2, 4, 8))
+        yield from check_positive("group_size", self.group_size)
 
     def vocabulary(self) -> tuple[Precision, ...]:
         return (
@@ -173,14 +173,15 @@ class GemmaConfig(SkippingConfig):
     num_bits: int = 4
     """Bits of modules that no pattern names."""
     quantize_embeddings: bool = False
-    """Embeddings are quantized as well."""
+    """True if embeddings are quantized as well."""
     module_quant_configs: Mapping[str, Mapping[str, Any]] | None = None
     """Regular expression, searched in module names -> `{"num_bits": 2, 4 or 8}`."""
 
     def _value_problems(self) -> Iterable[Problem]:
-        yield from one_of("num_bits", self.num_bits, (2, 4, 8))
+        yield from check_one_of("num_bits", self.num_bits, (2, 4, 8))
         for pattern, own in (self.module_quant_configs or {}).items():
-            yield from one_of(f"module_quant_configs.{pattern}.num_bits", own.get("num_bits", self.num_bits), (2, 4, 8))
+            bits = own.get("num_bits", self.num_bits)
+            yield from check_one_of(f"module_quant_configs.{pattern}.num_bits", bits, (2, 4, 8))
 
     def vocabulary(self) -> tuple[Precision, ...]:
         def precision(bits: int, modules: tuple[str, ...] | None) -> Precision:

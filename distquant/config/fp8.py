@@ -19,7 +19,7 @@ from distquant.errors import Problem
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Float8Config(QuantizationConfig):
-    """What `fp8` and `mxfp8` share."""
+    """The fields that `fp8` and `mxfp8` share."""
 
     loading_attributes: ClassVar[frozenset[str]] = frozenset({"dequantize", "modules_to_not_convert"})
     aliases: ClassVar[Mapping[str, str]] = {"ignored_layers": "modules_to_not_convert"}
@@ -31,11 +31,11 @@ class Float8Config(QuantizationConfig):
     skip_field: ClassVar[str | None] = "modules_to_not_convert"
 
     activation_scheme: Literal["dynamic", "static"] = "dynamic"
-    """Scales of activations: of each batch, or calibrated and stored."""
+    """The scales of activations: computed for each batch, or calibrated and stored."""
     weight_block_size: tuple[int, int] | None = (128, 128)
     """The tile `[out, in]` that shares a scale; None = one scale for the tensor."""
     dequantize: bool = False
-    """Load what the checkpoint stores quantized as bfloat16."""
+    """Load the checkpoint's quantized weights as bfloat16."""
     modules_to_not_convert: tuple[str, ...] | None = None
     """Patterns of modules not to convert; None leaves the choice to the model (its output head)."""
     modules_to_convert: tuple[str, ...] | None = None
@@ -43,11 +43,11 @@ class Float8Config(QuantizationConfig):
     scale_fmt: Literal["float", "ue8m0"] = "float"
     """The stored scales: fp32, or powers of two in a byte."""
     expert_dtype: Literal["fp8", "fp4"] = "fp8"
-    """The experts' weights, which may be packed FP4."""
+    """The dtype of the experts' weights, which may be packed FP4."""
     fmt: Literal["e4m3"] | None = None
-    """The float8 that DeepSeek's files name; there is no other."""
+    """The kind of float8 that DeepSeek's files name, the only choice."""
     kv_cache_scheme: str | None = None
-    """How the cache is quantized (AutoFP8)."""
+    """The quantization of the cache (AutoFP8)."""
 
     @classmethod
     def _spelled(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -56,8 +56,8 @@ class Float8Config(QuantizationConfig):
 
     def _value_problems(self) -> Iterable[Problem]:
         if self.weight_block_size is not None and min(self.weight_block_size) <= 0:
-            what = f"{list(self.weight_block_size)} is no tile"
-            yield Problem(where("weight_block_size"), what, "Give two positive integers, or null for the whole tensor.")
+            reason = f"invalid tile {list(self.weight_block_size)}"
+            yield Problem(where("weight_block_size"), reason, "Give two positive integers, or null for the tensor.")
 
     def vocabulary(self) -> tuple[Precision, ...]:
         group: Group = self.weight_block_size or "tensor"
@@ -79,8 +79,8 @@ class Float8Config(QuantizationConfig):
 class Fp8Config(Float8Config):
     """Fine-grained FP8 (DeepSeek-V3, arXiv:2412.19437): a scale for each tile, or one for the tensor.
 
-    `fp8-tensor` is `weight_block_size=None`, which transformers knows as one scale for a whole weight
-    (`integrations/finegrained_fp8.py`). One scale for a row has no words here: `fp8-row` is a compressed-tensors group.
+    `fp8-tensor` is `weight_block_size=None`, which to transformers means one scale for the weight
+    (`integrations/finegrained_fp8.py`). No field can ask for one scale a row: `fp8-row` is a compressed-tensors group.
     """
 
     quant_method: ClassVar[str] = "fp8"
@@ -94,8 +94,8 @@ class Fp8Config(Float8Config):
 class Mxfp8Config(Float8Config):
     """MXFP8 (OCP Microscaling): a power of two for each 32 inputs.
 
-    transformers reads it with the class of `fp8`, whose defaults are another layout; files that leave tile and
-    `scale_fmt` out (MiniMax's) mean those of the standard, which are the defaults here.
+    transformers reads it with the class of `fp8`, whose defaults are another layout. Files without tile and `scale_fmt`
+    (MiniMax's) mean those of the standard, which are the defaults here.
     """
 
     quant_method: ClassVar[str] = "mxfp8"
@@ -117,14 +117,14 @@ class FbgemmFp8Config(QuantizationConfig):
     short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {"fbgemm_fp8": {}}
 
     activation_scale_ub: float = 1200.0
-    """Activations beyond this magnitude are clipped. Touches no stored bit."""
+    """Activations beyond this magnitude are clipped. Changes no stored bit."""
     modules_to_not_convert: tuple[str, ...] | None = None
     """Patterns of modules not to convert; None leaves the choice to the model (its output head)."""
 
     def _value_problems(self) -> Iterable[Problem]:
         if not self.activation_scale_ub > 0:
-            what = f"{self.activation_scale_ub} is no magnitude"
-            yield Problem(where("activation_scale_ub"), what, "Give 1200.0, the usual bound.")
+            reason = f"invalid magnitude {self.activation_scale_ub}"
+            yield Problem(where("activation_scale_ub"), reason, "Give 1200.0, the usual bound.")
 
     def vocabulary(self) -> tuple[Precision, ...]:
         return (

@@ -1,4 +1,4 @@
-"""Nested plain data as immutable, hashable values: what a frozen dataclass may hold of a JSON object."""
+"""Nested plain data as immutable, hashable values, so that a frozen dataclass can hold a JSON object."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class FrozenDict(Mapping[str, Any]):
 def _key(key: Any) -> str:
     key = plain(key)
     if not isinstance(key, str):
-        raise ValueError(f"{key!r} is no name")
+        raise ValueError(f"{key!r} is not a name")
     return key
 
 
 def freeze(value: Any) -> Any:
-    """Plain data with tuples for lists and `FrozenDict` for dicts; enum members and dtypes become strings.
+    """Converts plain data: lists to tuples, dicts to `FrozenDict`, enum members and dtypes to strings.
 
     Raises:
-        ValueError: something in it is not what JSON can hold.
+        ValueError: JSON cannot hold something in it.
     """
     value = plain(value)
     if isinstance(value, FrozenDict) or value is None or isinstance(value, (bool, int, float, str)):
@@ -67,11 +67,11 @@ def freeze(value: Any) -> Any:
         return tuple(map(freeze, value))
     if isinstance(value, (set, frozenset)):
         return tuple(sorted(map(freeze, value), key=repr))
-    raise ValueError(f"{value!r} ({type(value).__name__}) is no plain data")
+    raise ValueError(f"{value!r} ({type(value).__name__}) is not plain data")
 
 
 def thaw(value: Any) -> Any:
-    """Frozen data as JSON would give it back: lists and dicts."""
+    """Converts frozen data back to lists and dicts, as JSON has them."""
     if isinstance(value, tuple):
         return [thaw(item) for item in value]
     if isinstance(value, FrozenDict):

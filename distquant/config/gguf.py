@@ -12,20 +12,20 @@ from distquant.config.vocabulary import Precision
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GgufConfig(QuantizationConfig):
-    """Each tensor of the file has its own type, which its header names; the configuration knows only the file."""
+    """The name of a GGUF file. Each tensor has its own type, which the file's header gives."""
 
     quant_method: ClassVar[str] = "gguf"
     unwritten: ClassVar[frozenset[str]] = (EXTRAS | {"types", "interleaved"}) - {"dequantize"}
 
     gguf_file: str | None = None
-    """The file."""
+    """Name of the file."""
     dequantize: bool = False
-    """Load what the file stores quantized as bfloat16."""
+    """Load the file's quantized weights as bfloat16."""
 
     types: Mapping[str, str] | None = None
-    """GGML type of each parameter's tensor, by the parameter's name: what the planner found in the file's header."""
+    """Parameter -> GGML type of its tensor, which the planner reads from the file's header."""
     interleaved: Mapping[str, int] | None = None
-    """Parameters whose rows are stored with the two halves of each head interleaved, and the rows of a head."""
+    """Parameter whose rows are stored with the two halves of each head interleaved -> the rows of a head."""
 
     def vocabulary(self) -> tuple[Precision, ...]:
         return (Precision(weight="gguf", bits=None),)

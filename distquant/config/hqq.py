@@ -1,4 +1,4 @@
-"""HQQ: groups with float scale and zero point, found by an iteration that needs no data.
+"""HQQ: groups with float scale and zero point, from an iteration without data.
 
 The fields are those of `HqqConfig`'s constructor (`transformers/utils/quantization_config.py` 5.23); its dict, and so
 every file, holds them under `quant_config` in the form of hqq's `BaseQuantizeConfig` (`hqq/core/quantize.py` 0.2.8).
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from distquant.config.base import QuantizationConfig
-from distquant.config.checks import group_size, one_of, where
+from distquant.config.checks import check_group_size, check_one_of, where
 from distquant.config.frozen import thaw
 from distquant.config.records import read_record
 from distquant.config.vocabulary import Precision
@@ -21,34 +21,34 @@ from distquant.errors import Problem, Problems
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HqqWeight:
-    """How a weight is quantized (`weight_quant_params`)."""
+    """The quantization of a weight (`weight_quant_params`)."""
 
     nbits: int = 4
     group_size: int | None = 64
     axis: int = 1
     view_as_float: bool = False
     optimize: bool = True
-    """Run the iteration; without, groups are rounded between their least and greatest value."""
+    """Run the iteration; otherwise groups are rounded between their least and greatest value."""
     round_zero: bool | None = None
     """Round the zero point; None rounds it at 4 bits."""
     channel_wise: bool = True
 
     @property
     def rounds_zero(self) -> bool:
-        """Whether the zero point is rounded."""
+        """True if the zero point is rounded."""
         return self.nbits == 4 if self.round_zero is None else self.round_zero
 
-    def problems(self, at: str = "") -> Iterable[Problem]:
-        """What is wrong with the values."""
-        yield from one_of(f"{at}nbits", self.nbits, (8, 4, 3, 2, 1))
-        yield from one_of(f"{at}axis", self.axis, (0, 1))
+    def problems(self, prefix: str = "") -> Iterable[Problem]:
+        """Yields the problems of the values."""
+        yield from check_one_of(f"{prefix}nbits", self.nbits, (8, 4, 3, 2, 1))
+        yield from check_one_of(f"{prefix}axis", self.axis, (0, 1))
         if self.group_size is not None:
-            yield from group_size(self.group_size, "one group for the weight")
+            yield from check_group_size(self.group_size, "one group for the weight")
         if not self.channel_wise:
-            yield Problem(where(f"{at}channel_wise"), "False is not supported", "Remove it.")
+            yield Problem(where(f"{prefix}channel_wise"), "False is not supported", "Remove it.")
 
     def as_params(self) -> dict[str, Any]:
-        """hqq's own form."""
+        """Returns hqq's own form."""
         weight = {
             "nbits": self.nbits,
             "channel_wise": self.channel_wise,
@@ -82,13 +82,13 @@ class HqqConfig(QuantizationConfig):
     nbits: int = 4
     """Bits of a weight: 8, 4, 3, 2 or 1."""
     group_size: int | None = 64
-    """Consecutive weights that share scale and zero point; None takes a whole row or column."""
+    """Consecutive weights that share scale and zero point; None takes a row or column."""
     view_as_float: bool = False
     """Show packed codes as floats."""
     axis: int = 1
     """Groups run along the rows (1), or stride the weight (0)."""
     dynamic_config: Mapping[str, Mapping[str, Any]] | None = None
-    """The last part of a module's name -> its own fields; all others stay as they are."""
+    """The last part of a module's name -> its own fields; all other modules are left unquantized."""
     skip_modules: tuple[str, ...] | None = ("lm_head",)
     """Patterns of modules not to convert."""
     optimize: bool = True
@@ -110,7 +110,7 @@ class HqqConfig(QuantizationConfig):
 
     @property
     def weight(self) -> HqqWeight:
-        """How weights are quantized that `dynamic_config` does not name."""
+        """The quantization of weights that `dynamic_config` does not name."""
         return HqqWeight(**{name: getattr(self, name) for name in _FIELDS})
 
     @property
@@ -120,7 +120,7 @@ class HqqConfig(QuantizationConfig):
         read = {tag: read_record(HqqWeight, own, tag, problems) for tag, own in (self.dynamic_config or {}).items()}
         return {tag: weight for tag, weight in read.items() if weight is not None}
 
-    def settled(self) -> Mapping[str, Any]:
+    def derived_fields(self) -> Mapping[str, Any]:
         return {"round_zero": self.weight.rounds_zero}
 
     def _value_problems(self) -> Iterable[Problem]:
@@ -157,7 +157,7 @@ class HqqConfig(QuantizationConfig):
 
 
 def _flat(params: Any) -> Any:
-    """The fields of hqq's own form; what has no field keeps its key, so that it is told."""
+    """Returns the fields of hqq's own form; keys without a field are kept, so that they are reported."""
     if not isinstance(params, Mapping):
         return params
     rest = {key: value for key, value in params.items() if key != "weight_quant_params" and value}

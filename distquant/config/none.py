@@ -14,9 +14,9 @@ from distquant.errors import Problem
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoneConfig(QuantizationConfig):
-    """Quantizes nothing. Not a method of transformers: a model so loaded has no `quantization_config`.
+    """Quantizes nothing. Not a method of transformers: a model loaded with it lacks a `quantization_config`.
 
-    `{"dequantize": true}` alone means it as well: unquantized weights, whatever the checkpoint stores.
+    `{"dequantize": true}` alone means the same: unquantized weights, whatever the checkpoint stores.
     """
 
     quant_method: ClassVar[str] = "none"
@@ -29,5 +29,5 @@ class NoneConfig(QuantizationConfig):
     def _value_problems(self) -> Iterable[Problem]:
         for name in ("include_modules", "layers"):
             if getattr(self, name) is not None:
-                what = f"{getattr(self, name)!r} selects modules, but 'none' quantizes nothing"
-                yield Problem(where(name), what, "Remove it, or choose a quantization method.")
+                reason = f"{getattr(self, name)!r} selects modules, but 'none' quantizes nothing"
+                yield Problem(where(name), reason, "Remove it, or choose a quantization method.")

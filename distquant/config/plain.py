@@ -7,7 +7,7 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Enum members become their values and torch dtypes their names; anything else is returned as it is."""
+    """Returns the value of an enum member and the name of a torch dtype; anything else is returned unchanged."""
     if isinstance(value, Enum):
         return value.value
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":

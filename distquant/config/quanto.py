@@ -25,9 +25,9 @@ class QuantoConfig(QuantizationConfig):
     }
 
     weights: Literal["float8", "int8", "int4", "int2"] = "int8"
-    """What a weight becomes."""
+    """The dtype of quantized weights."""
     activations: Literal["int8", "float8"] | None = None
-    """What an activation becomes; transformers loads without only."""
+    """The dtype of activations; transformers loads only models without it."""
     modules_to_not_convert: tuple[str, ...] | None = None
     """Patterns of modules not to convert; None leaves the choice to the model (its output head)."""
 

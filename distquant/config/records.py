@@ -12,23 +12,23 @@ from distquant.errors import Problems
 Record = TypeVar("Record")
 
 
-def read_record(cls: type[Record], given: Any, at: str, problems: Problems) -> Record | None:
-    """A dataclass from an object; None where something is wrong, which `problems` gets, told as lying `at`."""
+def read_record(cls: type[Record], given: Any, path: str, problems: Problems) -> Record | None:
+    """Reads a dataclass from an object; returns None after adding to `problems`, under the name `path`."""
     if not isinstance(given, Mapping):
-        problems.add(at, f"{given!r} is not allowed", "Give an object.")
+        problems.add(path, f"{given!r} is not allowed", "Give an object.")
         return None
     declared = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
     hints, before, values = hints_of(cls), len(list(problems)), {}
     for key, value in given.items():
         if key not in declared:
             fix = did_you_mean(key, declared) or f"It knows {', '.join(declared)}."
-            problems.add(f"{at}.{key}", f"is unknown (given {value!r})", fix)
+            problems.add(f"{path}.{key}", f"is unknown (given {value!r})", fix)
             continue
         try:
             values[key] = coerce(value, hints[key])
         except ValueError:
-            problems.add(f"{at}.{key}", f"{value!r} is not allowed", f"Give {describe(hints[key])}.")
+            problems.add(f"{path}.{key}", f"{value!r} is not allowed", f"Give {describe(hints[key])}.")
     for name, field in declared.items():
         if name not in given and field.default is MISSING and field.default_factory is MISSING:
-            problems.add(f"{at}.{name}", "is missing", f"Give {describe(hints[name])}.")
+            problems.add(f"{path}.{name}", "is missing", f"Give {describe(hints[name])}.")
     return cls(**values) if len(list(problems)) == before else None

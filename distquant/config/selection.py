@@ -1,11 +1,11 @@
-"""Which modules are quantized: names to skip, names to include, and layer ranges.
+"""Selection of the modules to quantize: names to skip, names to include, and layer ranges.
 
 A pattern matches a dotted module name as in transformers' `should_convert_module` (`quantizers/quantizers_utils.py`):
 as a regular expression from the start of the name up to a module boundary, or as a plain suffix. `layer.1` matches
-`layer.1.attn` and not `layer.11.attn`; `lm_head` matches `model.lm_head`. What lies inside a module is matched only
-from the start: `mlp` does not match `layers.0.mlp.up_proj`, `.*mlp` does.
+`layer.1.attn` and not `layer.11.attn`; `lm_head` matches `model.lm_head`. The children of a module are matched only
+from the start of the name: `mlp` does not match `layers.0.mlp.up_proj`, `.*mlp` does.
 
-Experts of a module are quantized all alike: a pattern that matches the first of them means all.
+All experts of a module are quantized alike: a pattern that matches the first of them means all.
 
 The layer of a module is the first integer in its dotted name: 3 in `model.layers.3.mlp.experts.5.up_proj`.
 """
@@ -27,7 +27,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names this module, or a parent of it.
+    """Returns True if a pattern names this module, or a parent of it.
 
     One projection of all experts, with a star for their number, is matched as the first expert's, and by a suffix of
     the path of the module that holds them.
@@ -40,13 +40,13 @@ def matches(pattern: str, name: str) -> bool:
 
 @lru_cache(maxsize=256)
 def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
-    """`"2-5,7"` as inclusive ranges `((2, 5), (7, 7))`; `ValueError` where it is not written so."""
+    """Parses `"2-5,7"` into inclusive ranges `((2, 5), (7, 7))`; raises `ValueError` for other spellings."""
     ranges = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*([0-9]+)(?:\s*-\s*([0-9]+))?\s*", part)
-        if not found:
+        match = re.fullmatch(r"\s*([0-9]+)(?:\s*-\s*([0-9]+))?\s*", part)
+        if not match:
             raise ValueError(f"{part.strip()!r} is neither a layer nor a range")
-        first, last = int(found[1]), int(found[2] or found[1])
+        first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f"{part.strip()!r} runs backwards")
         ranges.append((first, last))
@@ -55,26 +55,26 @@ def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
 
 @lru_cache(maxsize=1 << 16)
 def layer_of(name: str) -> int | None:
-    """The first integer component of a dotted name, or None outside the layers."""
+    """Returns the first integer component of a dotted name, or None outside the layers."""
     return next((int(part) for part in name.split(".") if part.isascii() and part.isdigit()), None)
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleSelection:
-    """The modules to convert: those that are included, lie in the layers, and are not skipped.
+    """The modules to convert: those that are included, belong to the layers, and are not skipped.
 
     A module outside every layer (an `lm_head`) is not selected where `layers` is given.
     """
 
     skip: tuple[str, ...] | None = None
-    """Patterns of modules that stay as they are; None skips nothing."""
+    """Patterns of modules that are left unquantized; None skips nothing."""
     include: tuple[str, ...] | None = None
     """Patterns of the only modules to convert; None includes all."""
     layers: str | None = None
     """Ranges of the only layers to convert, such as `"2-5,7"`; None takes all."""
 
     def selects(self, name: str) -> bool:
-        """Whether the module of this dotted name is to be converted."""
+        """Returns True if the module of this dotted name is to be converted."""
         if self.include is not None and not any(matches(pattern, name) for pattern in self.include):
             return False
         if self.layers is not None:
@@ -84,58 +84,58 @@ class ModuleSelection:
         return not any(matches(pattern, name) for pattern in self.skip or ())
 
     def problems(self, skip_name: str = "skip", include_name: str = "include_modules") -> list[Problem]:
-        """What is wrong with the patterns themselves; the arguments are the options' names in messages."""
-        found = []
-        for where, patterns in ((skip_name, self.skip), (include_name, self.include)):
+        """Returns problems of the patterns themselves; the arguments are the options' names in messages."""
+        problems = []
+        for option, patterns in ((skip_name, self.skip), (include_name, self.include)):
             for pattern in patterns or ():
                 if not pattern:
-                    found.append(Problem(where, "'' matches every module", "Remove the empty pattern."))
+                    problems.append(Problem(option, "'' matches every module", "Remove the empty pattern."))
                     continue
                 try:
                     _compiled(pattern)
                 except re.error as error:
                     fix = "Give a module name, or escape what is meant literally."
-                    found.append(Problem(where, f"{pattern!r} is no regular expression ({error})", fix))
+                    problems.append(Problem(option, f"{pattern!r} is not a regular expression ({error})", fix))
         if self.include == ():
-            found.append(Problem(include_name, "includes no module", "Remove it to include all, or name some."))
+            problems.append(Problem(include_name, "includes no module", "Remove it to include all, or name some."))
         if self.layers is not None:
             try:
                 parse_layers(self.layers)
             except ValueError as error:
-                found.append(Problem("layers", f"{self.layers!r}: {error}", "Write ranges such as '2-5,7'."))
-        return found
+                problems.append(Problem("layers", f"{self.layers!r}: {error}", "Write ranges such as '2-5,7'."))
+        return problems
 
     def unmatched(self, names: Iterable[str]) -> list[Problem]:
-        """Patterns that match no module, with near matches, and layers that the model does not have.
+        """Returns the patterns that match no module, with near matches, and layers that the model does not have.
 
         Args:
             names: the model's leaf modules. (A pattern that names only a container would convert or skip nothing.)
         """
         names = list(names)
-        found = []
-        for where, patterns in (("skipped modules", self.skip), ("include_modules", self.include)):
+        problems = []
+        for option, patterns in (("skipped modules", self.skip), ("include_modules", self.include)):
             for pattern in patterns or ():
                 if not any(matches(pattern, name) for name in names):
                     fix = did_you_mean(pattern, _vocabulary(names)) or "Name a module of this model, or remove it."
-                    found.append(Problem(where, f"{pattern!r} matches no module", fix))
+                    problems.append(Problem(option, f"{pattern!r} matches no module", fix))
         if self.layers is not None:
-            found += _missing_layers(self.layers, names)
-        return found
+            problems += _missing_layers(self.layers, names)
+        return problems
 
 
 def _missing_layers(layers: str, names: list[str]) -> list[Problem]:
     have = {layer for layer in map(layer_of, names) if layer is not None}
     extent = f"This model's layers are {min(have)} to {max(have)}." if have else "This model has no numbered layers."
-    found = []
+    problems = []
     for first, last in parse_layers(layers):
         if not any(first <= layer <= last for layer in have) or last > max(have):
             text = f"{first}-{last}" if last > first else str(first)
-            found.append(Problem("layers", f"{text} reaches beyond the model", extent))
-    return found
+            problems.append(Problem("layers", f"{text} reaches beyond the model", extent))
+    return problems
 
 
 def _vocabulary(names: Iterable[str]) -> set[str]:
-    """What a user may have meant: names with `*` for integers, last components, and `.*` before inner ones."""
+    """Returns the patterns to suggest: names with `*` for integers, last components, and `.*` before inner ones."""
     words = set()
     for name in names:
         parts = name.split(".")

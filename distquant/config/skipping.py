@@ -1,4 +1,4 @@
-"""What most methods share: a list of the modules not to convert, under the usual name."""
+"""The field that most methods share: a list of the modules not to convert, under the usual name."""
 
 from __future__ import annotations
 

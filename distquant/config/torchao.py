@@ -17,18 +17,18 @@ from distquant.config.vocabulary import Group, Precision
 from distquant.errors import Problem
 
 _ELEMENTS = {"Int4": "int4", "Int8": "int8", "Float8": "float8_e4m3fn"}
-"""Element types by what class names call them, for classes that have no field for it."""
+"""Part of a class name -> element type, for classes without a field for it."""
 _PER_ROW = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
 
 
 def _serialized(name: str, **data: Any) -> dict[str, Any]:
-    """An object of torchao 0.18; every configuration there has version 2."""
+    """Returns an object of torchao 0.18, where every configuration has version 2."""
     return {"quant_type": {"default": {"_type": name, "_version": 2, "_data": data}}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TorchaoConfig(QuantizationConfig):
-    """What torchao's `quantize_` is told."""
+    """The configuration of torchao's `quantize_`."""
 
     quant_method: ClassVar[str] = "torchao"
     skip_field: ClassVar[str | None] = "modules_to_not_convert"
@@ -72,26 +72,26 @@ class TorchaoConfig(QuantizationConfig):
 
     def _value_problems(self) -> Iterable[Problem]:
         if set(self.quant_type) != {"default"}:
-            what = f"has the keys {', '.join(map(repr, self.quant_type)) or 'none'}"
-            yield Problem(where("quant_type"), what, "Give one object under 'default', as torchao serializes it.")
+            reason = f"has the keys {', '.join(map(repr, self.quant_type)) or 'none'}"
+            yield Problem(where("quant_type"), reason, "Give one object under 'default', as torchao serializes it.")
             return
         inner = self.quant_type["default"]
         if not isinstance(inner, Mapping) or not isinstance(inner.get("_type"), str):
-            what = f"{inner!r} is no serialized torchao configuration"
-            yield Problem(where("quant_type.default"), what, "Give an object with _type, _version and _data.")
+            reason = f"{inner!r} is not a serialized torchao configuration"
+            yield Problem(where("quant_type.default"), reason, "Give an object with _type, _version and _data.")
         elif not isinstance(inner.get("_data", FrozenDict()), Mapping):
-            yield Problem(where("quant_type.default._data"), f"{inner['_data']!r} is no object", "Give an object.")
+            yield Problem(where("quant_type.default._data"), f"{inner['_data']!r} is not an object", "Give an object.")
 
     @property
     def type_name(self) -> str:
-        """The class of torchao's configuration, such as `Int8WeightOnlyConfig`."""
+        """The class name of torchao's configuration, such as `Int8WeightOnlyConfig`."""
         return str(self.quant_type["default"]["_type"])
 
     @property
     def data(self) -> Mapping[str, Any]:
         """The fields of torchao's configuration."""
-        found: Mapping[str, Any] = self.quant_type["default"].get("_data", FrozenDict())
-        return found
+        fields: Mapping[str, Any] = self.quant_type["default"].get("_data", FrozenDict())
+        return fields
 
     def vocabulary(self) -> tuple[Precision, ...]:
         if self.type_name in ("FqnToConfig", "ModuleFqnToConfig"):
@@ -117,7 +117,7 @@ class TorchaoConfig(QuantizationConfig):
 
 
 def _value(item: Any) -> str | None:
-    """What a serialized enum member or dtype stands for."""
+    """Returns the name of a serialized enum member or dtype."""
     return item.get("_data") if isinstance(item, Mapping) else item
 
 
@@ -127,7 +127,7 @@ def _bits(dtype: str | None) -> float | None:
 
 
 def _granularity(data: Mapping[str, Any]) -> Group:
-    """The weights that share a scale; None where `_data` does not say."""
+    """Returns the weights that share a scale; None if `_data` does not name them."""
     size = data.get("group_size")
     if isinstance(size, int):
         return size

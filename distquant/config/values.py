@@ -1,4 +1,4 @@
-"""Values of config fields: what a type hint allows, told to people, and read from the spellings found in the wild.
+"""Values of config fields: read from the spellings in use, checked by type hints, which messages describe in words.
 
 Fields hold plain data, so dtypes are strings (`"bfloat16"`); `torch.bfloat16`, `"torch.bfloat16"` and enum members are
 accepted on input. Nothing here imports torch, except `torch_dtype` when it is called.
@@ -29,16 +29,16 @@ _hints: dict[type, dict[str, Any]] = {}
 
 
 def hints_of(cls: type) -> dict[str, Any]:
-    """The declared types of a class's fields; they are text, which is evaluated once."""
+    """Returns the declared types of a class's fields; they are text, which is evaluated once."""
     if cls not in _hints:
         _hints[cls] = get_type_hints(cls)
     return _hints[cls]
 
 
 def coerce(value: Any, hint: Any) -> Any:
-    """`value` as the type hint wants it: lists as tuples, dicts as `FrozenDict`, integers as floats where it says so.
+    """Converts `value` to a type hint: lists to tuples, dicts to `FrozenDict`, integers to floats if it asks for them.
 
-    Understood hints: bool, int, float, str, None, Any (plain data), Literal, tuple, Mapping and dict with string keys,
+    Supported hints: bool, int, float, str, None, Any (plain data), Literal, tuple, Mapping and dict with string keys,
     and unions of these.
 
     Raises:
@@ -62,7 +62,7 @@ def coerce(value: Any, hint: Any) -> Any:
     elif hint is float and type(value) is int:
         return float(value)
     elif origin is None:
-        assert hint in _SIMPLE, f"config fields of type {hint} are not understood"
+        assert hint in _SIMPLE, f"config fields of type {hint} are not supported"
         if type(value) is hint:
             return value
     raise ValueError(f"{value!r} is not {describe(hint)}")
@@ -78,7 +78,7 @@ def _first_of(value: Any, hints: Iterable[Any]) -> Any:
 
 
 def describe(hint: Any) -> str:
-    """What a type hint allows, in words: `"one of 'fp4', 'nf4'"`, `"a list (each a string) or null"`."""
+    """Describes in words what a type hint allows: `"one of 'fp4', 'nf4'"`, `"a list (each a string) or null"`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(one) for one in arguments)
@@ -94,44 +94,44 @@ def describe(hint: Any) -> str:
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
-    """`"Did you mean 'nf4'?"`, or the empty string where nothing known is near."""
+    """Returns `"Did you mean 'nf4'?"`, or the empty string if nothing known is near."""
     by_folded = {name.lower(): name for name in sorted(known)}
     near = difflib.get_close_matches(str(word).lower(), by_folded, n=3, cutoff=0.6)
     return f"Did you mean {' or '.join(repr(by_folded[name]) for name in near)}?" if near else ""
 
 
 def is_json_source(given: Any) -> bool:
-    """Whether a JSON file or JSON text is meant: a `Path`, a string ending in `.json`, or one opening a `{`."""
+    """Returns True for a JSON file or JSON text: a `Path`, a string that ends in `.json` or starts with `{`."""
     return isinstance(given, Path) or (
         isinstance(given, str) and (given.endswith(".json") or given.lstrip().startswith("{"))
     )
 
 
 def read_json(source: str | Path) -> dict[str, Any]:
-    """The object in a JSON file or in JSON text; `InputError` where there is none."""
+    """Reads the object in a JSON file or in JSON text; raises `InputError` if there is none."""
     is_text = isinstance(source, str) and source.lstrip().startswith("{")
-    where = "quantization_config" if is_text else str(source)
+    place = "quantization_config" if is_text else str(source)
     try:
-        found = json.loads(str(source) if is_text else read_file(source, CONFIG_BYTES))
+        document = json.loads(str(source) if is_text else read_file(source, CONFIG_BYTES))
     except OSError as error:
-        raise InputError.one(where, f"cannot be read ({error.strerror})", "Give the path of a JSON file.") from error
+        raise InputError.one(place, f"cannot be read ({error.strerror})", "Give the path of a JSON file.") from error
     except ValueError as error:
         raise InputError.one(
-            where, f"is not JSON ({error})", "Give one JSON object of configuration fields."
+            place, f"is not JSON ({error})", "Give one JSON object of configuration fields."
         ) from error
-    if not isinstance(found, Mapping):
+    if not isinstance(document, Mapping):
         raise InputError.one(
-            where, f"holds a JSON {type(found).__name__}", "Give one JSON object of configuration fields."
+            place, f"holds a JSON {type(document).__name__}", "Give one JSON object of configuration fields."
         )
-    return dict(found)
+    return dict(document)
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a field's spelling, `"bfloat16"` or `"torch.bfloat16"`. Imports torch."""
+    """Returns the torch dtype of a field's spelling, `"bfloat16"` or `"torch.bfloat16"`. Imports torch."""
     import torch
 
-    found = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
         known = [key for key in dir(torch) if isinstance(getattr(torch, key), torch.dtype)]
-        raise InputError.one("dtype", f"{name!r} is no torch dtype", did_you_mean(name, known) or "Try 'bfloat16'.")
-    return found
+        raise InputError.one("dtype", f"unknown torch dtype {name!r}", did_you_mean(name, known) or "Try 'bfloat16'.")
+    return dtype

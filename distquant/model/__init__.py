@@ -3,37 +3,55 @@
 Everything that depends on the version of `transformers` lives in this package.
 """
 
-from distquant.model.as_stored import FLOATS, Kept, as_stored
+from distquant.model.as_stored import PLAIN_FLOATS, QuantizedTensors, as_stored
 from distquant.model.build import build, describe_model
-from distquant.model.description import ROWS, STAR, Attention, Experts, Linear, ModelDescription, Param, Source, taken
+from distquant.model.description import (
+    ROWS,
+    STAR,
+    Attention,
+    ExpertsDescription,
+    Linear,
+    MergedComponent,
+    ModelDescription,
+    Param,
+    Source,
+    source_numel,
+)
 from distquant.model.experts import EXPECTED, sources_by_expert, split_experts
 from distquant.model.gguf import GgufNames, gguf_names, source_of, with_gguf_sources
 from distquant.model.sidecars import model_file_problems, tokenizer_file_problems
-from distquant.model.weight_mapping import tell_parts
+from distquant.model.weight_mapping import check_merged_components
 
 __all__ = [
     "EXPECTED",
-    "FLOATS",
+    "PLAIN_FLOATS",
     "ROWS",
     "STAR",
     "Attention",
-    "Experts",
+    "ExpertsDescription",
     "GgufNames",
-    "Kept",
     "Linear",
+    "MergedComponent",
     "ModelDescription",
     "Param",
+    "QuantizedTensors",
     "Source",
     "as_stored",
     "build",
+    "check_merged_components",
     "describe_model",
     "gguf_names",
     "model_file_problems",
+    "source_numel",
     "source_of",
     "sources_by_expert",
     "split_experts",
-    "taken",
-    "tell_parts",
     "tokenizer_file_problems",
     "with_gguf_sources",
 ]
+
+# The old names, until planning/ uses the new ones.
+FLOATS = PLAIN_FLOATS
+Kept = QuantizedTensors
+taken = source_numel
+tell_parts = check_merged_components

@@ -1,8 +1,8 @@
-"""A skeleton as a quantized checkpoint stores it, where the method is left out (`on_unsupported="skip"`).
+"""The model description of a quantized checkpoint whose method is left out (`on_unsupported="skip"`).
 
-Nothing is known here of a method's format. Weights of the model's shapes keep their places, in the dtype that they are
-stored in. Where a weight is stored in another shape, or as tensors of other names, these take its place as they are:
-nothing can tell how to cut them, so every rank holds them whole.
+The method's format is unknown here. Weights of the model's shapes keep their places, in the stored dtype. Weights of
+another shape, or stored as tensors of other names, are replaced by the stored tensors. Nothing is known about how to
+partition these, so every rank replicates them.
 """
 
 from __future__ import annotations
@@ -15,31 +15,35 @@ from distquant.checkpoint import TensorInfo
 from distquant.dtypes import TORCH_NAMES
 from distquant.model.description import ModelDescription, Param, Source
 
-FLOATS = {"F64", "F32", "F16", "BF16"}
-"""Checkpoint dtypes that need no scheme to be read."""
+PLAIN_FLOATS = {"F64", "F32", "F16", "BF16"}
+"""Checkpoint dtypes that are read without a scheme."""
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What was found quantized.
+class QuantizedTensors:
+    """The quantized tensors of a checkpoint whose method is left out.
 
     Attributes:
-        weights: parameters that are planned in the form in which the method stores them.
-        beside: checkpoint tensors beside those weights that only the method can use (scales, say); left out.
+        weights: parameters that are planned in their stored form.
+        beside: checkpoint tensors beside those weights that only the method can use (such as scales); left out.
     """
 
     weights: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
 
 
-def as_stored(description: ModelDescription, tensors: Mapping[str, TensorInfo]) -> tuple[ModelDescription, Kept]:
-    """The skeleton with the checkpoint's own dtypes and packed tensors, and what of it is quantized.
+def as_stored(
+    description: ModelDescription, tensors: Mapping[str, TensorInfo]
+) -> tuple[ModelDescription, QuantizedTensors]:
+    """Returns the description with the checkpoint's own dtypes and packed tensors, and the quantized ones among them.
 
     Args:
-        skeleton: as `describe_model` returns it.
-        tensors: the checkpoint's headers.
+        description: as `describe_model` returns it.
+        tensors: headers of the checkpoint's tensors, by name.
     """
     kept = _in_their_places(description, tensors)
+    # A tensor without a place beside a quantized weight is a part of that weight (its scales, for example). Any other
+    # may be the stored form of a weight that the model misses.
     owners = {_owner(source.tensor) for name in kept for source in description.sources[name]}
     beside = tuple(name for name in description.unexpected if _owner(name) in owners)
     unplaced = [name for name in description.unexpected if _owner(name) not in owners]
@@ -50,7 +54,7 @@ def as_stored(description: ModelDescription, tensors: Mapping[str, TensorInfo]) 
     instead = {name: Param(name, tensors[name].shape, _dtype(tensors[name], "float32")) for name in inside}
     packed = {_owner(name) for name, param in kept.items() if param.shape != description.params[name].shape}
     params = {name: kept.get(name, param) for name, param in description.params.items() if name not in weights}
-    found = replace(
+    stored = replace(
         description,
         params=params | instead,
         sources=description.sources | {name: (Source(name),) for name in inside},
@@ -58,15 +62,15 @@ def as_stored(description: ModelDescription, tensors: Mapping[str, TensorInfo]) 
         missing=tuple(name for name in description.missing if name not in weights),
         linears={n: linear for n, linear in description.linears.items() if n not in packed.union(inside.values())},
     )
-    return found, Kept((*kept, *inside), beside)
+    return stored, QuantizedTensors((*kept, *inside), beside)
 
 
 def _in_their_places(description: ModelDescription, tensors: Mapping[str, TensorInfo]) -> dict[str, Param]:
-    """Weights whose tensors the model has a place for, with the dtype and the shape in which they are stored."""
+    """Returns the quantized weights that have a place in the model, with their stored dtype and shape."""
     kept = {}
     for name, sources in description.sources.items():
         param, infos = description.params[name], [tensors[source.tensor] for source in sources]
-        if param.dtype.startswith(("float", "bfloat")) and any(info.dtype not in FLOATS for info in infos):
+        if param.dtype.startswith(("float", "bfloat")) and any(info.dtype not in PLAIN_FLOATS for info in infos):
             same = len({info.dtype for info in infos}) == 1
             other = len(infos) == 1 and math.prod(infos[0].shape) != math.prod(param.shape)
             shape = infos[0].shape if other else param.shape
@@ -75,16 +79,16 @@ def _in_their_places(description: ModelDescription, tensors: Mapping[str, Tensor
 
 
 def _instead_of_missing(description: ModelDescription, unplaced: Iterable[str]) -> dict[str, str]:
-    """Tensors inside a module that lacks a weight -> the module: they are what the weight is stored as."""
+    """Returns tensor -> module, for tensors inside a module that lacks a weight: they are its stored form."""
     lacking = {_owner(name) for name in description.missing if _is_weight(description, name)}
-    found = {}
+    module_of = {}
     for name in unplaced:
         module = _owner(name)
         while module and module not in lacking:
             module = _owner(module)
         if module:
-            found[name] = module
-    return found
+            module_of[name] = module
+    return module_of
 
 
 def _is_weight(description: ModelDescription, name: str) -> bool:

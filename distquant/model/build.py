@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 UNBUILDABLE = (ValueError, LookupError, OSError, ImportError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-"""What transformers raises at a config.json that makes no sense; the whole of it is the user's input."""
+"""Errors that transformers raises for an invalid config.json; all of it is the user's input."""
 
 
 def _strict_error() -> type[Exception]:
-    """huggingface_hub's error for config fields of the wrong type."""
+    """Returns huggingface_hub's error for config fields of the wrong type."""
     from huggingface_hub.errors import StrictDataclassError
 
     return StrictDataclassError
@@ -35,7 +35,7 @@ def _strict_error() -> type[Exception]:
 
 @changing_process_state()
 def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a checkpoint folder or GGUF file, on `meta`, in `dtype` (None: the config's own, else float32).
+    """Builds the model of a checkpoint folder or GGUF file on `meta`, in `dtype` (None: the config's, else float32).
 
     Raises:
         InputError: transformers does not know the model, or it needs code from the checkpoint.
@@ -78,7 +78,7 @@ def describe_model(
         model: as `build` returns it.
         tensors: shape of each checkpoint tensor.
         suffixes: checkpoint suffix -> component, as the quantization method stores them.
-        problems: gets what cannot be placed.
+        problems: collects the tensors that cannot be placed.
     """
     params = _params(model)
     shapes = {name: param.shape for name, param in params.items()}
@@ -88,7 +88,7 @@ def describe_model(
     _, left = ignorable(left, [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"])
     tied = _ties(model, sources)
     params = {name: param for name, param in params.items() if name not in tied}
-    sources = {name: found for name, found in sources.items() if name in params}
+    sources = {name: each for name, each in sources.items() if name in params}
     _, missing = ignorable([n for n in params if n not in sources], model._keys_to_ignore_on_load_missing)
     return ModelDescription(
         model_type=model.config.model_type,
@@ -115,19 +115,19 @@ def describe_model(
 
 
 def _params(model: PreTrainedModel) -> dict[str, Param]:
-    """All parameters and persistent buffers, in the dtype that they are loaded in."""
+    """Returns all parameters and persistent buffers, with the dtype in which they are loaded."""
     plan = model._get_dtype_plan(model.dtype)
     tensors = model.state_dict(keep_vars=True)
     buffers = {name for name, _ in model.named_buffers()}
-    found = {}
+    params = {}
     for name, tensor in tensors.items():
         forced = next((_name(d) for pattern, d in plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name)), None)
-        found[name] = Param(name, tuple(tensor.shape), forced or _name(tensor.dtype) or "float32", name in buffers)
-    return found
+        params[name] = Param(name, tuple(tensor.shape), forced or _name(tensor.dtype) or "float32", name in buffers)
+    return params
 
 
 def _ties(model: PreTrainedModel, sources: Mapping[str, tuple[Source, ...]]) -> dict[str, str]:
-    """Tied parameter -> the one that is loaded. Where the checkpoint holds both, both are loaded (they may differ)."""
+    """Returns tied parameter -> the one that is loaded. If the checkpoint holds both, both are: they may differ."""
     tied = {}
     for target, source in model.all_tied_weights_keys.items():
         if target in sources and source in sources:
@@ -139,23 +139,23 @@ def _ties(model: PreTrainedModel, sources: Mapping[str, tuple[Source, ...]]) -> 
 
 
 def _linears(model: PreTrainedModel) -> dict[str, Linear]:
-    """Exactly `nn.Linear` and `Conv1D`: subclasses have a meaning of their own and are left alone."""
+    """Returns the modules that are exactly `nn.Linear` or `Conv1D`; subclasses may compute something else."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    found = {}
+    linears = {}
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
-            found[name] = Linear(name, module.out_features, module.in_features, module.bias is not None)
+            linears[name] = Linear(name, module.out_features, module.in_features, module.bias is not None)
         elif type(module) is Conv1D:
             rows, columns = module.weight.shape
-            found[name] = Linear(name, columns, rows, True, transposed=True)
-    return found
+            linears[name] = Linear(name, columns, rows, True, transposed=True)
+    return linears
 
 
 def _attentions(model: PreTrainedModel) -> dict[str, Attention]:
-    """Attention modules whose head counts can be told; others are replicated by the planner."""
-    found = {}
+    """Returns the attention modules with known head counts; the planner replicates others."""
+    attentions = {}
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
@@ -164,12 +164,12 @@ def _attentions(model: PreTrainedModel) -> dict[str, Attention]:
             kv = getattr(module, "num_key_value_heads", None) or getattr(config, "num_key_value_heads", None) or heads
             groups = getattr(module, "num_key_value_groups", None)
             kv = heads // groups if isinstance(groups, int) and groups > 0 else kv
-            found[name] = Attention(name, heads, kv, head_dim)
-    return found
+            attentions[name] = Attention(name, heads, kv, head_dim)
+    return attentions
 
 
 def _default_skip(model: PreTrainedModel) -> set[str]:
-    """What transformers leaves unquantized unless told otherwise: tied weights, the last module, the output head."""
+    """Returns what transformers leaves unquantized by default: tied weights, the last module, the output head."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     return set(get_keys_to_not_convert(model))
@@ -186,11 +186,11 @@ def _path_of(model: PreTrainedModel, wanted: Any) -> str | None:
 
 
 _READS_HEADS: dict[str, bool] = {}
-"""By class: reading a source file for each of hundreds of layers takes its time."""
+"""Results by class: reading a source file again for each of hundreds of layers is slow."""
 
 
 def reads_heads_from_config(module: Any) -> bool:
-    """Whether a module's forward slices by `self.config.num_attention_heads`, so that a shard needs its own view."""
+    """Returns True if a module's forward slices by `self.config.num_...`, so that a shard needs its own config."""
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name not in _READS_HEADS:

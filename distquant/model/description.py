@@ -1,4 +1,4 @@
-"""What a planner needs to know about a model, with neither torch nor transformers in it."""
+"""The description of a model for the planner, as plain data without torch and transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ STAR = "*"
 """Stands for an expert's number in the name of a stack of experts."""
 
 ROWS = -1
-"""As the dim of a `Source.take`: the first two dims, experts and their rows, taken together."""
+"""A dim of `Source.take` that means the first two dims together: experts and their rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +19,9 @@ class Source:
 
     Attributes:
         tensor: name in the checkpoint.
-        component: "" for the weight itself, else the component of a quantized weight that it stores.
-        offset: where its first element lies in the parameter, one index a dim; None = it fills the parameter.
-        take: (dim, start, stop) of the checkpoint tensor that is meant; None = all of it. `ROWS` for dim takes
-            the first two together.
+        component: "" for the weight itself, else the component of a quantized weight.
+        offset: place of its first element in the parameter, one index a dim; None = it fills the parameter.
+        take: (dim, start, stop) of the checkpoint tensor; None = all of it. `ROWS` as dim joins the first two.
 
     Sources of a stack of experts have the expert's number first in `offset`; without an offset they hold all experts.
     """
@@ -33,18 +32,18 @@ class Source:
     take: tuple[int, int, int] | None = None
 
 
-def taken(source: Source, shape: tuple[int, ...]) -> int:
-    """Elements that a source takes of a checkpoint tensor of this shape."""
+def source_numel(source: Source, shape: tuple[int, ...]) -> int:
+    """Counts the elements that a source takes from a checkpoint tensor of this shape."""
     if source.take is None:
         return math.prod(shape)
     dim, start, stop = source.take
-    whole = math.prod(shape[:2]) if dim == ROWS else shape[dim]
-    return math.prod(shape) // whole * (stop - start)
+    size = math.prod(shape[:2]) if dim == ROWS else shape[dim]
+    return math.prod(shape) // size * (stop - start)
 
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """A parameter or persistent buffer: its logical shape and the dtype that it is loaded in (torch's name)."""
+    """A parameter or persistent buffer, with its logical shape and the dtype in which it is loaded (torch's name)."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,9 +53,14 @@ class Param:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear module. `transposed` marks GPT-2's Conv1D, whose weight is stored `[in, out]`.
+    """A linear module, or one projection of all experts of a module.
 
-    `experts` above 0 marks one projection of that many experts; its name has a star for the expert's number.
+    Attributes:
+        name: path of the module; for experts with a star for the expert's number.
+        out_features, in_features: sizes of the logical weight `[out, in]`.
+        bias: True if it has a bias.
+        transposed: True if its weight is stored `[in, out]`, as that of GPT-2's Conv1D.
+        experts: number of experts; 0 for a module.
     """
 
     name: str
@@ -74,9 +78,9 @@ class Projection:
     Attributes:
         name: last part of its path: `gate_proj`, `up_proj`, `gate_up_proj` or `down_proj`.
         parameter: the module's own parameter that holds it.
-        out_features, in_features: of one expert.
+        out_features, in_features: sizes of one expert's weight.
         start: its first output in that parameter.
-        dim: its dim that is the experts' intermediate size: 0 (`out`) or 1 (`in`).
+        shard_dim: its dim of the experts' intermediate size: 0 (`out`) or 1 (`in`).
     """
 
     name: str
@@ -88,18 +92,18 @@ class Projection:
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class ExpertsDescription:
     """A module of fused experts in the common form: parameters `[expert, out, in]`, an activation between two of them.
 
     Attributes:
         name: path of the module.
-        count: of experts.
+        count: number of experts.
         intermediate: features between the projections.
-        projections: in the order in which they are applied.
-        transposed: whether the module's own parameters are `[expert, in, out]`.
-        interleaved: whether gate and up alternate row by row; else gate lies before up.
-        bias: whether each projection has a bias, the parameter `<parameter>_bias`.
-        dense: whether it is called with every token for every expert (Llama-4), not with the router's choice.
+        projections: projections in the order in which they are applied.
+        transposed: True if the module's own parameters are `[expert, in, out]`.
+        interleaved: True if gate and up alternate row by row; otherwise gate is stored before up.
+        bias: True if each projection has a bias, the parameter `<parameter>_bias`.
+        dense: True if it is called with every token for every expert (Llama-4), not with the router's choice.
     """
 
     name: str
@@ -113,14 +117,14 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MergedComponent:
     """A stored component of one expert's weight, which the model holds merged with others in one parameter.
 
     Attributes:
         tensor: name in the checkpoint.
-        component: of the quantized weight.
+        component: name of the component of the quantized weight.
         expert: number of the expert.
-        index: which of the weights that are merged along the outputs (0 gate, 1 up).
+        index: place among the weights that are merged along the outputs (0 gate, 1 up).
     """
 
     tensor: str
@@ -131,7 +135,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """An attention module whose heads may be dealt out over ranks."""
+    """An attention module whose heads can be distributed over ranks."""
 
     name: str
     heads: int
@@ -141,7 +145,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDescription:
-    """The whole model as data. Names are module or parameter paths."""
+    """A model as data. Names are module or parameter paths."""
 
     model_type: str
     architecture: str
@@ -150,9 +154,9 @@ class ModelDescription:
     tied: dict[str, str]
     """Tied parameter -> the parameter that it shares."""
     sources: dict[str, tuple[Source, ...]]
-    """Where each parameter's values lie in the checkpoint; empty without a checkpoint."""
+    """Parameter -> its checkpoint tensors; empty without a checkpoint."""
     unexpected: tuple[str, ...]
-    """Checkpoint tensors that the model has no place for."""
+    """Checkpoint tensors without a place in the model."""
     missing: tuple[str, ...]
     """Parameters that the checkpoint lacks."""
     linears: dict[str, Linear]
@@ -160,23 +164,26 @@ class ModelDescription:
     embeddings: tuple[str, ...]
     input_embedding: str | None
     output_embedding: str | None
-    experts: dict[str, Experts]
-    """Modules of fused experts whose form is known."""
+    experts: dict[str, ExpertsDescription]
+    """Modules of fused experts with a known form."""
     tp_plan: dict[str, str]
     """The model's own tensor-parallel plan: module pattern (`*` for the layer number) -> style."""
     ep_plan: dict[str, str]
     default_skip: tuple[str, ...]
-    """Modules that are not quantized unless asked for: output head, tied weights (as transformers decides)."""
+    """Modules that are not quantized by default: output head, tied weights (as transformers decides)."""
     no_split: tuple[str, ...] = ()
-    """Class names of modules that a device map must keep whole."""
+    """Class names of modules that a device map must not split."""
     modules: tuple[str, ...] = field(default=())
     """Paths of all modules."""
     unknown_experts: dict[str, str] = field(default_factory=dict)
-    """Modules with 3-D parameters of a form that is not known -> what was found."""
-    parts: dict[str, tuple[Part, ...]] = field(default_factory=dict)
+    """Modules with 3-D parameters of an unknown form -> their class and shapes."""
+    parts: dict[str, tuple[MergedComponent, ...]] = field(default_factory=dict)
     """Parameter -> components of quantized weights that are merged into it."""
 
 
 def wildcard(name: str) -> str:
-    """The path with its layer numbers as `*`, the way parallel plans spell it."""
+    """Returns the path with `*` for layer numbers, as parallel plans spell it."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+taken = source_numel  # the old name, until planning/ uses the new one

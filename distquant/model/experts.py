@@ -1,9 +1,9 @@
-"""Modules of fused experts: what form they have, and each of their projections as a stack of linear weights.
+"""Modules of fused experts: their form, and each of their projections as a stack of linear weights.
 
 transformers holds experts as 3-D parameters (`integrations/moe.py`, `use_experts_implementation`): gate and up of each
 expert one after the other in `gate_up_proj [E, 2I, H]`, and `down_proj [E, H, I]`. gpt-oss and Llama-4 hold both
 transposed, gpt-oss with gate and up alternating. Here an expert's projection is a linear weight like any other, named
-`<module>.<expert>.<projection>.weight`; all experts' together are a stack, with a star for the number.
+`<module>.<expert>.<projection>.weight`. The weights of all experts are a stack, with a star for the number.
 """
 
 from __future__ import annotations
@@ -12,13 +12,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from distquant.model.description import ROWS, STAR, Experts, Linear, ModelDescription, Param, Projection, Source
+from distquant.model.description import (
+    ROWS,
+    STAR,
+    ExpertsDescription,
+    Linear,
+    ModelDescription,
+    Param,
+    Projection,
+    Source,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DENSE = {"Llama4TextExperts"}
-"""Classes that are called with every token for every expert; they have none of the marks of the common form."""
+"""Classes that are called with every token for every expert; they lack the marks of the common form."""
 
 EXPECTED = (
     "gate_up_proj (or up_proj) and down_proj, 3-D with the experts first, marked by transformers' "
@@ -26,24 +35,25 @@ EXPECTED = (
 )
 
 
-def experts_of(model: PreTrainedModel) -> tuple[dict[str, Experts], dict[str, str]]:
-    """Modules of fused experts by path, and those whose form is not known -> what was found."""
+def experts_of(model: PreTrainedModel) -> tuple[dict[str, ExpertsDescription], dict[str, str]]:
+    """Returns the modules of fused experts by path, and those of an unknown form -> their class and shapes."""
     known, unknown = {}, {}
     for name, module in model.named_modules():
         shapes = {leaf: tuple(p.shape) for leaf, p in module.named_parameters(recurse=False)}
         if _holds_experts(name, module, shapes.values()):
-            found = form_of(name, module, shapes)
-            if found is None:
-                unknown[name] = f"{type(module).__name__} with {_told(shapes)}"
+            form = form_of(name, module, shapes)
+            if form is None:
+                unknown[name] = f"{type(module).__name__} with {_described(shapes)}"
             else:
-                known[name] = found
+                known[name] = form
     return known, unknown
 
 
 def _holds_experts(name: str, module: Any, shapes: Iterable[tuple[int, ...]]) -> bool:
-    """Whether a module owns weights of several experts: 3-D ones, or the rows of all in 2-D ones (DBRX), by its path.
+    """Returns True if a module owns weights of several experts: 3-D ones, or 2-D ones below a path with `experts`.
 
-    Kernels of convolutions (Mamba) and vectors with dims of one element before them (RWKV) are none.
+    DBRX has such 2-D weights, with the rows of all experts. Kernels of convolutions (Mamba) are not experts, nor are
+    vectors with leading dims of one element (RWKV).
     """
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
@@ -54,8 +64,8 @@ def _holds_experts(name: str, module: Any, shapes: Iterable[tuple[int, ...]]) ->
     return any((len(shape) == 3 and min(shape) > 1) or (len(shape) == 2 and inside) for shape in shapes)
 
 
-def form_of(name: str, module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Experts | None:
-    """The form of a module that owns parameters of these shapes, or None."""
+def form_of(name: str, module: Any, shapes: Mapping[str, tuple[int, ...]]) -> ExpertsDescription | None:
+    """Returns the form of a module that owns parameters of these shapes, or None if it is not the common form."""
     dense = type(module).__name__ in DENSE
     marked = isinstance(getattr(module, "is_transposed", None), bool)
     gate = bool(getattr(module, "has_gate", True))
@@ -82,21 +92,21 @@ def form_of(name: str, module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Ex
     else:
         columns = (Projection(first, first, wide, hidden),)
     down = Projection("down_proj", "down_proj", hidden, intermediate, shard_dim=1)
-    return Experts(name, count, intermediate, (*columns, down), transposed, interleaved, bias, dense)
+    return ExpertsDescription(name, count, intermediate, (*columns, down), transposed, interleaved, bias, dense)
 
 
 def stack_name(module: str, projection: str) -> str:
-    """The path of one projection of all experts of a module."""
+    """Returns the path of one projection of all experts of a module."""
     return f"{module}.{STAR}.{projection}"
 
 
 def split_experts(
     description: ModelDescription, modules: Iterable[str], tensors: Mapping[str, tuple[int, ...]]
 ) -> ModelDescription:
-    """The skeleton with one stack for each projection in place of these modules' own parameters.
+    """Replaces the parameters of these modules by one stack for each projection.
 
     Args:
-        skeleton: as `describe_model` returns it.
+        description: as `describe_model` returns it.
         modules: keys of `description.experts`.
         tensors: shape of each checkpoint tensor.
     """
@@ -106,21 +116,15 @@ def split_experts(
         experts = description.experts[module]
         for projection in experts.projections:
             name = stack_name(module, projection.name)
-            linears[name] = Linear(
-                name,
-                projection.out_features,
-                projection.in_features,
-                experts.bias,
-                experts.transposed,
-                experts.count,
-            )
+            sizes = projection.out_features, projection.in_features
+            linears[name] = Linear(name, *sizes, experts.bias, experts.transposed, experts.count)
             fused = f"{module}.{projection.parameter}"
-            shape = (experts.count, projection.out_features, projection.in_features)
-            params[f"{name}.weight"] = Param(f"{name}.weight", shape, description.params[fused].dtype)
-            found = tuple(s for s in _sources_of(description, experts, projection) if _inside(s, experts.count))
-            if found:
-                sources[f"{name}.weight"] = found
-            lacking = set(range(experts.count)).difference(*(_experts_in(source, experts.count) for source in found))
+            params[f"{name}.weight"] = Param(f"{name}.weight", (experts.count, *sizes), description.params[fused].dtype)
+            own = tuple(s for s in _sources_of(description, experts, projection) if _inside(s, experts.count))
+            if own:
+                sources[f"{name}.weight"] = own
+            lacking = set(range(experts.count)).difference(*(_experts_in(source, experts.count) for source in own))
+            # A stack without any source is one missing weight. In others each lacking expert is named.
             numbers = [STAR] if len(lacking) == experts.count else sorted(lacking)
             missing += [f"{name}.weight".replace(STAR, str(number)) for number in numbers]
             if experts.bias:
@@ -144,16 +148,16 @@ def split_experts(
     )
 
 
-def _sources_of(description: ModelDescription, experts: Experts, projection: Projection) -> Iterable[Source]:
-    """What fills one projection, of what fills the parameter that holds it."""
+def _sources_of(description: ModelDescription, experts: ExpertsDescription, projection: Projection) -> Iterable[Source]:
+    """Yields the sources of one projection, from those of the parameter that holds it."""
     fused = f"{experts.name}.{projection.parameter}"
     sharers = [p.name for p in experts.projections if p.parameter == projection.parameter]
     first, last = projection.start, projection.start + projection.out_features
     for source in description.sources.get(fused, ()):
         if source.offset is not None:
-            expert, at = source.offset[0], source.offset[1] if len(source.offset) > 1 else 0
-            if first <= at < last:
-                yield Source(source.tensor, source.component, (expert, at - first) if at > first else (expert,))
+            expert, row = source.offset[0], source.offset[1] if len(source.offset) > 1 else 0
+            if first <= row < last:
+                yield Source(source.tensor, source.component, (expert, row - first) if row > first else (expert,))
         elif len(sharers) == 1:
             yield source
         else:
@@ -164,40 +168,40 @@ def _sources_of(description: ModelDescription, experts: Experts, projection: Pro
 
 
 def _experts_in(source: Source, count: int) -> Iterable[int]:
-    """Numbers of the experts that a source fills (a part of)."""
+    """Returns the numbers of the experts that a source fills, fully or in part."""
     return range(count) if source.offset is None else (source.offset[0],)
 
 
 def _inside(source: Source, count: int) -> bool:
-    """Whether the model has the expert that a source is for; that it has not is told where names are mapped."""
+    """Returns True if the model has the source's expert; `map_names` has reported those that it has not."""
     return source.offset is None or source.offset[0] < count
 
 
 def sources_by_expert(
     sources: Iterable[Source], count: int, tensors: Mapping[str, tuple[int, ...]]
 ) -> list[tuple[Source, ...]]:
-    """The sources of each expert of a stack, placed in the expert's own weight.
+    """Returns the sources of each expert of a stack, placed in the expert's own weight.
 
     Args:
-        sources: of the stack.
-        count: of experts.
+        sources: sources of the stack.
+        count: number of experts.
         tensors: shape of each checkpoint tensor.
     """
-    found: list[list[Source]] = [[] for _ in range(count)]
+    by_expert: list[list[Source]] = [[] for _ in range(count)]
     for source in sources:
         if source.offset is not None:
             expert, *rest = source.offset
             placed = (*rest, 0) if any(rest) else None
-            found[expert].append(Source(source.tensor, source.component, placed, source.take))
+            by_expert[expert].append(Source(source.tensor, source.component, placed, source.take))
             continue
-        for expert, own in enumerate(found):
+        for expert, own in enumerate(by_expert):
             take = (0, expert, expert + 1)
-            if source.take is not None:
+            if source.take is not None:  # rows of every expert: one range needs experts and rows as one dim
                 rows, (_, start, stop) = tensors[source.tensor][1], source.take
                 take = (ROWS, expert * rows + start, expert * rows + stop)
             own.append(Source(source.tensor, source.component, None, take))
-    return [tuple(own) for own in found]
+    return [tuple(own) for own in by_expert]
 
 
-def _told(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _described(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())

@@ -1,8 +1,8 @@
 """GGUF files as transformers reads them: the model's configuration, its tensors' names, and rows in another order.
 
-The names are transformers' own mapping (`get_gguf_hf_weights_map`, 5.23 `modeling_gguf_pytorch_utils.py`). Where it
-changes values on the way (its `TENSOR_PROCESSORS`), only llama's is followed here: llama.cpp stores the rows of q and k
-with the two halves of each head interleaved, for its rotary embedding, and they are put back.
+The names are transformers' own mapping (`get_gguf_hf_weights_map`, 5.23 `modeling_gguf_pytorch_utils.py`). Its
+`TENSOR_PROCESSORS` also change values; of them only llama's is followed here. llama.cpp stores the rows of q and k with
+the two halves of each head interleaved, for its rotary embedding; they are restored to the model's order.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FOLLOWED = "llama"
-"""The only architecture whose conversion is followed; those without any need none."""
+"""The only architecture whose conversion is followed; most architectures have none."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufNames:
-    """Where the tensors of a file go.
+    """The parameters that the tensors of a file fill.
 
     Attributes:
         params: tensor of the file -> parameter.
-        interleaved: parameter -> rows of a head whose halves are stored interleaved.
+        interleaved: parameter -> rows of a head, for parameters stored with the halves of each head interleaved.
     """
 
     params: dict[str, str]
@@ -38,10 +38,10 @@ class GgufNames:
 
 
 def source_of(path: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
-    """What transformers' `from_pretrained` wants for a checkpoint: a folder, and the `gguf_file` in it if it is one."""
-    found = Path(path)
-    if found.suffix == SUFFIX:
-        return str(found.parent), {"gguf_file": found.name}
+    """Returns the arguments of transformers' `from_pretrained` for a checkpoint: a folder, and a `gguf_file` in it."""
+    file = Path(path)
+    if file.suffix == SUFFIX:
+        return str(file.parent), {"gguf_file": file.name}
     return str(path), {}
 
 
@@ -49,13 +49,13 @@ def gguf_names(model: PreTrainedModel, tensors: Mapping[str, Any], architecture:
     """Maps the tensors of a file to a model on `meta`.
 
     Raises:
-        InputError: the architecture's weights are changed on the way in a form that is not followed here.
+        InputError: transformers converts the architecture's weights in a way that is not followed here.
     """
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     if architecture in TENSOR_PROCESSORS and architecture != FOLLOWED:
-        what = f"{architecture!r} weights are stored in another form than {type(model).__name__} holds them"
-        raise InputError.one("general.architecture", what, "Load the safetensors version of this model")
+        reason = f"{architecture!r} weights are stored in another form than {type(model).__name__} has"
+        raise InputError.one("general.architecture", reason, "Load the safetensors version of this model")
     known = get_gguf_hf_weights_map(model, TensorProcessor())
     params = {name: known[name] for name in tensors if name in known}
     heads: dict[str, int] = {}
@@ -74,10 +74,10 @@ def gguf_names(model: PreTrainedModel, tensors: Mapping[str, Any], architecture:
 
 
 def with_gguf_sources(description: ModelDescription, names: GgufNames) -> ModelDescription:
-    """A skeleton that was built with the parameters' names, with those of the file's tensors as sources."""
+    """Replaces the parameters' names in the sources of a description by those of the file's tensors."""
     stored = {param: name for name, param in names.params.items()}
     sources = {
-        name: tuple(Source(stored.get(source.tensor, source.tensor)) for source in found)
-        for name, found in description.sources.items()
+        name: tuple(Source(stored.get(source.tensor, source.tensor)) for source in tensors)
+        for name, tensors in description.sources.items()
     }
     return replace(description, sources=sources)

@@ -1,6 +1,6 @@
-"""The files beside the weights that transformers reads by itself: each is looked at before it does.
+"""The files beside the weights that transformers itself reads: each is checked first.
 
-transformers opens whatever has the right name, and would wait for a pipe, or read a device, forever.
+transformers opens any file of the right name. It would wait for a pipe, or read a device, forever.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ from distquant.errors import Problem
 from distquant.files import CONFIG_BYTES, TOKENIZER_BYTES, check_file
 
 MODEL_FILES = ("config.json", "config.*.json", "generation_config.json", "adapter_config.json", "*.py")
-"""What is read to build a model; `config.*.json` is one for some version of transformers."""
+"""Files that are read to build a model; `config.*.json` is for a certain version of transformers."""
 
 TOKENIZER_FILES = (
     "config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.json", "vocab*.txt",
     "merges.txt", "dict.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json", "bpe.codes", "chat_template*", "*.py",
 )  # fmt: skip
-"""`VOCAB_FILES_NAMES` of transformers' tokenizers (5.23), and what all of them read."""
+"""`VOCAB_FILES_NAMES` of transformers' tokenizers (5.23), and the files that all of them read."""
 
 TEMPLATES = "additional_chat_templates"
 """Folder of a tokenizer's further templates."""
 
-
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
-"""What is read where transformers loads the weights, too."""
+"""Files that are read as well if transformers loads the weights."""
 
 
 def model_file_problems(path: Path, *, weights: bool = False) -> Iterator[Problem]:
     """Yields the files of a checkpoint (a folder, or one GGUF file) that transformers might never finish reading.
 
     Args:
-        path: of the folder or file.
-        weights: whether transformers loads the weights.
+        path: the folder or file.
+        weights: True if transformers loads the weights.
     """
     if path.is_dir():
         yield from _problems(path, MODEL_FILES, CONFIG_BYTES)
@@ -58,7 +57,7 @@ def _problems(folder: Path, patterns: Iterable[str], limit: int | None) -> Itera
     try:
         names = sorted(os.listdir(folder))
     except OSError:
-        return  # is told by whoever opens what must be there
+        return  # reported by the code that opens the required files
     for name in names:
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             yield from _wrong(folder / name, limit)
@@ -68,6 +67,6 @@ def _wrong(path: Path, limit: int | None) -> Iterator[Problem]:
     try:
         check_file(path, limit)
     except FileNotFoundError:
-        return  # a link to nothing is as good as no file
+        return  # a dangling link is like a missing file
     except OSError as error:
         yield Problem(str(path), f"cannot be read ({error.strerror})", "Put the model's own file there")

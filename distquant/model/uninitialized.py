@@ -1,4 +1,4 @@
-"""Modules on `meta` without initial values: they go nowhere, and drawing them is a fifth of building a model."""
+"""Modules on `meta` without initial values: nobody reads them, and drawing them is a fifth of building a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Uninitialized(TorchFunctionMode):
-    """Leaves out the functions of `torch.nn.init` on `meta` tensors, in this thread, while it is entered."""
+    """Skips the functions of `torch.nn.init` on `meta` tensors, in this thread, while it is entered."""
 
     def __torch_function__(
         self,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distquant.memory import MEMORY
-from distquant.model import Experts as Form
+from distquant.model import ExpertsDescription as Form
 from distquant.model.description import Projection
 from distquant.options import ALL_TO_ALL
 from distquant.parallel.comm import Axis, Comm, SoloAxis

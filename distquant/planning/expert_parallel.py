@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from distquant.model.description import STAR, Experts, ModelDescription, Projection, wildcard
+from distquant.model.description import STAR, ExpertsDescription, ModelDescription, Projection, wildcard
 from distquant.model.experts import sources_by_expert, stack_name
 from distquant.planning.load_plan import ExpertsShard, Rule, TensorPlan
 from distquant.planning.tensor_parallel import ParallelPlan, lengths
@@ -101,7 +101,7 @@ def _tell(
 
 
 def _partition_inside(
-    experts: Experts, layouts: Mapping[Projection, Layout], ranks: int
+    experts: ExpertsDescription, layouts: Mapping[Projection, Layout], ranks: int
 ) -> tuple[Partition | None, str]:
     """One cut of the intermediate features that is legal for every projection, and its unit; or why there is none."""
     alignments = {p: layouts[p].alignments((p.out_features, p.in_features), p.shard_dim) for p in experts.projections}
@@ -130,7 +130,7 @@ def _partition_inside(
     return None, f"{experts.intermediate} features are fewer than {ranks} units of {alignment}"
 
 
-def partition_of(experts: Experts, projection: Projection, partition: Partition | None) -> Partition | None:
+def partition_of(experts: ExpertsDescription, projection: Projection, partition: Partition | None) -> Partition | None:
     """The cut of a projection's own dim that follows from that of the intermediate features."""
     if partition is None or projection.shard_dim == 1 or projection.out_features == experts.intermediate:
         return partition

@@ -1,11 +1,11 @@
-"""Symmetric int8 in groups along the input: a whole quantization method for distquant, in one file.
+"""Symmetric int8 in groups along the input: a complete quantization method for distquant, in one file.
 
     scale = max |w| / 127 over a group of 32 inputs of one row        float32 [out, ceil(in / 32)]
     code  = round(w / scale), halves to even                          int8    [out, in]
 
-A scale depends on its own group only, so a cut between groups is exact by itself: no statistic crosses it, and ranks
-say nothing to each other while they quantize. Both are computed in float32, element by element, so the pieces in which
-rows arrive leave no trace either. The module dequantizes in forward; it is meant to be read, not to be fast.
+A scale depends on its own group only, so a partition between groups is exact by itself: no statistic crosses it, and
+ranks do not communicate while they quantize. Both are computed in float32, element by element, so the pieces in which
+rows arrive do not change the result either. The module dequantizes in forward; it is meant to be read, not to be fast.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Int8GroupsConfig(QuantizationConfig):
 
     def _value_problems(self) -> Iterable[Problem]:
         if self.group_size < 1:
-            yield Problem("quantization_config.group_size", f"{self.group_size} is no size", "Give 32, or 1 or more")
+            yield Problem("quantization_config.group_size", f"invalid size {self.group_size}", "Give 32, or 1 or more")
 
 
 class Int8GroupsLinear(nn.Module):
     """A linear layer of codes and scales.
 
-    weight: int8 `[out, in]`; weight_scale: float32 `[out, ceil(in / group_size)]`; bias: as it was.
+    weight: int8 `[out, in]`; weight_scale: float32 `[out, ceil(in / group_size)]`; bias: unchanged.
     """
 
     def __init__(self, in_features: int, out_features: int, group_size: int, bias: nn.Parameter | None):
@@ -76,22 +76,22 @@ class Int8GroupsScheme(Scheme):
     config_class = Int8GroupsConfig
     config: Int8GroupsConfig
 
-    # The coordinator asks this: where may a weight be cut, and how large is a part?
+    # The coordinator calls this, for the alignment of partitions and the size of a part.
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
-        """One code an element; a scale spans one row and a group of inputs. Units and memory follow from it."""
+        """One code an element; a scale covers one row and a group of inputs. Alignment and memory follow from it."""
         codes = Component(name="", dtype="int8", preferred_alignments=PLAIN_STEPS)
         scales = Component(name="weight_scale", dtype="float32", block_shape=(1, self.config.group_size))
         return Layout((codes, scales))
 
-    # Ranks call these: `encode` with whole rows, the others with their own shard.
+    # Ranks call these: `encode` with full rows, the others with their own shard.
 
     def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
         out_features, in_features = shard.local_shape
         return Int8GroupsLinear(in_features, out_features, self.config.group_size, linear.bias)
 
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
-        """Codes and scales of rows; the rank that reads them calls this, and the others get what they keep."""
+        """Computes codes and scales of rows. The rank that reads them calls this and sends each owner its part."""
         count, columns = rows.shape
         padded = nn.functional.pad(rows.float(), (0, -columns % self.config.group_size))
         groups = padded.view(count, -1, self.config.group_size)
@@ -102,17 +102,17 @@ class Int8GroupsScheme(Scheme):
         out[""].view(count, columns).copy_(codes)
 
     def load_encoded(self, shard: Shard, module: Any, parts: dict[str, Tensor], ops: Any) -> None:
-        """Takes what came of the shard's rows, in order."""
+        """Takes the encoded rows of the shard, in order."""
         rows, columns = shard.local_shape
         module.weight = nn.Parameter(parts[""].view(rows, columns), requires_grad=False)
         module.weight_scale = parts["weight_scale"].view(rows, -1)
 
     def dequantized(self, module: Any, shard: Shard, ops: Any) -> Tensor:
-        """What `dequantize=True` loads instead of the module."""
+        """Returns the weight that `dequantize=True` loads instead of the module."""
         return module.dequantized(getattr(torch, shard.dtype))
 
     def tally(self, module: Any, shard: Shard, tally: Any) -> None:
-        """Counts what this rank owns, at its place in the whole weight."""
+        """Counts the elements that this rank owns, at their places in the weight."""
         tally.shard("code", module.weight, shard.shape, shard.shard_dim, shard.owned)
         tally.shard(
             "scale", module.weight_scale, shard.shape, shard.shard_dim, shard.owned, span=self.config.group_size

@@ -124,7 +124,10 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
         rf"^{FIRST}: tensor 'model.embed_tokens.weight': shape \[2047, 128\] of BF16 takes 524032 bytes, "
         rf"and data_offsets span 524288\. .*{DAMAGED}",
     ),
-    (unknown_dtype, rf"^{FIRST}: tensor 'model.embed_tokens.weight': dtype 'BF17' is none of .*Use a newer distquant"),
+    (
+        unknown_dtype,
+        rf"^{FIRST}: tensor 'model.embed_tokens.weight': unknown dtype 'BF17'; known are .*Use a newer distquant",
+    ),
     (
         truncated_shard,
         rf"^{SECOND}: tensor '[\w.]+': ends at byte \d+, .* only \d+ bytes long\. .*{DAMAGED}",
@@ -137,7 +140,7 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         weight_map_leaves_the_folder,
-        rf"^{INDEX}: tensor 'model.ghost.weight': file is '../../etc/passwd', and must be a plain path below "
+        rf"^{INDEX}: tensor 'model.ghost.weight': file is '../../etc/passwd', not a plain path below "
         rf"the checkpoint's folder\. Do not trust this checkpoint",
     ),
     (index_not_json, rf"^{INDEX}: is not JSON .*{DAMAGED}"),
@@ -164,7 +167,7 @@ def test_broken_checkpoint(
     assert {path.name: path.read_bytes() for path in spoiled.iterdir()} == before
 
 
-def test_problems_of_several_files_are_told_together(spoiled: Path, refused: Command) -> None:
+def test_problems_of_several_files_are_reported_together(spoiled: Path, refused: Command) -> None:
     truncated_shard(spoiled)
     header_not_json(spoiled)
     config_not_json(spoiled)
@@ -192,11 +195,11 @@ class TestPathThatIsNoCheckpoint:
         tells(refused(name, folder), pattern)
 
     def test_file(self, name: str, kjv_tiny: str, refused: Command) -> None:
-        pattern = r"config\.json: is a file, and a checkpoint is a folder\. Give the folder"
+        pattern = r"config\.json: is a file, not a folder\. Give the folder"
         tells(refused(name, f"{kjv_tiny}/config.json"), pattern)
 
     def test_path_that_does_not_exist(self, name: str, tmp_path: Path, refused: Command) -> None:
-        pattern = r"nowhere: no folder has this path, and it is no Hugging Face id\. Give an existing folder"
+        pattern = r"nowhere: no folder has this path, and it is not a Hugging Face id\. Give an existing folder"
         tells(refused(name, tmp_path / "nowhere"), pattern)
 
     def test_id_that_is_not_in_the_cache(self, name: str, refused: Command) -> None:

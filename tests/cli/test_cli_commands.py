@@ -299,7 +299,7 @@ def test_doctor_knows_every_method_and_says_what_is_missing(command: Command) ->
 def test_doctor_of_an_unknown_method(command: Command) -> None:
     done = command("doctor", "--quant", "int9")
     assert (done.code, done.out) == (2, "")
-    assert re.match(r"quantization_config: 'int9' is no known quantization\. Did you mean 'int8'", done.message)
+    assert re.match(r"quantization_config: unknown quantization 'int9'\. Did you mean 'int8'", done.message)
 
 
 def test_doctor_of_a_method_that_cannot_run(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from cli_runs import COMMANDS, Command, tells
 @pytest.mark.parametrize(
     ("quant", "pattern"),
     [
-        ("nf5", r"^quantization_config: 'nf5' is no known quantization\. Did you mean 'nf4'.*Known names: none, nf4, "),
-        ("NF4-DQ", r"^quantization_config: 'NF4-DQ' is no known quantization\. Did you mean 'nf4-dq'"),
-        ("zzz", r"^quantization_config: 'zzz' is no known quantization\. Known names: none, "),
+        ("nf5", r"^quantization_config: unknown quantization 'nf5'\. Did you mean 'nf4'.*Known names: none, nf4, "),
+        ("NF4-DQ", r"^quantization_config: unknown quantization 'NF4-DQ'\. Did you mean 'nf4-dq'"),
+        ("zzz", r"^quantization_config: unknown quantization 'zzz'\. Known names: none, "),
         (
             '{"quant_method": "bitsandbites", "load_in_4bit": true}',
             r"^quantization_config\.quant_method: 'bitsandbites' is not supported\. Did you mean 'bitsandbytes'\?",

@@ -92,7 +92,7 @@ def test_mesh_that_is_not_the_world_is_told_once(kjv_tiny: str, workdir: Path, s
         "  1. mesh: tp=3 needs 3 ranks, the launcher started 2. Start 3 ranks, or give a mesh of 2",
     ]
     known = "Did you mean 'nf4'? Known names: none, nf4, nf4-dq, fp4, fp4-dq, int8, "
-    assert told[2].startswith(f"  2. quantization_config: 'nf5' is no known quantization. {known}")
+    assert told[2].startswith(f"  2. quantization_config: unknown quantization 'nf5'. {known}")
     assert done.stderr.count("needs 3 ranks") == 1
     assert "exitcode  : 2" in done.stderr
     assert "[rank" not in done.stderr

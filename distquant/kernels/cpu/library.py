@@ -1,4 +1,4 @@
-"""The shared library of native kernels: found, loaded once, and called for one instruction set."""
+"""The shared library of native kernels: loaded once, and called for one instruction set."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ VARIABLE = "DISTQUANT_CPU_ISA"
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The library's number for each dtype of weights (`Float` in `kernels.hpp`)."""
 
-FOUND, GIVEN = 0, 1
-"""Where statistics come from (`Statistics` in `kernels.hpp`)."""
+COMPUTED, GIVEN = 0, 1
+"""The origin of statistics: computed from the weight, or given (`Statistics` in `kernels.hpp`)."""
 
 CODES = {torch.int8: 0, torch.float8_e4m3fn: 1}
-"""The library's number for what scaled rows become (`Codes` in `kernels.hpp`)."""
+"""The library's number for the codes of scaled rows (`Codes` in `kernels.hpp`)."""
 
 NO_ISA, NO_MEMORY = 1, 2
-"""What a function of the library returns where it did nothing (`Status` in `interface.hpp`)."""
+"""Results of a function that did nothing (`Status` in `interface.hpp`)."""
 
 INTERFACE = 4
-"""The library's functions as they are called here (`kInterface` in `interface.hpp`)."""
+"""Version of the library's functions as they are called here (`kInterface` in `interface.hpp`)."""
 
 BYTES = 2**63 - 1
-"""Sizes go to the library as int64."""
+"""The largest size: sizes are passed to the library as int64."""
 
 
 def _load() -> ctypes.CDLL:
@@ -57,7 +57,7 @@ _native = _load()
 
 
 def available() -> tuple[str, ...]:
-    """Instruction sets that this build and this machine have, in ascending order."""
+    """Returns the instruction sets that this build and this machine have, in ascending order."""
     return tuple(name for number, name in enumerate(ISAS) if _native.distquant_has(ctypes.c_int64(number)))
 
 
@@ -72,7 +72,7 @@ _isa: str | None = None
 
 
 def isa() -> str:
-    """The instruction set whose kernels run: `avx512`, `avx2` or `portable`.
+    """Returns the instruction set of the running kernels: `avx512`, `avx2` or `portable`.
 
     Raises:
         InputError: `DISTQUANT_CPU_ISA` names one that this machine or build lacks.
@@ -85,7 +85,7 @@ def isa() -> str:
 
 @contextmanager
 def running(name: str) -> Iterator[None]:
-    """Runs the kernels of another instruction set meanwhile, in the whole process. For tests and measurements."""
+    """Runs the kernels of another instruction set in the process, inside the context. For tests and measurements."""
     global _isa
     before, _isa = isa(), name
     try:
@@ -99,6 +99,7 @@ def call(function: str, *arguments: Tensor | int | None) -> None:
 
     A tensor is passed by its address and must be contiguous, None as the null address, a dtype's number as int.
     """
+    # Only addresses are passed on: `arguments` keeps the tensors alive until the call, without the lock, returns.
     native: list[ctypes.c_int64 | ctypes.c_void_p] = []
     for argument in (ISAS.index(isa()), torch.get_num_threads(), *arguments):
         if isinstance(argument, int):
@@ -113,10 +114,10 @@ def call(function: str, *arguments: Tensor | int | None) -> None:
 
 
 def flat(tensor: Tensor, name: str) -> Tensor:
-    """`tensor` as a contiguous weight.
+    """Returns `tensor` as a contiguous weight.
 
     Raises:
-        ValueError: not on the CPU, or of a dtype that the kernels do not take.
+        ValueError: it is not on the CPU, or has a dtype that the kernels do not take.
     """
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name} is {tensor.dtype}; the CPU kernels take float32, float16 and bfloat16")
@@ -124,29 +125,30 @@ def flat(tensor: Tensor, name: str) -> Tensor:
 
 
 def on_cpu(tensor: Tensor, name: str, dtype: torch.dtype | None = None, count: int | None = None) -> Tensor:
-    """`tensor`, contiguous.
+    """Returns `tensor`, contiguous.
 
     Raises:
-        ValueError: not on the CPU, not of `dtype`, or of fewer than `count` elements.
+        ValueError: it is not on the CPU, not of `dtype`, or has fewer than `count` elements.
     """
+    # The library trusts addresses and sizes: whatever passes here must be safe to read.
     if tensor.device.type != "cpu":
-        raise ValueError(f"{name} lies on {tensor.device}; the CPU kernels take tensors on the CPU")
+        raise ValueError(f"{name} is on {tensor.device}; the CPU kernels take tensors on the CPU")
     if dtype is not None and tensor.dtype is not dtype:
-        raise ValueError(f"{name} is {tensor.dtype}, and must be {dtype}")
+        raise ValueError(f"{name} is {tensor.dtype}, not {dtype}")
     if count is not None and tensor.numel() < count:
-        raise ValueError(f"{name} has {tensor.numel()} elements, and {count} are needed")
+        raise ValueError(f"{name} has {tensor.numel()} elements, not the {count} that are needed")
     return tensor.contiguous()
 
 
 def matrix(weight: Tensor) -> tuple[Tensor, int, int]:
-    """A contiguous weight with its rows and columns; raises ValueError as `flat`, and where it is no matrix."""
+    """Returns a contiguous weight, its rows and columns; raises ValueError as `flat`, and if it is not a matrix."""
     if weight.dim() != 2:
-        raise ValueError(f"the weight has shape {list(weight.shape)}, and must be a matrix")
+        raise ValueError(f"the weight has shape {list(weight.shape)}, not that of a matrix")
     return flat(weight, "the weight"), weight.shape[0], weight.shape[1]
 
 
 def positive(value: int, name: str) -> int:
-    """`value`; raises ValueError where it is less than 1 or does not fit the library."""
+    """Returns `value`; raises ValueError if it is less than 1 or does not fit the library."""
     if not 1 <= value <= BYTES:
-        raise ValueError(f"{name} is {value}, and must be at least 1")
+        raise ValueError(f"{name} is {value}, not at least 1")
     return value

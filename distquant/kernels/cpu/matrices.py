@@ -1,4 +1,4 @@
-"""Formats whose scales belong to rows, tiles or groups of a matrix: LLM.int8, float8 e4m3, integer groups, MXFP4."""
+"""Formats with scales of rows or groups of a matrix: LLM.int8, scaled rows, integer groups, MXFP4."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from distquant.kernels import reference
-from distquant.kernels.cpu.library import CODES, FLOATS, FOUND, GIVEN, call, matrix, on_cpu, positive
+from distquant.kernels.cpu.library import CODES, COMPUTED, FLOATS, GIVEN, call, matrix, on_cpu, positive
 from distquant.kernels.cpu.runs import CPU, output
 from distquant.kernels.outputs import prepared
 from distquant.kernels.reference.mxfp4 import RUN, check_columns
-
-Block = tuple["int | None", "int | None"]
 
 
 def quantize_int8_rows(
@@ -19,7 +17,7 @@ def quantize_int8_rows(
 ) -> tuple[Tensor, Tensor]:
     """Codes (int8 `[rows, columns]`) and absmax (float32 `[rows]`) of `weight`, as LLM.int8 stores it.
 
-    As `reference.quantize_int8_rows`: one pass over a row finds its absmax after the cast to float16, the next one
+    Equal to `reference.quantize_int8_rows`: one pass over a row finds its absmax after the cast to float16, the next
     rounds `w * (1 / absmax * 127)`.
 
     Args:
@@ -27,24 +25,24 @@ def quantize_int8_rows(
         codes, absmax: written into where given.
 
     Raises:
-        ValueError: an argument is not as said here.
+        ValueError: an argument is invalid.
     """
     source, rows, columns = matrix(weight)
     if columns == 0:
         raise ValueError(f"the weight has shape {list(weight.shape)}: a row without columns has no absmax")
     packed = prepared(codes, (rows, columns), torch.int8, CPU)
-    found = prepared(absmax, (rows,), torch.float32, CPU)
-    call("quantize_int8_rows", source, FLOATS[source.dtype], rows, columns, packed, found, FOUND)
-    return packed, found
+    absmax = prepared(absmax, (rows,), torch.float32, CPU)
+    call("quantize_int8_rows", source, FLOATS[source.dtype], rows, columns, packed, absmax, COMPUTED)
+    return packed, absmax
 
 
 def encode_int8_rows(weight: Tensor, absmax: Tensor, out: Tensor | None = None) -> Tensor:
     """int8 `[rows, columns]`: codes of `weight` (`[rows, columns]`) under given row absmax (float32 `[rows]`).
 
-    As `reference.encode_int8_rows`; no row's absmax may be less than its own.
+    Equal to `reference.encode_int8_rows`; the absmax of a row must be at least its largest float16 magnitude.
 
     Raises:
-        ValueError: an argument is not as said here.
+        ValueError: an argument is invalid.
     """
     source, rows, columns = matrix(weight)
     packed = prepared(out, (rows, columns), torch.int8, CPU)
@@ -64,10 +62,10 @@ def encode_scaled_rows(
     high: int = 127,
     codes: Tensor | None = None,
 ) -> Tensor:
-    """`dtype` `[rows, columns]`: as `reference.encode_scaled_rows`, which also does the float8 that are not e4m3.
+    """`dtype` `[rows, columns]`: equal to `reference.encode_scaled_rows`, which is called for float8 other than e4m3.
 
     Raises:
-        ValueError: an argument is not as said there.
+        ValueError: an argument is invalid.
     """
     if dtype not in CODES:
         rounding = {"inverse": inverse, "rounded": rounded}
@@ -77,125 +75,6 @@ def encode_scaled_rows(
     given, kind = on_cpu(scale, "scale", torch.float32, rows), (CODES[dtype], inverse, rounded, low, high)
     call("encode_scaled_rows", source, FLOATS[source.dtype], rows, columns, given, packed, *kind)
     return packed
-
-
-def block_amax(weight: Tensor, block: Block) -> Tensor:
-    """float32 `[ceil(rows / br), ceil(columns / bc)]`: each tile's largest magnitude; NaN where it has a NaN.
-
-    As `reference.block_amax`.
-
-    Raises:
-        ValueError: an argument is not as said here.
-    """
-    source, rows, columns = matrix(weight)
-    height, width, grid = _tile(rows, columns, block)
-    found = torch.empty(rows, grid[1], dtype=torch.float32)
-    call("row_amax", source, FLOATS[source.dtype], rows, columns, width, found)
-    return found if height == 1 else reference.block_amax(found, (height, 1))
-
-
-def _tile(rows: int, columns: int, block: Block) -> tuple[int, int, tuple[int, int]]:
-    """Rows and columns of a whole tile, and the shape of the scales."""
-    height = max(rows, 1) if block[0] is None else positive(block[0], "rows of a block")
-    width = max(columns, 1) if block[1] is None else positive(block[1], "columns of a block")
-    return height, width, (-(-rows // height), -(-columns // width))
-
-
-def quantize_fp8(
-    weight: Tensor, block: Block, *, codes: Tensor | None = None, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Codes (float8_e4m3fn `[rows, columns]`) and scales (float32 `[ceil(rows / br), ceil(columns / bc)]`).
-
-    As `reference.quantize_fp8`.
-
-    Args:
-        weight: bfloat16, float16 or float32 `[rows, columns]`.
-        block: rows and columns of a tile, None for the whole dim.
-        codes, scale: written into where given.
-
-    Raises:
-        ValueError: an argument is not as said here.
-    """
-    source, rows, columns = matrix(weight)
-    height, width, grid = _tile(rows, columns, block)
-    packed = prepared(codes, (rows, columns), torch.float8_e4m3fn, CPU)
-    found = prepared(scale, grid, torch.float32, CPU)
-    call("quantize_fp8", source, FLOATS[source.dtype], rows, columns, height, width, packed, found)
-    return packed, found
-
-
-def encode_fp8(
-    weight: Tensor, amax: Tensor, block: Block, *, codes: Tensor | None = None, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `quantize_fp8`, under given amax (float32 `[ceil(rows / br), ceil(columns / bc)]`), which shards may share."""
-    source, rows, columns = matrix(weight)
-    height, width, grid = _tile(rows, columns, block)
-    packed = prepared(codes, (rows, columns), torch.float8_e4m3fn, CPU)
-    found = prepared(scale, grid, torch.float32, CPU)
-    factors = on_cpu(amax, "amax", torch.float32, grid[0] * grid[1]).clone()
-    call("encode_fp8", source, FLOATS[source.dtype], rows, columns, height, width, packed, found, factors)
-    return packed, found
-
-
-def quantize_fp8_ue8m0(
-    weight: Tensor, block: Block, *, codes: Tensor | None = None, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Codes (float8_e4m3fn `[rows, columns]`) and scales (float8_e8m0fnu `[ceil(rows / br), ceil(columns / bc)]`).
-
-    As `reference.quantize_fp8_ue8m0`.
-
-    Args:
-        weight: bfloat16, float16 or float32 `[rows, columns]`.
-        block: rows and columns of a tile, None for the whole dim.
-        codes, scale: written into where given.
-
-    Raises:
-        ValueError: an argument is not as said here.
-    """
-    source, rows, columns = matrix(weight)
-    height, width, grid = _tile(rows, columns, block)
-    packed = prepared(codes, (rows, columns), torch.float8_e4m3fn, CPU)
-    stored = prepared(scale, grid, torch.float8_e8m0fnu, CPU)
-    call("quantize_fp8_ue8m0", source, FLOATS[source.dtype], rows, columns, height, width, packed, stored)
-    return packed, stored
-
-
-def quantize_fp8_rows(
-    weight: Tensor, *, codes: Tensor | None = None, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Codes (float8_e4m3fn `[rows, columns]`) and scales (float32 `[rows, 1]`) as FBGEMM has them.
-
-    As `reference.quantize_fp8_rows`.
-
-    Raises:
-        ValueError: an argument is not as said there.
-    """
-    stored = prepared(scale, (len(weight), 1), torch.float32, CPU)
-    reference.fbgemm_scales(block_amax(weight, (1, None)), stored)
-    return encode_scaled_rows(weight, stored, torch.float8_e4m3fn, codes=codes), stored
-
-
-def dequantize_fp8(codes: Tensor, scale: Tensor, block: Block, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`dtype` `[rows, columns]`: the float32 product of each code's value and its tile's scale, then cast.
-
-    Args:
-        codes: float8_e4m3fn `[rows, columns]`.
-        scale: float32 `[ceil(rows / br), ceil(columns / bc)]`.
-        block: rows and columns of a tile, None for the whole dim.
-        dtype: bfloat16, float16 or float32.
-
-    Raises:
-        ValueError: an argument is not as said here.
-    """
-    if codes.dim() != 2:
-        raise ValueError(f"codes have shape {list(codes.shape)}, and must be a matrix")
-    rows, columns = codes.shape
-    height, width, grid = _tile(rows, columns, block)
-    packed = on_cpu(codes, "codes", torch.float8_e4m3fn)
-    scales = on_cpu(scale, "scale", torch.float32, grid[0] * grid[1])
-    out = output((rows, columns), dtype)
-    call("dequantize_fp8", packed, scales, rows, columns, height, width, out, FLOATS[dtype])
-    return out
 
 
 def quantize_groups(
@@ -210,17 +89,18 @@ def quantize_groups(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes (int8 `[rows, columns]`), scale (the weight's dtype `[rows, ceil(columns / group_size)]`), zero.
 
-    As `reference.quantize_groups`.
+    Equal to `reference.quantize_groups`.
 
     Args:
         weight: bfloat16, float16 or float32 `[rows, columns]`.
         group_size: columns per scale.
         bits: 4 or 8.
-        symmetric: without zero points: the third result is None, otherwise it is int8 and of the scale's shape.
+        symmetric: True for groups without zero points: the third result is None. Otherwise it is int8 of the scale's
+            shape.
         codes, scale, zero: written into where given.
 
     Raises:
-        ValueError: an argument is not as said here.
+        ValueError: an argument is invalid.
     """
     if bits not in (4, 8):
         raise ValueError(f"groups of {bits} bits: only 4 and 8 are supported")
@@ -246,10 +126,10 @@ def dequantize_groups(
         dtype: bfloat16, float16 or float32.
 
     Raises:
-        ValueError: an argument is not as said here.
+        ValueError: an argument is invalid.
     """
     if codes.dim() != 2:
-        raise ValueError(f"codes have shape {list(codes.shape)}, and must be a matrix")
+        raise ValueError(f"codes have shape {list(codes.shape)}, not that of a matrix")
     rows, columns = codes.shape
     groups = rows * -(-columns // positive(group_size, "group_size"))
     packed = on_cpu(codes, "codes", torch.int8)
@@ -265,36 +145,36 @@ def quantize_mxfp4(
 ) -> tuple[Tensor, Tensor]:
     """Codes (uint8 `[rows, columns / 2]`, the even column in the low nibble) and scales (uint8 `[rows, columns / 32]`).
 
-    As `reference.quantize_mxfp4`.
+    Equal to `reference.quantize_mxfp4`.
 
     Args:
-        weight: bfloat16, float16 or float32 `[rows, columns]`, whole runs of 32.
+        weight: bfloat16, float16 or float32 `[rows, columns]`, full runs of 32.
         codes, scale: written into where given.
 
     Raises:
-        ValueError: an argument is not as said here.
+        ValueError: an argument is invalid.
     """
     source, rows, columns = matrix(weight)
     check_columns(columns)
     packed = prepared(codes, (rows, columns // 2), torch.uint8, CPU)
-    found = prepared(scale, (rows, columns // RUN), torch.uint8, CPU)
-    call("quantize_mxfp4", source, FLOATS[source.dtype], rows * columns, packed, found)
-    return packed, found
+    scale = prepared(scale, (rows, columns // RUN), torch.uint8, CPU)
+    call("quantize_mxfp4", source, FLOATS[source.dtype], rows * columns, packed, scale)
+    return packed, scale
 
 
 def dequantize_mxfp4(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """`dtype` `[rows, columns]`: the float32 product of each code's value and its run's scale, then cast.
 
     Args:
-        codes: uint8 `[rows, columns / 2]`, whole runs of 32 columns.
+        codes: uint8 `[rows, columns / 2]`, full runs of 32 columns.
         scale: uint8 `[rows, columns / 32]`.
         dtype: bfloat16, float16 or float32.
 
     Raises:
-        ValueError: an argument is not as said here.
+        ValueError: an argument is invalid.
     """
     if codes.dim() != 2:
-        raise ValueError(f"codes have shape {list(codes.shape)}, and must be a matrix")
+        raise ValueError(f"codes have shape {list(codes.shape)}, not that of a matrix")
     rows, columns = codes.shape[0], codes.shape[1] * 2
     check_columns(columns)
     packed = on_cpu(codes, "codes", torch.uint8)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distquant.kernels import reference
-from distquant.kernels.cpu.library import FLOATS, FOUND, GIVEN, call, flat, on_cpu, positive
+from distquant.kernels.cpu.library import COMPUTED, FLOATS, GIVEN, call, flat, on_cpu, positive
 from distquant.kernels.outputs import prepared
 
 CPU = torch.device("cpu")
@@ -20,12 +20,12 @@ SMALLEST, LARGEST = 32, 4096
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """What the library needs to know of a 4-bit format.
+    """The tables of a 4-bit format for the library.
 
     Attributes:
-        values: float32 `[16]`, by code.
+        values: float32 `[16]`, the value of each code.
         thresholds: float32 `[15]`, ascending.
-        order: uint8 `[16]`, code of each rank.
+        order: uint8 `[16]`, the code of each rank.
     """
 
     values: Tensor
@@ -37,7 +37,7 @@ class Tables:
 def _tables(quant_type: str) -> Tables:
     orders = {"nf4": tuple(range(16)), "fp4": reference.FP4_ASCENDING}
     if quant_type not in orders:
-        raise ValueError(f"quant_type is {quant_type!r}, and must be 'nf4' or 'fp4'")
+        raise ValueError(f"unknown quant_type {quant_type!r}; known are 'nf4' and 'fp4'")
     values = reference.code_values(quant_type).clone()
     ascending = values[list(orders[quant_type])]
     thresholds = (ascending[:-1] + ascending[1:]) / 2
@@ -46,7 +46,7 @@ def _tables(quant_type: str) -> Tables:
 
 def _check_blocksize(blocksize: int) -> None:
     if blocksize % 2 or not SMALLEST <= blocksize <= LARGEST:
-        raise ValueError(f"blocksize is {blocksize}, and must be even and in [{SMALLEST}, {LARGEST}]")
+        raise ValueError(f"blocksize is {blocksize}, not even and in [{SMALLEST}, {LARGEST}]")
 
 
 def quantize_4bit(
@@ -59,7 +59,7 @@ def quantize_4bit(
 ) -> tuple[Tensor, Tensor]:
     """Codes (uint8 `[ceil(n / 2)]`) and absmax (float32 `[ceil(n / blocksize)]`) of the flat `weight`.
 
-    As `reference.quantize_4bit`.
+    Equal to `reference.quantize_4bit`.
 
     Args:
         weight: bfloat16, float16 or float32 of any shape, `n` elements.
@@ -68,11 +68,11 @@ def quantize_4bit(
         codes, absmax: written into where given.
 
     Raises:
-        ValueError: `n` is odd, or an argument is not as said here.
+        ValueError: `n` is odd, or an argument is invalid.
     """
     _check_blocksize(blocksize)
-    found = prepared(absmax, (-(-weight.numel() // blocksize),), torch.float32, CPU)
-    return _codes_4bit(weight, found, FOUND, blocksize, quant_type, False, codes), found
+    absmax = prepared(absmax, (-(-weight.numel() // blocksize),), torch.float32, CPU)
+    return _codes_4bit(weight, absmax, COMPUTED, blocksize, quant_type, False, codes), absmax
 
 
 def encode_4bit(
@@ -86,11 +86,11 @@ def encode_4bit(
 ) -> Tensor:
     """uint8 `[ceil(n / 2)]`: codes of the flat `weight` under given absmax.
 
-    As `reference.encode_4bit`; arguments and errors as `quantize_4bit`, and:
+    Equal to `reference.encode_4bit`. Arguments and errors are those of `quantize_4bit`, and:
 
     Args:
         absmax: float32 `[ceil(n / blocksize)]`.
-        ragged: whether the last block is the weight's ragged tail even though it is full here.
+        ragged: True if the last block belongs to the weight's ragged tail although it is full here.
     """
     _check_blocksize(blocksize)
     given = on_cpu(absmax, "absmax", torch.float32, -(-weight.numel() // blocksize))
@@ -135,7 +135,7 @@ def dequantize_4bit(
         dtype: bfloat16, float16 or float32.
 
     Raises:
-        ValueError: an argument is not as said here.
+        ValueError: an argument is invalid.
     """
     _check_blocksize(blocksize)
     tables, count = _tables(quant_type), math.prod(shape)
@@ -147,7 +147,7 @@ def dequantize_4bit(
 
 
 def output(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """A new tensor; raises ValueError where the kernels do not write `dtype`."""
+    """Returns a new tensor; raises ValueError if the kernels do not write `dtype`."""
     if dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}; the CPU kernels write float32, float16 and bfloat16")
     return torch.empty(shape, dtype=dtype)
@@ -164,7 +164,7 @@ def quantize_blockwise(
 ) -> tuple[Tensor, Tensor]:
     """Codes (uint8 `[n]`) and absmax (float32 `[ceil(n / blocksize)]`) of the flat `values`.
 
-    As `reference.quantize_blockwise`.
+    Equal to `reference.quantize_blockwise`.
 
     Args:
         values: float of any shape, `n` elements.
@@ -173,18 +173,18 @@ def quantize_blockwise(
         codes, absmax: written into where given.
 
     Raises:
-        ValueError: an argument is not as said here.
+        ValueError: an argument is invalid.
     """
     positive(blocksize, "blocksize")
     source = flat(values, "values").float()
     table = on_cpu(code, "code", torch.float32)
     if table.numel() != 256:
-        raise ValueError(f"code has {table.numel()} values, and must have 256")
+        raise ValueError(f"code has {table.numel()} values, not 256")
     packed = prepared(codes, (source.numel(),), torch.uint8, CPU)
-    found = prepared(absmax, (-(-source.numel() // blocksize),), torch.float32, CPU)
+    absmax = prepared(absmax, (-(-source.numel() // blocksize),), torch.float32, CPU)
     nearest = _nearest(table.numpy().tobytes())
-    call("quantize_blockwise", source, source.numel(), blocksize, nearest, packed, found)
-    return packed, found
+    call("quantize_blockwise", source, source.numel(), blocksize, nearest, packed, absmax)
+    return packed, absmax
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
@@ -196,7 +196,7 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize:
         code: float32 `[256]`.
 
     Raises:
-        ValueError: an argument is not as said here.
+        ValueError: an argument is invalid.
     """
     positive(blocksize, "blocksize")
     packed = on_cpu(codes, "codes", torch.uint8)

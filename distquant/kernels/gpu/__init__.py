@@ -1,9 +1,9 @@
 """Triton kernels: the reference's functions for tensors on a GPU, one read of the weight and one write of the codes.
 
-Bit-equal to `distquant.kernels.reference`, whose docstrings hold the definitions. What keeps them so: divisions are
-`div_rn` (`/` may be approximate), launches forbid the fusion of a product and a sum into one rounding, maxima are taken
-over the bits of magnitudes (which order like the floats and keep a NaN), roundings to e4m3 and bfloat16 are integer
-arithmetic. The same source runs in Triton's interpreter on a CPU (`TRITON_INTERPRET=1`), where its tests compare it.
+Bit-equal to `distquant.kernels.reference`, whose docstrings hold the definitions. Four rules keep them so. Divisions
+are `div_rn` (`/` may be approximate). Launches forbid the fusion of a product and a sum into one rounding. Maxima are
+taken over the bits of magnitudes, which order like the floats and keep a NaN. Roundings to e4m3 and bfloat16 are
+integer arithmetic. The same source runs in Triton's interpreter on a CPU (`TRITON_INTERPRET=1`), for its tests.
 
 Functions that only look up or reduce, the rarer forms of float8 and rows under given scales are the reference's own:
 plain torch runs them on the device. This is the only package that imports Triton.

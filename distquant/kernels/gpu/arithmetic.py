@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 HALF_EVEN = tl.constexpr(12582912.0)
-"""1.5 * 2^23: where float32 has steps of one, so that adding rounds to whole numbers, half to even."""
+"""1.5 * 2^23: float32 has steps of one there, so that adding it rounds to integers, half to even."""
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def rounded(x):
 
 @triton.jit
 def clamped(x, low, high):
-    """`x` between `low` and `high`; a NaN stays one."""
+    """`x` between `low` and `high`; a NaN stays a NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
@@ -45,7 +45,7 @@ def bfloat16_bits(x):
 
 @triton.jit
 def rounded_to(x, KIND: tl.constexpr):
-    """float32: `x` (float32) as the dtype `KIND` holds it."""
+    """float32: `x` (float32) rounded to the dtype `KIND`."""
     if tl.bfloat16 == KIND:
         return (bfloat16_bits(x) << 16).to(tl.float32, bitcast=True)
     elif tl.float16 == KIND:
@@ -56,7 +56,7 @@ def rounded_to(x, KIND: tl.constexpr):
 
 @triton.jit
 def widened(x, KIND: tl.constexpr):
-    """float32 of what was loaded from a tensor of dtype `KIND`; bfloat16 comes as int16 words."""
+    """float32 of elements loaded from a tensor of dtype `KIND`; bfloat16 is loaded as int16 words."""
     if tl.bfloat16 == KIND:
         return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -65,7 +65,7 @@ def widened(x, KIND: tl.constexpr):
 
 @triton.jit
 def narrowed(x, KIND: tl.constexpr):
-    """What is stored of float32 `x` in a tensor of dtype `KIND`: bfloat16 as int16 words."""
+    """float32 `x` as stored in a tensor of dtype `KIND`: bfloat16 as int16 words."""
     if tl.bfloat16 == KIND:
         return bfloat16_bits(x).to(tl.int16)
     else:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distquant.kernels.gpu.arithmetic import clamped, magnitude, reciprocal, widened
-from distquant.kernels.gpu.launch import EXACT, KINDS, on, power, words
+from distquant.kernels.gpu.launch import EXACT, TRITON_DTYPES, on, power, words
 from distquant.kernels.outputs import prepared
 from distquant.kernels.reference.blockwise import GRID, blockwise_table
 
@@ -23,9 +23,9 @@ def _encode(values, table, absmax, codes, count, blocks, blocksize, SIZE: tl.con
     """`PER` blocks, each padded to `SIZE` values."""
     block = tl.program_id(0).to(tl.int64) * PER + tl.arange(0, PER)
     within = tl.arange(0, SIZE)[None, :]
-    at = block[:, None] * blocksize + within
-    inside = (within < blocksize) & (at < count)
-    x = widened(tl.load(values + at, mask=inside, other=0), KIND)
+    offsets = block[:, None] * blocksize + within
+    inside = (within < blocksize) & (offsets < count)
+    x = widened(tl.load(values + offsets, mask=inside, other=0), KIND)
     largest = tl.max(tl.where(x == x, magnitude(x), 0), axis=1).to(tl.float32, bitcast=True)
     tl.store(absmax + block, largest, mask=block < blocks)
     scaled = clamped(x * reciprocal(largest)[:, None], -1.0, 1.0)
@@ -33,22 +33,22 @@ def _encode(values, table, absmax, codes, count, blocks, blocksize, SIZE: tl.con
     half = ((scaled + 1.0) * 0.5).to(tl.float64)
     point = (half * (POINTS - 1) + 0.5).to(tl.float32)
     index = tl.where(point == point, point, 0.0).to(tl.int32)
-    tl.store(codes + at, tl.load(table + index), mask=inside)
+    tl.store(codes + offsets, tl.load(table + index), mask=inside)
 
 
 def quantize_blockwise(
     values: Tensor, code: Tensor, blocksize: int, *, codes: Tensor | None = None, absmax: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
+    """Equal to the reference's."""
     flat = values.reshape(-1)
-    found = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
+    absmax = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
     packed = prepared(codes, (flat.numel(),), torch.uint8, flat.device)
     size = power(blocksize)
     per = max(1024 // size, 1)
     with on(flat):
         if flat.numel():
-            _encode[(-(-len(found) // per),)](
-                words(flat), blockwise_table(code), found, packed, flat.numel(), len(found), blocksize,
-                SIZE=size, PER=per, KIND=KINDS[flat.dtype], **EXACT,
+            _encode[(-(-len(absmax) // per),)](
+                words(flat), blockwise_table(code), absmax, packed, flat.numel(), len(absmax), blocksize,
+                SIZE=size, PER=per, KIND=TRITON_DTYPES[flat.dtype], **EXACT,
             )  # fmt: skip
-    return packed, found
+    return packed, absmax

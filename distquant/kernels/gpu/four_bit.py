@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distquant.kernels.gpu.arithmetic import magnitude, narrowed, reciprocal, widened
-from distquant.kernels.gpu.launch import EXACT, KINDS, on, power, words
+from distquant.kernels.gpu.launch import EXACT, TRITON_DTYPES, on, power, words
 from distquant.kernels.outputs import prepared
 from distquant.kernels.reference import four_bit as truth
 
@@ -23,13 +23,13 @@ PER_PROGRAM = 4096
 
 @triton.jit
 def _above(x, bound):
-    """Whether `x` is not held back by `bound`; a NaN never is."""
-    return (x <= bound) == 0
+    """True where `x` is above `bound`, and for a NaN."""
+    return (x <= bound) == 0  # not `x > bound`, which is false for a NaN
 
 
 @triton.jit
 def _rank(x, bounds):
-    """int32: how many of the 15 ascending bounds lie below `x`, by four comparisons."""
+    """int32: the number of the 15 ascending bounds below `x`, by four comparisons (a binary search)."""
     first = _above(x, tl.load(bounds + 7))
     bound = tl.where(first, tl.load(bounds + 11), tl.load(bounds + 3))
     second = _above(x, bound)
@@ -51,8 +51,8 @@ def _encode(weight, absmax, codes, bounds, order, count, blocks, SIZE: tl.conste
     """`PER` blocks of `SIZE` elements; `order` holds the code of each rank, four bits each, unless `RANKED`."""
     program = tl.program_id(0).to(tl.int64)
     block = program * PER + tl.arange(0, PER)
-    at = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    x = widened(tl.load(weight + at, mask=at < count, other=0), KIND)
+    offsets = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    x = widened(tl.load(weight + offsets, mask=offsets < count, other=0), KIND)
     if GIVEN:
         largest = tl.load(absmax + block, mask=block < blocks, other=1.0)
     else:
@@ -89,11 +89,11 @@ def _check(flat: Tensor, blocksize: int) -> None:
 
 
 def _run(flat: Tensor, absmax: Tensor, codes: Tensor, blocksize: int, quant_type: str, tail: int, given: bool) -> None:
-    """Codes of whole blocks up to `tail`, and of the ragged block that starts there, if any."""
+    """Encodes the full blocks up to `tail`, and the ragged block that starts there, if any."""
     bounds, order = _decisions(quant_type, flat.device)
     per = max(PER_PROGRAM // blocksize, 1)
-    whole = tail // blocksize
-    parts = [(slice(0, tail), slice(0, whole), False, per), (slice(tail, None), slice(whole, None), True, 1)]
+    full = tail // blocksize
+    parts = [(slice(0, tail), slice(0, full), False, per), (slice(tail, None), slice(full, None), True, 1)]
     with on(flat):
         for elements, blocks, ragged, together in parts:
             weight, largest = words(flat[elements]), absmax[blocks]
@@ -101,7 +101,7 @@ def _run(flat: Tensor, absmax: Tensor, codes: Tensor, blocksize: int, quant_type
                 _encode[(-(-len(largest) // together),)](
                     weight, largest, codes[elements.start // 2 :], bounds, order, weight.numel(), len(largest),
                     SIZE=blocksize, PER=together, GIVEN=given, RAGGED=ragged, RANKED=quant_type == "nf4",
-                    KIND=KINDS[flat.dtype], **EXACT,
+                    KIND=TRITON_DTYPES[flat.dtype], **EXACT,
                 )  # fmt: skip
 
 
@@ -114,12 +114,12 @@ def encode_4bit(
     *,
     codes: Tensor | None = None,
 ) -> Tensor:
-    """As the reference's. Raises ValueError also where `blocksize` is no power of two."""
+    """Equal to the reference's. Raises ValueError also if `blocksize` is not a power of two."""
     flat = weight.reshape(-1)
     _check(flat, blocksize)
     packed = prepared(codes, (flat.numel() // 2,), torch.uint8, flat.device)
-    partition = ragged or flat.numel() % blocksize
-    tail = (flat.numel() - 1) // blocksize * blocksize if partition else flat.numel()
+    has_tail = ragged or flat.numel() % blocksize
+    tail = (flat.numel() - 1) // blocksize * blocksize if has_tail else flat.numel()
     _run(flat, absmax.contiguous(), packed, blocksize, quant_type, tail, True)
     return packed
 
@@ -132,13 +132,13 @@ def quantize_4bit(
     codes: Tensor | None = None,
     absmax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's. Raises ValueError also where `blocksize` is no power of two."""
+    """Equal to the reference's. Raises ValueError also if `blocksize` is not a power of two."""
     flat = weight.reshape(-1)
     _check(flat, blocksize)
     packed = prepared(codes, (flat.numel() // 2,), torch.uint8, flat.device)
-    found = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
-    _run(flat, found, packed, blocksize, quant_type, flat.numel() // blocksize * blocksize, False)
-    return packed, found
+    absmax = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
+    _run(flat, absmax, packed, blocksize, quant_type, flat.numel() // blocksize * blocksize, False)
+    return packed, absmax
 
 
 @triton.jit
@@ -147,10 +147,10 @@ def _decode(codes, absmax, values, out, count, blocksize, PER: tl.constexpr, KIN
     byte = tl.program_id(0).to(tl.int64) * PER + tl.arange(0, PER)
     packed = tl.load(codes + byte, mask=byte * 2 < count, other=0).to(tl.int32)
     code = tl.interleave(packed >> 4, packed & 15)
-    at = tl.program_id(0).to(tl.int64) * (PER * 2) + tl.arange(0, PER * 2)
-    scale = tl.load(absmax + at // blocksize, mask=at < count, other=0.0)
-    found = tl.load(values + code) * scale
-    tl.store(out + at, narrowed(found, KIND), mask=at < count)
+    offsets = tl.program_id(0).to(tl.int64) * (PER * 2) + tl.arange(0, PER * 2)
+    scale = tl.load(absmax + offsets // blocksize, mask=offsets < count, other=0.0)
+    decoded = tl.load(values + code) * scale
+    tl.store(out + offsets, narrowed(decoded, KIND), mask=offsets < count)
 
 
 def dequantize_4bit(
@@ -161,7 +161,7 @@ def dequantize_4bit(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """As the reference's."""
+    """Equal to the reference's."""
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     packed = codes.reshape(-1)
     values = truth.code_values(quant_type, codes.device)
@@ -176,7 +176,7 @@ def dequantize_4bit(
                 out.numel(),
                 blocksize,
                 PER=per,
-                KIND=KINDS[dtype],
+                KIND=TRITON_DTYPES[dtype],
                 **EXACT,
             )
     return out

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distquant.kernels.gpu.arithmetic import clamped, magnitude, narrowed, rounded, rounded_to, widened
-from distquant.kernels.gpu.launch import EXACT, KINDS, by_rows, on, power, words
+from distquant.kernels.gpu.launch import EXACT, TRITON_DTYPES, by_rows, on, power, words
 from distquant.kernels.outputs import prepared
 from distquant.kernels.reference.groups import check_bits
 
@@ -35,17 +35,17 @@ def _encode(weight, codes, scale, zero, rows, columns, stride, group, groups, ep
     here = index < rows * groups
     if SYMMETRIC:
         largest = tl.max(magnitude(x), axis=1).to(tl.float32, bitcast=True)
-        found = rounded_to(tl.div_rn(largest, tl.full((PER,), TOP - 0.5, tl.float32)), KIND)
+        step = rounded_to(tl.div_rn(largest, tl.full((PER,), TOP - 0.5, tl.float32)), KIND)
     else:
         low, high = -_largest_of(-x), _largest_of(x)
-        found = rounded_to(high - low, KIND)
-        found = rounded_to(tl.div_rn(found, tl.full((PER,), 2.0 * TOP - 1.0, tl.float32)), KIND)
-        exact = rounded_to(-TOP - rounded_to(tl.div_rn(low, found), KIND), KIND)
+        step = rounded_to(high - low, KIND)
+        step = rounded_to(tl.div_rn(step, tl.full((PER,), 2.0 * TOP - 1.0, tl.float32)), KIND)
+        exact = rounded_to(-TOP - rounded_to(tl.div_rn(low, step), KIND), KIND)
         point = rounded(clamped(exact, -TOP, TOP - 1.0))
         tl.store(zero + index, point.to(tl.int8), mask=here)
-    found = tl.where(found == 0, eps, found)
-    tl.store(scale + index, narrowed(found, KIND), mask=here)
-    scaled = rounded_to(tl.div_rn(x, tl.broadcast_to(found[:, None], (PER, SIZE))), KIND)
+    step = tl.where(step == 0, eps, step)
+    tl.store(scale + index, narrowed(step, KIND), mask=here)
+    scaled = rounded_to(tl.div_rn(x, tl.broadcast_to(step[:, None], (PER, SIZE))), KIND)
     if not SYMMETRIC:
         scaled = rounded_to(scaled + point.to(tl.float32)[:, None], KIND)
     code = rounded(clamped(scaled, -TOP, TOP - 1.0)).to(tl.int8)
@@ -62,7 +62,7 @@ def quantize_groups(
     scale: Tensor | None = None,
     zero: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As the reference's."""
+    """Equal to the reference's."""
     check_bits(bits)
     rows, columns = weight.shape
     groups = -(-columns // group_size)
@@ -77,7 +77,7 @@ def quantize_groups(
             _encode[(-(-rows * groups // per),)](
                 words(source), packed, words(scales), packed if zeros is None else zeros, rows, columns,
                 source.stride(0), group_size, groups, torch.finfo(weight.dtype).eps, SIZE=size, PER=per,
-                TOP=float(2 ** (bits - 1)), SYMMETRIC=symmetric, KIND=KINDS[weight.dtype], **EXACT,
+                TOP=float(2 ** (bits - 1)), SYMMETRIC=symmetric, KIND=TRITON_DTYPES[weight.dtype], **EXACT,
             )  # fmt: skip
     return packed, scales, zeros
 
@@ -85,19 +85,19 @@ def quantize_groups(
 @triton.jit
 def _decode(codes, scale, zero, out, columns, group, groups, count, PER: tl.constexpr, ZERO: tl.constexpr,
             SCALES: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * PER + tl.arange(0, PER)
-    index = at // columns * groups + at % columns // group
-    code = tl.load(codes + at, mask=at < count, other=0).to(tl.float32)
+    offsets = tl.program_id(0).to(tl.int64) * PER + tl.arange(0, PER)
+    index = offsets // columns * groups + offsets % columns // group
+    code = tl.load(codes + offsets, mask=offsets < count, other=0).to(tl.float32)
     if ZERO:
-        code -= tl.load(zero + index, mask=at < count, other=0).to(tl.float32)
-    found = code * widened(tl.load(scale + index, mask=at < count, other=0), SCALES)
-    tl.store(out + at, narrowed(found, KIND), mask=at < count)
+        code -= tl.load(zero + index, mask=offsets < count, other=0).to(tl.float32)
+    decoded = code * widened(tl.load(scale + index, mask=offsets < count, other=0), SCALES)
+    tl.store(out + offsets, narrowed(decoded, KIND), mask=offsets < count)
 
 
 def dequantize_groups(
     codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """As the reference's."""
+    """Equal to the reference's."""
     source, scales = codes.contiguous(), scale.contiguous()
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     with on(source):
@@ -105,6 +105,6 @@ def dequantize_groups(
             _decode[(-(-out.numel() // 4096),)](
                 source, words(scales), source if zero is None else zero.contiguous(), words(out), codes.shape[1],
                 group_size, scale.shape[1], out.numel(), PER=4096, ZERO=zero is not None,
-                SCALES=KINDS[scale.dtype], KIND=KINDS[dtype], **EXACT,
+                SCALES=TRITON_DTYPES[scale.dtype], KIND=TRITON_DTYPES[dtype], **EXACT,
             )  # fmt: skip
     return out

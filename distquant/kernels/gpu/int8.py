@@ -10,11 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from distquant.kernels.gpu.arithmetic import magnitude, reciprocal, rounded, widened
-from distquant.kernels.gpu.launch import EXACT, KINDS, by_rows, on, power, words
+from distquant.kernels.gpu.launch import EXACT, TRITON_DTYPES, by_rows, on, power, words
 from distquant.kernels.outputs import prepared
 
 WIDEST = 8192
-"""Columns that one program holds at once; wider rows are read again, from the cache, to be encoded."""
+"""Columns that one program holds; wider rows are read again, from the cache, to be encoded."""
 
 
 @triton.jit
@@ -28,17 +28,17 @@ def _halves(weight, row, column, stride, rows, columns, KIND: tl.constexpr):
 @triton.jit
 def _encode(weight, absmax, codes, rows, columns, stride, WIDTH: tl.constexpr, PER: tl.constexpr,
             GIVEN: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
-    """`PER` rows, `WIDTH` columns at a time; read twice unless absmax are given."""
+    """`PER` rows, `WIDTH` columns in each step; read twice unless the absmax are given."""
     row = tl.program_id(0).to(tl.int64) * PER + tl.arange(0, PER)
     column = tl.arange(0, WIDTH)
     if GIVEN:
         largest = tl.load(absmax + row, mask=row < rows, other=1.0)
     else:
-        found = tl.zeros((PER, WIDTH), tl.int32)
+        highest = tl.zeros((PER, WIDTH), tl.int32)
         for first in range(0, columns, WIDTH):
             x = _halves(weight, row, first + column, stride, rows, columns, KIND)
-            found = tl.maximum(found, magnitude(x))
-        largest = tl.max(found, axis=1).to(tl.float32, bitcast=True)
+            highest = tl.maximum(highest, magnitude(x))
+        largest = tl.max(highest, axis=1).to(tl.float32, bitcast=True)
         tl.store(absmax + row, largest, mask=row < rows)
     factor = (reciprocal(largest) * 127.0)[:, None]
     for first in range(0, columns, WIDTH):
@@ -57,9 +57,9 @@ def _encode_held(weight, absmax, codes, rows, columns, stride, WIDTH: tl.constex
     x = _halves(weight, row, column, stride, rows, columns, KIND)
     largest = tl.max(magnitude(x), axis=1).to(tl.float32, bitcast=True)
     tl.store(absmax + row, largest, mask=row < rows)
-    found = rounded(x * (reciprocal(largest) * 127.0)[:, None]).to(tl.int8)
+    code = rounded(x * (reciprocal(largest) * 127.0)[:, None]).to(tl.int8)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(codes + row[:, None] * columns + column[None, :], found, mask=inside)
+    tl.store(codes + row[:, None] * columns + column[None, :], code, mask=inside)
 
 
 def _run(weight: Tensor, absmax: Tensor, codes: Tensor, given: bool) -> None:
@@ -71,7 +71,7 @@ def _run(weight: Tensor, absmax: Tensor, codes: Tensor, given: bool) -> None:
         if not source.numel():
             return
         grid, sizes = (-(-rows // per),), (rows, columns, source.stride(0))
-        options = {"WIDTH": width, "PER": per, "KIND": KINDS[weight.dtype], **EXACT}
+        options = {"WIDTH": width, "PER": per, "KIND": TRITON_DTYPES[weight.dtype], **EXACT}
         if given or columns > width:
             _encode[grid](words(source), absmax, codes, *sizes, GIVEN=given, **options)
         else:
@@ -79,7 +79,7 @@ def _run(weight: Tensor, absmax: Tensor, codes: Tensor, given: bool) -> None:
 
 
 def encode_int8_rows(weight: Tensor, absmax: Tensor, out: Tensor | None = None) -> Tensor:
-    """As the reference's."""
+    """Equal to the reference's."""
     codes = prepared(out, tuple(weight.shape), torch.int8, weight.device)
     _run(weight, absmax.contiguous(), codes, True)
     return codes
@@ -88,8 +88,8 @@ def encode_int8_rows(weight: Tensor, absmax: Tensor, out: Tensor | None = None) 
 def quantize_int8_rows(
     weight: Tensor, *, codes: Tensor | None = None, absmax: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
-    found = prepared(absmax, (len(weight),), torch.float32, weight.device)
+    """Equal to the reference's."""
+    absmax = prepared(absmax, (len(weight),), torch.float32, weight.device)
     packed = prepared(codes, tuple(weight.shape), torch.int8, weight.device)
-    _run(weight, found, packed, False)
-    return packed, found
+    _run(weight, absmax, packed, False)
+    return packed, absmax

@@ -1,4 +1,4 @@
-"""Where and how kernels are launched."""
+"""Launches of kernels: device, options, and views of tensors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from triton import knobs
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 """Options of every launch: a product and a sum keep their two roundings."""
 
-KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 """Triton's names for the dtypes of weights."""
 
 
 def on(weight: Tensor) -> AbstractContextManager[Any]:
-    """The context in which kernels over `weight` are launched: its device is the current one.
+    """Returns the context for launching kernels over `weight`, in which its device is the current one.
 
     Raises:
-        ValueError: it does not lie on a GPU, or has a dtype that no kernel reads.
+        ValueError: it is not on a GPU, or has a dtype that no kernel reads.
     """
-    if weight.dtype not in KINDS and weight.dtype not in (torch.uint8, torch.int8, torch.float8_e4m3fn):
+    if weight.dtype not in TRITON_DTYPES and weight.dtype not in (torch.uint8, torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"a tensor of {weight.dtype}: GPU kernels read bfloat16, float16 and float32")
     if weight.device.type == "cuda":
         return torch.cuda.device(weight.device)
@@ -33,15 +33,15 @@ def on(weight: Tensor) -> AbstractContextManager[Any]:
 
 
 def by_rows(weight: Tensor) -> Tensor:
-    """`weight` (`[rows, columns]`) with neighbouring columns side by side; rows may lie apart, as a slice's do."""
+    """Returns `weight` (`[rows, columns]`) with contiguous rows; gaps between rows, as in a slice, are allowed."""
     return weight if weight.stride(1) == 1 or weight.shape[1] == 1 else weight.contiguous()
 
 
 def words(tensor: Tensor) -> Tensor:
-    """As kernels take it: bfloat16 as int16, because the interpreter's bfloat16 loses subnormals and rounding."""
+    """Returns the view that kernels take: bfloat16 as int16, because the interpreter's bfloat16 is inexact."""
     return tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
 
 
 def power(count: int) -> int:
-    """The smallest power of two that is not less than `count`."""
+    """Returns the smallest power of two that is not less than `count`."""
     return 1 << max(count - 1, 0).bit_length()

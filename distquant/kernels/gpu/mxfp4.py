@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from distquant.kernels.gpu.arithmetic import magnitude, narrowed, rounded, widened
-from distquant.kernels.gpu.launch import EXACT, KINDS, by_rows, on, words
+from distquant.kernels.gpu.launch import EXACT, TRITON_DTYPES, by_rows, on, words
 from distquant.kernels.outputs import prepared
 from distquant.kernels.reference import mxfp4 as truth
 
 RUN = tl.constexpr(truth.RUN)
 PER_PROGRAM = 128
-"""Runs that one program takes at once."""
+"""Runs of one program."""
 
 
 @triton.jit
@@ -24,8 +24,8 @@ def _encode(weight, codes, scale, runs, across, stride, PER: tl.constexpr, KIND:
     """`PER` runs, of which a row has `across`."""
     program = tl.program_id(0).to(tl.int64)
     run = program * PER + tl.arange(0, PER)
-    at = (run // across * stride + run % across * RUN)[:, None] + tl.arange(0, RUN)[None, :]
-    x = widened(tl.load(weight + at, mask=(run < runs)[:, None], other=0), KIND)
+    offsets = (run // across * stride + run % across * RUN)[:, None] + tl.arange(0, RUN)[None, :]
+    x = widened(tl.load(weight + offsets, mask=(run < runs)[:, None], other=0), KIND)
     largest = tl.max(magnitude(x), axis=1)
     sixth = tl.div_rn(largest.to(tl.float32, bitcast=True), tl.full((PER,), 6.0, tl.float32))
     finite = largest < 0x7F800000
@@ -45,7 +45,7 @@ def _encode(weight, codes, scale, runs, across, stride, PER: tl.constexpr, KIND:
 def quantize_mxfp4(
     weight: Tensor, *, codes: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
+    """Equal to the reference's."""
     rows, columns = weight.shape
     truth.check_columns(columns)
     packed = prepared(codes, (rows, columns // 2), torch.uint8, weight.device)
@@ -55,7 +55,7 @@ def quantize_mxfp4(
         if source.numel():
             _encode[(-(-stored.numel() // PER_PROGRAM),)](
                 words(source), packed, stored, stored.numel(), stored.shape[1], source.stride(0),
-                PER=PER_PROGRAM, KIND=KINDS[weight.dtype], **EXACT,
+                PER=PER_PROGRAM, KIND=TRITON_DTYPES[weight.dtype], **EXACT,
             )  # fmt: skip
     return packed, stored
 
@@ -66,15 +66,15 @@ def _decode(codes, scale, values, out, count, PER: tl.constexpr, KIND: tl.conste
     byte = tl.program_id(0).to(tl.int64) * PER + tl.arange(0, PER)
     packed = tl.load(codes + byte, mask=byte * 2 < count, other=0).to(tl.int32)
     code = tl.interleave(packed & 15, packed >> 4)
-    at = tl.program_id(0).to(tl.int64) * (PER * 2) + tl.arange(0, PER * 2)
-    power = tl.load(scale + at // RUN, mask=at < count, other=0).to(tl.int32)
+    offsets = tl.program_id(0).to(tl.int64) * (PER * 2) + tl.arange(0, PER * 2)
+    power = tl.load(scale + offsets // RUN, mask=offsets < count, other=0).to(tl.int32)
     power = tl.where(power > 0, power << 23, 1 << 22)
     power = tl.where(power == 0x7F800000, 0x7FC00000, power).to(tl.float32, bitcast=True)
-    tl.store(out + at, narrowed(tl.load(values + code) * power, KIND), mask=at < count)
+    tl.store(out + offsets, narrowed(tl.load(values + code) * power, KIND), mask=offsets < count)
 
 
 def dequantize_mxfp4(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """As the reference's."""
+    """Equal to the reference's."""
     rows, columns = codes.shape[0], codes.shape[1] * 2
     truth.check_columns(columns)
     source = codes.contiguous()
@@ -83,6 +83,6 @@ def dequantize_mxfp4(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.fl
         if out.numel():
             _decode[(-(-out.numel() // 4096),)](
                 source, scale.contiguous(), truth.e2m1_values(codes.device), words(out), out.numel(),
-                PER=2048, KIND=KINDS[dtype], **EXACT,
+                PER=2048, KIND=TRITON_DTYPES[dtype], **EXACT,
             )  # fmt: skip
     return out

@@ -4,8 +4,8 @@ The definition is that of the native CPU library of bitsandbytes 0.50 on x86-64 
 `functional.quantize_blockwise` runs for float32 on CPU, and so what nested checkpoints hold. It does not search the
 nearest value: it rounds `v = x * (1 / absmax)`, clamped to [-1, 1], to one of 65536 grid points, and stores the code
 that is nearest to the grid point. The grid point's number is `trunc(fma((v + 1) * 0.5, 65535, 0.5))`, with one rounding
-for product and sum. (The library's fallback in plain torch, its CUDA kernel and its ARM build decide otherwise near
-the midpoints.) The ragged last block is like every other.
+for product and sum. (Near the midpoints, the library's fallback in plain torch, its CUDA kernel and its ARM build give
+other codes.) The ragged last block is like every other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GRID = 65536
 def blockwise_table(code: Tensor) -> Tensor:
     """uint8 `[65536]`: code of each grid point, under the ascending values `code` (float32 `[256]`).
 
-    Point `i` lies at `2 i / 65535 - 1` in float32; it gets the number of midpoints of neighbouring values below it.
+    Point `i` has the value `2 i / 65535 - 1` in float32. Its code is the number of midpoints below it.
     """
     values = code.float().cpu()
     points = torch.arange(GRID, dtype=torch.float32) * 2 / torch.tensor(GRID - 1, dtype=torch.float32) - 1
@@ -33,12 +33,12 @@ def blockwise_absmax(values: Tensor, blocksize: int, *, absmax: Tensor | None = 
     """float32 `[ceil(n / blocksize)]`: largest magnitude of each block of the flat `values`, a NaN counting as 0."""
     flat = values.reshape(-1).float()
     count = flat.numel() // blocksize
-    found = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
+    absmax = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
     magnitude = flat.abs().nan_to_num_(nan=0.0, posinf=torch.inf)
-    found[:count] = magnitude[: count * blocksize].view(-1, blocksize).amax(dim=1)
-    if count < len(found):
-        found[count] = magnitude[count * blocksize :].amax()
-    return found
+    absmax[:count] = magnitude[: count * blocksize].view(-1, blocksize).amax(dim=1)
+    if count < len(absmax):
+        absmax[count] = magnitude[count * blocksize :].amax()
+    return absmax
 
 
 def quantize_blockwise(
@@ -52,18 +52,18 @@ def quantize_blockwise(
         blocksize: elements per absmax.
         codes, absmax: written into where given.
 
-    A block of zeros gets code 0 everywhere. A NaN gets code 0, and so does an infinity (its block's absmax is infinite,
-    the finite elements of the block get the code of 0.0), and a zero in a block whose absmax has no finite reciprocal.
+    A block of zeros gets code 0 everywhere. A NaN and an infinity get code 0; the finite elements beside an infinity
+    get the code of 0.0. A zero gets code 0 in a block whose absmax has no finite reciprocal.
     """
     flat = values.reshape(-1).float()
-    found = blockwise_absmax(flat, blocksize, absmax=absmax)
-    inverse = found.reciprocal().repeat_interleave(blocksize)[: flat.numel()]
+    absmax = blockwise_absmax(flat, blocksize, absmax=absmax)
+    inverse = absmax.reciprocal().repeat_interleave(blocksize)[: flat.numel()]
     scaled = (flat * inverse).clamp_(-1.0, 1.0)
     # The product has 40 bits and float64 holds it, so that the sum's rounding to float32 is the only one.
     point = (((scaled + 1.0) * 0.5).double() * (GRID - 1) + 0.5).float()
     point.nan_to_num_(nan=0.0)
     packed = prepared(codes, (flat.numel(),), torch.uint8, flat.device)
-    return packed.copy_(blockwise_table(code)[point.int()]), found
+    return packed.copy_(blockwise_table(code)[point.int()]), absmax
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:

@@ -5,7 +5,7 @@ Formats as bitsandbytes 0.50 defines them on CPU (`backends/default/ops.py`), so
 
 Decision thresholds are the midpoints of neighbouring code values in float32, a value on a midpoint goes down; for FP4
 too (bitsandbytes' Triton kernel decides FP4 by other constants; this is the one definition used here on all devices).
-A NaN gets the highest code. The ragged last block is divided by its absmax, whole blocks are multiplied by its
+A NaN gets the highest code. The ragged last block is divided by its absmax, full blocks are multiplied by the
 reciprocal: the two round differently, and bitsandbytes does the same.
 """
 
@@ -29,7 +29,7 @@ FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 
 """FP4 values by code, in bitsandbytes' order (sign bit first)."""
 
 FP4_ASCENDING = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
-"""FP4 codes by ascending value; of the two zeros, code 0 lies below."""
+"""FP4 codes by ascending value; of the two zeros, code 0 comes first."""
 
 TINY = 1e-38
 """Smallest divisor: keeps a block of zeros from dividing by zero."""
@@ -57,15 +57,15 @@ def code_values(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
 def block_absmax(weight: Tensor, blocksize: int, *, absmax: Tensor | None = None) -> Tensor:
     """float32 `[ceil(n / blocksize)]`: largest magnitude of each block of the flat `weight`; NaN where it has a NaN.
 
-    A ragged last block has at least `TINY`, a whole block of zeros has 0.
+    A ragged last block has at least `TINY`, a full block of zeros has 0.
     """
     flat = weight.reshape(-1)
     count = flat.numel() // blocksize
-    found = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
-    found[:count] = flat[: count * blocksize].view(-1, blocksize).abs().amax(dim=1)
-    if count < len(found):
-        found[count] = flat[count * blocksize :].abs().amax().float().clamp(min=TINY)
-    return found
+    absmax = prepared(absmax, (-(-flat.numel() // blocksize),), torch.float32, flat.device)
+    absmax[:count] = flat[: count * blocksize].view(-1, blocksize).abs().amax(dim=1)
+    if count < len(absmax):
+        absmax[count] = flat[count * blocksize :].abs().amax().float().clamp(min=TINY)
+    return absmax
 
 
 def encode_4bit(
@@ -84,8 +84,8 @@ def encode_4bit(
         absmax: float32 `[ceil(n / blocksize)]`.
         blocksize: elements per absmax.
         quant_type: `nf4` or `fp4`.
-        ragged: whether the last block is the weight's ragged tail even though it is full here (a shard's last block
-            can be as long as its blocksize and still lie in the tail of the whole).
+        ragged: True if the last block belongs to the weight's ragged tail although it is full here. (The last block of
+            a shard can be of full length inside the tail of the weight.)
         codes: uint8 of as many bytes, to write into.
 
     A NaN, and every element of a block whose absmax is NaN, gets the highest code; under an infinite absmax an infinite
@@ -121,12 +121,14 @@ def quantize_4bit(
 
     `codes` and `absmax` are written into where given. Raises as `encode_4bit`.
     """
-    found = block_absmax(weight, blocksize, absmax=absmax)
-    return encode_4bit(weight, found, blocksize, quant_type, codes=codes), found
+    absmax = block_absmax(weight, blocksize, absmax=absmax)
+    return encode_4bit(weight, absmax, blocksize, quant_type, codes=codes), absmax
 
 
 def _codes(scaled: Tensor, quant_type: str) -> Tensor:
-    """uint8: for each value the code whose value is nearest (counting the thresholds that do not hold it back)."""
+    """uint8: the code with the nearest value, for each element."""
+    # The rank of a value is the number of thresholds below it. Counting down from the highest rank by the thresholds
+    # that are not below gives a NaN, for which every comparison is false, the highest code.
     bounds, codes, _ = _tables(quant_type, scaled.device)
     rank = torch.full(scaled.shape, len(bounds), dtype=torch.uint8, device=scaled.device)
     held = torch.empty(scaled.shape, dtype=torch.bool, device=scaled.device)
@@ -167,8 +169,8 @@ def dequantize_4bit(
     """
     count = torch.Size(shape).numel()
     values = code_values(quant_type, codes.device)[unpack_4bit(codes.reshape(-1)).int()][:count]
-    whole = count // blocksize * blocksize
-    values[:whole].view(-1, blocksize).mul_(absmax[: whole // blocksize].view(-1, 1))
-    if whole < count:
-        values[whole:] *= absmax[-1]
+    full = count // blocksize * blocksize
+    values[:full].view(-1, blocksize).mul_(absmax[: full // blocksize].view(-1, 1))
+    if full < count:
+        values[full:] *= absmax[-1]
     return values.view(shape).to(dtype)

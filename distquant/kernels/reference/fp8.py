@@ -7,17 +7,17 @@ float32 whatever the weight's dtype:
     code   = e4m3(clamp(weight * factor, -448, 448))      rounded half to even
     scale  = reciprocal(factor)               stored, what dequantization multiplies with
 
-The two differences: upstream leaves matrices that tiles do not divide unquantized, here a ragged tile has its own amax;
-and where amax is so small that the factor overflows (below 1.4e-36), upstream's zeros become NaN, here the tile's codes
+There are two differences. Upstream leaves matrices unquantized that tiles do not divide; here a ragged tile has its own
+amax. If amax is so small that the factor overflows (below 1.4e-36), upstream's zeros become NaN; here the tile's codes
 are zeros under scale 1.
 
 Two more forms share its codes:
 
 - scales that are powers of two (ue8m0, the same function of transformers under `scale_fmt`), of tiles or of runs of 32
-  columns (MXFP8): `factor` without the bound on infinity gives `reciprocal(factor)` as above, the scale is the
-  smallest power of two from 2^-126 on that is no less, and `code = e4m3(clamp(weight / scale, -448, 448))`. Upstream
-  takes the exponent with a logarithm in float32, which falls below for a scale within some units in the last place
-  above a power of two; weights of bfloat16 or float16 have none there, but for two amax above 2^126.
+  columns (MXFP8). `factor` without the bound on infinity gives `reciprocal(factor)` as above. The scale is the smallest
+  power of two from 2^-126 on that is not less, and `code = e4m3(clamp(weight / scale, -448, 448))`. Upstream takes the
+  exponent by a logarithm in float32, which is too small for a value just above a power of two. Weights of bfloat16 or
+  float16 have no such values, except two amax above 2^126.
 - rows as FBGEMM has them (`fbgemm_gpu/experimental/gen_ai/src/quantize/quantize.cu`, `quantize_fp8_per_row`), with
   divisions: `scale = max(amax / 448, 1 / (448 * 512))` and `code = e4m3(clamp(weight / scale, -448, 448))`.
 """
@@ -44,10 +44,10 @@ Block = tuple["int | None", "int | None"]
 
 
 def tile_shape(shape: tuple[int, ...] | torch.Size, block: Block) -> tuple[int, int]:
-    """Rows and columns of a whole tile of a matrix of `shape`; None in `block` is the whole dim."""
+    """Returns rows and columns of a full tile of a matrix of `shape`; None in `block` means the full dim."""
     rows, columns = shape
-    found = (rows if block[0] is None else block[0], columns if block[1] is None else block[1])
-    return max(found[0], 1), max(found[1], 1)
+    tile = (rows if block[0] is None else block[0], columns if block[1] is None else block[1])
+    return max(tile[0], 1), max(tile[1], 1)
 
 
 def _scales_shape(shape: torch.Size, tile: tuple[int, int]) -> tuple[int, int]:
@@ -57,7 +57,7 @@ def _scales_shape(shape: torch.Size, tile: tuple[int, int]) -> tuple[int, int]:
 def block_amax(weight: Tensor, block: Block) -> Tensor:
     """float32 `[ceil(rows / br), ceil(columns / bc)]`: each tile's largest magnitude; NaN where it has a NaN."""
     tile = tile_shape(weight.shape, block)
-    found = torch.zeros(_scales_shape(weight.shape, tile), dtype=torch.float32, device=weight.device)
+    amax = torch.zeros(_scales_shape(weight.shape, tile), dtype=torch.float32, device=weight.device)
     rows, columns = (size // part * part for size, part in zip(weight.shape, tile, strict=True))
     for row_part in (slice(0, rows), slice(rows, None)):
         for column_part in (slice(0, columns), slice(columns, None)):
@@ -67,9 +67,9 @@ def block_amax(weight: Tensor, block: Block) -> Tensor:
                 tiles = part.unflatten(1, (-1, width)).unflatten(0, (-1, height))
                 # Two reductions read twice, abs() would write a copy.
                 largest = torch.maximum(tiles.amax((1, 3)), tiles.amin((1, 3)).neg_())
-                at = (row_part.start // tile[0], column_part.start // tile[1])
-                found[at[0] : at[0] + largest.shape[0], at[1] : at[1] + largest.shape[1]] = largest
-    return found.abs_()
+                first = (row_part.start // tile[0], column_part.start // tile[1])
+                amax[first[0] : first[0] + largest.shape[0], first[1] : first[1] + largest.shape[1]] = largest
+    return amax.abs_()
 
 
 def fp8_factors(amax: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def fp8_factors(amax: Tensor) -> Tensor:
 def encode_fp8(
     weight: Tensor, amax: Tensor, block: Block, *, codes: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `quantize_fp8`, under given amax (float32 `[ceil(rows / br), ceil(columns / bc)]`), which shards may share."""
+    """Like `quantize_fp8`, under given amax (float32 `[ceil(rows / br), ceil(columns / bc)]`) that shards may share."""
     tile = tile_shape(weight.shape, block)
     factors = fp8_factors(amax)
     stored = prepared(scale, _scales_shape(weight.shape, tile), torch.float32, weight.device)
@@ -96,13 +96,13 @@ def _cast(weight: Tensor, values: Tensor, tile: tuple[int, int], scaled: Callabl
     row_of = torch.arange(weight.shape[0], device=weight.device) // tile[0]
     column_of = torch.arange(weight.shape[1], device=weight.device) // tile[1]
     step = max(TILE // max(weight.shape[1], 1), 1)
-    for at in range(0, len(weight), step):
-        value = values[row_of[at : at + step]]
+    for start in range(0, len(weight), step):
+        value = values[row_of[start : start + step]]
         value = value if value.shape[1] == 1 else value[:, column_of]
-        result = scaled(weight[at : at + step].float(), value)
-        packed[at : at + step] = result.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    found = packed.view(torch.uint8)
-    found.masked_fill_(found == (E4M3_NAN | 0x80), E4M3_NAN)
+        result = scaled(weight[start : start + step].float(), value)
+        packed[start : start + step] = result.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    bits = packed.view(torch.uint8)
+    bits.masked_fill_(bits == (E4M3_NAN | 0x80), E4M3_NAN)
 
 
 def quantize_fp8(
@@ -112,8 +112,8 @@ def quantize_fp8(
 
     Args:
         weight: float `[rows, columns]`.
-        block: rows and columns of a tile, None for the whole dim: `(128, 128)` tiles with ragged edges, `(1, None)`
-            rows, `(None, None)` the whole tensor.
+        block: rows and columns of a tile, None for the full dim: `(128, 128)` tiles with ragged edges, `(1, None)`
+            rows, `(None, None)` the tensor.
         codes, scale: written into where given.
 
     A tile of zeros has scale 1, and -0.0 keeps its sign. A NaN gets the NaN code 0x7F; the other elements of its tile
@@ -141,7 +141,7 @@ def quantize_fp8_ue8m0(
 
     Args:
         weight: float `[rows, columns]`.
-        block: rows and columns of a tile, None for the whole dim: `(1, 32)` is MXFP8.
+        block: rows and columns of a tile, None for the full dim: `(1, 32)` is MXFP8.
         codes, scale: written into where given.
 
     A tile of zeros has scale 1. In a tile with a NaN this is cast to the NaN code 0x7F, the other elements under scale

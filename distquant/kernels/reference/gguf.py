@@ -30,9 +30,9 @@ def dequantize_gguf(words: Tensor, kind: str, columns: int) -> Tensor:
     return decode(blocks).view(-1, columns)
 
 
-def _half(blocks: Tensor, at: int) -> Tensor:
+def _half(blocks: Tensor, offset: int) -> Tensor:
     """float32 `[blocks, 1]`: the float16 at a byte."""
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+    return blocks[:, offset : offset + 2].contiguous().view(torch.float16).float()
 
 
 def _nibbles(words: Tensor, run: int) -> Tensor:
@@ -56,7 +56,9 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _scales_and_mins(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 `[blocks, 8]` each, from 12 bytes: six low bits of the first four, and the rest spread over all."""
+    """float32 `[blocks, 8]` each, from 12 bytes."""
+    # Scales 0 to 3 are the low six bits of bytes 0 to 3, mins 0 to 3 those of bytes 4 to 7. Of scales and mins 4 to 7,
+    # the low four bits are the nibbles of bytes 8 to 11, and the upper two are the top bits of bytes 0 to 7.
     first, second, third = packed.split(4, 1)
     scales = torch.cat((first & 63, third & 15 | first >> 2 & 48), 1)
     mins = torch.cat((second & 63, third >> 4 | second >> 2 & 48), 1)

@@ -9,9 +9,9 @@ in the weight's own dtype, the scale too: each operation below is computed in fl
     otherwise:   scale = (high - low) / (2 q - 1);      zero = round(clamp(-q - low / scale, -q, q - 1))
                  code = clamp(round(x / scale + zero), -q, q - 1)
 
-`round` is half to even; divisions are divisions, no products with a reciprocal. A scale of 0 (a group of zeros, or one
-that underflows) becomes the dtype's epsilon, after the zero point was taken: that is 0/0 where all are zeros. The
-library refuses groups that do not divide a row; here the last group of a row may be shorter.
+`round` is half to even; divisions are not products with a reciprocal. A scale of 0 (a group of zeros, or one that
+underflows) becomes the dtype's epsilon, after the zero point is computed, which is 0/0 for a group of zeros. The
+library rejects groups that do not divide a row; here the last group of a row may be shorter.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def quantize_groups(
         weight: bfloat16, float16 or float32 `[rows, columns]`.
         group_size: columns per scale.
         bits: 4 or 8; codes lie in [-8, 7] or [-128, 127].
-        symmetric: without zero points: the third result is None, otherwise it is int8 and of the scale's shape.
+        symmetric: True for groups without zero points: the third result is None. Otherwise it is int8 of the scale's
+            shape.
         codes, scale, zero: written into where given.
 
     Wherever a code or a zero point would be NaN (a NaN or an infinity in the group, or the zero point of zeros), it is
@@ -54,19 +55,19 @@ def quantize_groups(
     packed = prepared(codes, (rows, columns), torch.int8, weight.device)
     scales = prepared(scale, (rows, groups), weight.dtype, weight.device)
     zeros = None if symmetric else prepared(zero, (rows, groups), torch.int8, weight.device)
-    step, whole = max(TILE // max(columns, 1), 1), columns // group_size
-    for at in range(0, rows, step):
-        for first, last, size in ((0, whole, group_size), (whole, groups, columns - whole * group_size)):
+    step, full = max(TILE // max(columns, 1), 1), columns // group_size
+    for row in range(0, rows, step):
+        for first, last, size in ((0, full, group_size), (full, groups, columns - full * group_size)):
             if first == last:
                 continue
-            here = (slice(at, at + step), slice(first, last))
+            here = (slice(row, row + step), slice(first, last))
             part = slice(first * group_size, first * group_size + (last - first) * size)
-            grouped = weight[at : at + step, part].unflatten(1, (-1, size))
-            found = _parameters(grouped, bits, symmetric)
-            packed[at : at + step, part] = _encode(grouped, *found, bits).flatten(1)
-            scales[here] = found[0]
-            if zeros is not None and found[1] is not None:
-                zeros[here] = found[1]
+            grouped = weight[row : row + step, part].unflatten(1, (-1, size))
+            parameters = _parameters(grouped, bits, symmetric)
+            packed[row : row + step, part] = _encode(grouped, *parameters, bits).flatten(1)
+            scales[here] = parameters[0]
+            if zeros is not None and parameters[1] is not None:
+                zeros[here] = parameters[1]
     return packed, scales, zeros
 
 
@@ -90,7 +91,7 @@ def _parameters(grouped: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Te
 
 
 def _number(value: float, like: Tensor) -> Tensor:
-    """As a tensor: torch on CUDA multiplies by the reciprocal of a plain number."""
+    """Makes a tensor of a number: torch on CUDA multiplies by the reciprocal of a plain number."""
     return torch.tensor(value, dtype=like.dtype, device=like.device)
 
 
@@ -111,7 +112,7 @@ def dequantize_groups(
     they have 8 or 11 bits.
     """
     columns = codes.shape[1]
-    whole = codes.float()
+    values = codes.float()
     if zero is not None:
-        whole -= zero.repeat_interleave(group_size, dim=1)[:, :columns].float()
-    return (whole * scale.repeat_interleave(group_size, dim=1)[:, :columns].float()).to(dtype)
+        values -= zero.repeat_interleave(group_size, dim=1)[:, :columns].float()
+    return (values * scale.repeat_interleave(group_size, dim=1)[:, :columns].float()).to(dtype)

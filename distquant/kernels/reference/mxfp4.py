@@ -10,8 +10,8 @@ Scales are bytes `b`, e8m0, that stand for 2^(b - 127); 255 is NaN. On the fly, 
 
 The scale is that of transformers' quantization on the fly (5.23, `integrations/mxfp4.py`, `quantize_to_mxfp4`: the
 function `downcast_to_mxfp_torch` of triton_kernels with `ROUND_UP`). The specification's own conversion (section 6.3)
-takes floor(log2(amax)) - 2, under which magnitudes above 6 are clamped. Rounding is the specification's, and that of
-triton_kernels since it rounds as GPUs do (`cvt.rn`); the older copy that transformers 5.23 fetches
+takes floor(log2(amax)) - 2, under which magnitudes above 6 are clamped. Rounding is that of the specification, and of
+triton_kernels since it rounds as GPUs do (`cvt.rn`). The older copy that transformers 5.23 fetches
 (kernels-community/gpt-oss-triton-kernels, version 1) rounds halves away from zero, and casts weights to bfloat16 first.
 torchao 0.18 has the same bits (`prototype/mx_formats/mx_tensor.py`, `to_mx` with `RCEIL`).
 """
@@ -32,7 +32,7 @@ RUN = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the codes of positive sign."""
 NOT_FINITE = 255
-"""Scale of a run that has a NaN or an infinity: NaN."""
+"""Scale of a run with a NaN or an infinity: NaN."""
 SMALLEST, NAN = 1 << (MANTISSA - 1), 0x1FF << (MANTISSA - 1)
 """float32's bits of the scales that are not normal numbers: 2^-127 and NaN."""
 
@@ -45,9 +45,9 @@ def e2m1_values(device: torch.device) -> Tensor:
 
 
 def check_columns(columns: int) -> None:
-    """Raises ValueError where runs do not divide a row."""
+    """Raises ValueError if runs do not divide a row."""
     if columns % RUN:
-        raise ValueError(f"rows have {columns} columns, which is no multiple of {RUN}")
+        raise ValueError(f"rows have {columns} columns, not a multiple of {RUN}")
 
 
 def quantize_mxfp4(
@@ -63,23 +63,23 @@ def quantize_mxfp4(
     and codes 7, which dequantize to NaN (and to infinities where 255 is taken for a number).
 
     Raises:
-        ValueError: `columns` is no multiple of 32, or a given output does not fit.
+        ValueError: `columns` is not a multiple of 32, or a given output does not fit.
     """
     rows, columns = weight.shape
     check_columns(columns)
     packed = prepared(codes, (rows, columns // 2), torch.uint8, weight.device)
     stored = prepared(scale, (rows, columns // RUN), torch.uint8, weight.device)
     step = max(TILE // max(columns, 1), 1)
-    for at in range(0, rows, step):
-        part = weight[at : at + step]
+    for start in range(0, rows, step):
+        part = weight[start : start + step]
         amax = block_amax(part, (1, RUN))
         byte = _scales(amax)
-        stored[at : at + step] = byte
+        stored[start : start + step] = byte
         # The bits of 2^(127 - byte); a run without a scale takes 0.
         inverse = ((254 - byte).clamp_(min=0) << MANTISSA).view(torch.float32)
         code = _codes(part.float().unflatten(1, (-1, RUN)) * inverse.unsqueeze(-1))
         pairs = code.masked_fill_((byte == NOT_FINITE).unsqueeze(-1), 7).view(len(part), -1, 2)
-        packed[at : at + step] = pairs[..., 0] | (pairs[..., 1] << 4)
+        packed[start : start + step] = pairs[..., 0] | (pairs[..., 1] << 4)
     return packed, stored
 
 
@@ -103,8 +103,8 @@ def _codes(scaled: Tensor) -> Tensor:
 def dequantize_mxfp4(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """`dtype` `[rows, columns]`: the float32 product of each code's value and its run's scale, then cast.
 
-    The bits of transformers 5.23 (`integrations/mxfp4.py`, `convert_moe_packed_tensors`), but for runs of scale 255,
-    which are NaN by the specification: it takes 255 for 2^128.
+    The bits are those of transformers 5.23 (`integrations/mxfp4.py`, `convert_moe_packed_tensors`), except for runs of
+    scale 255: they are NaN by the specification, and transformers takes 255 for 2^128.
 
     Args:
         codes: uint8 `[rows, columns / 2]`.
@@ -112,17 +112,17 @@ def dequantize_mxfp4(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.fl
         dtype: of the result.
 
     Raises:
-        ValueError: the columns are no multiple of 32.
+        ValueError: the columns are not a multiple of 32.
     """
     rows, columns = codes.shape[0], codes.shape[1] * 2
     check_columns(columns)
     out = torch.empty((rows, columns), dtype=dtype, device=codes.device)
     values, step = e2m1_values(codes.device), max(TILE // max(columns, 1), 1)
-    for at in range(0, rows, step):
-        packed, byte = codes[at : at + step], scale[at : at + step].to(torch.int32)
+    for start in range(0, rows, step):
+        packed, byte = codes[start : start + step], scale[start : start + step].to(torch.int32)
         power = torch.where(byte > 0, byte << MANTISSA, SMALLEST)
         power.masked_fill_(byte == NOT_FINITE, NAN)
         code = torch.stack((packed & 15, packed >> 4), dim=-1)
-        found = values[code.int()].view(len(packed), -1, RUN) * power.view(torch.float32).unsqueeze(-1)
-        out[at : at + step] = found.view(len(packed), columns)
+        decoded = values[code.int()].view(len(packed), -1, RUN) * power.view(torch.float32).unsqueeze(-1)
+        out[start : start + step] = decoded.view(len(packed), columns)
     return out

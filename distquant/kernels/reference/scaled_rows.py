@@ -1,7 +1,7 @@
-"""Codes of rows under scales that the caller has chosen: what torchao, optimum-quanto and FBGEMM share.
+"""Codes of rows under given scales: the part that torchao, optimum-quanto and FBGEMM share.
 
-They differ in how a scale is chosen, which is little work and each method's own, and in how the quotient is rounded
-before it becomes a code, which is said here by two words:
+Each method chooses its scales itself, which is little work. The rounding of a quotient before it becomes a code differs
+as well; two options select it:
 
     inverse     the weight is multiplied by the float32 reciprocal of the scale: two roundings, not one division
     rounded     the quotient is rounded to the weight's dtype first, as arithmetic in that dtype does
@@ -30,7 +30,7 @@ def encode_scaled_rows(
     high: int = 127,
     codes: Tensor | None = None,
 ) -> Tensor:
-    """`dtype` `[rows, columns]`: the quotients of `weight` and its rows' scales.
+    """`dtype` `[rows, columns]`: the quotients of `weight` and the scales of its rows.
 
     Args:
         weight: bfloat16, float16 or float32 `[rows, columns]`.
@@ -49,14 +49,14 @@ def encode_scaled_rows(
     if inverse:
         by = by.reciprocal()
     step = max(TILE // max(weight.shape[1], 1), 1)
-    for at in range(0, len(weight), step):
-        tile = weight[at : at + step].float()
-        value = tile * by[at : at + step] if inverse else tile / by[at : at + step]
+    for start in range(0, len(weight), step):
+        tile = weight[start : start + step].float()
+        value = tile * by[start : start + step] if inverse else tile / by[start : start + step]
         if rounded:
             value = value.to(weight.dtype).float()
         value = value.round_().clamp_(low, high).nan_to_num_(nan=0.0) if integer else value.clamp_(-top, top)
-        packed[at : at + step] = value.masked_fill_(empty[at : at + step], 0.0).to(dtype)
+        packed[start : start + step] = value.masked_fill_(empty[start : start + step], 0.0).to(dtype)
     if dtype is torch.float8_e4m3fn:
-        found = packed.view(torch.uint8)
-        found.masked_fill_(found == (E4M3_NAN | 0x80), E4M3_NAN)
+        bits = packed.view(torch.uint8)
+        bits.masked_fill_(bits == (E4M3_NAN | 0x80), E4M3_NAN)
     return packed

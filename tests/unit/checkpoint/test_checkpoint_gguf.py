@@ -1,4 +1,4 @@
-"""GGUF headers: what a good file says, and one clear error for every way in which a file is hostile or cut short."""
+"""GGUF headers: the contents of a good file, and one clear error for every hostile or truncated file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_places_are_those_of_the_package(tmp_path):
             assert checkpoint.types[name] == tensor.tensor_type.name
             if info.dtype == "U8":
                 assert info.shape == tensor.data.shape
-        assert checkpoint.file_path(path.name) == path
+        assert checkpoint.folder / path.name == path
         assert checkpoint.digests()[path.name][1] == path.stat().st_size
 
 
@@ -59,8 +59,8 @@ UP = b"blk.0.ffn_up.weight"
 DIMS = struct.pack("<IQQ", 2, 64, 2)
 
 HOSTILE = {
-    "no magic": (lambda d: b"GGUX" + d[4:], HeaderFault.BAD_ENTRY, "where b'GGUF' must stand"),
-    "empty": (lambda d: b"", HeaderFault.BAD_ENTRY, "must stand"),
+    "no magic": (lambda d: b"GGUX" + d[4:], HeaderFault.BAD_ENTRY, "not with b'GGUF'"),
+    "empty": (lambda d: b"", HeaderFault.BAD_ENTRY, "not with b'GGUF'"),
     "version": (lambda d: d[:4] + struct.pack("<I", 9) + d[8:], HeaderFault.BAD_ENTRY, "version 9"),
     "big-endian": (lambda d: d[:4] + struct.pack(">I", 3) + d[8:], HeaderFault.BAD_ENTRY, "big-endian"),
     "tensor count": (
@@ -79,8 +79,8 @@ HOSTILE = {
         "asks for 1125899906842624 bytes",
     ),
     "key bytes": (lambda d: d[:32] + b"\xff\xfe" + d[34:], HeaderFault.NOT_UTF8, "not UTF-8"),
-    "cut in the header": (lambda d: d[:100], HeaderFault.HEADER_TOO_LONG_FOR_FILE, "the file ends at 100"),
-    "cut in the weights": (lambda d: d[:-100], HeaderFault.TRUNCATED, "only .* bytes long"),
+    "truncated in the header": (lambda d: d[:100], HeaderFault.HEADER_TOO_LONG_FOR_FILE, "the file ends at 100"),
+    "truncated in the weights": (lambda d: d[:-100], HeaderFault.TRUNCATED, "only .* bytes long"),
     "array length": (
         lambda d: swap(d, struct.pack("<IIQQ", 9, 8, 2, 1), struct.pack("<IIQQ", 9, 8, 1 << 61, 1)),
         HeaderFault.HEADER_TOO_LONG_FOR_FILE,
@@ -97,17 +97,17 @@ HOSTILE = {
         HeaderFault.OVERFLOW,
         "more than",
     ),
-    "no elements": (lambda d: swap(d, DIMS, struct.pack("<IQQ", 2, 64, 0)), HeaderFault.OVERFLOW, "no elements"),
+    "no elements": (lambda d: swap(d, DIMS, struct.pack("<IQQ", 2, 64, 0)), HeaderFault.OVERFLOW, "has 0 elements"),
     "half a block": (lambda d: swap(d, DIMS, struct.pack("<IQQ", 2, 48, 2)), HeaderFault.SIZE_MISMATCH, "blocks of 32"),
     "a type that is not read": (
         lambda d: swap(d, DIMS + struct.pack("<I", 2), DIMS + struct.pack("<I", 10)),
         HeaderFault.UNKNOWN_DTYPE,
-        "type Q2_K, and only F32",
+        "unsupported type Q2_K; supported are F32",
     ),
     "offset": (
         lambda d: swap(d, DIMS + struct.pack("<IQ", 2, 0), DIMS + struct.pack("<IQ", 2, 7)),
         HeaderFault.OUT_OF_RANGE,
-        "no multiple of the alignment",
+        "not a multiple of the alignment",
     ),
     "far offset": (
         lambda d: swap(d, DIMS + struct.pack("<IQ", 2, 0), DIMS + struct.pack("<IQ", 2, 1 << 62)),

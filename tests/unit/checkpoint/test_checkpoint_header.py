@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import distquant.checkpoint
 from distquant.checkpoint import DTYPE_BITS, CheckpointError, HeaderFault, read_header
-from distquant.checkpoint.faults import TOLD_PER_KIND
+from distquant.checkpoint.faults import LISTED_PER_KIND
 from distquant.errors import InputError
 
 A = entry("U8", [4], 0, 4)
@@ -54,9 +54,9 @@ HOSTILE: dict[str, tuple[bytes, HeaderFault, str]] = {
     "no bytes of header": (safetensors_bytes(b""), HeaderFault.NOT_JSON, r"starts with ''"),
     "a list": (safetensors_bytes("[1]"), HeaderFault.NOT_JSON, r"starts with '\[1\]'"),
     "a space first": (safetensors_bytes(" {}"), HeaderFault.NOT_JSON, r"starts with ' \{\}'"),
-    "cut-off JSON": (safetensors_bytes('{"a": '), HeaderFault.NOT_JSON, r"not JSON \(.*column"),
+    "truncated JSON": (safetensors_bytes('{"a": '), HeaderFault.NOT_JSON, r"not JSON \(.*column"),
     "text after the object": (safetensors_bytes("{} x"), HeaderFault.NOT_JSON, r"Extra data"),
-    "NaN": (safetensors_bytes('{"a": NaN}'), HeaderFault.NOT_JSON, r"NaN is no JSON number"),
+    "NaN": (safetensors_bytes('{"a": NaN}'), HeaderFault.NOT_JSON, r"NaN is not a JSON number"),
     "lone surrogate": (safetensors_bytes('{"\\ud800": 1}'), HeaderFault.NOT_JSON, r"surrogates"),
     "a number of 5000 digits": (safetensors_bytes('{"a": ' + "9" * 5000 + "}"), HeaderFault.NOT_JSON, r"digits"),
     "nested 100,000 deep": (
@@ -142,7 +142,7 @@ HOSTILE: dict[str, tuple[bytes, HeaderFault, str]] = {
         HeaderFault.NOT_CONTIGUOUS,
         "'a'",
     ),
-    "data cut off": (
+    "truncated data": (
         both(A, entry("U8", [4], 4, 8), 7),
         HeaderFault.TRUNCATED,
         r"'b': ends at byte \d+.*only \d+ bytes",
@@ -186,7 +186,7 @@ def test_every_header_fault_has_a_hostile_file() -> None:
     assert {fault for _, fault, _ in HOSTILE.values()} == of_one_file
 
 
-def test_all_problems_of_a_file_are_told_together(tmp_path: Path) -> None:
+def test_all_problems_of_a_file_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     header = {"a": {**A, "dtype": "U7"}, "b": entry("F32", [3], 4, 8), "c": 1, "d": entry("U8", [4], 6, 10)}
     path.write_bytes(safetensors_bytes(header, bytes(8)))
@@ -199,10 +199,10 @@ def test_all_problems_of_a_file_are_told_together(tmp_path: Path) -> None:
 
 def test_many_problems_of_a_kind_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    path.write_bytes(safetensors_bytes({f"t{i}": i for i in range(TOLD_PER_KIND + 7)}))
+    path.write_bytes(safetensors_bytes({f"t{i}": i for i in range(LISTED_PER_KIND + 7)}))
     with pytest.raises(CheckpointError, match=r"7 more problems \(bad_entry\)") as caught:
         read_header(path, "m.safetensors")
-    assert len(caught.value.problems) == TOLD_PER_KIND + 1
+    assert len(caught.value.problems) == LISTED_PER_KIND + 1
 
 
 def test_hostile_values_do_not_flood_the_message(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_single_file(tmp_path: Path) -> None:
     ]
     data = path.read_bytes()
     assert found.tensors["b"].offset == len(data) - 4
-    assert found.file_path("model.safetensors") == path
+    assert (found.folder / "model.safetensors") == path
     assert found.digests() == {"model.safetensors": (hashlib.sha256(data[:-10]).hexdigest(), len(data))}
     assert pickle.loads(pickle.dumps(found)) == found
 
@@ -70,7 +70,7 @@ def test_shards_of_save_torch_state_dict(tmp_path: Path) -> None:
     assert found.tensors.keys() == state.keys()
     assert found.total_bytes == 6 * 256
     for name, tensor in found.tensors.items():
-        with open(found.file_path(tensor.file), "rb") as file:
+        with open(found.folder / tensor.file, "rb") as file:
             file.seek(tensor.offset)
             read = torch.frombuffer(bytearray(file.read(tensor.nbytes)), dtype=torch.float32)
         assert torch.equal(read.view(tensor.shape), state[name])
@@ -88,7 +88,7 @@ def test_shards_may_lie_in_subfolders(tmp_path: Path) -> None:
     os.rename(tmp_path / "s2.safetensors", tmp_path / "sub" / "s2.safetensors")
     write_index(tmp_path, {"a": "s1.safetensors", "b": "s1.safetensors", "c": "sub/s2.safetensors"})
     found = open_checkpoint(tmp_path)
-    assert found.file_path(found.tensors["c"].file).is_file()
+    assert (found.folder / found.tensors["c"].file).is_file()
 
 
 def test_a_digest_follows_the_header_and_the_size(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_tensor_listed_twice(tmp_path: Path) -> None:
     assert "key 'a' stands twice" in message
 
 
-def test_missing_shard_is_told_once(tmp_path: Path) -> None:
+def test_missing_shard_is_reported_once(tmp_path: Path) -> None:
     os.remove(sharded(tmp_path) / "s1.safetensors")
     faults, message = fault_of(tmp_path)
     assert faults == [HeaderFault.SHARD_MISSING]
@@ -186,7 +186,7 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
     assert "tensor 'a'" in message and "['s1.safetensors', 's2.safetensors']" in message
 
 
-def test_problems_of_all_files_are_told_together(tmp_path: Path) -> None:
+def test_problems_of_all_files_are_reported_together(tmp_path: Path) -> None:
     sharded(tmp_path)
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "s1.safetensors").write_bytes(b"abc")
@@ -252,7 +252,7 @@ def test_neither_folder_nor_id(model: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     faults, message = fault_of(model)
     assert faults == [HeaderFault.NO_CHECKPOINT]
-    assert "no Hugging Face id" in message
+    assert "not a Hugging Face id" in message
 
 
 def test_a_revision_of_a_folder(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_cached_model(revision: str | None, cached: Path) -> None:
     found = open_checkpoint("org/name", revision=revision)
     assert found.path == cached / "snapshots" / COMMIT
     assert list(found.tensors) == ["a", "b", "c"]
-    assert found.file_path("s1.safetensors").is_symlink()
+    assert (found.folder / "s1.safetensors").is_symlink()
 
 
 def test_cached_pull_request(cached: Path) -> None:
@@ -312,7 +312,7 @@ def test_not_in_cache(model: str, revision: str | None, download: str, cached: P
 
 @pytest.mark.parametrize("revision", ["../../../etc", "/etc", "", "a\\b"])
 def test_revision_that_leaves_the_cache(revision: str, cached: Path) -> None:
-    with pytest.raises(InputError, match="no branch, tag or commit"):
+    with pytest.raises(InputError, match="is not a branch, tag or commit"):
         open_checkpoint("org/name", revision=revision)
 
 
@@ -322,7 +322,7 @@ def test_ref_that_leaves_the_cache(cached: Path) -> None:
 
 
 def test_partly_downloaded_model(cached: Path) -> None:
-    """A link whose blob is gone, and a shard that never came: both told, with the command that brings them."""
+    """A link without its blob, and a shard that was never downloaded: both are reported, with the command for them."""
     snapshot = cached / "snapshots" / COMMIT
     (snapshot / "s1.safetensors").resolve().unlink()
     (snapshot / "s2.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Values that cannot work are told, all at once, with what would."""
+"""Invalid values are reported all at once, with valid ones."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ WRONG = [
     ({"quant_method": "awq", "bits": 6, "group_size": 0}, ["bits: 6", "group_size: 0"]),
     ({"quant_method": "awq", "backend": "fast"}, ["backend: 'fast' is not allowed"]),
     ({"quant_method": "auto-round", "bits": 9, "group_size": 0}, ["bits: 9", "group_size: 0"]),
-    ({"quant_method": "fp8", "weight_block_size": [0, 128]}, [r"weight_block_size: \[0, 128\] is no tile"]),
+    ({"quant_method": "fp8", "weight_block_size": [0, 128]}, [r"weight_block_size: invalid tile \[0, 128\]"]),
     ({"quant_method": "fp8", "weight_block_size": [128]}, ["weight_block_size: .* is not allowed"]),
     ({"quant_method": "fp8", "fmt": "e5m2", "scale_fmt": "half"}, ["fmt: 'e5m2'", "scale_fmt: 'half'"]),
-    ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 0}, ["activation_scale_ub: 0.0 is no magnitude"]),
+    ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 0}, ["activation_scale_ub: invalid magnitude 0.0"]),
     ({"quant_method": "hqq", "nbits": 5, "axis": 2, "group_size": 0}, ["nbits: 5", "axis: 2", "group_size: 0"]),
     (
         {"quant_method": "hqq", "dynamic_config": {"a": {"nbits": 7, "axes": 1}}},
@@ -43,20 +43,20 @@ WRONG = [
     ({"quant_method": "quanto", "weights": "int3"}, ["weights: 'int3' is not allowed"]),
     ({"quant_method": "torchao"}, ["quant_type: is missing"]),
     ({"quant_method": "torchao", "quant_type": {"a": {}, "b": {}}}, ["quant_type: has the keys 'a', 'b'"]),
-    ({"quant_method": "torchao", "quant_type": {"default": {"_data": {}}}}, ["default: .* is no serialized"]),
-    ({"quant_method": "torchao", "quant_type": {"default": {"_type": "A", "_data": 5}}}, ["_data: 5 is no object"]),
+    ({"quant_method": "torchao", "quant_type": {"default": {"_data": {}}}}, ["default: .* is not a serialized"]),
+    ({"quant_method": "torchao", "quant_type": {"default": {"_type": "A", "_data": 5}}}, ["_data: 5 is not an object"]),
     (group(num_bits=0), [r"config_groups\.g\.weights\.num_bits: 0 is out of range"]),
-    (group(num_bits=5, type="float"), ["there is no float of 5 bits"]),
-    (group(strategy="group"), ["group_size: None is no group"]),
+    (group(num_bits=5, type="float"), ["invalid float of 5 bits"]),
+    (group(strategy="group"), ["group_size: invalid group size None"]),
     (group(strategy="channel", group_size=128), ["group_size: 128 contradicts the strategy 'channel'"]),
     (group(strategy="block"), ["block_structure: None contradicts"]),
     (group(block_structure=[128, 128]), ["block_structure: .* contradicts the strategy 'tensor'"]),
-    (group(strategy="block", block_structure="128"), ["block_structure: '128' is no tile"]),
-    (group(strategy="block", block_structure=[0, 1]), ["is no tile"]),
+    (group(strategy="block", block_structure="128"), ["block_structure: invalid tile '128'"]),
+    (group(strategy="block", block_structure=[0, 1]), ["invalid tile"]),
     (group(strategy="blocks", num_bit=4), ["strategy: 'blocks' is not allowed", "num_bit: is unknown.*'num_bits'"]),
     ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {}}}}, [r"g\.targets: is missing"]),
     ({"quant_method": "compressed-tensors", "config_groups": {"g": 5}}, [r"config_groups\.g: 5 is not allowed"]),
-    ({"quant_method": "compressed-tensors", "ignore": ["re:["]}, [r"ignore: 're:\[' is no regular expression"]),
+    ({"quant_method": "compressed-tensors", "ignore": ["re:["]}, [r"ignore: 're:\[' is not a regular expression"]),
     ({"quant_method": "compressed-tensors", "kv_cache_scheme": {"bits": 8}}, [r"kv_cache_scheme\.bits: is unknown"]),
     ({"quant_method": "compressed-tensors", "layers": "3-1"}, ["layers: '3-1'"]),
     ({"quant_method": "aqlm", "num_codebooks": 0, "in_group_size": -1}, ["num_codebooks: 0", "in_group_size: -1"]),
@@ -64,7 +64,7 @@ WRONG = [
     ({"quant_method": "vptq", "config_for_layers": {"a": {"is_indice_packed": False}}}, ["is_indice_packed: False"]),
     ({"quant_method": "spqr", "bits": 4, "beta1": 8, "beta2": 8}, ["bits: 4", "beta1: 8", "beta2: 8"]),
     ({"quant_method": "higgs", "bits": 5, "p": 3, "group_size": 32}, ["bits: 5", "p: 3", "group_size: 32"]),
-    ({"quant_method": "higgs", "hadamard_size": 100}, ["hadamard_size: 100 is no multiple of group_size=256"]),
+    ({"quant_method": "higgs", "hadamard_size": 100}, ["hadamard_size: 100 is not a multiple of group_size=256"]),
     (
         {"quant_method": "fp_quant", "forward_method": "quest", "backward_dtype": "mxfp8", "hadamard_group_size": 8},
         ["forward_method: 'quest' does not go", "backward_dtype: 'mxfp8' does not", "hadamard_group_size: 8"],
@@ -88,17 +88,17 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("given", "messages"), WRONG)
-def test_wrong_values_are_told_together(given, messages):
+def test_wrong_values_are_reported_together(given, messages):
     with pytest.raises(InputError) as caught:
         parse(given, CONFIG_CLASSES)
-    told = [str(problem) for problem in caught.value.problems]
-    assert len(told) == len(messages), told
+    reported = [str(problem) for problem in caught.value.problems]
+    assert len(reported) == len(messages), reported
     for message in messages:
-        assert any(re.search(message, text) for text in told), (message, told)
+        assert any(re.search(message, text) for text in reported), (message, reported)
 
 
 @pytest.mark.parametrize("cls", [cls for cls in CONFIG_CLASSES if cls.__name__ != "NoneConfig"])
-def test_unknown_keys_are_told_by_every_method(cls):
+def test_unknown_keys_are_reported_by_every_method(cls):
     with pytest.raises(InputError, match=r"quux: is unknown \(given 1\)"):
         cls.from_dict({"quux": 1})
 

@@ -1,4 +1,4 @@
-"""What a user may say beside a quantized checkpoint, method by method."""
+"""Fields that a user may give beside a quantized checkpoint, method by method."""
 
 from __future__ import annotations
 
@@ -93,15 +93,13 @@ def test_objects_of_transformers_keep_it_though_their_dicts_do_not(given):
 def test_an_unquantized_checkpoint_has_nothing_to_dequantize():
     merged = merge(None, NoneConfig(dequantize=True))
     assert merged.config == NoneConfig() and not merged.dequantize and not merged.prequantized
-    with pytest.raises(
-        InputError, match=r"dequantize: the checkpoint is not quantized, and 'fp8' with dequantize=True"
-    ):
+    with pytest.raises(InputError, match=r"dequantize: the checkpoint is not quantized: 'fp8' with dequantize=True"):
         merge(None, Fp8Config(dequantize=True))
 
 
 def test_a_method_that_nobody_knows_cannot_be_dequantized():
     model = {"quantization_config": {"quant_method": "quux"}}
-    with pytest.raises(InputError, match=r"dequantize: nothing here can dequantize what 'quux' has quantized"):
+    with pytest.raises(InputError, match=r"dequantize: weights quantized with 'quux' cannot be dequantized"):
         resolve(model, NoneConfig(dequantize=True), CONFIG_CLASSES, "skip")
     with pytest.raises(InputError, match="'quux' is not supported"):
         resolve(model, NoneConfig(dequantize=True), CONFIG_CLASSES)
@@ -152,7 +150,7 @@ OTHERS: list[Any] = [
 
 
 @pytest.mark.parametrize("user", OTHERS, ids=by_name)
-def test_whatever_else_differs_is_told_with_both_values(user):
+def test_whatever_else_differs_is_reported_with_both_values(user):
     checkpoint = next(config for config in ONE_OF_EACH if type(config) is type(user))
     changed = {field.name for field in fields(user) if getattr(user, field.name) != getattr(checkpoint, field.name)}
     bound = changed - user.loading_attributes
@@ -161,8 +159,8 @@ def test_whatever_else_differs_is_told_with_both_values(user):
         merge(checkpoint, user)
     assert len(caught.value.problems) == len(bound)
     for name in bound:
-        told = f"{name}: the checkpoint has {getattr(checkpoint, name)!r}, you gave {getattr(user, name)!r}"
-        assert told in str(caught.value)
+        reported = f"{name}: the checkpoint has {getattr(checkpoint, name)!r}, you gave {getattr(user, name)!r}"
+        assert reported in str(caught.value)
 
 
 def test_history_asks_for_nothing_at_its_default():

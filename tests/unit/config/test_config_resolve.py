@@ -33,9 +33,9 @@ def test_other_forms():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("nf4dq", r"'nf4dq' is no known quantization\. Did you mean 'nf4-dq'.* Known names: none, nf4, nf4-dq, fp4, "),
-        ("NF4", r"'NF4' is no known quantization\. Did you mean 'nf4'"),
-        ("qqq", r"'qqq' is no known quantization\. Known names: none, nf4, nf4-dq, fp4, fp4-dq, int8\."),
+        ("nf4dq", r"unknown quantization 'nf4dq'\. Did you mean 'nf4-dq'.* Known names: none, nf4, nf4-dq, fp4, "),
+        ("NF4", r"unknown quantization 'NF4'\. Did you mean 'nf4'"),
+        ("qqq", r"unknown quantization 'qqq'\. Known names: none, nf4, nf4-dq, fp4, fp4-dq, int8\."),
         (
             {"quant_method": "bitsnbytes"},
             r"quant_method: 'bitsnbytes' is not supported\. Did you mean 'bitsandbytes'\?",
@@ -44,8 +44,8 @@ def test_other_forms():
         ({}, r"quantization_config\.quant_method: is missing\. Known methods: none, bitsandbytes\."),
         ({"quant_method": "bitsandbytes"}, r"which kind is meant\. Add load_in_4bit=True or load_in_8bit=True"),
         (BitsAndBytesConfig(), r"'bitsandbytes' does not say which kind is meant"),
-        (4, r"4 \(int\) is no quantization configuration\. Give a configuration object, a dict"),
-        (BitsAndBytesConfig, r"\(type\) is no quantization configuration"),
+        (4, r"4 \(int\) is not a quantization configuration\. Give a configuration object, a dict"),
+        (BitsAndBytesConfig, r"\(type\) is not a quantization configuration"),
     ],
 )
 def test_what_cannot_be_parsed(given, message):

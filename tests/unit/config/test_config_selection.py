@@ -1,4 +1,4 @@
-"""Which modules are selected; skipping is compared with transformers' own function."""
+"""Selection of modules; skipping is compared with transformers' own function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What configurations say in the words that all methods share."""
+"""Precisions of configurations, in the terms that all methods share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which kernels are chosen where, what the reason says, and what cannot run is refused."""
+"""Choice of kernels for a device: the kernels, the reasons, and errors for what cannot run."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_the_ragged_tail_is_divided(quant_type):
         divided = on_every_isa("encode_4bit", tail.repeat(2), absmax[1:], 32, quant_type, True)
         assert torch.equal(divided[:8], codes[32:])
         differ += not torch.equal(divided, whole)
-    assert differ, "nothing tells a division from a product"
+    assert differ, "no case distinguishes a division from a product"
 
 
 @PROPERTY
@@ -181,7 +181,7 @@ def test_int8_factors_are_rounded_twice():
     source = torch.cat([absmax, (absmax * (torch.arange(127) + 0.5) / 127)], dim=1).half()
     codes, found = on_every_isa("quantize_int8_rows", source)
     once = (source.float() * (127.0 / found.double()).float().view(-1, 1)).round()
-    assert not torch.equal(codes.float(), once), "nothing tells one rounding from two"
+    assert not torch.equal(codes.float(), once), "no case distinguishes one rounding from two"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -138,7 +138,7 @@ def test_a_full_last_block_in_the_tail_of_the_whole(quant_type):
         ragged = reference.encode_4bit(tail, absmax[1:], 32, quant_type, ragged=True)
         assert torch.equal(ragged, whole[32:])
         differ += not torch.equal(ragged, reference.encode_4bit(tail, absmax[1:], 32, quant_type))
-    assert differ > 0, "no seed tells division from multiplication"
+    assert differ > 0, "no seed distinguishes division from multiplication"
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -67,7 +67,7 @@ def test_ragged_tiles_have_their_own_amax(shape, block, dtype):
             assert torch.equal(scales[i, j], inverse[0, 0])
             assert torch.equal(back[here], codes[here].float() * scales[i, j])
             if height * width < 100:
-                return  # one tile tells as much as thousands
+                return  # one tile shows as much as thousands
 
 
 def test_quantize_fp8_of_special_values():

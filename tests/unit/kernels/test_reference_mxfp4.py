@@ -143,7 +143,7 @@ def test_into_given_outputs_and_refusals():
     assert [tensor.data_ptr() for tensor in found] == [codes.data_ptr(), scale.data_ptr()]
     for ours, expected in zip(found, reference.quantize_mxfp4(weight), strict=True):
         assert torch.equal(ours, expected)
-    with pytest.raises(ValueError, match="rows have 48 columns, which is no multiple of 32"):
+    with pytest.raises(ValueError, match="rows have 48 columns, not a multiple of 32"):
         reference.quantize_mxfp4(weight[:, :48])
     with pytest.raises(ValueError, match="rows have 48 columns"):
         reference.dequantize_mxfp4(codes.view(6, 32)[:, :24], scale)

@@ -1,4 +1,4 @@
-"""The skeleton of small configs: what is built, its dtypes, ties, heads and experts, and what cannot be built."""
+"""The description of small configs: modules, dtypes, ties, heads and experts, and configs that cannot be built."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = {
 }
 
 
-def skeleton_of(folder, name: str, drop: tuple[str, ...] = (), dtype: str | None = None, **more) -> ModelDescription:
+def description_of(folder, name: str, drop: tuple[str, ...] = (), dtype: str | None = None, **more) -> ModelDescription:
     getattr(transformers, f"{name}Config")(**{**SMALL, **more}).save_pretrained(folder)
     model = build(folder, dtype)
     tensors = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in drop}
@@ -36,7 +36,7 @@ def skeleton_of(folder, name: str, drop: tuple[str, ...] = (), dtype: str | None
 
 
 def test_llama(tmp_path):
-    description = skeleton_of(tmp_path, "Llama")
+    description = description_of(tmp_path, "Llama")
     assert (description.model_type, description.architecture) == ("llama", "LlamaForCausalLM")
     assert description.attentions == {
         f"model.layers.{i}.self_attn": Attention(f"model.layers.{i}.self_attn", 8, 2, 8) for i in range(2)
@@ -74,7 +74,7 @@ def test_dtype(tmp_path, config, asked, expected):
 
 
 def test_building_leaves_torchs_default_dtype_alone(tmp_path):
-    skeleton_of(tmp_path, "Llama", dtype="bfloat16")
+    description_of(tmp_path, "Llama", dtype="bfloat16")
     assert torch.get_default_dtype() is torch.float32
 
 
@@ -86,7 +86,7 @@ def test_building_leaves_torchs_default_dtype_alone(tmp_path):
     ],
 )
 def test_tied_embedding_loads_the_one_that_the_checkpoint_holds(tmp_path, drop, tied, loaded):
-    description = skeleton_of(tmp_path, "Llama", drop, tie_word_embeddings=True)
+    description = description_of(tmp_path, "Llama", drop, tie_word_embeddings=True)
     assert description.tied == tied
     assert loaded in description.params
     assert next(iter(tied)) not in description.params
@@ -95,26 +95,26 @@ def test_tied_embedding_loads_the_one_that_the_checkpoint_holds(tmp_path, drop, 
 
 
 def test_tied_embedding_with_both_in_the_checkpoint_loads_both(tmp_path):
-    description = skeleton_of(tmp_path, "Llama", tie_word_embeddings=True)
+    description = description_of(tmp_path, "Llama", tie_word_embeddings=True)
     assert description.tied == {}
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(description.params)
 
 
 def test_tied_embedding_with_neither_in_the_checkpoint_is_missing_once(tmp_path):
     drop = ("lm_head.weight", "model.embed_tokens.weight")
-    description = skeleton_of(tmp_path, "Llama", drop, tie_word_embeddings=True)
+    description = description_of(tmp_path, "Llama", drop, tie_word_embeddings=True)
     assert description.missing == ("model.embed_tokens.weight",)
 
 
 def test_qwen2_biases(tmp_path):
-    description = skeleton_of(tmp_path, "Qwen2")
+    description = description_of(tmp_path, "Qwen2")
     biased = {name.rpartition(".")[2] for name, linear in description.linears.items() if linear.bias}
     assert biased == {"q_proj", "k_proj", "v_proj"}
     assert description.params["model.layers.0.self_attn.k_proj.bias"].shape == (16,)
 
 
 def test_gpt_neox_heads(tmp_path):
-    description = skeleton_of(tmp_path, "GPTNeoX", num_key_value_heads=8)
+    description = description_of(tmp_path, "GPTNeoX", num_key_value_heads=8)
     assert description.attentions["gpt_neox.layers.0.attention"] == Attention("gpt_neox.layers.0.attention", 8, 8, 8)
     assert description.linears["gpt_neox.layers.0.attention.query_key_value"].out_features == 192
 
@@ -129,13 +129,13 @@ def test_gpt2_is_transposed(tmp_path):
 
 
 def test_mixtral_experts(tmp_path):
-    description = skeleton_of(tmp_path, "Mixtral", num_local_experts=4)
+    description = description_of(tmp_path, "Mixtral", num_local_experts=4)
     assert tuple(description.experts) == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
     assert description.params["model.layers.0.mlp.experts.down_proj"].shape == (4, 64, 96)
 
 
 def test_persistent_buffers_are_named_as_such(tmp_path):
-    description = skeleton_of(tmp_path, "Falcon", alibi=False, num_kv_heads=2)
+    description = description_of(tmp_path, "Falcon", alibi=False, num_kv_heads=2)
     assert not any(param.buffer for param in description.params.values())
     (tmp_path / "moe").mkdir()
     more = {
@@ -145,7 +145,7 @@ def test_persistent_buffers_are_named_as_such(tmp_path):
         "first_k_dense_replace": 1,
         "moe_intermediate_size": 8,
     }
-    description = skeleton_of(tmp_path / "moe", "DeepseekV3", dtype="bfloat16", num_experts_per_tok=2, **more)
+    description = description_of(tmp_path / "moe", "DeepseekV3", dtype="bfloat16", num_experts_per_tok=2, **more)
     buffers = {name: param.dtype for name, param in description.params.items() if param.buffer}
     assert buffers == {"model.layers.1.mlp.gate.e_score_correction_bias": "float32"}
 

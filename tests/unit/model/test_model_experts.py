@@ -14,8 +14,16 @@ from moe_models import FAMILIES, FORMS, SMALL, TURNED, read_all
 from torch import Tensor, nn
 
 from distquant.errors import Problems
-from distquant.model import ModelDescription, Source, build, describe_model, sources_by_expert, split_experts, taken
-from distquant.model.description import ROWS, Experts, Projection
+from distquant.model import (
+    ModelDescription,
+    Source,
+    build,
+    describe_model,
+    source_numel,
+    sources_by_expert,
+    split_experts,
+)
+from distquant.model.description import ROWS, ExpertsDescription, Projection
 from distquant.model.experts import experts_of, form_of
 
 MX = {"*_blocks": "", "*_scales": "scales"}
@@ -23,7 +31,7 @@ FP8 = {"weight_scale_inv": "weight_scale_inv"}
 
 
 def split(folder: Path, tensors: dict[str, Tensor], suffixes: dict[str, str] | None = None) -> ModelDescription:
-    """The skeleton of a checkpoint with these tensors, all modules of experts split."""
+    """The description of a checkpoint with these tensors, all modules of experts split."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     description = describe_model(build(folder, None), shapes, suffixes or {}, Problems())
     return split_experts(description, description.experts, shapes)
@@ -47,7 +55,7 @@ def taken_part(source: Source, tensor: Tensor) -> Tensor:
 # -- forms -------------------------------------------------------------------------------------------------------------
 
 
-def described(family: str) -> list[Experts]:
+def described(family: str) -> list[ExpertsDescription]:
     """The experts of a family's model on `meta`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -59,19 +67,19 @@ def described(family: str) -> list[Experts]:
     return list(known.values())
 
 
-def split_form(name: str, count: int, intermediate: int, hidden: int) -> Experts:
+def split_form(name: str, count: int, intermediate: int, hidden: int) -> ExpertsDescription:
     """Gate, up and down apart, as most models have them."""
     gate = Projection("gate_proj", "gate_up_proj", intermediate, hidden)
     up = Projection("up_proj", "gate_up_proj", intermediate, hidden, start=intermediate)
     down = Projection("down_proj", "down_proj", hidden, intermediate, shard_dim=1)
-    return Experts(name, count, intermediate, (gate, up, down))
+    return ExpertsDescription(name, count, intermediate, (gate, up, down))
 
 
-def packed_form(name: str, count: int, intermediate: int, hidden: int, **more: bool) -> Experts:
+def packed_form(name: str, count: int, intermediate: int, hidden: int, **more: bool) -> ExpertsDescription:
     """Gate and up in one, stored transposed."""
     both = Projection("gate_up_proj", "gate_up_proj", 2 * intermediate, hidden)
     down = Projection("down_proj", "down_proj", hidden, intermediate, shard_dim=1)
-    return Experts(name, count, intermediate, (both, down), transposed=True, **more)
+    return ExpertsDescription(name, count, intermediate, (both, down), transposed=True, **more)
 
 
 UNGATED = (Projection("up_proj", "up_proj", 352, 64), Projection("down_proj", "down_proj", 64, 352, shard_dim=1))
@@ -80,7 +88,7 @@ EXPECTED = {
     "qwen2-moe": [split_form(f"model.layers.{n}.mlp.experts", 8, 352, 64) for n in range(2)],
     "olmoe": [split_form(f"model.layers.{n}.mlp.experts", 11, 96, 96) for n in range(2)],
     "deepseek-v3": [split_form(f"model.layers.{n}.mlp.experts", 8, 160, 192) for n in (1, 2)],
-    "nemotron-h": [Experts(f"model.layers.{n}.mixer.experts", 7, 352, UNGATED) for n in (1, 4)],
+    "nemotron-h": [ExpertsDescription(f"model.layers.{n}.mixer.experts", 7, 352, UNGATED) for n in (1, 4)],
     "gpt-oss": [packed_form(f"model.layers.{n}.mlp.experts", 5, 96, 64, interleaved=True, bias=True) for n in range(2)],
     "llama4": [packed_form(f"model.layers.{n}.feed_forward.experts", 4, 96, 64, dense=True) for n in (1, 2)],
 }
@@ -95,7 +103,7 @@ SHAPES = {"gate_up_proj": (4, 12, 5), "down_proj": (4, 5, 6)}
 MARKS: dict[str, Any] = {"is_transposed": False, "is_concatenated": True, "has_gate": True, "has_bias": False}
 
 
-def form(shapes: dict[str, tuple[int, ...]], **marks: Any) -> Experts | None:
+def form(shapes: dict[str, tuple[int, ...]], **marks: Any) -> ExpertsDescription | None:
     """The form of a module with these marks, which are transformers' own."""
     module = nn.Module()
     for mark, value in (MARKS | marks).items():
@@ -134,7 +142,7 @@ BIASES = {"gate_up_proj_bias": (4, 12), "down_proj_bias": (4, 5)}
         pytest.param(SHAPES, {"is_transposed": None}, id="no mark"),
         pytest.param(SHAPES, {"has_post_expert_norm": True}, id="a norm after each expert"),
         pytest.param(SHAPES | BIASES, {"has_bias": True}, id="a bias on gate and up that are apart"),
-        pytest.param(SHAPES | BIASES, {}, id="biases that no mark tells of"),
+        pytest.param(SHAPES | BIASES, {}, id="biases without a mark"),
         pytest.param(SHAPES | {"scale": (4,)}, {}, id="another parameter"),
         pytest.param({"gate_up_proj": (4, 12, 5)}, {}, id="no down"),
         pytest.param(SHAPES | {"down_proj": (3, 5, 6)}, {}, id="another number of experts"),
@@ -175,7 +183,7 @@ def test_every_expert_is_put_together_from_its_own_sources(moe_of, family, form)
                 (source,) = sources
                 assert source.component == "" and source.offset is None
                 found = taken_part(source, tensors[source.tensor])
-                assert found.numel() == taken(source, tuple(tensors[source.tensor].shape))
+                assert found.numel() == source_numel(source, tuple(tensors[source.tensor].shape))
                 expected = whole[number, projection.start : projection.start + projection.out_features]
                 assert torch.equal(found.T if experts.transposed else found, expected)
             if experts.bias:
@@ -220,7 +228,7 @@ def spoil(moe_of: Callable[..., str], family: str, pattern: str) -> tuple[Path, 
     ],
 )
 def test_experts_that_the_checkpoint_lacks_are_named(moe_of, pattern, missing):
-    """One that is missing moves no other, and all of a projection are told as one."""
+    """A missing expert shifts no other, and all of a projection are reported as one."""
     folder, tensors = spoil(moe_of, "mixtral", pattern)
     description = split(folder, tensors)
     assert list(description.missing) == missing
@@ -237,7 +245,7 @@ def test_bias_that_the_checkpoint_lacks_is_named(moe_of):
 
 
 def test_experts_beyond_the_models_own_number_fill_nothing(moe_of, tmp_path):
-    """That there are more is told where names are mapped."""
+    """Names are mapped elsewhere, and experts beyond the model are reported there."""
     from transformers import AutoConfig
 
     tensors = read_all(Path(moe_of("mixtral")))
@@ -301,12 +309,12 @@ def test_fused_components_of_four_dims_are_split_like_the_weights(moe_of, family
                     whole = tensors[source.tensor]
                     expected = whole[number, first:last]
                     assert torch.equal(taken_part(source, whole), expected)
-                    assert taken(source, tuple(whole.shape)) == expected.numel()
+                    assert source_numel(source, tuple(whole.shape)) == expected.numel()
 
 
 def test_a_take_of_rows_counts_whole_rows():
     """Whatever the dims after them."""
     source = replace(Source("t"), take=(ROWS, 5, 8))
-    assert taken(source, (4, 6, 10)) == 30
-    assert taken(source, (4, 6, 5, 2)) == 30
-    assert taken(source, (4, 6)) == 3
+    assert source_numel(source, (4, 6, 10)) == 30
+    assert source_numel(source, (4, 6, 5, 2)) == 30
+    assert source_numel(source, (4, 6)) == 3

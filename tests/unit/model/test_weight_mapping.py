@@ -16,7 +16,7 @@ from transformers.core_model_loading import Concatenate, Transpose, WeightConver
 
 from distquant.errors import Problems
 from distquant.model import ModelDescription, Source, build, describe_model
-from distquant.model.weight_mapping import ignorable, map_names, natural, split_component, tell_parts
+from distquant.model.weight_mapping import check_merged_components, ignorable, map_names, natural, split_component
 
 SMALL = {
     "hidden_size": 16,
@@ -148,8 +148,8 @@ def test_no_source_lies_outside_its_parameter(tmp_path):
     problems = Problems()
     description = described(tmp_path, tensors, problems)
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    told = name in description.missing or f"{moe}.4.w3.weight" in description.unexpected or bool(problems)
-    assert told or all(source.offset[0] < 4 for source in description.sources[name])
+    reported = name in description.missing or f"{moe}.4.w3.weight" in description.unexpected or bool(problems)
+    assert reported or all(source.offset[0] < 4 for source in description.sources[name])
 
 
 def test_chunked_tensor_is_taken_in_parts(tmp_path):
@@ -195,15 +195,17 @@ def test_concatenated_tensors_follow_the_order_of_the_patterns(tmp_path, monkeyp
 
 def test_unknown_conversion_is_a_problem(tmp_path, monkeypatch):
     description, _, problems = concatenating(tmp_path, monkeypatch, [Transpose(0, 1)], 0)
-    told = [str(problem) for problem in problems]
-    assert len(told) == 2
-    assert told[0].startswith("model.layers.0.self_attn.q_proj.weight: the checkpoint stores it in a form that needs")
-    assert "Transpose" in told[0]
+    reported = [str(problem) for problem in problems]
+    assert len(reported) == 2
+    assert reported[0].startswith(
+        "model.layers.0.self_attn.q_proj.weight: unsupported conversion from the checkpoint's form: "
+    )
+    assert "Transpose" in reported[0]
     assert description.missing == tuple(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))
 
 
 def test_base_model_prefix_is_added(tmp_path):
-    """A checkpoint of the bare model (no `model.`) fills the causal model; the absent head is told."""
+    """A checkpoint of the bare model (no `model.`) fills the causal model; the absent head is reported."""
     tensors = saved(tmp_path, "Llama")
     bare = {n.removeprefix("model."): t for n, t in tensors.items() if n != "lm_head.weight"}
     save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -261,7 +263,7 @@ def test_component_of_a_converted_weight_is_a_problem(tmp_path):
     name = "model.layers.0.block_sparse_moe.experts.1.w2.weight.absmax"
     tensors[name] = torch.zeros(6)
     problems = Problems()
-    tell_parts(described(tmp_path, tensors, **BNB).parts, problems)
+    check_merged_components(described(tmp_path, tensors, **BNB).parts, problems)
     (problem,) = problems
     assert problem.where == name
     assert "'absmax'" in problem.what

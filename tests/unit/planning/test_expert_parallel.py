@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from parallel_plans import BLOCKS, INT8, NF4
 
-from distquant.model.description import Experts, ModelDescription, Param, Projection
+from distquant.model.description import ExpertsDescription, ModelDescription, Param, Projection
 from distquant.model.experts import split_experts
 from distquant.planning import Partition
 from distquant.planning.expert_parallel import expert_rules, plan_experts
@@ -98,7 +98,7 @@ MODULES = {"mixtral": "mlp.experts", "gpt_oss": "mlp.experts", "llama4": "feed_f
 COUNT, INTERMEDIATE, HIDDEN = 8, 352, 256
 
 
-def form_of(model: str, layer: int = 0, intermediate: int = INTERMEDIATE) -> Experts:
+def form_of(model: str, layer: int = 0, intermediate: int = INTERMEDIATE) -> ExpertsDescription:
     """The experts of a model, as `description.experts` describes them."""
     down = Projection("down_proj", "down_proj", HIDDEN, intermediate, shard_dim=1)
     packed = Projection("gate_up_proj", "gate_up_proj", 2 * intermediate, HIDDEN)
@@ -106,10 +106,12 @@ def form_of(model: str, layer: int = 0, intermediate: int = INTERMEDIATE) -> Exp
     up = Projection("up_proj", "gate_up_proj", intermediate, HIDDEN, intermediate)
     name = f"model.layers.{layer}.{MODULES[model]}"
     if model == "mixtral":
-        return Experts(name, COUNT, intermediate, (gate, up, down))
+        return ExpertsDescription(name, COUNT, intermediate, (gate, up, down))
     if model == "gpt_oss":
-        return Experts(name, COUNT, intermediate, (packed, down), transposed=True, interleaved=True, bias=True)
-    return Experts(name, COUNT, intermediate, (packed, down), transposed=True, dense=True)
+        return ExpertsDescription(
+            name, COUNT, intermediate, (packed, down), transposed=True, interleaved=True, bias=True
+        )
+    return ExpertsDescription(name, COUNT, intermediate, (packed, down), transposed=True, dense=True)
 
 
 def skeleton_of(model: str, layers: int = 2, intermediate: int = INTERMEDIATE) -> ModelDescription:
@@ -234,7 +236,7 @@ def test_experts_are_dealt_out_whole_and_in_order(ranks, expected):
 PLAIN = plain("bfloat16")
 
 
-def rows_of(form: Experts, projection: Projection, features: list[int]) -> list[int]:
+def rows_of(form: ExpertsDescription, projection: Projection, features: list[int]) -> list[int]:
     """Elements of a projection's cut dim that belong to these intermediate features."""
     if projection.shard_dim == 1 or projection.out_features == form.intermediate:
         return features

@@ -204,5 +204,5 @@ def test_other_codes_than_the_map_says_are_refused(tmp_path):
 def test_a_broken_map_is_refused(tmp_path):
     folder = shutil.copytree(DATA / "int8", tmp_path / "model")
     (folder / "quanto_qmap.json").write_text("[1]")
-    with pytest.raises(dq.InputError, match=r"quanto_qmap.json.*must be a JSON object"):
+    with pytest.raises(dq.InputError, match=r"quanto_qmap.json.*not a JSON object"):
         dq.plan(folder)

@@ -8,8 +8,8 @@ namespace {
 
 typedef double Doubles __attribute__((vector_size(W * 8)));
 
-// Of each lane the grid point of [-1, 1] nearest to `x`, 0 for NaN. bitsandbytes computes it with a fused multiply and
-// add; the product has 40 bits, so in double the sum's rounding to float is the only one, with or without such an
+// The grid point of [-1, 1] nearest to `x` in each lane, 0 for NaN. bitsandbytes computes it with a fused multiply and
+// add. The product has 40 bits, so in double the sum's rounding to float is the only one, with or without such an
 // instruction.
 DISTQUANT_INLINE Words grid_points(Floats x) {
     const Floats one = all(1.0f);
@@ -21,7 +21,7 @@ DISTQUANT_INLINE Words grid_points(Floats x) {
     return (Words)__builtin_convertvector(select(number, point, Floats{}), Signed);
 }
 
-// Largest magnitude; a NaN is passed over.
+// Largest magnitude; NaN is ignored.
 DISTQUANT_INLINE float absmax_of_numbers(const float *from, int64_t count) {
     Floats best{};
     by_lanes(count, [&](int64_t i, int lanes) {

@@ -1,4 +1,4 @@
-// The three float formats of weights: how a vector of each is read, written and searched for its largest magnitude.
+// The three float formats of weights: reading and writing a vector of each, and finding its largest magnitude.
 #pragma once
 
 #include "kernels.hpp"
@@ -17,7 +17,7 @@ struct F32 {
     // To the precision of the format and back.
     DISTQUANT_INLINE Floats rounded(Floats x) { return x; }
     static constexpr float epsilon = 0x1p-23f;
-    // What `write_pairs` takes of a float32.
+    // The part of a float32 that `write_pairs` takes.
     DISTQUANT_INLINE Words encode(Floats x) { return (Words)x; }
     DISTQUANT_INLINE void write_pairs(uint8_t *to, Words even, Words odd) { store_interleaved(to, even, odd); }
     typedef Signed Magnitudes;
@@ -88,7 +88,7 @@ DISTQUANT_INLINE float absmax_of(const uint8_t *from, int64_t count) {
     return T::widen(largest_of(best));
 }
 
-// Calls `step(at, lanes)` for each W elements of `count` and once for what is left: `lanes` elements from `at`.
+// Calls `step(at, lanes)` for each W elements of `count` and once for the rest: `lanes` elements from `at`.
 template <class Step>
 DISTQUANT_INLINE void by_lanes(int64_t count, Step step) {
     int64_t i = 0;

@@ -11,8 +11,8 @@ namespace {
 // Smallest divisor: keeps a block of zeros from dividing by zero. A denormal, on purpose: it is the reference's.
 inline float at_least_tiny(float x) { return x < 1e-38f ? 1e-38f : x; }  // NaN stays
 
-// The 15 thresholds, laid out for a search that halves them four times. Rank = how many of them do not hold a value
-// back; "not less or equal" rather than "greater", so that NaN passes all and gets the highest rank.
+// The 15 thresholds, laid out for a search that halves them four times. The rank of a value is the number of thresholds
+// below it. The comparison is "not less or equal" rather than "greater", so that NaN gets the highest rank.
 struct Search {
     Floats thresholds[15];  // for the portable search: each in every lane
     Floats first, second_low, second_high, third, fourth;
@@ -115,13 +115,13 @@ DISTQUANT_INLINE void encode(const Search &s, const uint8_t *from, int64_t count
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 
-// Blocks of bfloat16, sixteen elements a vector: instead of every element being scaled, the thresholds are brought down
-// to the grid of bfloat16, once a block, and ranks are found among 16-bit integers that are ordered as the floats are.
+// Blocks of bfloat16, sixteen elements a vector. Instead of scaling every element, the thresholds are rounded down to
+// the grid of bfloat16, once a block. Ranks are then found among 16-bit integers, which are ordered as the floats are.
 //
-// `x * reciprocal > t`, rounded as it is, holds if x lies above `t * absmax` by more than 3 parts in 2^24 and not if it
-// lies below by as much: three roundings. So where no threshold comes within that distance of the grid, comparing with
-// the grid's next point below it decides every x as the product does; where one does (two blocks in a thousand), the
-// block is left to `encode`, as are absmax at the ends of float32's range.
+// With its roundings, `x * reciprocal > t` is true if x exceeds `t * absmax` by more than 3 parts in 2^24, and false if
+// x is smaller by as much: there are three roundings. If no threshold is that near to a point of the grid, comparing
+// with the next point below it decides every x as the product does. If one is (two blocks in a thousand), the block is
+// left to `encode`, and so is a block with an absmax at the ends of float32's range.
 struct Grid {
     static constexpr int64_t run = 64;                       // elements that are packed at once
     static constexpr float lowest = 0x1p-100f, highest = 0x1p100f;  // no product near a threshold is a denormal
@@ -149,7 +149,7 @@ struct Grid {
     }
 };
 
-// Points of the grid as integers: negative ones have their magnitude turned round.
+// Points of the grid as integers in the order of the floats: the magnitude bits of negative ones are inverted.
 DISTQUANT_INLINE __m256i to_grid(__m256 scaled, __m256 flip, __m256i below) {
     return _mm256_add_epi32(_mm256_srai_epi32(_mm256_castps_si256(_mm256_xor_ps(scaled, flip)), 16), below);
 }
@@ -159,7 +159,7 @@ DISTQUANT_INLINE __m256i off_grid(__m256 scaled) {  // 0 in a lane that is withi
     return _mm256_and_si256(bits, _mm256_set1_epi32(0xfff8));
 }
 
-// `rank(x) * 0x101 + 0x100` without the last bit of the upper byte, which only `low` of it is used of.
+// `rank(x) * 0x101 + 0x100` without the last bit of the upper byte; only `low` of that byte is used.
 struct GridTables {
     __m256i first, second_low, second_high, third, fourth;
 };
@@ -177,7 +177,7 @@ DISTQUANT_INLINE __m256i rank(const GridTables &t, __m256i x) {
     return _mm256_sub_epi16(at, up);
 }
 
-// Whether it could: codes of whole runs of a block.
+// Encodes full runs of a block; returns false if it cannot.
 DISTQUANT_INLINE bool encode_on_grid(const Grid &g, const uint8_t *from, int64_t count, float absmax, uint8_t *to) {
     if (!g.usable || count % Grid::run || !(absmax >= Grid::lowest && absmax <= Grid::highest)) return false;
     const __m256 scale = _mm256_set1_ps(absmax);
@@ -223,7 +223,7 @@ void quantize(const Quantize4bit &a, int64_t first, int64_t last) {
         uint8_t *to = a.codes + start / 2;
         const int64_t count = left < a.blocksize ? left : a.blocksize;
         const bool ragged = left < a.blocksize || (a.ragged && left == a.blocksize);
-        if (a.statistics == kFound) {
+        if (a.statistics == kComputed) {
             const float found = absmax_of<T>(from, count);
             a.absmax[block] = ragged ? at_least_tiny(found) : found;
         }
@@ -270,7 +270,7 @@ void dequantize(const Dequantize4bit &a, int64_t first, int64_t last) {
 }  // namespace
 
 void quantize_4bit(const Quantize4bit &a, int64_t first, int64_t last) {
-    bool ordered = true;  // whether a rank is its code
+    bool ordered = true;  // true if every rank is its code
     for (int i = 0; i < 16; ++i) ordered = ordered && a.order[i] == i;
 #define DISTQUANT_WORK(T) ordered ? quantize<T, true>(a, first, last) : quantize<T, false>(a, first, last)
     DISTQUANT_BY_FORMAT(a.type, DISTQUANT_WORK)

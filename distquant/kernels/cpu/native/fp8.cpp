@@ -9,7 +9,7 @@ namespace {
 
 constexpr float kLargest = 448.0f;
 
-// What a tile's elements are multiplied by. An infinite amax gives 0 and so an infinite scale.
+// The factor of a tile's elements. An infinite amax gives 0 and so an infinite scale.
 inline float factor_of(float amax) {
     const float factor = 1.0f / amax * kLargest;  // two roundings, as the reference has them
     return amax > 0.0f && factor < __builtin_inff() ? factor : 1.0f;
@@ -24,7 +24,7 @@ inline uint8_t power_of(float amax) {
     return (uint8_t)((bits + 0x7fffffu) >> 23);  // a fraction that is not 0 carries into the exponent
 }
 
-// What is multiplied with in place of a division: exact.
+// The factor that replaces a division: exact.
 inline float reciprocal_of(uint8_t power) {
     return power == 0xff ? __builtin_nanf("") : 1.0f / as_float((uint32_t)power << 23);
 }
@@ -39,7 +39,7 @@ DISTQUANT_INLINE void encode_run(const uint8_t *from, int64_t count, float by, u
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// As integers magnitudes keep their order and NaN is above all.
+// As integers, magnitudes keep their order, and NaN is above all.
 inline float larger_magnitude(float a, float b) {
     uint32_t x, y;
     std::memcpy(&x, &a, 4);

@@ -51,7 +51,7 @@ DISTQUANT_INLINE Group parameters(Range range, float top, bool symmetric) {
         found.scale = rounded<T>(largest / (top - 0.5f));
     } else {
         found.scale = rounded<T>(rounded<T>(range.high - range.low) / (2.0f * top - 1.0f));
-        // By the scale before a zero is replaced: then this is NaN or infinite.
+        // With the scale before a zero is replaced: for such a scale this is NaN or infinite.
         found.zero = to_integer(all(rounded<T>(-top - rounded<T>(range.low / found.scale))), top)[0];
     }
     if (found.scale == 0.0f) found.scale = T::epsilon;
@@ -75,7 +75,7 @@ void quantize(const QuantizeGroups &a, int64_t first, int64_t last) {
             by_lanes(count, [=](int64_t at, int lanes) {
                 Floats x = T::rounded(read<T>(from + at * T::bytes, lanes) / scale);
                 if (!symmetric) x = T::rounded(x + zero);
-                // An integer again, so the sum holds it in its low bits.
+                // An integer again, so the sum has it in its low bits.
                 write_bytes(to + at, (Words)(to_integer(x, top) + kRounder), lanes);
             });
         }

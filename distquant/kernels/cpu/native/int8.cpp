@@ -8,8 +8,8 @@ namespace {
 
 constexpr float kLargestHalf = 65504.0f;
 
-// Whether the cast to float16 changes no code of a row, so that it need not be made: bfloat16 of 2^-17 and more keeps
-// all its bits, and anything smaller becomes 0 under an absmax of 2^-8 and more. No element is NaN then, either.
+// True if the cast to float16 changes no code of a row, so that it can be left out: bfloat16 of 2^-17 and more keeps
+// all its bits, and anything smaller becomes 0 under an absmax of 2^-8 and more. Then no element is NaN either.
 template <class T>
 DISTQUANT_INLINE bool half_is_exact(float largest, float absmax) {
     return T::bytes == 2 && largest <= kLargestHalf && absmax >= 0x1p-8f;
@@ -35,7 +35,7 @@ void quantize(const QuantizeInt8Rows &a, int64_t first, int64_t last) {
         uint8_t *to = (uint8_t *)a.codes + row * a.columns;
         // Rounding keeps the order, so the largest of the rounded is the rounded largest.
         const float largest = through_half(all(absmax_of<T>(from, a.columns)))[0];
-        if (a.statistics == kFound) a.absmax[row] = largest;
+        if (a.statistics == kComputed) a.absmax[row] = largest;
         const Floats factor = all(1.0f / a.absmax[row] * 127.0f);  // two roundings, as the reference has them
         if (half_is_exact<T>(largest, a.absmax[row])) {
             encode_exact<T>(from, a.columns, factor, to);

@@ -19,7 +19,7 @@ enum Status : int32_t { kDone = 0, kNoIsa = 1, kNoMemory = 2 };
 
 DISTQUANT_EXPORT distquant_interface();
 
-// 1 where this build and this machine have the instruction set, else 0.
+// 1 if this build and this machine have the instruction set, else 0.
 DISTQUANT_EXPORT distquant_has(int64_t isa);
 
 DISTQUANT_EXPORT distquant_quantize_4bit(int64_t isa, int64_t threads, const void *weight, int64_t type, int64_t count,
@@ -59,7 +59,7 @@ DISTQUANT_EXPORT distquant_dequantize_fp8(int64_t isa, int64_t threads, const ui
                                           int64_t rows, int64_t columns, int64_t tile_rows, int64_t tile_columns,
                                           void *out, int64_t type);
 
-// `amax` is [rows, ceil(columns / tile_columns)]: each row's share of the amax of its tiles.
+// `amax` is [rows, ceil(columns / tile_columns)]: each row's part of the amax of its tiles.
 DISTQUANT_EXPORT distquant_row_amax(int64_t isa, int64_t threads, const void *weight, int64_t type, int64_t rows,
                                     int64_t columns, int64_t tile_columns, float *amax);
 

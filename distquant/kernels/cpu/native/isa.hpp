@@ -1,4 +1,4 @@
-// What the units of one instruction set define; `table.cpp` gathers them.
+// The declarations of one instruction set's kernels; `table.cpp` lists them.
 #pragma once
 
 #include "kernels.hpp"

@@ -1,8 +1,8 @@
-// The kernels as plain C++: what each takes, and the table of one instruction set.
+// The kernels as plain C++: the arguments of each, and the table of one instruction set.
 //
-// Every kernel works on a range of units (blocks, rows) of its whole, so that threads can share one call and the result
-// cannot depend on how many they are. Pointers are aligned to their elements, no further. Numbers are those of the
-// reference in plain torch, bit for bit: compile without contraction of a * b + c and without flushing of denormals.
+// Every kernel works on a range of units (blocks, rows), so that threads can share one call, and their number cannot
+// change the result. Pointers are aligned to their elements, no further. Numbers are those of the reference in plain
+// torch, bit for bit: compile without contraction of a * b + c and without flushing of denormals.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +13,11 @@ enum Float : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 constexpr int64_t bytes_of(Float type) { return type == kFloat32 ? 4 : 2; }
 
-// Where statistics come from: found in the weight, or given by the caller and only read.
-enum Statistics : int32_t { kFound = 0, kGiven = 1 };
+// The origin of statistics: computed from the weight, or given by the caller and only read.
+enum Statistics : int32_t { kComputed = 0, kGiven = 1 };
 
 // Unit: a block. `count` is even; a ragged last block is divided by its absmax, the others are multiplied by its
-// reciprocal. A block shorter than `blocksize` is ragged, and the last is where `ragged` says so.
+// reciprocal. A block shorter than `blocksize` is ragged, and so is the last block if `ragged` is set.
 struct Quantize4bit {
     const void *weight;
     Float type;
@@ -80,8 +80,8 @@ struct Tiles {
     int64_t down() const { return (rows + tile_rows - 1) / tile_rows; }
 };
 
-// Unit: a band of tiles for `quantize_fp8`, which does all; a row for `amax_fp8`, which finds each row's share of the
-// amax of its tiles; a tile for `factors_fp8`, which makes scales and factors of amax; a row for `encode_fp8`.
+// Units: a row of tiles for `quantize_fp8`, which does all; a row for `amax_fp8`, which computes each row's part of the
+// amax of its tiles; a tile for `factors_fp8`, which turns amax into scales and factors; a row for `encode_fp8`.
 struct QuantizeFp8 {
     const void *weight;
     Float type;
@@ -90,7 +90,7 @@ struct QuantizeFp8 {
     float *scale;    // [down, across], or null: `powers`
     uint8_t *powers;  // the same, of `quantize_fp8`: scales that are powers of two, as their exponents (ue8m0)
     float *amax;     // [rows, across], of `amax_fp8`
-    float *factors;  // [down, across], `factors_fp8` finds the amax in it
+    float *factors;  // [down, across], `factors_fp8` reads the amax from it
 };
 
 // Unit: a row.
@@ -102,7 +102,7 @@ struct DequantizeFp8 {
     Float type;
 };
 
-// What scaled rows become.
+// The codes of scaled rows.
 enum Codes : int32_t { kInt8 = 0, kE4m3 = 1 };
 
 // Unit: a row. A row whose scale is 0 has codes of 0.
@@ -181,7 +181,7 @@ struct Kernels {
 // Instruction sets in ascending order; the numbers are part of the interface to Python.
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// The kernels of one instruction set, or null where this build or this machine lacks it.
+// The kernels of one instruction set, or null if this build or this machine lacks it.
 const Kernels *kernels_of(int64_t isa);
 
 }  // namespace distquant

@@ -1,8 +1,8 @@
 // A vector of W floats and the few operations on it that the kernels need, for the instruction set of this unit.
 //
-// Arithmetic is written with the vector types of GCC and Clang, so one text serves every set; intrinsics stand only
-// where compilers do not find the instruction by themselves. All is in a namespace of its own per set: two units with
-// different flags must never share an inline function, or the linker would keep one of the two for both.
+// Arithmetic is written with the vector types of GCC and Clang, so one source serves every set. Intrinsics are only used
+// where compilers do not choose the instruction themselves. Each set has its own namespace: two units with different
+// flags must never share an inline function, or the linker would keep one of the two for both.
 #pragma once
 
 #include <cstdint>
@@ -72,7 +72,7 @@ DISTQUANT_INLINE void store_low_bytes(void *to, Words v) {
 #endif
 }
 
-// The low bytes of even and odd elements in turn.
+// The low bytes of even and odd elements, alternating.
 DISTQUANT_INLINE void store_low_bytes(void *to, Words even, Words odd) {
     const Words both = (even & 255u) | ((odd & 255u) << 8);
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -112,7 +112,7 @@ DISTQUANT_INLINE Words to_half(Floats x) {
 #endif
 }
 
-// float32 -> bfloat16 in the high half of each word (the low half is rubbish), to nearest even.
+// float32 -> bfloat16 in the high half of each word (the low half is undefined), to nearest even.
 DISTQUANT_INLINE Words to_bfloat_high(Floats x) {
     const Words u = (Words)x;
     const Words rounded = u + 0x7fffu + ((u >> 16) & 1u);
@@ -149,7 +149,7 @@ DISTQUANT_INLINE Pair deinterleave(Floats a, Floats b) {
 #endif
 }
 
-// Stores even and odd elements in turn.
+// Stores even and odd elements, alternating.
 DISTQUANT_INLINE void store_interleaved(void *to, Words even, Words odd) {
     uint32_t *out = (uint32_t *)to;
 #if defined(__AVX512F__)

@@ -44,15 +44,15 @@ int32_t run(void (*kernel)(const Call &, int64_t, int64_t), const Call &call, in
     return kDone;
 }
 
-// Writes scales and codes under the amax in `factors`, which become the factors.
+// Turns the amax in `factors` into factors, and writes scales and codes.
 int32_t encode_fp8(const Kernels &k, const QuantizeFp8 &call, int64_t threads) {
     const Tiles &t = call.tiles;
     k.factors_fp8(call, 0, t.down() * t.across());
     return run(k.encode_fp8, call, threads, t.rows, t.rows * t.columns);
 }
 
-// Tiles as high as the matrix: one band, so the threads share its rows instead, once for the amax and once for the
-// codes. In between the rows' amax become the tiles'.
+// Tiles as high as the matrix are a single row of tiles. So the threads share the matrix's rows instead, once for the
+// amax and once for the codes. In between, the amax of the rows become those of the tiles.
 int32_t quantize_one_band(const Kernels &k, QuantizeFp8 &call, int64_t threads) {
     const Tiles &t = call.tiles;
     const int64_t across = t.across();
@@ -63,7 +63,7 @@ int32_t quantize_one_band(const Kernels &k, QuantizeFp8 &call, int64_t threads) 
     call.factors = factors.get();
     run(k.amax_fp8, call, threads, t.rows, t.rows * t.columns);
     for (int64_t tile = 0; tile < across; ++tile) {
-        uint32_t largest = 0;  // as integers magnitudes keep their order and NaN is above all
+        uint32_t largest = 0;  // as integers, magnitudes keep their order, and NaN is above all
         for (int64_t row = 0; row < t.rows; ++row) {
             uint32_t bits;
             std::memcpy(&bits, &amax[(size_t)(row * across + tile)], sizeof bits);

@@ -21,7 +21,7 @@ inline uint32_t scale_of(float amax) {
     return (bits_of(amax / 6.0f) + kFraction) >> 23;  // a fraction that is not 0 carries into the exponent
 }
 
-// Codes of magnitudes up to 6, whose steps are 0.5 below 2, 1 below 4, and 2. `kRounder` plus the code of where the
+// Codes of magnitudes up to 6, with steps of 0.5 below 2, 1 below 4, and 2. Adding `kRounder` and the code at which the
 // steps begin leaves the code in the low bits of the sum.
 DISTQUANT_INLINE Words to_e2m1(Floats x) {
     const Floats size = (Floats)((Words)x & 0x7fffffffu);

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distquant.config import CompressedTensorsConfig, ModuleSelection, torch_dtype
-from distquant.config.compressed_tensors import matches
+from distquant.config.quantization_group import matches
 from distquant.dtypes import STORED_NAMES
 from distquant.errors import InputError, Problem
 from distquant.model.description import ModelDescription

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from distquant.config import CompressedTensorsConfig, QuantizationArgs, QuantizationGroup
-from distquant.config.compressed_tensors import matches
+from distquant.config.quantization_group import matches
 from distquant.errors import Problem
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component
 

@@ -117,7 +117,7 @@ void four_bit(int64_t count, int64_t blocksize, Float type) {
             Exact<uint8_t> codes(count / 2);
             Exact<float> absmax(blocks);
             must(!distquant_quantize_4bit(isa, threads, weight.at(), type, count, blocksize, thresholds.at(),
-                                          order.at(), codes.at(), absmax.at(), kFound, reversed),
+                                          order.at(), codes.at(), absmax.at(), kComputed, reversed),
                  "status");
             return codes.bytes() + absmax.bytes();
         });
@@ -165,7 +165,7 @@ void int8_rows(int64_t rows, int64_t columns, Float type) {
         Exact<int8_t> codes(rows * columns);
         Exact<float> absmax(rows);
         must(!distquant_quantize_int8_rows(isa, threads, weight.at(), type, rows, columns, codes.at(), absmax.at(),
-                                           kFound),
+                                           kComputed),
              "status");
         return codes.bytes() + absmax.bytes();
     });
@@ -279,7 +279,7 @@ int overrun() {
     const Weight weight(64, kFloat32);
     Exact<int8_t> codes(65);
     Exact<float> absmax(1);
-    distquant_quantize_int8_rows(kPortable, 1, weight.at(), kFloat32, 1, 65, codes.at(), absmax.at(), kFound);
+    distquant_quantize_int8_rows(kPortable, 1, weight.at(), kFloat32, 1, 65, codes.at(), absmax.at(), kComputed);
     std::puts("driver: read past the end, and nothing stopped it");
     return 0;
 }
