@@ -1,4 +1,4 @@
-"""Keeps out of the log what libraries report about themselves on import, and a user who loads a model cannot change."""
+"""Keeps messages out of the log that libraries write about themselves on import, and that no user can change."""
 
 from __future__ import annotations
 
