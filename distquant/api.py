@@ -39,8 +39,8 @@ def plan(
 
     Args:
         model: Folder of a safetensors checkpoint, a GGUF file, or the id of a model in the Hugging Face cache.
-        quantization_config: How to quantize: a short name (`nf4-dq`, `int8`, ...), a JSON file, or JSON text. Default:
-            as the checkpoint says. Also a `transformers` config object, a dict, or a dataclass of `distquant.config`.
+        quantization_config: Quantization: a short name (`nf4-dq`, `int8`, ...), a JSON file, or JSON text. Default:
+            that of the checkpoint. Also a `transformers` config object, a dict, or a dataclass of `distquant.config`.
         mesh: Mesh of ranks, such as `tp=8` or `dp=2,tp=4`. Default: one rank.
         device_map: `auto`, a device, or a dict (JSON) of module to device, for one process with many devices; excludes
             a mesh.
@@ -50,10 +50,10 @@ def plan(
             stored).
         staging: Bytes that weights may pass through, per rank.
         ranks_per_node: Ranks that share a node, and so read each byte once among them. Default: 8.
-        dispatch: How tokens reach experts on other ranks of ep: `all_reduce` if these ranks hold the same tokens (as in
-            `generate`), `all_to_all` if each holds a batch of its own.
-        on_unsupported: What to do with a checkpoint whose quantization method is not supported: `error`, or `skip` to
-            plan its tensors as they are stored. Such a plan is for reading; `load` refuses it.
+        dispatch: Route of tokens to experts on other ranks of ep: `all_reduce` if these ranks hold the same tokens (as
+            in `generate`), `all_to_all` if each holds a batch of its own.
+        on_unsupported: Treatment of a checkpoint whose quantization method is not supported: `error`, or `skip` to plan
+            its tensors as they are stored. A plan made with `skip` is to be read only: `load` rejects it.
         capability: CUDA compute capability of the devices, if known.
         trust_remote_code: Run model code that comes with the checkpoint.
         revision: Revision of a cached id.
@@ -95,12 +95,13 @@ def load(
 
     Args:
         kernel: Kernels that quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`. All give the same bits.
-        forward: How weights are multiplied that are kept as their format stores them. `dequantize`; `float8`, with
-            activations rounded to float8, where the method is meant so; `gptqmodel`, by its fastest kernel for the
-            layouts of GPTQ and AWQ, which may rearrange the words (then the model can be neither saved nor trained); or
-            `auto`: on a GPU float8, or those of gptqmodel's kernels that leave the words alone.
-        io: How files are read: `buffered` (through the page cache), `direct` (past it), or `auto`: what is in memory
-            through the page cache, the rest past it.
+        forward: Way to multiply by weights that are kept as their format stores them. `dequantize` multiplies by the
+            dequantized weight. `float8` also rounds activations to float8, for methods that are meant so. `gptqmodel`
+            takes its fastest kernel for the layouts of GPTQ and AWQ. That kernel may rearrange the stored words; such a
+            model can be neither saved nor trained. `auto` takes, on a GPU, float8 or those kernels of gptqmodel that
+            keep the stored words.
+        io: Way to read files: `buffered` (through the page cache), `direct` (past it), or `auto` (cached pages through
+            it, the rest past it).
         trace: File to write a trace of all ranks' stages to, for Perfetto.
         timeout: Seconds that a rank waits for the others before it gives up.
         progress: Called with `LoadProgress` (bytes taken, bytes in all, stage that limits) as rows arrive.

@@ -1,7 +1,7 @@
 """The options of `plan`, `load` and `ray.load`, each in one place.
 
 The docstring under a field documents the option. Its first paragraph is also the help of the command line's flag
-(`cli.flags`); what follows is for the Python API. The public functions repeat names, types, defaults and
+(`cli.flags`); the rest is for the Python API. The public functions repeat names, types, defaults and
 documentation, for readers and type checkers; `tests/unit/test_options.py` holds them and the flags to this module.
 """
 
@@ -31,14 +31,14 @@ DISPATCH = {
     ALL_REDUCE: "all ranks of ep hold the same tokens; each runs its own experts on them, and the results are summed",
     ALL_TO_ALL: "every rank of ep holds tokens of its own; they are sent to the ranks of their experts and back",
 }
-"""How tokens reach experts on other ranks of ep."""
+"""Routes of tokens to experts on other ranks of ep."""
 
 IO_MODES = ("auto", "buffered", "direct")
 """By measurement, through the page cache, past it."""
 
 
 class Forward(str, Enum):
-    """How weights are multiplied that are kept as their format stores them."""
+    """Ways to multiply by a weight that is kept as its format stores it."""
 
     AUTO = "auto"
     """On a GPU in float8, where the method means activations to be float8, too, and by those of gptqmodel's kernels
@@ -60,7 +60,7 @@ KERNELS = tuple(each.value for each in Kernel)
 
 
 class LoadProgress(NamedTuple):
-    """How far one rank is."""
+    """The progress of one rank."""
 
     done: int = 0
     """Bytes of rows taken so far."""
@@ -80,11 +80,10 @@ DECLARED = ("ranks_per_node", "capability")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """What to load, and how to divide it: what a plan depends on, apart from the model and the devices."""
+    """Options that a plan depends on, beside the model and the devices."""
 
     quantization_config: Any = None
-    """How to quantize: a short name (`nf4-dq`, `int8`, ...), a JSON file, or JSON text. Default: as the
-    checkpoint says.
+    """Quantization: a short name (`nf4-dq`, `int8`, ...), a JSON file, or JSON text. Default: that of the checkpoint.
 
     Also a `transformers` config object, a dict, or a dataclass of `distquant.config`.
     """
@@ -101,13 +100,13 @@ class PlanOptions:
     ranks_per_node: int | None = None
     """Ranks that share a node, and so read each byte once among them. Default: 8."""
     dispatch: str = ALL_REDUCE
-    """How tokens reach experts on other ranks of ep: `all_reduce` if these ranks hold the same tokens (as in
+    """Route of tokens to experts on other ranks of ep: `all_reduce` if these ranks hold the same tokens (as in
     `generate`), `all_to_all` if each holds a batch of its own."""
     on_unsupported: str = "error"
-    """What to do with a checkpoint whose quantization method is not supported: `error`, or `skip` to plan its tensors
-    as they are stored.
+    """Treatment of a checkpoint whose quantization method is not supported: `error`, or `skip` to plan its tensors as
+    they are stored.
 
-    Such a plan is for reading; `load` refuses it.
+    A plan made with `skip` is to be read only: `load` rejects it.
     """
     capability: tuple[int, int] | None = None
     """CUDA compute capability of the devices, if known."""
@@ -119,12 +118,12 @@ class PlanOptions:
     def __post_init__(self) -> None:
         """Copies mappings, so that they are dicts of this object's own."""
         for name in ("device_map", "max_memory"):
-            given = getattr(self, name)
-            if isinstance(given, Mapping):
-                object.__setattr__(self, name, dict(given))
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, dict(value))
 
     def rank_memory(self) -> int | None:
-        """Returns the bytes per rank, where one valid size is given; `make_plan` reports what is not valid."""
+        """Returns the bytes per rank, if one valid size is given; `make_plan` reports an invalid one."""
         if self.max_memory is None or isinstance(self.max_memory, Mapping):
             return None
         try:
@@ -135,20 +134,21 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """How a load runs, as far as that changes no bit of its result: no part of the plan."""
+    """Options that change the way a load runs and no bit of its result: they are no part of the plan."""
 
     kernel: str = "auto"
     """Kernels that quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`. All give the same bits."""
     forward: str = "auto"
-    """How weights are multiplied that are kept as their format stores them.
+    """Way to multiply by weights that are kept as their format stores them.
 
-    `dequantize`; `float8`, with activations rounded to float8, where the method is meant so; `gptqmodel`, by its
-    fastest kernel for the layouts of GPTQ and AWQ, which may rearrange the words (then the model can be neither saved
-    nor trained); or `auto`: on a GPU float8, or those of gptqmodel's kernels that leave the words alone.
+    `dequantize` multiplies by the dequantized weight. `float8` also rounds activations to float8, for methods that are
+    meant so. `gptqmodel` takes its fastest kernel for the layouts of GPTQ and AWQ. That kernel may rearrange the stored
+    words; such a model can be neither saved nor trained. `auto` takes, on a GPU, float8 or those kernels of gptqmodel
+    that keep the stored words.
     """
     io: str = "auto"
-    """How files are read: `buffered` (through the page cache), `direct` (past it), or `auto`: what is in memory through
-    the page cache, the rest past it."""
+    """Way to read files: `buffered` (through the page cache), `direct` (past it), or `auto` (cached pages through
+    it, the rest past it)."""
     trace: str | os.PathLike[str] | None = None
     """File to write a trace of all ranks' stages to, for Perfetto."""
     timeout: float | None = None

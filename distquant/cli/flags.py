@@ -1,6 +1,6 @@
 """The flags of the command line that are options of `plan` and `load`: names, defaults and help are those of `options`.
 
-Kept here is only how the command line spells them.
+This module holds only the command line's spelling of them.
 """
 
 from __future__ import annotations
@@ -96,12 +96,14 @@ def read_flags(arguments: argparse.Namespace, kind: type[PlanOptions] | type[Run
     Raises:
         InputError: text that should be JSON or a version is not.
     """
-    found = {option.name: getattr(arguments, option.name) for option in fields(kind) if hasattr(arguments, option.name)}
-    for name in JSON_EXAMPLES.keys() & found.keys():
-        found[name] = _text_or_json(found[name], name)
-    if found.get("capability") is not None:
-        found["capability"] = _capability(found["capability"])
-    return found
+    options = {
+        option.name: getattr(arguments, option.name) for option in fields(kind) if hasattr(arguments, option.name)
+    }
+    for name in JSON_EXAMPLES.keys() & options.keys():
+        options[name] = _text_or_json(options[name], name)
+    if options.get("capability") is not None:
+        options["capability"] = _capability(options["capability"])
+    return options
 
 
 def _text_or_json(text: str | None, name: str) -> Any:
@@ -129,13 +131,13 @@ def documentation(kind: type[PlanOptions] | type[RunOptions]) -> dict[str, str]:
         return {}
     (definition,) = ast.parse(source).body
     assert isinstance(definition, ast.ClassDef)
-    found: dict[str, str] = {}
+    documented: dict[str, str] = {}
     for statement, following in zip(definition.body, definition.body[1:], strict=False):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-            found[statement.target.id] = inspect.cleandoc(str(following.value.value))
-    return found
+            documented[statement.target.id] = inspect.cleandoc(str(following.value.value))
+    return documented
 
 
 def help_text(documented: str) -> str:

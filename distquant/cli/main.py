@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"distquant {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    plan = commands.add_parser("plan", help="show what a load would do; reads headers only")
+    plan = commands.add_parser("plan", help="plan a load from configs and headers, and show the plan")
     _model_argument(plan)
     add_flags(plan, PlanOptions, without=())
     plan.add_argument("--json", metavar="FILE", help="write the whole plan")

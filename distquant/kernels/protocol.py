@@ -1,4 +1,4 @@
-"""What kernels offer: the functions that schemes call, the same in every implementation.
+"""The interface of kernels: functions that schemes call, the same in every implementation.
 
 `distquant.kernels.reference` defines each function, with its shapes, dtypes and errors; the others must be bit-equal.
 """

@@ -63,7 +63,7 @@ def quantize_4bit(
     """Codes (uint8 `[ceil(n / 2)]`) and absmax (float32 `[ceil(n / blocksize)]`) of the flat `weight`.
 
     Raises:
-        ValueError: `n` is odd, a given output does not fit, or bitsandbytes refuses the blocksize or the dtype.
+        ValueError: `n` is odd, an output does not fit, or bitsandbytes does not accept the blocksize or dtype.
     """
     count = weight.numel()
     if count % 2:
@@ -135,10 +135,10 @@ def quantize_int8_rows(
 
 
 def _absent(name: str) -> Callable[..., NoReturn]:
-    def refuse(*_: object, **__: object) -> NoReturn:
+    def absent(*_: object, **__: object) -> NoReturn:
         raise ValueError(f"bitsandbytes has no {name}: use kernel 'auto', 'cpu', 'triton' or 'reference'")
 
-    return refuse
+    return absent
 
 
 encode_4bit = _absent("encode_4bit")

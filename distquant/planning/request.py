@@ -1,4 +1,4 @@
-"""Reads what a user asks for; everything that is wrong with it is reported together."""
+"""Reads the options of a user; all invalid ones are reported together."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def _check_sizes(request: Request) -> None:
         raise InputError.one("max_memory", what, "Give one size for every rank, or device_map='auto'")
 
 
-def _check_on_unsupported(given: Any) -> None:
-    if given not in ON_UNSUPPORTED:
+def _check_on_unsupported(value: Any) -> None:
+    if value not in ON_UNSUPPORTED:
         known = ", ".join(map(repr, ON_UNSUPPORTED))
-        raise InputError.one("on_unsupported", f"unknown value {given!r}", f"Give one of {known}")
+        raise InputError.one("on_unsupported", f"unknown value {value!r}", f"Give one of {known}")
 
 
 def _dtype_name(dtype: Any) -> str | None:

@@ -1,1 +1,1 @@
-"""Where ranks live: one process, torchrun (any launcher with env:// variables), or Ray."""
+"""The homes of ranks: one process, torchrun (any launcher with env:// variables), or Ray."""

@@ -1,7 +1,7 @@
 """Ray workers: a placement group with one actor a device, joined by NCCL or gloo.
 
-The driver plans once without a device (so that most mistakes cost no worker), lets the actors measure their devices,
-plans with those facts, and has every actor load its shard. One rank's failure ends all of them with its message.
+The driver plans once without a device, so that most mistakes cost no worker. Then the actors measure their devices, the
+driver plans with these facts, and every actor loads its shard. One rank's failure ends all of them with its message.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def load(
         progress: Called with the progress of every rank.
 
     Raises:
-        InputError: with every problem; also where the cluster lacks what the mesh needs.
+        InputError: with every problem; also if the cluster lacks resources that the mesh needs.
         RankError: a worker failed or died; the others have been ended.
     """
     arguments = {

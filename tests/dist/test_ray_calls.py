@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
 import time
@@ -13,6 +14,8 @@ import ray
 
 import distquant as dq
 from distquant import InputError, RankError
+from distquant.errors import LostPeerError
+from distquant.runtime.ray_model import gather
 
 PROMPTS = ["In the beginning", "And the LORD said unto Moses", "Blessed are", "And God said"]
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -68,6 +71,36 @@ def test_lost_and_closed_models_say_so(kjv_tiny):
             use()
     sharded.close()
     assert not ray.is_initialized(), "the Ray that the load started"
+
+
+def test_a_rank_that_ends_is_named_and_not_the_one_that_waits_for_it(kjv_tiny):
+    def leave(model: Any) -> Any:
+        if model.distquant.comm.rank == 1:
+            os._exit(3)
+        return model.distquant.comm.collect(1)
+
+    with dq.ray.load(kjv_tiny, quantization_config="nf4", mesh="tp=2", timeout=60) as lost:
+        with pytest.raises(RankError) as caught:
+            lost.call(leave)
+        assert caught.value.rank == 1
+        assert not isinstance(caught.value, LostPeerError)
+        with pytest.raises(LostPeerError, match="rank 0 failed: RuntimeError"):
+            gather(lost._unfinished[:1])
+        with pytest.raises(RankError, match="the model is lost"):
+            lost.report()
+
+
+def test_a_text_like_that_of_a_lost_peer_is_no_lost_peer(sharded):
+    """Peers that are gone are known by the type and the place of an error, not by what it says."""
+
+    def fail(model: Any) -> None:
+        if model.distquant.comm.rank == 0:
+            raise RuntimeError("/gloo/transport/: Connection closed by peer (Broken pipe)")
+
+    with pytest.raises(RankError, match="rank 0 failed: RuntimeError: .*Broken pipe") as caught:
+        sharded.call(fail)
+    assert not isinstance(caught.value, LostPeerError)
+    assert sharded.call(lambda model: model.distquant.comm.rank) == [0, 1], "the model is not lost"
 
 
 def test_threads_get_what_each_gets_alone(sharded, alone):
