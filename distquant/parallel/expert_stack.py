@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distquant.config import torch_dtype
 from distquant.memory import MEMORY
-from distquant.quantization import Scheme, Shard
+from distquant.quantization import QuantizedScheme, Shard
 from distquant.quantization.linear.dequant_matmul import ops_on
 from distquant.quantization.linear.keeps_dtypes import KeepsDtypes
 
@@ -18,13 +18,13 @@ class ExpertStack(KeepsDtypes):
     """One projection of this rank's experts, quantized: its components, `[experts, ...]` each, as buffers.
 
     Args:
-        scheme: what knows the format.
+        scheme: the method, of which the codec is needed.
         shards: this rank's part of each of its experts, in order.
     """
 
     _is_hf_initialized = True
 
-    def __init__(self, scheme: Scheme, shards: list[Shard]):
+    def __init__(self, scheme: QuantizedScheme, shards: list[Shard]):
         super().__init__()
         self.scheme, self.shards = scheme, shards
         self.names: dict[str, str] = {}

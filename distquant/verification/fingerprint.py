@@ -16,7 +16,7 @@ from distquant.model.experts import form_of
 from distquant.parallel.experts import Experts
 from distquant.planning.expert_parallel import expert_name, one_of
 from distquant.planning.load_plan import LoadPlan, TensorPlan
-from distquant.quantization import Scheme
+from distquant.quantization import QuantizedScheme, Scheme
 from distquant.sharding.tally import LANES, Tally, combine
 
 
@@ -78,6 +78,7 @@ def _of_module(module: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, 
     if at["tp"] == 0:
         tally.constant(f"{tensor.scheme} {list(tensor.shape)} {tensor.dtype}")
     if tensor.scheme != "none" and not plan.dequantize:
+        assert isinstance(scheme, QuantizedScheme), "no other scheme converts modules"
         scheme.tally(module, shard_of(tensor, plan, at["tp"]), tally)
     else:
         _tally_plain(module, tensor, plan, at["tp"], tally)

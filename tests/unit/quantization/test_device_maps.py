@@ -9,6 +9,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from distquant.quantization.methods.bitsandbytes import BitsandbytesScheme
 from safetensors.torch import load_file
 
 import distquant as dq
@@ -16,7 +17,6 @@ from distquant.config import parse
 from distquant.loading.loader import scheme_of
 from distquant.loading.offload import Offloaded
 from distquant.quantization import Scheme, config_classes
-from distquant.quantization.methods.bitsandbytes import BitsandbytesScheme
 from distquant.quantization.registry import discover
 
 REPOSITORY = Path(__file__).resolve().parents[3]
