@@ -1,6 +1,6 @@
 """Quantization methods: one file each in `methods`, on the interfaces of `scheme`, `codec` and `module_factory`."""
 
-from distquant.quantization.codec import Codec, Encoder, PlainDecoder
+from distquant.quantization.codec import Codec, Encoder, PlainDecoder, Stream
 from distquant.quantization.module_factory import ModuleFactory
 from distquant.quantization.quantized_scheme import QuantizedScheme
 from distquant.quantization.registry import SCHEMES, config_classes, register, scheme_for
@@ -17,6 +17,7 @@ __all__ = [
     "QuantizedScheme",
     "Scheme",
     "Shard",
+    "Stream",
     "config_classes",
     "register",
     "scheme_for",

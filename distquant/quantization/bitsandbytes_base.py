@@ -30,9 +30,9 @@ class BitsandbytesScheme(QuantizedScheme, Encoder):
         places = set((context.device_map or {}).values())
         offloaded = sorted(places & {"cpu", "disk"})
         if offloaded and places != {"cpu"} and not self.config.llm_int8_enable_fp32_cpu_offload:
-            what = f"modules on {' and '.join(offloaded)} beside other devices stay unquantized with bitsandbytes"
+            fault = f"modules on {' and '.join(offloaded)} beside other devices stay unquantized with bitsandbytes"
             fix = "Set llm_int8_enable_fp32_cpu_offload=True to allow that, or map everything to one kind of device"
-            problems.append(Problem("device_map", what, fix))
+            problems.append(Problem("device_map", fault, fix))
         return problems
 
     def offloaded(self, converted: Iterable[str], device_map: Mapping[str, str]) -> set[str]:

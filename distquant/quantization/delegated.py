@@ -32,17 +32,21 @@ class DelegatedScheme(Scheme):
         for package, limit in needs.below.items():
             have = environment.packages.get(package)
             if have is not None and Version(have) >= Version(limit):
-                what = f"{package} {have}, {method!r} needs one below {limit}"
-                problems.append(Problem("environment", what, f"Run: pip install '{package}<{limit}'"))
+                fault = f"{package} {have}, {method!r} needs one below {limit}"
+                problems.append(Problem("environment", fault, f"Run: pip install '{package}<{limit}'"))
         if environment.device_type == "cpu" and not needs.cpu and not self.config.dequantize:
             note = f" ({needs.note})" if needs.note else ""
             problems.append(Problem("environment", f"{method!r} does not run on a CPU{note}", "Use a GPU"))
         if context.mesh.size > 1:
-            what = f"{context.mesh}, and weights of {method!r} are loaded by transformers, which cannot partition them"
-            problems.append(Problem("mesh", what, "Use one rank, or device_map='auto' over the devices of one process"))
+            fault = f"{context.mesh}, and weights of {method!r} are loaded by transformers, which cannot partition them"
+            problems.append(
+                Problem("mesh", fault, "Use one rank, or device_map='auto' over the devices of one process")
+            )
         if not needs.quantizes and not context.prequantized:
-            what = f"{method!r} cannot quantize on the way, and this checkpoint is not quantized with it"
-            problems.append(Problem("quantization_config", what, "Take a checkpoint of that method, or another method"))
+            fault = f"{method!r} cannot quantize while loading, and this checkpoint is not quantized with it"
+            problems.append(
+                Problem("quantization_config", fault, "Take a checkpoint of that method, or another method")
+            )
         return problems
 
     @classmethod

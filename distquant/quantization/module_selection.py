@@ -81,5 +81,5 @@ def disagreements(description: ModelDescription, rule_of: Callable[[str], Any]) 
     if stacks:
         name, first, other = stacks[0]
         more = f" (and {len(stacks) - 1} more such stacks)" if len(stacks) > 1 else ""
-        what = f"the config stores {other} in another way than {first}{more}, and experts of a layer are kept alike"
-        yield Problem(name, what, "Give all experts of a layer the same rules, or load the original")
+        fault = f"the config stores {other} in another way than {first}{more}, and experts of a layer are kept alike"
+        yield Problem(name, fault, "Give all experts of a layer the same rules, or load the original")

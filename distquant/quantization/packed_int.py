@@ -87,23 +87,23 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
         fix = "Leave this module out, or choose another method"
         problems = []
         if rows % per:
-            what = f"{rows} outputs; {per} zero points of {packing.bits} bits are packed into {words} word(s)"
-            problems.append(Problem(name, what, fix))
+            fault = f"{rows} outputs; {per} zero points of {packing.bits} bits are packed into {words} word(s)"
+            problems.append(Problem(name, fault, fix))
         if packing.kind != "awq" and columns % per:
-            what = f"{columns} inputs; {per} codes of {packing.bits} bits are packed into {words} word(s)"
-            problems.append(Problem(name, what, fix))
+            fault = f"{columns} inputs; {per} codes of {packing.bits} bits are packed into {words} word(s)"
+            problems.append(Problem(name, fault, fix))
         group = packing.group(columns)
         if packing.kind == "awq" and group != ALL and columns % group:
-            what = f"{columns} inputs are not a multiple of the group size {group}"
-            problems.append(Problem(name, what, f"Give another group_size. {fix}"))
+            fault = f"{columns} inputs are not a multiple of the group size {group}"
+            problems.append(Problem(name, fault, f"Give another group_size. {fix}"))
         return problems
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         problems = self.check_weight(name, shape)
         packing = self.packing(name)
         if "" in stored:
-            what = "is stored unquantized, and the config has it quantized"
-            return [*problems, Problem(name, what, "Correct which modules config.json says are quantized")]
+            fault = "is stored unquantized, and the config has it quantized"
+            return [*problems, Problem(name, fault, "Correct which modules config.json says are quantized")]
         for component in self.layout(name, shape, "float32").components:
             expected = component.shape(shape)
             if component.name == "g_idx":
@@ -181,15 +181,15 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
             count = packing.groups(inputs)
             low, high = (int(bound) for bound in index.aminmax()) if len(index) else (0, 0)
             if low < 0 or high >= count:
-                what = f"g_idx names groups {low} to {high}, and there are {count}"
-                raise InputError.one(shard.name, what, OTHER_CHECKPOINT)
+                fault = f"g_idx names groups {low} to {high}, and there are {count}"
+                raise InputError.one(shard.name, fault, OTHER_CHECKPOINT)
             return
         group = packing.group(inputs)
         segments = ((0, inputs),) if replicated else shard.columns
         expected = torch.cat([torch.arange(start, stop, device=index.device) for start, stop in segments])
         if not torch.equal(index, expected // (inputs if group == ALL else group)):
-            what = "g_idx is not a sequence of groups, and the config says desc_act=false"
-            raise InputError.one(shard.name, what, "Set desc_act to true in config.json if inputs were reordered")
+            fault = "g_idx is not a sequence of groups, and the config says desc_act=false"
+            raise InputError.one(shard.name, fault, "Set desc_act to true in config.json if inputs were reordered")
 
     def _ordered_index(self, shard: Shard, device: torch.device) -> dict[str, Tensor]:
         """The `g_idx` of a shard whose groups are in order; empty where the packing has none."""

@@ -1,4 +1,4 @@
-"""How one weight is packed into int32 words with a scale and a zero point per group, and the fields that decide it.
+"""The packing of one weight into int32 words with a scale and a zero point per group, and the fields that decide it.
 
 GPTQ, AWQ, and AutoRound's checkpoints in their packings store, for a weight `[N, K]` of `bits` in groups of `g`:
 
@@ -131,9 +131,9 @@ def problems_of_calibration(config: Any) -> Iterator[Problem]:
     """Requests that an unquantized checkpoint cannot meet: all that need activations."""
     if not config.round_to_nearest:
         field = "dataset" if config.dataset is not None else "tokenizer"
-        what = f"{getattr(config, field)!r} asks for calibration, which is not supported"
+        fault = f"{getattr(config, field)!r} asks for calibration, which is not supported"
         fix = "Leave dataset and tokenizer out to round to nearest, or load a checkpoint that was calibrated"
-        yield Problem(where(field), what, fix)
+        yield Problem(where(field), fault, fix)
     if config.desc_act:
         fix = "Set it to false, or load a checkpoint that was calibrated"
         yield Problem(where("desc_act"), "the order of activations needs calibration", fix)

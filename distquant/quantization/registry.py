@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from distquant.config import QuantizationConfig
 from distquant.errors import InputError
+from distquant.old_names import warn_old_name
 from distquant.process_state import changing_process_state
 from distquant.quantization.scheme import Scheme
 
@@ -74,8 +74,7 @@ def discover() -> dict[str, type[Scheme]]:
 def _load(entry: EntryPoint) -> None:
     """Registers a third party's scheme."""
     if entry.group == OLD_ENTRY_POINTS:
-        message = f"entry point {entry.name!r}: the group {OLD_ENTRY_POINTS} is {ENTRY_POINTS} now, and goes with 0.3"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        warn_old_name(f"entry point {entry.name!r}: the group {OLD_ENTRY_POINTS}", ENTRY_POINTS)
     try:
         register(entry.load())
     except (ImportError, AttributeError) as error:

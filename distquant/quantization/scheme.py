@@ -25,15 +25,17 @@ from distquant.config import QuantizationConfig
 from distquant.environment import Environment
 from distquant.errors import Problem
 from distquant.model.description import ModelDescription
+from distquant.old_names import OldFields
 from distquant.sharding.layout import Component, Layout
 from distquant.sharding.mesh import Mesh
 from distquant.sharding.shard import Shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Context:
+class Context(OldFields):
     """Facts that `Scheme.validate` may look at."""
 
+    old_fields: ClassVar[Mapping[str, str]] = {"facts": "environment", "skeleton": "description"}
     environment: Environment
     mesh: Mesh
     description: ModelDescription
@@ -90,15 +92,15 @@ class Scheme(ABC):
             version = context.environment.packages.get(package)
             if version is None or Version(version) < Version(minimum):
                 any_version = Version(minimum) == Version("0")
-                what = f"{package} {version}" if version else f"{package} is not installed"
-                what += f", {self.name} needs it" if any_version else f", {self.name} needs {minimum} or newer"
+                fault = f"{package} {version}" if version else f"{package} is not installed"
+                fault += f", {self.name} needs it" if any_version else f", {self.name} needs {minimum} or newer"
                 wanted = package if any_version else f"{package}>={minimum}"
-                problems.append(Problem("environment", what, f"Run: pip install '{wanted}'"))
+                problems.append(Problem("environment", fault, f"Run: pip install '{wanted}'"))
         capability = context.environment.capability
         if self.min_capability and capability and capability < self.min_capability:
             have, need = (".".join(map(str, c)) for c in (capability, self.min_capability))
-            what = f"compute capability {have}, {self.name} needs {need}"
-            problems.append(Problem("environment", what, "Use a newer GPU"))
+            fault = f"compute capability {have}, {self.name} needs {need}"
+            problems.append(Problem("environment", fault, "Use a newer GPU"))
         return problems
 
     def select_modules(self, description: ModelDescription) -> list[str]:

@@ -17,14 +17,14 @@ OTHER_CHECKPOINT = "The checkpoint is of another model or method; check config.j
 
 def lacks(name: str, components: str) -> Problem:
     """The checkpoint has no such components of a weight."""
-    what = f"the checkpoint lacks {components} of this quantized weight"
-    return Problem(name, what, "Download the checkpoint again, or quantize the original")
+    fault = f"the checkpoint lacks {components} of this quantized weight"
+    return Problem(name, fault, "Download the checkpoint again, or quantize the original")
 
 
 def misshapen(name: str, component: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> Problem:
     """A component has another size than its configuration and the weight's shape need."""
-    what = f"{component or 'weight'} is stored as {list(stored)}, its config and shape need {list(expected)}"
-    return Problem(name, what, OTHER_CHECKPOINT)
+    fault = f"{component or 'weight'} is stored as {list(stored)}, its config and shape need {list(expected)}"
+    return Problem(name, fault, OTHER_CHECKPOINT)
 
 
 def in_other_dims(name: str, component: str, stored: tuple[int, ...], *allowed: tuple[int, ...]) -> Problem:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
+from distquant.old_names import OldFields
 from distquant.sharding.partition import Partition, Segment
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """What one rank holds of a linear weight.
+class Shard(OldFields):
+    """One rank's part of a linear weight.
 
     Attributes:
         name: path of the parameter.
         shape: logical `[out, in]` of the whole.
         dtype: torch's name of the dtype that is quantized from.
-        dim: the dim that is cut; None = the rank holds everything.
-        cut: the cut of that dim over the axis.
+        shard_dim: the dim that is partitioned; None = the rank holds everything.
+        partition: of that dim over the axis.
         rank: position on the axis.
     """
+
+    old_fields: ClassVar[Mapping[str, str]] = {"dim": "shard_dim", "cut": "partition"}
 
     name: str
     shape: tuple[int, int]
@@ -39,9 +44,9 @@ class Shard:
 
     @property
     def owned(self) -> tuple[tuple[Segment, int], ...]:
-        """Segments of the cut dim that this rank is the first to hold, each with its local start.
+        """Segments of the partitioned dim that this rank is the first to hold, each with its local start.
 
-        Uncut weights belong to rank 0 of the axis.
+        Replicated weights belong to rank 0 of the axis.
         """
         if self.partition is None:
             return (((0, self.shape[0]), 0),) if self.rank == 0 else ()

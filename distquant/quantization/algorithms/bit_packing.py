@@ -73,7 +73,7 @@ def pack_bytes(values: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return values
     wide = values.reshape(-1).view(torch.int16 if bits == 4 else torch.int32)
-    # Value i is `8 * i` bits up and belongs `bits * i` up; what is above the lowest byte is cut off by the cast.
+    # Value i is `8 * i` bits up and belongs `bits * i` up; the cast drops all above the lowest byte.
     packed = wide >> 8 - bits
     for slot in range(2, 8 // bits):
         packed |= wide >> slot * (8 - bits)

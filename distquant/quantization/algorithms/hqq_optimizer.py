@@ -42,7 +42,7 @@ def quantize_hqq(
         weight: float of any shape.
         bits: of a code.
         group_size: elements of a group, which divide the weight's.
-        axis: 1 = a group lies along the rows, 0 = it strides them.
+        axis: 1 = groups along the rows, 0 = groups that stride them.
         optimize: True if zero points are moved.
         round_zero: True if they begin as integers.
         codes: uint8, as many as the weight has elements, in its order.

@@ -51,7 +51,7 @@ class Statistics:
         return cls(None, codes, second, offset, components.get("nested_quant_map"))
 
     def components(self) -> dict[str, Tensor]:
-        """As they are stored, under the names of bitsandbytes' checkpoints."""
+        """Stored components, under the names of bitsandbytes' checkpoints."""
         if self.absmax is not None:
             return {"absmax": self.absmax}
         assert self.codes is not None and self.second is not None and self.offset is not None

@@ -213,8 +213,8 @@ def _kinds(
     for kind in kinds:
         if left_out.isdisjoint(each.value for each in kind.SUPPORTS_BACKENDS):
             rows, columns = shard.local_shape
-            valid, fault = kind.validate(**arguments, in_features=columns, out_features=rows, device=device)
-            yield kind, None if valid else f"{kind.__name__}: {said(fault)}"
+            valid, reason = kind.validate(**arguments, in_features=columns, out_features=rows, device=device)
+            yield kind, None if valid else f"{kind.__name__}: {said(reason)}"
 
 
 def _arguments(scheme: PackedIntScheme, shard: Shard, symmetric: bool) -> dict[str, Any]:

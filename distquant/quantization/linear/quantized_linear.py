@@ -112,8 +112,10 @@ class QuantizedLinear(PublicNames, KeepsDtypes, nn.Linear):
     def _check_not_given(self) -> None:
         """Raises `InputError` where the kernel has the components."""
         if self.counted is not None:
-            what = f"{self.kernel} has rearranged the stored words for itself: they cannot be read, saved or trained on"
-            raise InputError.one(self.shard.name, what, "Load with forward='auto' or 'dequantize' for that")
+            fault = (
+                f"{self.kernel} has rearranged the stored words for itself: they cannot be read, saved or trained on"
+            )
+            raise InputError.one(self.shard.name, fault, "Load with forward='auto' or 'dequantize' for that")
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

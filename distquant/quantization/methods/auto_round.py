@@ -84,15 +84,15 @@ class AutoRoundScheme(PackedIntScheme):
         config = self.config
         problems = super().validate(context)
         if not context.prequantized:
-            what = "learns its rounding on data, which is not supported"
+            fault = "learns its rounding on data, which is not supported"
             problems.append(
-                Problem("quantization_config", f"auto-round {what}", "Take gptq-rtn, or a quantized checkpoint")
+                Problem("quantization_config", f"auto-round {fault}", "Take gptq-rtn, or a quantized checkpoint")
             )
         kind = kind_of(config.packing_format)
         if kind is None:
-            what = f"{config.packing_format!r} is not supported"
+            fault = f"{config.packing_format!r} is not supported"
             fix = "Export with auto_round:auto_gptq or auto_round:auto_awq"
-            problems.append(Problem(where("packing_format"), what, fix))
+            problems.append(Problem(where("packing_format"), fault, fix))
         named = {name: getattr(config, name) for name in ("bits", "data_type", "act_bits", "super_bits")}
         problems += _problems_of_values("", named, kind)
         for pattern, own in (config.extra_config or {}).items():

@@ -47,11 +47,11 @@ class AwqScheme(PackedIntScheme):
         config = self.config
         problems = super().validate(context)
         if config.format != "gemm":
-            what = f"{config.format!r} is another kernel's layout, only gemm is supported"
-            problems.append(Problem(where("format"), what, "Quantize with version='gemm', or load the original"))
+            fault = f"{config.format!r} is another kernel's layout, only gemm is supported"
+            problems.append(Problem(where("format"), fault, "Quantize with version='gemm', or load the original"))
         if config.bits != 4:
-            what = f"{config.bits}: the gemm layout holds 4 bits only"
-            problems.append(Problem(where("bits"), what, "Set it to 4, or take gptq-rtn"))
+            fault = f"{config.bits}: the gemm layout holds 4 bits only"
+            problems.append(Problem(where("bits"), fault, "Set it to 4, or take gptq-rtn"))
         if config.modules_in_block_to_quantize is not None:
             fix = "Name the modules to leave out in modules_to_not_convert"
             problems.append(Problem(where("modules_in_block_to_quantize"), "has no meaning for AWQ", fix))

@@ -111,8 +111,8 @@ class Bnb4bitScheme(BitsandbytesScheme):
         word = 2 * DTYPE_BYTES[self.config.bnb_4bit_quant_storage]
         if math.prod(shape) % word == 0:
             return []
-        what = f"{math.prod(shape)} weights do not fill whole words of {word} ({self.config.bnb_4bit_quant_storage})"
-        return [Problem(name, what, "Use bnb_4bit_quant_storage='uint8', or skip the module")]
+        fault = f"{math.prod(shape)} weights do not fill whole words of {word} ({self.config.bnb_4bit_quant_storage})"
+        return [Problem(name, fault, "Use bnb_4bit_quant_storage='uint8', or skip the module")]
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         nested = self.config.bnb_4bit_use_double_quant
@@ -122,8 +122,8 @@ class Bnb4bitScheme(BitsandbytesScheme):
             return [lacks(name, ", ".join(missing))]
         blocks, count = -(-math.prod(shape) // BLOCK), math.prod(stored["absmax"])
         if count != blocks:
-            what = f"{count} absmax for a weight of shape {list(shape)}, blocks of {BLOCK} give {blocks}"
-            return [Problem(name, what, f"Only blocks of {BLOCK} are supported; quantize the original again")]
+            fault = f"{count} absmax for a weight of shape {list(shape)}, blocks of {BLOCK} give {blocks}"
+            return [Problem(name, fault, f"Only blocks of {BLOCK} are supported; quantize the original again")]
         return []
 
     # -- modules ---------------------------------------------------------------------------------------------------
@@ -195,8 +195,8 @@ class Bnb4bitScheme(BitsandbytesScheme):
         for key, value in expected.items():
             stored = list(state[key]) if key == "shape" else state.get(key)
             if stored != value:
-                what = f"its quant_state has {key}={stored!r}, expected {value!r}"
-                raise InputError.one(shard.name, what, "The checkpoint contradicts its config; quantize it again")
+                fault = f"its quant_state has {key}={stored!r}, expected {value!r}"
+                raise InputError.one(shard.name, fault, "The checkpoint contradicts its config; quantize it again")
 
     def fill(self, shard: Shard, module: Any, components: Mapping[str, Tensor]) -> None:
         from bitsandbytes.functional import QuantState
@@ -236,7 +236,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
         return components_of(module)
 
     def held_nbytes(self, module: nn.Module) -> int:
-        """As any method's, without the state dict, for which bitsandbytes writes each quantization state as JSON."""
+        """Bytes of its components; the state dict would cost a quantization state as JSON for each module."""
         return sum(value.nbytes for name, value in components_of(module).items() if name not in self.constants)
 
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:

@@ -56,8 +56,8 @@ class Bnb8bitScheme(BitsandbytesScheme):
         if missing:
             return [lacks(name, ", ".join(missing))]
         if stored["SCB"] != shape[:1] or stored[""] != shape:
-            what = f"int8 {list(stored[''])} with SCB {list(stored['SCB'])}, the model has {list(shape)}"
-            return [Problem(name, what, "The checkpoint is of another model; check config.json")]
+            fault = f"int8 {list(stored[''])} with SCB {list(stored['SCB'])}, the model has {list(shape)}"
+            return [Problem(name, fault, "The checkpoint is of another model; check config.json")]
         return []
 
     # -- modules ---------------------------------------------------------------------------------------------------
@@ -86,8 +86,8 @@ class Bnb8bitScheme(BitsandbytesScheme):
     ) -> dict[str, Tensor]:
         weight_format = int(parts["weight_format"].item()) if "weight_format" in parts else ROW_FORMAT
         if weight_format != ROW_FORMAT:
-            what = f"its weight_format is {weight_format}, only {ROW_FORMAT} (row) is supported"
-            raise InputError.one(shard.name, what, "Quantize the original again with a current bitsandbytes")
+            fault = f"its weight_format is {weight_format}, only {ROW_FORMAT} (row) is supported"
+            raise InputError.one(shard.name, fault, "Quantize the original again with a current bitsandbytes")
         return {"": parts[""].view(shard.local_shape), "SCB": parts["SCB"]}
 
     def fill(self, shard: Shard, module: nn.Module, components: Mapping[str, Tensor]) -> None:

@@ -98,28 +98,28 @@ class Fp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
     def validate(self, context: Context) -> list[Problem]:
         config, problems = self.config, super().validate(context)
         if self.block is None and self.powers:
-            what = "'ue8m0' is for tiles, and weight_block_size is null"
+            fault = "'ue8m0' is for tiles, and weight_block_size is null"
             problems.append(
-                _problem("scale_fmt", what, "Give weight_block_size, such as [128, 128], or scale_fmt 'float'")
+                _problem("scale_fmt", fault, "Give weight_block_size, such as [128, 128], or scale_fmt 'float'")
             )
         if config.modules_to_convert:
-            what = f"{list(config.modules_to_convert)} names further modules, only linear ones are converted here"
-            problems.append(_problem("modules_to_convert", what, "Leave it out"))
+            fault = f"{list(config.modules_to_convert)} names further modules, only linear ones are converted here"
+            problems.append(_problem("modules_to_convert", fault, "Leave it out"))
         if config.expert_dtype != "fp8":
-            what = f"experts stored as {config.expert_dtype!r} are not supported"
+            fault = f"experts stored as {config.expert_dtype!r} are not supported"
             problems.append(
-                _problem("expert_dtype", what, "Load a checkpoint with experts in fp8, or an unquantized one")
+                _problem("expert_dtype", fault, "Load a checkpoint with experts in fp8, or an unquantized one")
             )
         if config.activation_scheme == "static" and not context.prequantized:
-            what = "'static' needs scales that were calibrated on activations, an unquantized checkpoint has none"
-            problems.append(_problem("activation_scheme", what, "Give 'dynamic'"))
+            fault = "'static' needs scales that were calibrated on activations, an unquantized checkpoint has none"
+            problems.append(_problem("activation_scheme", fault, "Give 'dynamic'"))
         return problems
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         problems = super().check_stored(name, shape, stored)
         if ACTIVATION in stored and self.config.activation_scheme != "static":
-            what = f"{ACTIVATION} is stored, and activation_scheme is {self.config.activation_scheme!r}"
-            problems.append(Problem(name, what, "Set activation_scheme to 'static' in config.json"))
+            fault = f"{ACTIVATION} is stored, and activation_scheme is {self.config.activation_scheme!r}"
+            problems.append(Problem(name, fault, "Set activation_scheme to 'static' in config.json"))
         for component in () if problems else ("", SCALE) if self.block else ("",):
             expected = self.layout(name, shape, "float32").component(component).shape(shape)
             if stored[component] != expected:
@@ -171,8 +171,8 @@ class Fp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         converted = scale.to(dtype)
         # e8m0 holds powers of two alone: a cast that changes a value would change every weight of its tile.
         if self.powers and scale.dtype != dtype and not torch.equal(converted.float(), scale.float()):
-            what = f"its {SCALE} has values that are not powers of two, and scale_fmt is 'ue8m0'"
-            raise InputError.one(shard.name, what, "Set scale_fmt to 'float' in config.json")
+            fault = f"its {SCALE} has values that are not powers of two, and scale_fmt is 'ue8m0'"
+            raise InputError.one(shard.name, fault, "Set scale_fmt to 'float' in config.json")
         return converted
 
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
@@ -204,5 +204,5 @@ class Fp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
             yield ACTIVATION, components[ACTIVATION].expand(len(codes), 1), WHOLE_ROW
 
 
-def _problem(field: str, what: str, fix: str) -> Problem:
-    return Problem(f"quantization_config.{field}", what, fix)
+def _problem(field: str, fault: str, fix: str) -> Problem:
+    return Problem(f"quantization_config.{field}", fault, fix)

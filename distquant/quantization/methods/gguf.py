@@ -49,8 +49,8 @@ class GgufScheme(WeightOnlyScheme, PlainDecoder):
     def validate(self, context: Context) -> list[Problem]:
         problems = super().validate(context)
         if not context.prequantized:
-            what = "'gguf' is a format of files, weights are not quantized to it while they are loaded"
-            problems.append(Problem("quantization_config", what, "Give the path of a .gguf file, or another method"))
+            fault = "'gguf' is a format of files, weights are not quantized to it while they are loaded"
+            problems.append(Problem("quantization_config", fault, "Give the path of a .gguf file, or another method"))
         return problems
 
     def select_modules(self, description: ModelDescription) -> list[str]:
@@ -78,10 +78,10 @@ class GgufScheme(WeightOnlyScheme, PlainDecoder):
         expected = shape if block == 1 else (*shape[:-1], shape[-1] // block * nbytes)
         if stored.get("") == expected:
             return []
-        what = (
+        fault = (
             f"the file stores {list(stored[''])} of {self.kind(name)}, a weight of {list(shape)} takes {list(expected)}"
         )
-        return [Problem(name, what, "The file's metadata and tensors do not belong together")]
+        return [Problem(name, fault, "The file's metadata and tensors do not belong together")]
 
     # -- parameters that stay unquantized --------------------------------------------------------------------------
 

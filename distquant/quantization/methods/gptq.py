@@ -97,11 +97,11 @@ class GptqScheme(PackedIntScheme):
         config = self.config
         problems = super().validate(context)
         if config.format not in ("gptq", "gptq_v2"):
-            what = f"{config.format!r} is one kernel's own order of bytes; only gptq and gptq_v2 are supported"
-            problems.append(Problem(where("format"), what, "Convert the checkpoint to gptq with GPTQModel"))
+            fault = f"{config.format!r} is one kernel's own order of bytes; only gptq and gptq_v2 are supported"
+            problems.append(Problem(where("format"), fault, "Convert the checkpoint to gptq with GPTQModel"))
         if config.pack_dtype not in (None, "int32"):
-            what = f"{config.pack_dtype!r}: only words of int32 are supported"
-            problems.append(Problem(where("pack_dtype"), what, "Quantize with pack_dtype='int32'"))
+            fault = f"{config.pack_dtype!r}: only words of int32 are supported"
+            problems.append(Problem(where("pack_dtype"), fault, "Quantize with pack_dtype='int32'"))
         for pattern, own in (config.dynamic or {}).items():
             problems += _problems_of_rule(pattern, own)
         if config.dynamic:
@@ -141,5 +141,5 @@ def _problems_of_rule(pattern: str, own: Any) -> Iterator[Problem]:
         return
     yield from problems_of_fields("dynamic", pattern, own)
     for key in set(own if isinstance(own, Mapping) else ()) - DECIDING_FIELDS.keys() - CALIBRATION:
-        what = f"{pattern!r} sets {key}, which cannot differ between modules"
-        yield Problem(where("dynamic"), what, f"Only {', '.join(sorted(DECIDING_FIELDS))} can")
+        fault = f"{pattern!r} sets {key}, which cannot differ between modules"
+        yield Problem(where("dynamic"), fault, f"Only {', '.join(sorted(DECIDING_FIELDS))} can")

@@ -89,8 +89,8 @@ class HqqScheme(QuantizedScheme, Encoder):
     def validate(self, context: Context) -> list[Problem]:
         problems = super().validate(context)
         if any(weight.view_as_float for weight in (self.config.weight, *self.config.dynamic.values())):
-            what = "True shows packed codes as floats, which is not supported"
-            problems.append(Problem("quantization_config.view_as_float", what, "Set it to False"))
+            fault = "True shows packed codes as floats, which is not supported"
+            problems.append(Problem("quantization_config.view_as_float", fault, "Set it to False"))
         return problems
 
     def select_modules(self, description: ModelDescription) -> list[str]:
@@ -103,12 +103,14 @@ class HqqScheme(QuantizedScheme, Encoder):
         groups = self.groups(name, shape)
         fix = "Skip the module (skip_modules), or choose another group_size or number of bits"
         if math.prod(shape) % groups.size:
-            what = f"its {math.prod(shape)} elements are not a multiple of group_size {groups.size}"
-            return [Problem(name, what, fix)]
+            fault = f"its {math.prod(shape)} elements are not a multiple of group_size {groups.size}"
+            return [Problem(name, fault, fix)]
         if shape[0] % groups.row_alignment:
             per, rows = PER_WORD[groups.bits], f"{shape[0]} rows"
-            what = f"{per} codes of {groups.bits} bits share a byte, which its {rows} in groups of {groups.fine} do not"
-            return [Problem(name, what + " fill", fix)]
+            fault = (
+                f"{per} codes of {groups.bits} bits share a byte, which its {rows} in groups of {groups.fine} do not"
+            )
+            return [Problem(name, fault + " fill", fix)]
         return []
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
@@ -123,8 +125,8 @@ class HqqScheme(QuantizedScheme, Encoder):
                 problems.append(lacks(name, component))
             elif math.prod(stored[component]) != elements:
                 shown = list(stored[component])
-                what = f"{component} is stored as {shown}, its config and shape need {elements} values"
-                problems.append(Problem(name, what, OTHER_CHECKPOINT))
+                fault = f"{component} is stored as {shown}, its config and shape need {elements} values"
+                problems.append(Problem(name, fault, OTHER_CHECKPOINT))
         return problems
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
@@ -199,8 +201,8 @@ class HqqScheme(QuantizedScheme, Encoder):
         for name, value in expected.items():
             stored = parts[name].tolist() if name in parts else value
             if stored != value:
-                what = f"{name} is stored as {stored}, the configuration means {value}"
-                problems.append(Problem(shard.name, what, "Check that config.json belongs to the checkpoint"))
+                fault = f"{name} is stored as {stored}, the configuration means {value}"
+                problems.append(Problem(shard.name, fault, "Check that config.json belongs to the checkpoint"))
         if problems:
             raise InputError(problems)
 

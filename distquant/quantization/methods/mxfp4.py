@@ -65,8 +65,8 @@ class Mxfp4Scheme(WeightOnlyScheme, Encoder):
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         if shape[-1] % RUN == 0:
             return []
-        what = f"{shape[-1]} inputs are not a multiple of {RUN}, the inputs that share a scale"
-        return [Problem(name, what, "Leave this module out (modules_to_not_convert), or choose another method")]
+        fault = f"{shape[-1]} inputs are not a multiple of {RUN}, the inputs that share a scale"
+        return [Problem(name, fault, "Leave this module out (modules_to_not_convert), or choose another method")]
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         problems = self.check_weight(name, shape) or super().check_stored(name, shape, stored)

@@ -32,9 +32,9 @@ class Mxfp8Scheme(Fp8Scheme):
     def validate(self, context: Context) -> list[Problem]:
         problems = super().validate(context)
         if self.block is not None and self.block != TILE:
-            what = f"{list(self.block)} is not the tile of MXFP8"
-            problems.append(Problem("quantization_config.weight_block_size", what, f"Give {list(TILE)}"))
+            fault = f"{list(self.block)} is not the tile of MXFP8"
+            problems.append(Problem("quantization_config.weight_block_size", fault, f"Give {list(TILE)}"))
         if self.config.scale_fmt != "ue8m0" and not context.prequantized:
-            what = f"{self.config.scale_fmt!r} is not MXFP8"
-            problems.append(Problem("quantization_config.scale_fmt", what, "Give 'ue8m0', or the short name mxfp8"))
+            fault = f"{self.config.scale_fmt!r} is not MXFP8"
+            problems.append(Problem("quantization_config.scale_fmt", fault, "Give 'ue8m0', or the short name mxfp8"))
         return problems

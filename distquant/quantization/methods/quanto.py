@@ -113,8 +113,8 @@ class QuantoScheme(WeightOnlyScheme, Encoder):
     def validate(self, context: Context) -> list[Problem]:
         problems = super().validate(context)
         if self.config.activations is not None:
-            what = f"{self.config.activations!r}: scales of activations come from calibration, which is not done here"
-            problems.append(Problem("quantization_config.activations", what, "Leave it out; weights stay quantized"))
+            fault = f"{self.config.activations!r}: scales of activations come from calibration, which is not done here"
+            problems.append(Problem("quantization_config.activations", fault, "Leave it out; weights stay quantized"))
         return problems
 
     # -- layout rules ----------------------------------------------------------------------------------------------

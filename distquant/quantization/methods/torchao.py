@@ -131,24 +131,24 @@ class TorchaoScheme(WeightOnlyScheme, Encoder):
         where, name = "quantization_config.quant_type", self.config.type_name
         if name not in TENSOR_OF_CONFIG:
             fix = INSTEAD.get(name, f"Give one of {', '.join(TENSOR_OF_CONFIG)}")
-            what = "its packed kernels are in mslk, for GPUs only" if name.startswith("Int4") else "is not supported"
-            problems.append(Problem(f"{where} {name}", what, fix))
+            fault = "its packed kernels are in mslk, for GPUs only" if name.startswith("Int4") else "is not supported"
+            problems.append(Problem(f"{where} {name}", fault, fix))
         elif problem := self._torchao_error():
             problems.append(Problem(f"{where} {name}", problem, "Give what torchao's config_to_dict writes"))
         elif self.kind != INTX:
             along = _dim(self.config.data.get("granularity"))
             if along not in (-1, 1):
-                what = f"PerRow({along}) has a scale for each input, that is for each column of the weight"
-                problems.append(Problem(f"{where} {name}.granularity", what, "Give PerRow(), one for each output"))
+                fault = f"PerRow({along}) has a scale for each input, that is for each column of the weight"
+                problems.append(Problem(f"{where} {name}.granularity", fault, "Give PerRow(), one for each output"))
         else:
             for field, allowed in (("intx_choose_qparams_algorithm", "AFFINE"), ("scale_dtype", None)):
                 if self._field(field, allowed) != allowed:
-                    what = f"{self._field(field)!r} is not supported"
-                    problems.append(Problem(f"{where} {name}.{field}", what, f"Give {allowed or 'none'}"))
+                    fault = f"{self._field(field)!r} is not supported"
+                    problems.append(Problem(f"{where} {name}.{field}", fault, f"Give {allowed or 'none'}"))
         for field in ("include_input_output_embeddings", "untie_embedding_weights"):
             if getattr(self.config, field):
-                what = "embeddings are not quantized"
-                problems.append(Problem(f"quantization_config.{field}", what, "Leave it out"))
+                fault = "embeddings are not quantized"
+                problems.append(Problem(f"quantization_config.{field}", fault, "Leave it out"))
         return problems
 
     def _torchao_error(self) -> str | None:
@@ -176,15 +176,15 @@ class TorchaoScheme(WeightOnlyScheme, Encoder):
 
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         if isinstance(self.group, int) and shape[-1] % self.group:
-            what = f"its {shape[-1]} inputs are not a multiple of torchao's group of {self.group}"
-            return [Problem(name, what, "Give a group that divides them, PerRow(), or skip the module")]
+            fault = f"its {shape[-1]} inputs are not a multiple of torchao's group of {self.group}"
+            return [Problem(name, fault, "Give a group that divides them, PerRow(), or skip the module")]
         return []
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         problems = super().check_stored(name, shape, stored)
         for component in stored.keys() & {f"_weight_{name}" for name in UNKNOWN}:
-            what = f"stores {component.removeprefix('_weight_')}, which {self.config.type_name} does not have"
-            problems.append(Problem(name, what, "Only weights without scales for activations can be loaded"))
+            fault = f"stores {component.removeprefix('_weight_')}, which {self.config.type_name} does not have"
+            problems.append(Problem(name, fault, "Only weights without scales for activations can be loaded"))
         return problems
 
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:

@@ -9,7 +9,6 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from distquant.quantization.methods.bitsandbytes import BitsandbytesScheme
 from safetensors.torch import load_file
 
 import distquant as dq
@@ -17,6 +16,7 @@ from distquant.config import parse
 from distquant.loading.loader import scheme_of
 from distquant.loading.offload import Offloaded
 from distquant.quantization import Scheme, config_classes
+from distquant.quantization.bitsandbytes_base import BitsandbytesScheme
 from distquant.quantization.registry import discover
 
 REPOSITORY = Path(__file__).resolve().parents[3]

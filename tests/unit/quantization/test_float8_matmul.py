@@ -12,7 +12,7 @@ from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 import distquant as dq
 from distquant.errors import InputError
 from distquant.options import Forward
-from distquant.quantization.linear import float8_matmul as float8_matmul
+from distquant.quantization.linear import float8_matmul
 from distquant.quantization.linear.float8_matmul import LARGEST, Float8Kernel, Float8Rows, is_float8, multiply
 from distquant.quantization.linear.quantized_linear import QuantizedLinear
 
@@ -148,7 +148,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [f for f in Forward if is_float8(f, rows, (64, 64), CPU)] == [Forward.FLOAT8]
     for ragged in ((60, 64), (64, 60)):  # no kernel: dequantized
         assert not is_float8(Forward.AUTO, rows, ragged, gpu)
-    monkeypatch.setattr(float8_matmul, "_why_no_tiles", lambda: None)
+    monkeypatch.setattr(float8_matmul, "_tiles_missing", lambda: None)
     assert is_float8(Forward.AUTO, tiles, (256, 128), gpu)
     assert not is_float8(Forward.AUTO, tiles, (256, 64), gpu)
     assert not is_float8(Forward.FLOAT8, tiles, (256, 128), CPU)
@@ -158,7 +158,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_why_tiles_are_not_multiplied_in_float8(kjv_tiny: str) -> None:
     """Here: the kernel is not there, and this is no GPU."""
-    reason = float8_matmul._why_no_tiles()
+    reason = float8_matmul._tiles_missing()
     assert reason is not None
     assert reason.startswith("transformers' fp8_linear lacks its kernel (")
     with pytest.raises(InputError, match=r"forward: 'float8' cannot be: transformers' fp8_linear does not run on cpu"):

@@ -24,14 +24,14 @@ def check_values(storage: Storage, shard: Shard, parts: Mapping[str, Tensor]) ->
         InputError: one is not as the configuration says.
     """
     if SHAPE in parts and tuple(parts[SHAPE].tolist()) != shard.shape:
-        what = f"weight_shape says {parts[SHAPE].tolist()}, the model has {list(shard.shape)}"
-        raise InputError.one(shard.name, what, OTHER_CHECKPOINT)
+        fault = f"weight_shape says {parts[SHAPE].tolist()}, the model has {list(shard.shape)}"
+        raise InputError.one(shard.name, fault, OTHER_CHECKPOINT)
     if GROUPS in parts:
         index, size = parts[GROUPS].long(), storage.weights.group_size or 1
         ordered = torch.arange(len(index), device=index.device) // size
         if not (torch.equal(index, ordered) or bool((index == -1).all())):
-            what = f"{GROUPS} gives columns a group of their own choice, which is not supported"
-            raise InputError.one(shard.name, what, "Quantize the original again with actorder='weight' or none")
+            fault = f"{GROUPS} gives columns a group of their own choice, which is not supported"
+            raise InputError.one(shard.name, fault, "Quantize the original again with actorder='weight' or none")
     zeros = parts.get("weight_zero_point")
     if storage.weights.symmetric and zeros is not None and bool(zeros.float().any()):
         raise InputError.one(shard.name, "it has zero points, and its group is symmetric", OTHER_CHECKPOINT)

@@ -106,8 +106,8 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         if config.transform_config:
             problems.append(Problem(f"{field}.transform_config", "transforms (rotations) are not supported", fix))
         if not self._storages:
-            what = "no group quantizes weights"
-            problems.append(Problem(f"{field}.config_groups", what, "Give a group with targets and weights"))
+            fault = "no group quantizes weights"
+            problems.append(Problem(f"{field}.config_groups", fault, "Give a group with targets and weights"))
         problems += disagreements(context.description, self.storage_of)
         for name, stored in self._storages.items():
             problems += stored.problems(f"{field}.config_groups.{name}", context.prequantized)
@@ -115,9 +115,9 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
             names = [member for name in context.description.linears for member in members(context.description, name)]
             for target, group in self._targets.items():
                 if not any(matches(target, name) for name in names):
-                    what = f"{target!r} matches no linear module"
+                    fault = f"{target!r} matches no linear module"
                     problems.append(
-                        Problem(f"{field}.config_groups.{group}.targets", what, "Name one, or write 'Linear'")
+                        Problem(f"{field}.config_groups.{group}.targets", fault, "Name one, or write 'Linear'")
                     )
         return problems
 
@@ -133,13 +133,13 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         (_, width), bits = stored.tile, stored.weights.num_bits
         problems = []
         if stored.weights.scope == "group" and shape[1] % width:
-            what = f"{shape[1]} inputs are not a multiple of group_size={width}, which the format demands"
-            problems.append(Problem(name, what, "Add the module to ignore, or use another group_size"))
+            fault = f"{shape[1]} inputs are not a multiple of group_size={width}, which the format demands"
+            problems.append(Problem(name, fault, "Add the module to ignore, or use another group_size"))
         if stored.packed and WORD % bits:
             rows = stored.packed_zero and not stored.weights.symmetric and shape[0] % WORD
             if shape[1] % WORD or rows:
-                what = f"{list(shape)} in {bits} bits does not fill whole words: {WORD} values are {bits} of them"
-                problems.append(Problem(name, what, f"Only multiples of {WORD} are supported with {bits} bits"))
+                fault = f"{list(shape)} in {bits} bits does not fill whole words: {WORD} values are {bits} of them"
+                problems.append(Problem(name, fault, f"Only multiples of {WORD} are supported with {bits} bits"))
         return problems
 
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
@@ -155,8 +155,8 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         if self.config.kv_cache_scheme is not None:  # older files keep the cache's scales at k_proj and v_proj
             known.update(ACTIVATIONS[2:])
         for extra in sorted(stored.keys() - known):
-            what = f"the checkpoint stores {extra or 'weight'}, which {storage.format!r} and its group do not explain"
-            problems.append(Problem(name, what, OTHER_CHECKPOINT))
+            fault = f"the checkpoint stores {extra or 'weight'}, which {storage.format!r} and its group do not explain"
+            problems.append(Problem(name, fault, OTHER_CHECKPOINT))
         return problems
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:

@@ -118,14 +118,14 @@ class Storage:
             yield Problem(f"{field}.weights.strategy", f"{args.scope!r} is not supported for weights", original)
         if self.floating and (args.num_bits != 8 or not args.symmetric or self.packed):
             sign = "symmetric" if args.symmetric else "asymmetric"
-            what = f"{sign} floats of {args.num_bits} bits as {self.format!r}: only symmetric FP8, not packed"
-            yield Problem(f"{field}.weights", what, original)
+            fault = f"{sign} floats of {args.num_bits} bits as {self.format!r}: only symmetric FP8, not packed"
+            yield Problem(f"{field}.weights", fault, original)
         if not self.floating and args.num_bits > 8:
             yield Problem(f"{field}.weights.num_bits", f"{args.num_bits} bits, integers have at most 8 here", original)
         if args.actorder in REORDERED:
-            what = f"{args.actorder!r} gives each column a group of its own choice (g_idx), which is not supported"
+            fault = f"{args.actorder!r} gives each column a group of its own choice (g_idx), which is not supported"
             yield Problem(
-                f"{field}.weights.actorder", what, "Quantize the original again with actorder='weight' or none"
+                f"{field}.weights.actorder", fault, "Quantize the original again with actorder='weight' or none"
             )
         if not prequantized:
             yield from self._not_quantizable(field)
@@ -134,16 +134,16 @@ class Storage:
         """Yields what needs more than the weights, or kernels that do not exist."""
         args = self.weights
         if not self.floating and args.num_bits not in (4, 8):
-            what = f"{args.num_bits} bits: weights are quantized to 4 or 8 bits while they are loaded"
-            yield Problem(f"{field}.weights.num_bits", what, "Give 4 or 8, or load a quantized checkpoint")
+            fault = f"{args.num_bits} bits: weights are quantized to 4 or 8 bits while they are loaded"
+            yield Problem(f"{field}.weights.num_bits", fault, "Give 4 or 8, or load a quantized checkpoint")
         if args.scale_dtype is not None:
-            what = f"{args.scale_dtype!r}: scales are stored in the weight's own dtype"
-            yield Problem(f"{field}.weights.scale_dtype", what, "Leave it out")
+            fault = f"{args.scale_dtype!r}: scales are stored in the weight's own dtype"
+            yield Problem(f"{field}.weights.scale_dtype", fault, "Leave it out")
         if not args.symmetric and args.zp_dtype not in (None, "torch.int8", "int8"):
             yield Problem(f"{field}.weights.zp_dtype", f"{args.zp_dtype!r}: zero points are int8", "Leave it out")
         if self.statics:
-            what = "activations have a fixed range, which needs calibration"
-            yield Problem(f"{field}.input_activations", what, "Set dynamic=true, or leave activations unquantized")
+            fault = "activations have a fixed range, which needs calibration"
+            yield Problem(f"{field}.input_activations", fault, "Set dynamic=true, or leave activations unquantized")
 
 
 def storages(config: CompressedTensorsConfig) -> dict[str, tuple[QuantizationGroup, Storage]]:
