@@ -59,7 +59,7 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
 
     @cached_property
     def _storages(self) -> Mapping[str, Storage]:
-        return {name: stored for name, (_, stored) in storages(self.config).items()}
+        return storages(self.config)
 
     @cached_property
     def _targets(self) -> Mapping[str, str]:
@@ -106,8 +106,8 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         if config.transform_config:
             problems.append(Problem(f"{field}.transform_config", "transforms (rotations) are not supported", fix))
         if not self._storages:
-            fault = "no group quantizes weights"
-            problems.append(Problem(f"{field}.config_groups", fault, "Give a group with targets and weights"))
+            fix_groups = "Give a group with targets and weights"
+            problems.append(Problem(f"{field}.config_groups", "no group quantizes weights", fix_groups))
         problems += disagreements(context.description, self.storage_of)
         for name, stored in self._storages.items():
             problems += stored.problems(f"{field}.config_groups.{name}", context.prequantized)
@@ -168,8 +168,8 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
     def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         stored = self.storage(name)
         if stored.weights.scope == "tensor":
-            low, high = (Component(name=part, dtype=dtype, block_shape=(1, ALL)) for part in ("low", "high"))
-            return Component(name="", dtype=dtype), low, high
+            bounds = (Component(name=part, dtype=dtype, block_shape=(1, ALL)) for part in ("low", "high"))
+            return Component(name="", dtype=dtype), *bounds
         zero = Component(name="weight_zero_point", dtype="int8", block_shape=stored.tile)
         return tuple(zero if c.name == zero.name else c for c in stored.components(dtype))
 
@@ -220,8 +220,7 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         else:
             zero = parts.pop("weight_zero_point", None)
             if zero is not None:
-                height = 1 if stored.tile[0] == 1 else stored.tile[0]
-                zero = zero.view(-(-rows // height), -1)
+                zero = zero.view(-(-rows // stored.tile[0]), -1)
                 words = to_words(zero.T.contiguous(), args.num_bits).T.contiguous() if stored.packed_zero else zero
                 parts["weight_zero_point"] = words
             components = self.shaped(shard, parts)

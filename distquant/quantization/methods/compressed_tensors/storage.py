@@ -146,19 +146,18 @@ class Storage:
             yield Problem(f"{field}.input_activations", fault, "Set dynamic=true, or leave activations unquantized")
 
 
-def storages(config: CompressedTensorsConfig) -> dict[str, tuple[QuantizationGroup, Storage]]:
-    """Each group that quantizes weights, by its name in the configuration."""
-    storage_of_group = {}
-    for name, group in config.groups.items():
-        if group.weights is not None:
-            stored = Storage(
-                format=_format(config.format, group),
-                weights=group.weights,
-                inputs=group.input_activations,
-                outputs=group.output_activations,
-            )
-            storage_of_group[name] = (group, stored)
-    return storage_of_group
+def storages(config: CompressedTensorsConfig) -> dict[str, Storage]:
+    """The storage of each group that quantizes weights, by its name in the configuration."""
+    return {
+        name: Storage(
+            format=_format(config.format, group),
+            weights=group.weights,
+            inputs=group.input_activations,
+            outputs=group.output_activations,
+        )
+        for name, group in config.groups.items()
+        if group.weights is not None
+    }
 
 
 def _format(default: str, group: QuantizationGroup) -> str:
