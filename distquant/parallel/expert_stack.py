@@ -18,7 +18,7 @@ class ExpertStack(KeepsDtypes):
     """One projection of this rank's experts, quantized: its components, `[experts, ...]` each, as buffers.
 
     Args:
-        scheme: the method, of which the codec is needed.
+        scheme: knows the format.
         shards: this rank's part of each of its experts, in order.
     """
 

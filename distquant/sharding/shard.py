@@ -44,9 +44,9 @@ class Shard(OldFields):
 
     @property
     def owned(self) -> tuple[tuple[Segment, int], ...]:
-        """Segments of the partitioned dim that this rank is the first to hold, each with its local start.
+        """Segments of the shard dim that this rank is the first to hold, each with its local start.
 
-        Replicated weights belong to rank 0 of the axis.
+        Replicated weights are owned by rank 0 of the axis.
         """
         if self.partition is None:
             return (((0, self.shape[0]), 0),) if self.rank == 0 else ()
@@ -54,4 +54,5 @@ class Shard(OldFields):
 
     @property
     def local_shape(self) -> tuple[int, int]:
+        """Logical `[out, in]` of this rank's part."""
         return sum(b - a for a, b in self.rows), sum(b - a for a, b in self.columns)
