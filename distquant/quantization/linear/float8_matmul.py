@@ -106,7 +106,7 @@ def is_float8(forward: Forward, kernel: Float8Kernel, shape: tuple[int, int], de
     return not (shape[0] % alignment or shape[1] % alignment)
 
 
-def multiply(x: Tensor, weight: Float8Rows) -> Tensor:
+def float8_rows_matmul(x: Tensor, weight: Float8Rows) -> Tensor:
     """`x @ W.T` in the dtype of `x`, `[..., out]` from `[..., in]`; activations are rounded to float8."""
     row_wise = nn.functional.ScalingType.RowWise
     rows = x.reshape(-1, x.shape[-1])
@@ -126,7 +126,7 @@ def _scale(rows: Tensor, given: Tensor | None) -> Tensor:
     return torch.where(amax > 0, amax, 1.0) / LARGEST
 
 
-def multiply_tiles(x: Tensor, codes: Tensor, scale: Tensor, activation: Tensor | None) -> Tensor:
+def float8_tiles_matmul(x: Tensor, codes: Tensor, scale: Tensor, activation: Tensor | None) -> Tensor:
     """The same for float8 `[out, in]` with a scale for each tile, float32 or float8_e8m0fnu `[out / 128, in / 128]`."""
     from transformers.integrations.finegrained_fp8 import fp8_linear
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from distquant.config import FbgemmFp8Config
 from distquant.errors import Problem
 from distquant.quantization.codec import Encoder, Stream
-from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Multiplier, Float8Rows, multiply
+from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Multiplier, Float8Rows, float8_rows_matmul
 from distquant.quantization.registry import register
 from distquant.quantization.stored_checks import SCALE_DTYPES, in_other_dims, wrong_dtypes
 from distquant.quantization.weight_only import WeightOnlyScheme
@@ -73,7 +73,7 @@ class FbgemmFp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         return Float8Kernel.SCALED_MM
 
     def float8_matmul(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return multiply(x, Float8Rows(components[""], components[SCALE]))
+        return float8_rows_matmul(x, Float8Rows(components[""], components[SCALE]))
 
     def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         yield "code", components[""], 1

@@ -37,8 +37,8 @@ from distquant.quantization.linear.float8_matmul import (
     Float8Kernel,
     Float8Multiplier,
     Float8Rows,
-    multiply,
-    multiply_tiles,
+    float8_rows_matmul,
+    float8_tiles_matmul,
 )
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
@@ -189,8 +189,8 @@ class Fp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
     def float8_matmul(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
         codes, scale, activation = components[""], components[SCALE], components.get(ACTIVATION)
         if self.block is None:
-            return multiply(x, Float8Rows(codes, scale.view(1, 1), activation))
-        return multiply_tiles(x, codes, scale, activation)
+            return float8_rows_matmul(x, Float8Rows(codes, scale.view(1, 1), activation))
+        return float8_tiles_matmul(x, codes, scale, activation)
 
     def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         codes = components[""]

@@ -22,7 +22,7 @@ from distquant.config.compressed_tensors import matches
 from distquant.errors import Problem
 from distquant.model.description import ModelDescription
 from distquant.quantization.codec import Encoder, Stream
-from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Multiplier, Float8Rows, multiply
+from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Multiplier, Float8Rows, float8_rows_matmul
 from distquant.quantization.methods.compressed_tensors.components import (
     GROUPS,
     SHAPE,
@@ -258,7 +258,7 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         return Float8Kernel.SCALED_MM if self.storage(name).by_rows_in_float8 else None
 
     def float8_matmul(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return multiply(x, Float8Rows(components[""], components["weight_scale"].float().view(-1, 1)))
+        return float8_rows_matmul(x, Float8Rows(components[""], components["weight_scale"].float().view(-1, 1)))
 
     def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         stored, shape = self.storage(shard.name), shard.local_shape
