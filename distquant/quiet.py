@@ -1,4 +1,4 @@
-"""Filters log lines that libraries write when imported, and that a user who loads a model cannot act on."""
+"""Keeps messages out of the log that libraries write about themselves on import, and that no user can change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREFIXES = {
 
 
 class _Without(logging.Filter):
-    """Drops records that begin with a prefix."""
+    """Passes every record that does not begin with a prefix."""
 
     def __init__(self, prefix: str):
         super().__init__()

@@ -16,6 +16,13 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 def run(*arguments: str | Path, **environment: str) -> str:
     """Standard output of a Python process that must succeed."""
+    return finished(*arguments, **environment).stdout
+
+
+def finished(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A Python process that must succeed; `PYTHONPATH` is added to that of the tests."""
+    if path := environment.pop("PYTHONPATH", None):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -24,18 +31,22 @@ def run(*arguments: str | Path, **environment: str) -> str:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done
+
+
+def install(package: Path, root: Path) -> str:
+    """Folder that a package is installed into, as pip does it, and nothing else."""
+    source, target = root / "source", root / "site"
+    shutil.copytree(package, source)
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check")
+    run("-m", "pip", "install", *options, "--target", target, source)
+    return str(target)
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder that the third-party package is installed into, as pip does it, and nothing else."""
-    source = tmp_path_factory.mktemp("source") / "package"
-    shutil.copytree(EXAMPLES / "third_party_scheme", source)
-    target = tmp_path_factory.mktemp("site")
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check")
-    run("-m", "pip", "install", *options, "--target", target, source)
-    return str(target)
+    """Folder of the third-party package."""
+    return install(EXAMPLES / "third_party_scheme", tmp_path_factory.mktemp("third_party"))
 
 
 def test_first_load(kjv_tiny):
@@ -78,6 +89,43 @@ error = (quantized(x) - torch.nn.functional.linear(x, weight)).norm() / torch.nn
 assert 0 < error < 0.01, error
 """
     run("-c", script, kjv_tiny, PYTHONPATH=installed)
+
+
+def test_a_scheme_written_for_0_1_has_the_bits_of_the_new_one(installed, kjv_tiny, tmp_path):
+    """Old methods, keywords, fields and entry points work for one release, and each warns with its new name."""
+    script = """
+import sys, warnings, distquant as dq
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always") model = dq.load(sys.argv[1], quantization_config="int8-g32")
+    print(dq.fingerprint(model)) print(dq.load(sys.argv[1], quantization_config="int8-g32",
+    dequantize=True).model.layers[0].mlp.up_proj.weight.sum())
+for one in caught:
+    if issubclass(one.category, DeprecationWarning) and "goes with 0.3" in str(one.message):
+        print("warning:", one.message, file=sys.stderr)
+"""
+    site = install(Path(__file__).parent / "data" / "scheme_of_0_1", tmp_path)
+    results = {}
+    for where in (installed, site):
+        done = finished("-c", script, kjv_tiny, PYTHONPATH=where)
+        results[where] = done.stdout, [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    new, old = results[installed], results[site]
+    assert old[0] == new[0]
+    assert not new[1]
+    for message in (
+        "entry point 'int8_groups': the group distquant.schemes is distquant.quantization now",
+        "distquant.schemes.Scheme is distquant.quantization.QuantizedScheme",
+        "int8_groups.Int8GroupsScheme.complete is load_encoded now",
+        "int8_groups.Int8GroupsScheme.converts is select_modules now",
+        "distquant.layout.Component is distquant.sharding.layout.Component now",
+        "Component(spans=...) is Component(block_shape=...) now",
+        "Component(cuts=...) is Component(preferred_alignments=...) now",
+        "Shard.dim is shard_dim now",
+    ):
+        assert any(message in line for line in old[1]), (message, old[1])
+    meshes = ("--mesh", "tp=1", "--mesh", "tp=3")
+    output = run("-m", "distquant", "verify", kjv_tiny, "--quant", "int8-g32", *meshes, PYTHONPATH=site)
+    assert output.endswith("equal\n")
+    assert new[0].split()[0] in output
 
 
 def test_without_the_package_its_name_is_unknown(kjv_tiny):

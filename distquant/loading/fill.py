@@ -18,7 +18,7 @@ from distquant.model import STAR
 from distquant.parallel.experts import LocalExperts
 from distquant.planning.expert_parallel import Piece
 from distquant.planning.load_plan import LoadPlan, TensorPlan
-from distquant.quantization import Scheme, Shard
+from distquant.quantization import QuantizedScheme, Scheme, Shard
 
 
 class WeightPlacer:
@@ -59,6 +59,12 @@ class WeightPlacer:
         self._experts: dict[str, LocalExperts] = {}
         """Modules of experts, by name; each is asked for many times."""
         self._homes = threading.Lock()
+
+    @property
+    def _quantized(self) -> QuantizedScheme:
+        """The scheme of a tensor that is quantized."""
+        assert isinstance(self.scheme, QuantizedScheme), "no other scheme converts modules"
+        return self.scheme
 
     def home(self, job: Job) -> Allocator | None:
         """Where components of an expert are read or quantized to: straight into the memory of its stack.
@@ -110,11 +116,11 @@ class WeightPlacer:
             self._put(tensor, self._dequantized(module, tensor, shard))
             return
         if job.transfer.stored is not None:
-            self.scheme.load_prequantized(shard, module, *self._taken())
+            self._quantized.load_prequantized(shard, module, *self._taken())
         else:
-            self.scheme.load_encoded(shard, module, memory, self.ops(self.devices.of(tensor.name)))
+            self._quantized.load_encoded(shard, module, memory, self.ops(self.devices.of(tensor.name)))
         self.filled.append(tensor.name)
-        self.report.quantized_bytes += self.scheme.held_nbytes(module)
+        self.report.quantized_bytes += self._quantized.held_nbytes(module)
         if self.devices.place(tensor.name) == "disk":
             self.devices.offload_module(tensor.name.rpartition(".")[0], module)
 
@@ -144,12 +150,12 @@ class WeightPlacer:
         if not self._gather(job, memory):
             return
         if job.transfer.stored is not None:
-            components = self.scheme.pack_prequantized(shard, *self._taken())
+            components = self._quantized.pack_prequantized(shard, *self._taken())
         else:
-            components = self.scheme.pack(shard, memory, ops)
+            components = self._quantized.pack(shard, memory, ops)
         if self.plan.dequantize:
             home = module.home(path, number, job.task.device)
-            value = self.scheme.dequantize(shard, components, home.dtype, ops)
+            value = self._quantized.dequantize(shard, components, home.dtype, ops)
             home.copy_(value.reshape(-1))
             self.report.unquantized_bytes += home.nbytes
         else:
@@ -167,14 +173,14 @@ class WeightPlacer:
             stack = module.stack(name.rpartition(f".{STAR}.")[2].partition(".")[0])
             stack.release_unused()
             self.report.quantized_bytes += sum(
-                value.nbytes for name, value in stack.named_buffers() if name not in self.scheme.constants
+                value.nbytes for name, value in stack.named_buffers() if name not in self._quantized.constants
             )
 
     def _dequantized(self, module: Any, tensor: TensorPlan, shard: Shard) -> Tensor:
         """What the stored components mean, in the form of the model's own module."""
-        quantized = self.scheme.module(module, shard)
-        self.scheme.load_prequantized(shard, quantized, *self._taken())
-        value = self.scheme.dequantized(quantized, shard, self.ops(self.devices.of(tensor.name)))
+        quantized = self._quantized.module(module, shard)
+        self._quantized.load_prequantized(shard, quantized, *self._taken())
+        value = self._quantized.dequantized(quantized, shard, self.ops(self.devices.of(tensor.name)))
         value = value.to(getattr(torch, tensor.dtype))
         return value.t().contiguous() if stored_turned(module, tensor) else value
 

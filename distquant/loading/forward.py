@@ -15,8 +15,8 @@ from distquant.options import Forward
 from distquant.parallel.expert_stack import ExpertStack
 from distquant.planning.load_plan import LoadPlan
 from distquant.quantization import Scheme
-from distquant.quantization.linear import gptqmodel_matmul as gptqmodel_product
-from distquant.quantization.linear.float8_matmul import is_float8, missing
+from distquant.quantization.linear import gptqmodel_matmul
+from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Multiplier, is_float8, missing
 from distquant.quantization.linear.quantized_linear import QuantizedLinear
 from distquant.quantization.packed_int import PackedIntScheme
 from distquant.sharding.device_map import is_offloaded
@@ -37,11 +37,15 @@ def check_forward(plan: LoadPlan, scheme: Scheme, forward: Forward, device: torc
     elif forward is Forward.GPTQMODEL:
         _refuse_gptqmodel(plan, scheme, device)
     elif forward.tries(Forward.GPTQMODEL, device) and not plan.dequantize and isinstance(scheme, PackedIntScheme):
-        gptqmodel_product.missing()  # imports it, before the load is timed
+        gptqmodel_matmul.missing()  # imports it, before the load is timed
+
+
+def _float8_kernel(scheme: Scheme, name: str) -> Float8Kernel | None:
+    return scheme.float8_kernel(name) if isinstance(scheme, Float8Multiplier) else None
 
 
 def _refuse_float8(plan: LoadPlan, scheme: Scheme, device: torch.device) -> None:
-    kernels = set() if plan.dequantize else {scheme.float8_kernel(f"{name}.weight") for name in plan.converted}
+    kernels = set() if plan.dequantize else {_float8_kernel(scheme, f"{name}.weight") for name in plan.converted}
     reasons = [missing(kernel, device) for kernel in kernels if kernel is not None]
     if not reasons:
         what = "'float8' is for float8 weights with float8 inputs, with a scale for each row, for all, or for 128 x 128"
@@ -59,7 +63,7 @@ def _refuse_gptqmodel(plan: LoadPlan, scheme: Scheme, device: torch.device) -> N
     if any(is_offloaded(device_map, place) for place in device_map.values()):
         what = "'gptqmodel' cannot be with a device map that offloads: a kernel stays where it was made"
         raise InputError.one("forward", what, FIX)
-    if (reason := gptqmodel_product.missing()) is not None:
+    if (reason := gptqmodel_matmul.missing()) is not None:
         raise InputError.one("forward", f"'gptqmodel' cannot be: {reason}", FIX)
     devices = Devices(device, plan.device_map)
     found: dict[Any, str | None] = {}
@@ -70,7 +74,7 @@ def _refuse_gptqmodel(plan: LoadPlan, scheme: Scheme, device: torch.device) -> N
             for shard in (shard_of(tensor, plan, rank) for rank in range(plan.mesh.tp)):
                 key = scheme.packing(shard.name), shard.dtype, shard.shape, shard.local_shape, place
                 if key not in found:
-                    found[key] = gptqmodel_product.why_not(scheme, shard, place, False)
+                    found[key] = gptqmodel_matmul.why_not(scheme, shard, place, False)
                 reasons.add(found[key])
             for reason in reasons - {None}:
                 names.setdefault(str(reason), []).append(tensor.name)
@@ -92,7 +96,7 @@ def set_forward(model: nn.Module, scheme: Scheme, forward: Forward, devices: Dev
         reason = ""
         if isinstance(module, QuantizedLinear):
             name = module.shard.name
-            device, kernel = devices.runs_on(name), scheme.float8_kernel(name)
+            device, kernel = devices.runs_on(name), _float8_kernel(scheme, name)
             module.float8 = kernel is not None and is_float8(forward, kernel, module.shard.local_shape, device)
             if not devices.is_offloaded(name):
                 reason = _take_gptqmodel(module, forward, device)
@@ -106,9 +110,9 @@ def _take_gptqmodel(module: QuantizedLinear, forward: Forward, device: torch.dev
     asked = forward is Forward.GPTQMODEL
     if not forward.tries(Forward.GPTQMODEL, device) or not isinstance(module.scheme, PackedIntScheme):
         return ""
-    if not asked and gptqmodel_product.missing() is not None:
+    if not asked and gptqmodel_matmul.missing() is not None:
         return ""
-    reason = gptqmodel_product.take_kernel(module, keep=not asked)
+    reason = gptqmodel_matmul.take_kernel(module, keep=not asked)
     if reason is not None and asked:
         raise InputError.one("forward", f"gptqmodel has no kernel for {module.shard.name}: {reason}", FIX)
     return reason or ""
@@ -119,7 +123,7 @@ def _multiplied_by(module: Any, scheme: Scheme) -> str | None:
     if isinstance(module, QuantizedLinear):
         if module.kernel is not None:
             return str(module.kernel)
-        kernel = scheme.float8_kernel(module.shard.name) if module.float8 else None
+        kernel = _float8_kernel(scheme, module.shard.name) if module.float8 else None
         return f"{kernel.value} with float8 activations" if kernel is not None else DEQUANTIZED
     if isinstance(module, ExpertStack):
         return "experts, dequantized and multiplied"

@@ -17,7 +17,7 @@ from distquant.planning.expert_parallel import Piece, owner_of, pieces_of
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.planning.read_assignment import ReadAssigner, column_segments, node_columns, row_segments, rows_and_width
 from distquant.planning.transfers import Transfer, transfers_of
-from distquant.quantization import Scheme
+from distquant.quantization import Encoder, PlainDecoder, Scheme
 from distquant.sharding.row_layout import row_layout_of
 
 
@@ -70,8 +70,10 @@ def jobs_of(
         for number, transfer in enumerate(transfers, 1):
             task = _task(index, tensor, transfer, assigner, owners, infos, device_of(tensor.name))
             if tensor.scheme != "none" and transfer.stored is None:
+                assert isinstance(scheme, Encoder), "the planner lets no other scheme quantize"
                 task.encode = bind(scheme.encode, tensor.name, ops=ops_of(task.device))
             elif transfer.decoded:
+                assert isinstance(scheme, PlainDecoder), "only these have a `plain_row_block`"
                 task.encode = bind(scheme.decode, tensor.name, ops=ops_of(task.device))
             yield Job(task, piece, transfer, number == len(transfers))
             index += 1

@@ -42,7 +42,7 @@ from distquant.planning.prepared import Prepared
 from distquant.planning.read_assignment import node_ranks
 from distquant.planning.validation import check_kernel, check_supported
 from distquant.process_state import changing_process_state
-from distquant.quantization import Scheme, config_classes, scheme_for
+from distquant.quantization import ModuleFactory, Scheme, config_classes, scheme_for
 from distquant.quantization.linear.state import state_of
 from distquant.sharding.mesh import REPLICA
 
@@ -258,8 +258,9 @@ class _Loading:
         finish(model, plan.model, same_tokens, sharded, self.comm.axis(REPLICA) if own_batches else None)
         if not plan.dequantize:
             with changing_process_state():
-                self.scheme.finish_model(model)
-                refuse_format(model, self.scheme.unsaved(model))
+                if isinstance(self.scheme, ModuleFactory):
+                    self.scheme.finish_model(model)
+                    refuse_format(model, self.scheme.unsaved(model))
                 self.report.forward = set_forward(model, self.scheme, Forward(self.options.forward), self.devices)
         if plan.device_map is not None:
             self.devices.dispatch(model, plan.tied)

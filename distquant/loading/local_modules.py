@@ -18,7 +18,7 @@ from distquant.parallel.expert_stack import ExpertStack
 from distquant.parallel.experts import LocalExperts
 from distquant.planning.expert_parallel import expert_name, one_of
 from distquant.planning.load_plan import LoadPlan, TensorPlan
-from distquant.quantization import Scheme, Shard
+from distquant.quantization import ModuleFactory, QuantizedScheme, Scheme, Shard
 
 QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -55,6 +55,7 @@ def shard_modules(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int
             continue
         owner, _, leaf = tensor.name.rpartition(".")
         if tensor.scheme != "none" and not plan.dequantize:
+            assert isinstance(scheme, ModuleFactory), "no other scheme converts modules"
             old = model.get_submodule(owner)
             with Uninitialized():
                 new = scheme.module(old, shard_of(tensor, plan, tp_rank))
@@ -88,6 +89,7 @@ def _add_stack(module: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, 
     projection = next(p for p in module.form.projections if p.name == name)
     one = one_of(tensor)
     if tensor.scheme != "none" and not plan.dequantize:
+        assert isinstance(scheme, QuantizedScheme), "no other scheme has `stacks`"
         numbers = range(module.first, module.last)
         shards = [shard_of(replace(one, name=expert_name(tensor.name, n)), plan, tp_rank) for n in numbers]
         module.add_stack(name, ExpertStack(scheme, shards))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distquant.config import torch_dtype
 from distquant.memory import MEMORY
-from distquant.quantization import Scheme, Shard
+from distquant.quantization import QuantizedScheme, Shard
 from distquant.quantization.linear.dequant_matmul import ops_on
 from distquant.quantization.linear.keeps_dtypes import KeepsDtypes
 
@@ -24,7 +24,7 @@ class ExpertStack(KeepsDtypes):
 
     _is_hf_initialized = True
 
-    def __init__(self, scheme: Scheme, shards: list[Shard]):
+    def __init__(self, scheme: QuantizedScheme, shards: list[Shard]):
         super().__init__()
         self.scheme, self.shards = scheme, shards
         self.names: dict[str, str] = {}

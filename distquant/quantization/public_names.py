@@ -32,14 +32,14 @@ class PublicNames(nn.Module):
 
     @property
     def _hf_hook(self) -> Any:
-        """accelerate's hook, where it has one."""
+        """accelerate's hook, where the module has one."""
         if "_hf_hook" not in self.__dict__:
             raise AttributeError("_hf_hook")
         return self.__dict__["_hf_hook"]
 
     @_hf_hook.setter
     def _hf_hook(self, hook: Any) -> None:
-        """Lets the hook find buffers in a state dict: it looks for them by their own names."""
+        """Makes the hook find buffers in a state dict: it looks for them by their own names."""
         for one in getattr(hook, "hooks", (hook,)):
             offloaded = getattr(one, "weights_map", None)
             if offloaded is not None and not isinstance(offloaded, _ByOwnNames):

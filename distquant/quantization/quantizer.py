@@ -1,7 +1,7 @@
-"""The `hf_quantizer` of a model that transformers did not quantize, for those who ask it: Trainer, PEFT, accelerate.
+"""The `hf_quantizer` of a model that transformers did not quantize, for Trainer, PEFT and accelerate.
 
-bitsandbytes and torchao have transformers' own. For other methods that would answer for modules that are not here, e.g.
-that MXFP4 does not train; so they have this one.
+Models of bitsandbytes and torchao have transformers' own. For other methods its answers are about other modules, for
+instance that MXFP4 does not train; so they have this one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Quantizer(HfQuantizer):
 
     Args:
         config: the configuration as the model carries it.
-        serializable: whether what `save_pretrained` writes is read by `from_pretrained`.
+        serializable: True if `from_pretrained` reads what `save_pretrained` writes.
     """
 
     def __init__(self, config: Any, serializable: bool):

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from distquant.config import QuantizationConfig
 from distquant.errors import InputError
+from distquant.old_names import warn_old_name
 from distquant.process_state import changing_process_state
 from distquant.quantization.scheme import Scheme
 
 ENTRY_POINTS = "distquant.quantization"
 OLD_ENTRY_POINTS = "distquant.schemes"
 """The group's name up to 0.1; still read, with a warning."""
-BUILT_IN = tuple(
-    f"distquant.quantization.methods.{module}"
-    for module in (
-        "none",
-        "bitsandbytes_4bit",
-        "bitsandbytes_8bit",
-        "gptq",
-        "awq",
-        "auto_round",
-        "compressed_tensors",
-        "fp8",
-        "mxfp8",
-        "mxfp4",
-        "fbgemm_fp8",
-        "quanto",
-        "torchao",
-        "hqq",
-        "gguf",
-        "delegated",
-    )
+METHODS = (
+    "none",
+    "bitsandbytes_4bit",
+    "bitsandbytes_8bit",
+    "gptq",
+    "awq",
+    "auto_round",
+    "compressed_tensors",
+    "fp8",
+    "mxfp8",
+    "mxfp4",
+    "fbgemm_fp8",
+    "quanto",
+    "torchao",
+    "hqq",
+    "gguf",
 )
+BUILT_IN = (*(f"distquant.quantization.methods.{method}" for method in METHODS), "distquant.quantization.delegated")
 
 SCHEMES: dict[str, type[Scheme]] = {}
 """Scheme by name."""
@@ -45,7 +42,7 @@ _discovered = False
 
 
 def register(scheme: S) -> S:
-    """Class decorator: makes a scheme known under its `name`. A second class of the same name is an error."""
+    """Registers a class under its `name`, as a decorator. A second class of the same name is an error."""
     known = SCHEMES.setdefault(scheme.name, scheme)
     if known is not scheme:
         raise InputError.one(
@@ -58,15 +55,16 @@ def register(scheme: S) -> S:
 
 @changing_process_state()
 def discover() -> dict[str, type[Scheme]]:
-    """All schemes: the built-in ones and those of installed packages."""
+    """Returns all schemes: the built-in ones and those of installed packages."""
     global _discovered
     if not _discovered:
         _discovered = True
         for module in BUILT_IN:
             importlib.import_module(module)
         place = {module: number for number, module in enumerate(BUILT_IN)}
+        # One order in messages, whichever method was imported first.
         for name in sorted(SCHEMES, key=lambda name: place.get(SCHEMES[name].__module__, len(place))):
-            SCHEMES[name] = SCHEMES.pop(name)  # one order in messages, whoever was imported first
+            SCHEMES[name] = SCHEMES.pop(name)
         for group in (ENTRY_POINTS, OLD_ENTRY_POINTS):
             for entry in entry_points(group=group):
                 _load(entry)
@@ -76,8 +74,7 @@ def discover() -> dict[str, type[Scheme]]:
 def _load(entry: EntryPoint) -> None:
     """Registers a third party's scheme."""
     if entry.group == OLD_ENTRY_POINTS:
-        what = f"entry point {entry.name!r}: the group {OLD_ENTRY_POINTS} is {ENTRY_POINTS} now, and goes with 0.3"
-        warnings.warn(what, DeprecationWarning, stacklevel=2)
+        warn_old_name(f"entry point {entry.name!r}: the group {OLD_ENTRY_POINTS}", ENTRY_POINTS)
     try:
         register(entry.load())
     except (ImportError, AttributeError) as error:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
+from distquant.old_names import OldFields
 from distquant.sharding.partition import Partition, Segment
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(OldFields):
     """One rank's part of a linear weight.
 
     Attributes:
@@ -19,6 +22,8 @@ class Shard:
         partition: of that dim over the axis.
         rank: position on the axis.
     """
+
+    old_fields: ClassVar[Mapping[str, str]] = {"dim": "shard_dim", "cut": "partition"}
 
     name: str
     shape: tuple[int, int]

@@ -16,7 +16,7 @@ from distquant.model.experts import form_of
 from distquant.parallel.experts import LocalExperts
 from distquant.planning.expert_parallel import expert_name, one_of
 from distquant.planning.load_plan import LoadPlan, TensorPlan
-from distquant.quantization import Scheme
+from distquant.quantization import QuantizedScheme, Scheme
 from distquant.sharding.tally import LANES, Tally, combine
 
 
@@ -83,6 +83,7 @@ def _of_module(
     if position["tp"] == 0:
         tally.constant(f"{tensor.scheme} {list(tensor.shape)} {tensor.dtype}")
     if tensor.scheme != "none" and not plan.dequantize:
+        assert isinstance(scheme, QuantizedScheme), "no other scheme converts modules"
         scheme.tally(module, shard_of(tensor, plan, position["tp"]), tally)
     else:
         _tally_plain(module, tensor, plan, position["tp"], tally)

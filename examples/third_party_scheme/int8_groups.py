@@ -4,8 +4,8 @@
     code  = round(w / scale), halves to even                          int8    [out, in]
 
 A scale depends on its own group only, so a partition between groups is exact by itself: no statistic crosses it, and
-ranks do not communicate while they quantize. Both are computed in float32, element by element, so the pieces in which
-rows arrive do not change the result either. The module dequantizes in forward; it is meant to be read, not to be fast.
+ranks exchange nothing while they quantize. Both are computed in float32, element by element, so the pieces in which
+rows arrive leave no trace either. The module dequantizes in forward; it is meant to be read, not to be fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distquant.config import QuantizationConfig
 from distquant.errors import Problem
-from distquant.quantization import Scheme, Shard, register
+from distquant.quantization import Encoder, QuantizedScheme, Shard, Stream, register
 from distquant.sharding.layout import PLAIN_STEPS, Component, Layout
 
 LARGEST = 127
@@ -59,36 +59,34 @@ class Int8GroupsLinear(nn.Module):
         self.register_buffer("weight_scale", scales)
         self.register_parameter("bias", bias)
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """`[out, in]`: code * scale in float32, then rounded to `dtype`."""
-        scales = self.weight_scale.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
-        return (self.weight.float() * scales).to(dtype)
-
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.dequantized(x.dtype), self.bias)
+        weight = dequantize(self.weight, self.weight_scale, self.group_size, x.dtype)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def dequantize(codes: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """`[out, in]`: code * scale in float32, then rounded to `dtype`."""
+    scale_of_each = scales.repeat_interleave(group_size, dim=1)[:, : codes.shape[1]]
+    return (codes.float() * scale_of_each).to(dtype)
 
 
 @register
-class Int8GroupsScheme(Scheme):
-    """`Int8GroupsLinear` of local size."""
+class Int8GroupsScheme(QuantizedScheme, Encoder):
+    """`Int8GroupsLinear` of local size, with the components "" (the codes) and "weight_scale"."""
 
     name = "int8_groups"
     config_class = Int8GroupsConfig
     config: Int8GroupsConfig
 
-    # The coordinator calls this, for the alignment of partitions and the size of a part.
+    # Layout rules. The coordinator asks: where may a weight be partitioned, and how large is a part?
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
-        """One code an element; a scale covers one row and a group of inputs. Alignment and memory follow from it."""
+        """One code an element; a scale covers one row and a group of inputs. Alignments and memory follow from it."""
         codes = Component(name="", dtype="int8", preferred_alignments=PLAIN_STEPS)
         scales = Component(name="weight_scale", dtype="float32", block_shape=(1, self.config.group_size))
         return Layout((codes, scales))
 
-    # Ranks call these: `encode` with full rows, the others with their own shard.
-
-    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
-        out_features, in_features = shard.local_shape
-        return Int8GroupsLinear(in_features, out_features, self.config.group_size, linear.bias)
+    # Codec. Ranks call `encode` with whole rows, and the others with the components of their own shard.
 
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         """Computes codes and scales of rows. The rank that reads them calls this and sends each owner its part."""
@@ -101,19 +99,24 @@ class Int8GroupsScheme(Scheme):
         codes = torch.round(groups / divisors).to(torch.int8).view(count, -1)[:, :columns]
         out[""].view(count, columns).copy_(codes)
 
-    def load_encoded(self, shard: Shard, module: Any, parts: dict[str, Tensor], ops: Any) -> None:
-        """Takes the encoded rows of the shard, in order."""
-        rows, columns = shard.local_shape
-        module.weight = nn.Parameter(parts[""].view(rows, columns), requires_grad=False)
-        module.weight_scale = parts["weight_scale"].view(rows, -1)
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+        """The weight of a shard; `dequantize=True` loads it instead of the module."""
+        return dequantize(components[""], components["weight_scale"], self.config.group_size, dtype)
 
-    def dequantized(self, module: Any, shard: Shard, ops: Any) -> Tensor:
-        """Returns the weight that `dequantize=True` loads instead of the module."""
-        return module.dequantized(getattr(torch, shard.dtype))
+    def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
+        """Codes, one a column, and scales, one for `group_size` columns."""
+        yield "code", components[""], 1
+        yield "scale", components["weight_scale"], self.config.group_size
 
-    def tally(self, module: Any, shard: Shard, tally: Any) -> None:
-        """Counts the elements that this rank owns, at their places in the weight."""
-        tally.shard("code", module.weight, shard.shape, shard.shard_dim, shard.owned)
-        tally.shard(
-            "scale", module.weight_scale, shard.shape, shard.shard_dim, shard.owned, span=self.config.group_size
-        )
+    # Module factory. Ranks make a module of their shard's size, and fill it when all its rows have come.
+
+    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
+        out_features, in_features = shard.local_shape
+        return Int8GroupsLinear(in_features, out_features, self.config.group_size, linear.bias)
+
+    def fill(self, shard: Shard, module: Any, components: Mapping[str, Tensor]) -> None:
+        module.weight = nn.Parameter(components[""], requires_grad=False)
+        module.weight_scale = components["weight_scale"]
+
+    def components(self, module: Any) -> dict[str, Tensor]:
+        return {"": module.weight.data, "weight_scale": module.weight_scale}

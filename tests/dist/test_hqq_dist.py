@@ -135,7 +135,7 @@ def test_dynamic_config_names_the_modules(model_of):
 
 def test_refusals_name_the_module_and_the_reason(model_of):
     path = model_of("llama-96")
-    with pytest.raises(dq.InputError, match=r"model\.layers\.0\.self_attn\.k_proj.weight: its 4608 elements are no multiple of group_size 1000"):
+    with pytest.raises(dq.InputError, match=r"model\.layers\.0\.self_attn\.k_proj.weight: its 4608 elements are not a multiple of group_size 1000"):
         dq.plan(path, quantization_config={"quant_method": "hqq", "group_size": 1000})
     with pytest.raises(dq.InputError, match="view_as_float"):
         dq.plan(path, quantization_config={"quant_method": "hqq", "view_as_float": True})

@@ -179,4 +179,4 @@ def test_gptqmodel_refuses_parts_of_groups_on_every_rank(ranks, packed):
     path, _ = packed("gptq act order")
     for error in ranks.run(2, work.error_of, packed_ranks.by_gptqmodel, path, "tp=2"):
         assert isinstance(error, dq.InputError)
-        assert "4 weights): inputs are cut and in the order of their activations" in str(error)
+        assert "4 weights): inputs are split and in the order of their activations" in str(error)

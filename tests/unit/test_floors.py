@@ -1,7 +1,7 @@
 """A module imports only from floors below its own, and heavy or optional libraries only where they belong.
 
 The floors are those of the design, one line each, from the bottom up. Imports inside functions and under TYPE_CHECKING
-count: they are dependencies all the same. Within one package modules may use each other.
+count: they are dependencies all the same. Within one package modules may use each other, but not in a circle.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import distquant
 PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
-    ["errors", "version", "dtypes", "garbage_collection", "quiet", "files", "process_state", "memory"],
+    ["errors", "version", "dtypes", "old_names", "garbage_collection", "quiet", "files", "process_state", "memory"],
     ["environment", "units"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],
@@ -35,7 +35,7 @@ FLOORS = [
     ["verification"],
     ["runtime"],
     ["api"],
-    ["schemes"],
+    ["schemes", "layout"],  # old names
     ["cli"],
     ["__main__"],
 ]
@@ -91,6 +91,67 @@ def test_a_module_imports_only_from_floors_below_its_own(path: Path) -> None:
         theirs, their_name = floor_of(target)
         same_package = name == their_name
         assert theirs < mine or same_package, f"{path}:{line}: {module} (floor {name}) imports {target} ({their_name})"
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, directly or through others: the sets of two and more in which each reaches each.
+
+    By Tarjan's algorithm for strongly connected components.
+    """
+    number: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    path: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        number[module] = lowest[module] = len(number)
+        path.append(module)
+        for imported in sorted(graph[module]):
+            if imported not in number:
+                visit(imported)
+            if imported in path:
+                lowest[module] = min(lowest[module], lowest[imported])
+        if lowest[module] == number[module]:
+            start = path.index(module)
+            if len(path) - start > 1:
+                found.append(sorted(path[start:]))
+            del path[start:]
+
+    for module in sorted(graph):
+        if module not in number:
+            visit(module)
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Inside of packages, too, where the floors say nothing.
+
+    An import in a function or under TYPE_CHECKING counts: it keeps Python from failing, and not a reader from having to
+    know both modules to understand one. The package's own `__init__` is left out, as it only offers what is below it.
+    """
+    graph = {
+        dotted(path): {target for name, _ in imports(path) if (target := own(name)) and target != dotted(path)}
+        for path in MODULES
+        if dotted(path)
+    }
+    assert circles(graph) == []
+
+
+def test_circles_are_found_wherever_the_import_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = {
+        "a": "from distquant import b",
+        "b": "def late():\n    from distquant.c import thing",
+        "c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from distquant.a import thing",
+        "d": "from distquant.a import thing",
+    }
+    for name, text in code.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    paths = sorted(tmp_path.glob("*.py"))
+    monkeypatch.setattr(sys.modules[__name__], "MODULES", paths)
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    graph = {dotted(path): {own(name) or "" for name, _ in imports(path)} - {""} for path in paths}
+    assert graph == {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    assert circles(graph) == [["a", "b", "c"]]
 
 
 def test_every_module_has_a_floor() -> None:

@@ -17,7 +17,7 @@ WORD = 32
 
 
 def pack_factor(bits: int) -> tuple[int, int]:
-    """Values that belong together, and the words they fill: (8, 1) of 4 bits, (32, 3) of 3 bits."""
+    """Values that are packed together, and the words they fill: (8, 1) of 4 bits, (32, 3) of 3 bits."""
     filled = math.lcm(bits, WORD)
     return filled // bits, filled // WORD
 
@@ -28,7 +28,7 @@ def unpack_words(
     """Values `dtype` from int32 words; `dim` grows by `32 / bits`.
 
     Args:
-        words: `[rows, columns]`, whole spans along `dim`.
+        words: `[rows, columns]`, whole runs of `pack_factor` along `dim`.
         bits: of a value.
         dim: along which values are packed, 0 or 1.
         dtype: of the result; it must hold `2^bits - 1`.
@@ -41,17 +41,17 @@ def unpack_words(
     mask = (1 << bits) - 1
     for slot in range(per):
         word, offset = divmod(slot * bits, WORD)
-        found = grouped.select(dim + 1, word) >> offset
+        value = grouped.select(dim + 1, word) >> offset
         inside = WORD - offset
-        if inside < bits:  # the sign bit has been shifted in above
-            found &= (1 << inside) - 1
-            found |= grouped.select(dim + 1, word + 1) << inside
-        values.select(dim + 1, order[slot] if order else slot).copy_(found.bitwise_and_(mask))
+        if inside < bits:  # a value of 3 bits in two words: clear the sign bits that were shifted in, add the rest
+            value &= (1 << inside) - 1
+            value |= grouped.select(dim + 1, word + 1) << inside
+        values.select(dim + 1, order[slot] if order else slot).copy_(value.bitwise_and_(mask))
     return values.flatten(dim, dim + 1)
 
 
 def pack_words(values: Tensor, bits: int, dim: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """The inverse of `unpack_words`: int32 words from values in `[0, 2^bits)`, whole spans of them along `dim`."""
+    """The inverse of `unpack_words`: int32 words from values in `[0, 2^bits)`, whole runs of them along `dim`."""
     per, number = pack_factor(bits)
     grouped = values.unflatten(dim, (-1, per))
     shape = (*grouped.shape[: dim + 1], number, *grouped.shape[dim + 2 :])
@@ -73,7 +73,8 @@ def pack_bytes(values: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return values
     wide = values.reshape(-1).view(torch.int16 if bits == 4 else torch.int32)
-    found = wide >> 8 - bits
+    # Value i is `8 * i` bits up and belongs `bits * i` up; the cast drops all above the lowest byte.
+    packed = wide >> 8 - bits
     for slot in range(2, 8 // bits):
-        found |= wide >> slot * (8 - bits)
-    return found.bitwise_or_(wide).to(torch.uint8).view(len(values), -1)
+        packed |= wide >> slot * (8 - bits)
+    return packed.bitwise_or_(wide).to(torch.uint8).view(len(values), -1)

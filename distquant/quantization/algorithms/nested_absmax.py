@@ -1,4 +1,4 @@
-"""absmax of bitsandbytes' 4-bit weights: which a shard holds, and how double quantization stores them."""
+"""absmax of bitsandbytes' 4-bit weights: those that a shard holds, and how double quantization stores them."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Statistics:
         return cls(None, codes, second, offset, components.get("nested_quant_map"))
 
     def components(self) -> dict[str, Tensor]:
-        """As they are stored, under the names of bitsandbytes' checkpoints."""
+        """Stored components, under the names of bitsandbytes' checkpoints."""
         if self.absmax is not None:
             return {"absmax": self.absmax}
         assert self.codes is not None and self.second is not None and self.offset is not None
-        found = {"absmax": self.codes, "nested_absmax": self.second, "nested_offset": self.offset}
-        return found if self.values is None else {**found, "nested_quant_map": self.values}
+        components = {"absmax": self.codes, "nested_absmax": self.second, "nested_offset": self.offset}
+        return components if self.values is None else {**components, "nested_quant_map": self.values}
 
     def effective(self, ops: Any = reference) -> Tensor:
         """float32 `[blocks]`, as bitsandbytes computes them at use: `values[codes] * second + offset`."""
@@ -78,14 +78,15 @@ def dynamic_map(device: torch.device) -> Tensor:
 def quantize_absmax(absmax: Tensor, shard: Shard, ops: Any) -> Statistics:
     """A shard's statistics after the second level of double quantization, from all absmax of the weight.
 
-    Their mean is taken on the CPU. Of a shard of whole rows only the second-level blocks that it touches are quantized.
+    Of a shard of whole rows only the second-level blocks that it touches are quantized.
     """
+    # The mean of all absmax, on the CPU and on one thread: its last bit depends on the order of the sum.
     with one_thread():
         offset = absmax.cpu().mean().to(absmax.device)
-    values = dynamic_map(absmax.device)
+    code_values = dynamic_map(absmax.device)
 
     def nested(first: int, last: int) -> tuple[Tensor, Tensor]:
-        return ops.quantize_blockwise(absmax[first:last] - offset, values, SECOND)
+        return ops.quantize_blockwise(absmax[first:last] - offset, code_values, SECOND)
 
     if shard.shard_dim != 0:
         codes, second = nested(0, len(absmax))
@@ -96,10 +97,11 @@ def quantize_absmax(absmax: Tensor, shard: Shard, ops: Any) -> Statistics:
     if keeps_nesting(shard):
         kept = [codes[: b - a] for (a, b), (codes, _) in zip(segments, parts, strict=True)]
         return Statistics(None, _joined(kept), _joined([second for _, second in parts]), offset)
-    found = []
+    # The shard does not begin with a second-level block: it keeps the values themselves, as float32.
+    values = []
     for (a, b), (first, _), (codes, second) in zip(segments, runs, parts, strict=True):
-        found.append(Statistics(None, codes, second, offset).effective(ops)[a - first : b - first])
-    return Statistics(_joined(found))
+        values.append(Statistics(None, codes, second, offset).effective(ops)[a - first : b - first])
+    return Statistics(_joined(values))
 
 
 def _joined(runs: list[Tensor]) -> Tensor:
@@ -109,15 +111,15 @@ def _joined(runs: list[Tensor]) -> Tensor:
 
 
 def local_block(shard: Shard) -> int:
-    """Block size that this shard stores: 64, or 32 where the cut or the row is no multiple of 64."""
+    """Block size that this shard stores: 64, or 32 where its edges or the row are not multiples of 64."""
     if shard.shard_dim != 1:
         return BLOCK
     edges = {edge for segment in shard.columns for edge in segment} | {shard.shape[1]}
     return BLOCK if all(edge % BLOCK == 0 for edge in edges) else FINE_BLOCK
 
 
-def cut_crosses_blocks(shard: Shard) -> bool:
-    """Whether any rank's shard may hold part of a block of 64; the same answer on every rank."""
+def partition_crosses_blocks(shard: Shard) -> bool:
+    """Returns True if any rank's shard may hold part of a block of 64; the same answer on every rank."""
     return shard.shard_dim == 1 and not (
         shard.shape[1] % BLOCK == 0 and shard.partition is not None and shard.partition.legal(BLOCK)
     )
@@ -130,7 +132,7 @@ def block_segments(shard: Shard) -> Segments:
 
 
 def keeps_nesting(shard: Shard) -> bool:
-    """Whether the shard's absmax are whole runs of 256 of the weight's, so that their codes can be sliced."""
+    """Returns True if the shard's absmax are whole runs of 256 of the weight's, so that their codes can be sliced."""
     if shard.shard_dim is None:
         return True
     if shard.shard_dim == 1:
@@ -148,20 +150,20 @@ def block_index(shard: Shard, first: int, last: int, device: Any) -> Tensor:
     return ((rows + starts) // BLOCK).view(-1)
 
 
-def local_statistics(whole: Statistics, shard: Shard, ops: Any = reference) -> Statistics:
+def local_statistics(weight: Statistics, shard: Shard, ops: Any = reference) -> Statistics:
     """A shard's statistics from the weight's; nested where the shard keeps nesting."""
     if shard.shard_dim is None:
-        return whole
-    if shard.shard_dim == 0 and whole.codes is not None and keeps_nesting(shard):
-        assert whole.second is not None
+        return weight
+    if shard.shard_dim == 0 and weight.codes is not None and keeps_nesting(shard):
+        assert weight.second is not None
         runs = block_segments(shard)
-        codes = torch.cat([whole.codes[a:b] for a, b in runs])
-        second = torch.cat([whole.second[a // SECOND : -(-b // SECOND)] for a, b in runs])
-        return Statistics(None, codes, second, whole.offset, whole.values)
-    absmax = whole.effective(ops)
+        codes = torch.cat([weight.codes[a:b] for a, b in runs])
+        second = torch.cat([weight.second[a // SECOND : -(-b // SECOND)] for a, b in runs])
+        return Statistics(None, codes, second, weight.offset, weight.values)
+    absmax = weight.effective(ops)
     if shard.shard_dim == 0:
         return Statistics(torch.cat([absmax[a:b] for a, b in block_segments(shard)]))
-    if not cut_crosses_blocks(shard):
+    if not partition_crosses_blocks(shard):
         wide = absmax.view(shard.shape[0], -1)
         return Statistics(torch.cat([wide[:, a // BLOCK : b // BLOCK] for a, b in shard.columns], dim=1).view(-1))
     return Statistics(absmax[block_index(shard, 0, shard.shape[0], absmax.device)])

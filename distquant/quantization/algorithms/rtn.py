@@ -8,9 +8,9 @@ its `mse` search), in float32 whatever the weight's dtype. With `q = 2^bits - 1`
     otherwise:                                           zero = round(-low / scale)
     scale = (high - low) / q;   code = clamp(round(x / scale) + zero, 0, q)
 
-`round` is half to even. Codes are taken under the float32 scale; stored is the scale rounded to float16, as upstream's
-packing does. One difference: in a symmetric group without a negative value upstream leaves `low` at 0, and clips the
-larger half of the group; here it is `-high`.
+`round` is half to even. Codes are computed under the float32 scale, and the scale is stored rounded to float16, as
+upstream's packing does. One difference: in a symmetric group without a negative value upstream leaves `low` at 0, and
+clips the larger half of the group; here it is `-high`.
 
 AutoAWQ's grid (`awq/quantize/quantizer.py`, `pseudo_quantize_tensor`) is the asymmetric one with the group's range not
 below 1e-5 in place of the rule for zeros. Upstream computes it in float16, and does not put 0 into the range, so that
@@ -29,17 +29,17 @@ from distquant.kernels.reference.four_bit import TILE
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How a group becomes integers.
+    """The rule by which a group becomes integers.
 
     Attributes:
         bits: of a code.
-        symmetric: the range is symmetric about zero.
-        least: the least range of a group; None = a group of zeros has the range -1 to 1.
+        symmetric: True if the range is symmetric about zero.
+        minimum_range: the smallest range of a group; None = a group of zeros has the range -1 to 1.
     """
 
     bits: int
     symmetric: bool
-    least: float | None = None
+    minimum_range: float | None = None
 
 
 def rows_at_once(columns: int, multiple: int = 1) -> int:
@@ -53,16 +53,16 @@ def quantize_rtn(rows: Tensor, group_size: int, grid: Grid) -> tuple[Tensor, Ten
     Args:
         rows: bfloat16, float16 or float32 `[n, columns]`.
         group_size: columns of a group; the last may have fewer.
-        grid: how.
+        grid: the rounding rule.
 
     A code or zero point that would be NaN (a NaN or an infinity in the group) is 0; the group's scale is NaN or
     infinite.
     """
     n, columns = rows.shape
-    whole = columns // group_size * group_size
+    full = columns // group_size * group_size
     codes = torch.empty((n, columns), dtype=torch.uint8, device=rows.device)
     scales, zeros = [], []
-    for start, stop, size in ((0, whole, group_size), (whole, columns, columns - whole)):
+    for start, stop, size in ((0, full, group_size), (full, columns, columns - full)):
         if start == stop:
             continue
         grouped = rows[:, start:stop].unflatten(1, (-1, size))
@@ -81,13 +81,13 @@ def _parameters(grouped: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     if grid.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    if grid.least is None:
+    if grid.minimum_range is None:
         empty = high == low
         low, high = low.masked_fill(empty, -1), high.masked_fill(empty, 1)
-    reach = high - low if grid.least is None else (high - low).clamp_(min=grid.least)
+    extent = high - low if grid.minimum_range is None else (high - low).clamp_(min=grid.minimum_range)
     top = 2**grid.bits - 1
     # A tensor: torch on CUDA multiplies by the reciprocal of a plain number.
-    scale = reach / torch.tensor(float(top), dtype=reach.dtype, device=grouped.device)
+    scale = extent / torch.tensor(float(top), dtype=extent.dtype, device=grouped.device)
     if grid.symmetric:
         return scale, torch.full_like(scale, (top + 1) / 2)
     return scale, (-low / scale).round_().clamp_(0, top).nan_to_num_(nan=0.0)

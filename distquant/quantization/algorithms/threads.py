@@ -2,7 +2,7 @@
 
 `torch.set_num_threads` sets two numbers: that of the calling thread, and the one that every thread takes which uses
 torch for the first time from then on. The second belongs to the process, so it is put back at once: else a thread that
-begins meanwhile (another load's, or autograd's) would stay on one core for good.
+begins meanwhile (another load's, or autograd's) would stay on one core for ever.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums on one thread: their rounding depends on the number of threads."""
+    """Computes on one thread: the rounding of sums depends on the number of threads."""
     before = set_own_threads(1)
     try:
         yield
@@ -41,9 +41,9 @@ def set_own_threads(count: int) -> int:
 
 
 def _in_a_new_thread(function: Callable[[], T]) -> T:
-    """Calls where torch has no number of threads yet, and so takes the process's."""
-    found: list[T] = []
-    thread = threading.Thread(target=lambda: found.append(function()))
+    """Calls a function on a thread for which torch has no number yet, and so takes the process's."""
+    results: list[T] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
     thread.start()
     thread.join()
-    return found[0]
+    return results[0]

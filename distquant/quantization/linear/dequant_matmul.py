@@ -1,4 +1,4 @@
-"""A product with a weight that is kept quantized: what all modules share that dequantize in forward."""
+"""The product with a weight that is kept quantized, for all modules that dequantize in forward."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def dequant_matmul(
             that nothing of it is kept in between.
         forward: gives the product of `x` where a kernel computes it without `W`.
     """
-    return _Product.apply(x, weight, forward)
+    return _DequantMatmul.apply(x, weight, forward)
 
 
-class _Product(torch.autograd.Function):
+class _DequantMatmul(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Callable[[], Tensor], forward: Callable[[Tensor], Tensor] | None

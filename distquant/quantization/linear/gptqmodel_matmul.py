@@ -1,9 +1,9 @@
 """Products by gptqmodel's kernels of weights that are kept as GPTQ and AWQ store them.
 
-A rank's shard of such a weight is a GPTQ or AWQ weight itself, of its own size. Which kernels there are for it on its
-device, and in which order, says gptqmodel (`utils/importer.py`, `select_quant_linear`; facts of version 7.6.0). The
-first that takes the shard is filled with its words and tried on a few rows: what does not give the product of the
-dequantized weight is passed over, so that a kernel that reads a weight otherwise than it is meant changes no model.
+A rank's shard of such a weight is a GPTQ or AWQ weight itself, of its own size. gptqmodel lists the kernels for it on
+its device, in order (`utils/importer.py`, `select_quant_linear`; facts of version 7.6.0). The first that takes the
+shard is filled with its words and tried on a few rows. A kernel that does not give the product of the dequantized
+weight is passed over, so that none changes a model by reading a weight in another way than it is meant.
 
 Kernels of two kinds:
 
@@ -11,15 +11,15 @@ Kernels of two kinds:
   AwqTorchLinear, which are no faster than what is here. The kernel then uses the module's own tensors, and nothing is
   lost: gradients, state dict and fingerprint are of the stored words.
 - Marlin, Machete and others, and the ATen kernels on a CPU, rearrange the words, which cannot be undone. The module
-  lets go of its own, after its part of the fingerprint was counted.
+  releases its own, after its part of the fingerprint was counted.
 
-Which kind a kernel is, is seen from the words that it holds after it was tried. Zero points tell by themselves whether
-a weight is symmetric: Marlin takes the midpoint for them and does not read what is stored.
+The words that a kernel holds after its trial show its kind. The stored zero points decide whether a weight is
+symmetric: Marlin takes the midpoint for them and does not read what is stored.
 
 Left out on purpose: ExLlama's kernels, whose scratch memory belongs to a whole model (`gptqmodel_post_init`), and the
 fused Torch ones, which change options of torch's compiler and take the midpoint for every zero point on a CPU
 (`torch_fused.py`, `transform_cpu`). A row-parallel shard of an act-order weight has parts of all groups, and kernels
-count on whole ones; it is dequantized.
+need whole ones; it is dequantized.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from distquant.sharding.layout import ALL
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import Tally
 
-LEAST = "7.6.0"
+MINIMUM_VERSION = "7.6.0"
 """The version whose sources the facts here are from; it runs with torch 2.13."""
 
 LEFT_OUT = frozenset({"gptq_exllama_v2", "awq_exllama_v2", "gptq_torch_fused", "awq_torch_fused"})
@@ -61,8 +61,8 @@ NONE = "none of its kernels is for such a weight there"
 FORMATS = {"gptq": ("gptq", "gptq"), "gptq_v2": ("gptq", "gptq_v2"), "awq": ("awq", "gemm")}
 """gptqmodel's method and format, by the kind of packing."""
 
-ROWS = 8
-"""On which a kernel is tried."""
+TRIAL_ROWS = 8
+"""Rows of inputs on which a kernel is tried."""
 
 TOLERANCE = 0.01
 """Largest relative error of that product (Frobenius norm): kernels in bfloat16 have up to 0.004, and zero points wrong
@@ -70,10 +70,10 @@ by one give 0.014 at least (of 8 bits and random zero points, with one group in 
 
 
 @dataclass(slots=True)
-class Kernel:
+class GptqmodelKernel:
     """One of gptqmodel's modules, filled with a shard's words.
 
-    It is no submodule: what it holds are the module's own tensors, or nothing that a state dict should have.
+    It is not a submodule: it holds the module's own tensors, or nothing that a state dict should have.
     """
 
     linear: Any
@@ -85,38 +85,38 @@ class Kernel:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x @ W.T` in the dtype of `x`, `[..., out]` from `[..., in]`, computed in the dtype of the model."""
-        found = self.linear(x.to(self.dtype))
-        if found.is_inference() and not torch.is_inference_mode_enabled():
-            found = found.clone()  # AwqGEMMLinear's; autograd takes no such tensor
-        return found.to(x.dtype)
+        product = self.linear(x.to(self.dtype))
+        if product.is_inference() and not torch.is_inference_mode_enabled():
+            product = product.clone()  # AwqGEMMLinear's; autograd takes no such tensor
+        return product.to(x.dtype)
 
 
 @cache
 def missing() -> str | None:
-    """Why gptqmodel cannot be used here; None where it can. Importing it takes seconds."""
+    """Reason why gptqmodel cannot be used here; None where it can. Importing it takes seconds."""
     try:
-        have = importlib.metadata.version("gptqmodel")
-        if Version(have) < Version(LEAST):
-            return f"gptqmodel {have}, {LEAST} or newer is needed"
-        with _talking():
+        installed = importlib.metadata.version("gptqmodel")
+        if Version(installed) < Version(MINIMUM_VERSION):
+            return f"gptqmodel {installed}, {MINIMUM_VERSION} or newer is needed"
+        with _prints_to_stderr():
             importlib.import_module("gptqmodel.utils.importer")
-            # Three lines for each module of a model say which kernels there might be; the report says which it is.
+            # It logs three lines of candidates for each module of a model; the report names the one that is used.
             importlib.import_module("gptqmodel.utils.logger").setup_logger().setLevel("WARNING")
     except importlib.metadata.PackageNotFoundError:
         return "gptqmodel is not installed"
-    except Exception as error:  # it imports half of the ecosystem: what it is, is told
+    except Exception as error:  # it imports half of the ecosystem, and the reason keeps its words
         return f"gptqmodel cannot be imported ({one_line(error)})"
     return None
 
 
 def why_not(scheme: PackedIntScheme, shard: Shard, device: torch.device, keep: bool) -> str | None:
-    """Why there is no kernel for a shard, as far as its config and shape tell; None where there may be one.
+    """Reason why there is no kernel for a shard, by its config and shape; None where there may be one.
 
     Args:
         scheme: of the weight.
         shard: this rank's part, or another's.
-        device: that it will lie on.
-        keep: whether the words must stay as they are stored.
+        device: where it will be stored.
+        keep: True if the words must stay as they are stored.
     """
     if (reason := _unfit(scheme, shard)) is not None:
         return reason
@@ -126,24 +126,24 @@ def why_not(scheme: PackedIntScheme, shard: Shard, device: torch.device, keep: b
 
 
 def _unfit(scheme: PackedIntScheme, shard: Shard) -> str | None:
-    """Why no kernel takes a shard, whichever there are."""
+    """Reason why no kernel takes a shard, on any device; None where one may."""
     packing, dtype = scheme.packing(shard.name), torch_dtype(shard.dtype)
     if dtype not in (torch.float16, torch.bfloat16):
         return f"gptqmodel's kernels multiply in float16 or bfloat16, and the model is loaded as {shard.dtype}"
-    if packing.gathered and shard.local_shape[1] != shard.shape[1]:
-        return "inputs are cut and in the order of their activations, so that groups are in parts"
+    if packing.reordered and shard.local_shape[1] != shard.shape[1]:
+        return "inputs are split and in the order of their activations, so that groups are in parts"
     group = packing.group(shard.shape[1])
     if group != ALL and shard.local_shape[1] % group:
-        return f"{shard.local_shape[1]} inputs are no multiple of the group size {group}"
+        return f"{shard.local_shape[1]} inputs are not a multiple of the group size {group}"
     return None
 
 
 def take_kernel(module: QuantizedLinear, keep: bool) -> str | None:
-    """Lets the first kernel that multiplies a module's weight do so; returns why there is none.
+    """Gives a module the first kernel that multiplies its weight; returns the reason where there is none.
 
     Args:
         module: of a `PackedIntScheme`, filled, on its device.
-        keep: whether the words must stay as they are stored.
+        keep: True if the words must stay as they are stored.
     """
     scheme, shard, words = module.scheme, module.shard, module.components
     assert isinstance(scheme, PackedIntScheme)
@@ -151,13 +151,13 @@ def take_kernel(module: QuantizedLinear, keep: bool) -> str | None:
     if (reason := _unfit(scheme, shard)) is not None:
         return reason
     packing = scheme.packing(shard.name)
-    zeros = scheme.zeros_of(packing, words["qzeros"], torch.uint8)
+    zeros = packing.unpack_zeros(words["qzeros"], torch.uint8)
     symmetric = bool((zeros == 1 << packing.bits - 1).all())
     reasons = []
     for kind, refusal in _kinds(scheme, shard, device, symmetric, keep):
         try:
-            reason = refusal or _tried(kind, module, words, zeros, symmetric, keep)
-        except Exception as error:  # kernels fail in ways of their own (no compiler, no library): what it is, is told
+            reason = refusal or _try_kernel(kind, module, words, zeros, symmetric, keep)
+        except Exception as error:  # kernels fail in ways of their own: no compiler, no library
             reason = f"{kind.__name__}: {one_line(error)}"
         if reason is None:
             return None
@@ -165,23 +165,24 @@ def take_kernel(module: QuantizedLinear, keep: bool) -> str | None:
     return "; ".join(reasons) or NONE
 
 
-def _tried(
+def _try_kernel(
     kind: Any, module: QuantizedLinear, words: Mapping[str, Tensor], zeros: Tensor, symmetric: bool, keep: bool
 ) -> str | None:
     """Fills and tries a kernel; the module has it where None is returned."""
     shard, dtype, device = module.shard, torch_dtype(module.shard.dtype), words["qweight"].device
-    with _talking(), torch.no_grad():
+    with _prints_to_stderr(), torch.no_grad():
         linear = _filled(kind, module, words, zeros, symmetric)
-        kernel = Kernel(linear, dtype, device)
-        x = torch.rand(ROWS, shard.local_shape[1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        found = kernel(x).float()
+        kernel = GptqmodelKernel(linear, dtype, device)
+        x = torch.rand(TRIAL_ROWS, shard.local_shape[1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        product = kernel(x).float()
     expected = nn.functional.linear(x, module.dequantized().to(dtype)).float()
-    error = float((found - expected).norm() / expected.norm())
+    error = float((product - expected).norm() / expected.norm())
     if not error <= TOLERANCE:
         return f"{kind.__name__}: its product differs from that of the dequantized weight by more than {TOLERANCE:.0%}"
     if not _shares(linear, words):
         if keep:
             return f"{kind.__name__}: it rearranges the stored words"
+        assert isinstance(module.scheme, PackedIntScheme)
         tally = Tally(shard.name)
         module.scheme.tally(module, shard, tally)
         module.give(tally.lanes)
@@ -198,13 +199,13 @@ def _kinds(
 
     packing = scheme.packing(shard.name)
     method, form = FORMATS[packing.kind]
-    asked = _asked(scheme, shard, symmetric)
-    # Kernels for training leave the words alone, on a GPU; on a CPU that shows when they are tried.
+    arguments = _arguments(scheme, shard, symmetric)
+    # On a GPU, kernels for training leave the words as they are stored; on a CPU only the trial shows it.
     backend, left_out = (BACKEND.AUTO_TRAINABLE, LEFT_OUT | DEQUANTIZING) if keep else (BACKEND.AUTO, LEFT_OUT)
     try:
-        with _talking():
+        with _prints_to_stderr():
             kinds = select_quant_linear(
-                **asked, device=device, backend=backend, format=form, quant_method=method, multi_select=True
+                **arguments, device=device, backend=backend, format=form, quant_method=method, multi_select=True
             )
     except (ValueError, NotImplementedError) as error:
         yield None, one_line(error)
@@ -212,18 +213,18 @@ def _kinds(
     for kind in kinds:
         if left_out.isdisjoint(each.value for each in kind.SUPPORTS_BACKENDS):
             rows, columns = shard.local_shape
-            good, why = kind.validate(**asked, in_features=columns, out_features=rows, device=device)
-            yield kind, None if good else f"{kind.__name__}: {one_line(why)}"
+            valid, reason = kind.validate(**arguments, in_features=columns, out_features=rows, device=device)
+            yield kind, None if valid else f"{kind.__name__}: {one_line(reason)}"
 
 
-def _asked(scheme: PackedIntScheme, shard: Shard, symmetric: bool) -> dict[str, Any]:
-    """What gptqmodel must know of a weight, in its words."""
+def _arguments(scheme: PackedIntScheme, shard: Shard, symmetric: bool) -> dict[str, Any]:
+    """Arguments by which gptqmodel knows a weight, under its names."""
     packing = scheme.packing(shard.name)
     group = packing.group(shard.shape[1])
     return {
         "bits": packing.bits,
         "group_size": -1 if group == ALL else group,
-        "desc_act": packing.gathered,
+        "desc_act": packing.reordered,
         "sym": symmetric,
         "pack_dtype": torch.int32,
         "dtype": torch_dtype(shard.dtype),
@@ -233,21 +234,21 @@ def _asked(scheme: PackedIntScheme, shard: Shard, symmetric: bool) -> dict[str, 
 def _filled(
     kind: Any, module: QuantizedLinear, words: Mapping[str, Tensor], zeros: Tensor, symmetric: bool
 ) -> nn.Module:
-    """A kernel with copies of the words: it may write to what it is given."""
+    """Makes a kernel with copies of the words: it may write to its tensors."""
     scheme, shard = module.scheme, module.shard
     assert isinstance(scheme, PackedIntScheme)
     packing, (rows, columns) = scheme.packing(shard.name), shard.local_shape
     with torch.device("meta"):
-        asked = _asked(scheme, shard, symmetric)
-        linear = kind(**asked, in_features=columns, out_features=rows, bias=False, register_buffers=True)
-    given = {name: value.clone() for name, value in words.items()}
-    if given["scales"].dtype == torch.float32:
-        given["scales"] = given["scales"].to(torch_dtype(shard.dtype))
+        arguments = _arguments(scheme, shard, symmetric)
+        linear = kind(**arguments, in_features=columns, out_features=rows, bias=False, register_buffers=True)
+    copies = {name: value.clone() for name, value in words.items()}
+    if copies["scales"].dtype == torch.float32:
+        copies["scales"] = copies["scales"].to(torch_dtype(shard.dtype))
     if packing.kind == "gptq" and kind.REQUIRES_FORMAT_V2:  # zero points as they are, not less one
-        given["qzeros"] = pack_words(zeros, packing.bits, 1)
+        copies["qzeros"] = pack_words(zeros, packing.bits, 1)
     if packing.kind != "awq" and not packing.index:
-        given["g_idx"] = torch.arange(columns, dtype=torch.int32, device=zeros.device) // (columns // len(zeros))
-    linear.load_state_dict(given, assign=True)
+        copies["g_idx"] = torch.arange(columns, dtype=torch.int32, device=zeros.device) // (columns // len(zeros))
+    linear.load_state_dict(copies, assign=True)
     if packing.kind != "awq" and kind.REQUIRES_FORMAT_V2:
         linear.qzero_format(2)
     linear.eval().requires_grad_(False)
@@ -256,7 +257,7 @@ def _filled(
 
 
 def _shares(linear: Any, words: Mapping[str, Tensor]) -> bool:
-    """Whether a kernel has left the codes as they are stored; it then uses these tensors, and its copies go."""
+    """Returns True if a kernel has left the codes as they are stored; it then gives up its copies for these tensors."""
     if not _same(getattr(linear, "qweight", None), words["qweight"]):
         return False
     for name, value in words.items():
@@ -265,12 +266,12 @@ def _shares(linear: Any, words: Mapping[str, Tensor]) -> bool:
     return True
 
 
-def _same(found: Any, stored: Tensor) -> bool:
-    return isinstance(found, Tensor) and found.dtype == stored.dtype and torch.equal(found, stored)
+def _same(held: Any, stored: Tensor) -> bool:
+    return isinstance(held, Tensor) and held.dtype == stored.dtype and torch.equal(held, stored)
 
 
 @contextlib.contextmanager
-def _talking() -> Iterator[None]:
-    """What gptqmodel prints goes where logs go: standard output is for what was asked for."""
+def _prints_to_stderr() -> Iterator[None]:
+    """Sends what gptqmodel prints to where logs go: standard output is for the command's own result."""
     with changing_process_state(), contextlib.redirect_stdout(sys.stderr):
         yield

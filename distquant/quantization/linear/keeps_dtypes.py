@@ -1,4 +1,4 @@
-"""What modules share whose buffers are components as a format stores them."""
+"""The base of modules whose buffers are components as a format stores them."""
 
 from __future__ import annotations
 

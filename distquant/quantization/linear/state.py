@@ -1,4 +1,4 @@
-"""What a module stores, tensor by tensor: what its size is counted from."""
+"""The tensors that a module stores, of which its size is the sum."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def state_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """As `state_dict` would list it, without the mark that bitsandbytes' int8 modules leave there."""
+    """Yields what `state_dict` lists, without the mark that bitsandbytes' int8 modules leave there."""
     for name, value in module.state_dict().items():
         if is_traceable_wrapper_subclass(value):  # torchao's; its size would be that of what it stands for
             yield from ((f"{name}.{inner}", getattr(value, inner)) for inner in value.__tensor_flatten__()[0])

@@ -1,4 +1,4 @@
-"""The one module that bitsandbytes lacks: a `Linear4bit` whose rows are no multiple of its block."""
+"""The one module that bitsandbytes lacks: a `Linear4bit` whose rows are not a multiple of its block."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 from distquant.quantization.algorithms.nested_absmax import Statistics
 from distquant.quantization.linear.dequant_matmul import dequant_matmul, ops_on
-from distquant.quantization.methods.bitsandbytes_4bit import components_of
+from distquant.quantization.linear.linear4bit_components import components_of
 
 
 def dequantized(module: nn.Module) -> Tensor:
     """The weight of a `Linear4bit` by the flat definition, `[out, in]`, in the dtype that it was quantized from."""
     weight: Any = module.weight
-    ops, state, found = ops_on(weight.device), weight.quant_state, components_of(module)
-    absmax = Statistics.of(found).effective(ops)
+    ops, state, components = ops_on(weight.device), weight.quant_state, components_of(module)
+    absmax = Statistics.of(components).effective(ops)
     return ops.dequantize_4bit(
-        found[""], absmax, state.blocksize, state.quant_type, tuple(state.shape), dtype=state.dtype
+        components[""], absmax, state.blocksize, state.quant_type, tuple(state.shape), dtype=state.dtype
     )
 
 
 class UnalignedLinear4bit(Linear4bit):
-    """A `Linear4bit` whose rows are no multiple of the block, where upstream's CPU kernel reads the wrong absmax."""
+    """A `Linear4bit` whose rows are not a multiple of the block, where upstream's CPU kernel reads the wrong absmax."""
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = x.to(self.compute_dtype) if self.compute_dtype is not None else x

@@ -3,7 +3,7 @@
 `packing_format` names the layout (auto-round, `auto_round/inference/convert_model.py` and `backend.py`): `auto_gptq`
 stores zero points less one, as GPTQ v1; the tool's own packing and `gptqmodel` store them as they are, and `auto_awq`
 is AWQ's gemm layout. `extra_config` gives modules fields of their own: a module's exact name first, then patterns that
-are found anywhere in the name; 16 bits leave it unquantized.
+match anywhere in the name; 16 bits leave it unquantized.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from distquant.config.checks import where
 from distquant.errors import Problem
 from distquant.model.description import ModelDescription
 from distquant.quantization.algorithms.rtn import Grid
-from distquant.quantization.module_selection import compiles, in_blocks, one_of, unlike
-from distquant.quantization.packed_int import PackedIntScheme, Packing, problems_of_fields, valid_fields
+from distquant.quantization.module_selection import disagreements, first_expert_name, in_blocks, pattern_error
+from distquant.quantization.packed_int import PackedIntScheme
+from distquant.quantization.packing import Packing, problems_of_fields, valid_fields
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
 
@@ -63,47 +64,50 @@ class AutoRoundScheme(PackedIntScheme):
         if module in rules:
             return rules[module] if isinstance(rules[module], Mapping) else {}
         for pattern, own in rules.items():
-            if own and isinstance(own, Mapping) and compiles(pattern) is None and re.search(pattern, module):
+            if own and isinstance(own, Mapping) and pattern_error(pattern) is None and re.search(pattern, module):
                 return own
         return {}
 
     def select_modules(self, description: ModelDescription) -> list[str]:
         config = self.config
-        given = config.block_name_to_quantize or config.to_quant_block_names
-        blocks = None if given is None else list(_flat(given.split(",") if isinstance(given, str) else given))
+        asked = config.block_name_to_quantize or config.to_quant_block_names
+        blocks = None if asked is None else list(_flat(asked.split(",") if isinstance(asked, str) else asked))
         names = in_blocks(description, blocks)
         inside = set(names)
-        named = [name for name in description.linears if name not in inside and self._own(one_of(name))]
+        named = [name for name in description.linears if name not in inside and self._own(first_expert_name(name))]
         return [name for name in (*names, *named) if config.selection.selects(name) and not self._left_out(name)]
 
     def _left_out(self, module: str) -> bool:
-        return self._own(one_of(module)).get("bits", self.config.bits) == UNQUANTIZED
+        return self._own(first_expert_name(module)).get("bits", self.config.bits) == UNQUANTIZED
 
     def validate(self, context: Context) -> list[Problem]:
         config = self.config
-        found = super().validate(context)
+        problems = super().validate(context)
         if not context.prequantized:
-            what = "learns its rounding on data, which is not supported"
-            found.append(
-                Problem("quantization_config", f"auto-round {what}", "Take gptq-rtn, or a quantized checkpoint")
+            fault = "learns its rounding on data, which is not supported"
+            problems.append(
+                Problem("quantization_config", f"auto-round {fault}", "Take gptq-rtn, or a quantized checkpoint")
             )
         kind = kind_of(config.packing_format)
         if kind is None:
-            what = f"{config.packing_format!r} is not supported"
+            fault = f"{config.packing_format!r} is not supported"
             fix = "Export with auto_round:auto_gptq or auto_round:auto_awq"
-            found.append(Problem(where("packing_format"), what, fix))
+            problems.append(Problem(where("packing_format"), fault, fix))
         named = {name: getattr(config, name) for name in ("bits", "data_type", "act_bits", "super_bits")}
-        found += _problems_of_values("", named, kind)
+        problems += _problems_of_values("", named, kind)
         for pattern, own in (config.extra_config or {}).items():
             if not isinstance(own, Mapping) or own.get("bits") != UNQUANTIZED:
-                found += problems_of_fields("extra_config", pattern, own)
-                found += _problems_of_values(pattern, own if isinstance(own, Mapping) else {}, kind)
+                problems += problems_of_fields("extra_config", pattern, own)
+                problems += _problems_of_values(pattern, own if isinstance(own, Mapping) else {}, kind)
         if config.extra_config:
-            found += unlike(context.description, lambda module: (self._left_out(module), self.packing_of(module)))
-        return found
+            problems += disagreements(
+                context.description, lambda module: (self._left_out(module), self.packing_of(module))
+            )
+        return problems
 
 
 def _flat(names: Any) -> Iterator[str]:
+    """Yields the names in nested lists."""
     for name in names:
         if isinstance(name, str):
             yield name
@@ -112,11 +116,11 @@ def _flat(names: Any) -> Iterator[str]:
 
 
 def _problems_of_values(module: str, fields: Mapping[str, Any], kind: Kind | None) -> Iterator[Problem]:
-    """What is not supported in the whole config (module ""), or in a module's own fields."""
+    """Values that are not supported, in the whole config (module "") or in a module's own fields."""
     bits = (4,) if kind == "awq" else (2, 3, 4, 8)
     fix = "Export integer weights of 2, 3, 4 or 8 bits (AWQ's packing: 4) without quantized activations"
     allowed = {"bits": bits, "data_type": (None, "int"), "super_bits": (None,), "act_bits": (None, *range(16, 33))}
     for key, values in allowed.items():
         if fields.get(key) not in (None, *values):
-            at, whose = ("extra_config", f"{module!r} has {key}=") if module else (key, "")
-            yield Problem(where(at), f"{whose}{fields[key]!r} is not supported", fix)
+            field, owner = ("extra_config", f"{module!r} has {key}=") if module else (key, "")
+            yield Problem(where(field), f"{owner}{fields[key]!r} is not supported", fix)

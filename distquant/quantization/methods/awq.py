@@ -2,7 +2,7 @@
 
 The layout is AutoAWQ's (`awq/modules/linear/gemm.py`, `WQLinear_GEMM`): 4-bit codes packed along the outputs, eight a
 word in the order 0, 2, 4, 6, 1, 3, 5, 7, zero points likewise and as they are. Scaling by activations, which makes it
-AWQ, lies in the weights of a calibrated checkpoint and of its norms; nothing of it is left to do when loading.
+AWQ, is stored in the weights of a calibrated checkpoint and of its norms; loading does not repeat it.
 
 Rounding to nearest (`awq-rtn`) takes AutoAWQ's grid in `rtn`; `zero_point=False` takes the symmetric grid there,
 with the zero point 8 stored.
@@ -15,13 +15,13 @@ from distquant.config.checks import where
 from distquant.errors import Problem
 from distquant.model.description import ModelDescription
 from distquant.quantization.algorithms.rtn import Grid
-from distquant.quantization.methods.gptq import problems_of_calibration
-from distquant.quantization.packed_int import PackedIntScheme, Packing
+from distquant.quantization.packed_int import PackedIntScheme
+from distquant.quantization.packing import Packing, problems_of_calibration
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
 
-LEAST_RANGE = 1e-5
-"""Of a group, by AutoAWQ."""
+MINIMUM_RANGE = 1e-5
+"""Smallest range of a group, by AutoAWQ."""
 
 
 @register
@@ -34,10 +34,10 @@ class AwqScheme(PackedIntScheme):
 
     def packing_of(self, module: str) -> Packing:
         config = self.config
-        return Packing("awq", config.bits, config.group_size, Grid(config.bits, not config.zero_point, LEAST_RANGE))
+        return Packing("awq", config.bits, config.group_size, Grid(config.bits, not config.zero_point, MINIMUM_RANGE))
 
     def select_modules(self, description: ModelDescription) -> list[str]:
-        """As transformers (`integrations/awq.py`): all linears but those named, and never its default skips."""
+        """All linears except those named and the default skips, as transformers has it (`integrations/awq.py`)."""
         selection = self.config.selection
         return [
             name for name in description.linears if selection.selects(name) and name not in description.default_skip
@@ -45,16 +45,16 @@ class AwqScheme(PackedIntScheme):
 
     def validate(self, context: Context) -> list[Problem]:
         config = self.config
-        found = super().validate(context)
+        problems = super().validate(context)
         if config.format != "gemm":
-            what = f"{config.format!r} is another kernel's layout, only gemm is supported"
-            found.append(Problem(where("format"), what, "Quantize with version='gemm', or load the original"))
+            fault = f"{config.format!r} is another kernel's layout, only gemm is supported"
+            problems.append(Problem(where("format"), fault, "Quantize with version='gemm', or load the original"))
         if config.bits != 4:
-            what = f"{config.bits}: the gemm layout holds 4 bits only"
-            found.append(Problem(where("bits"), what, "Set it to 4, or take gptq-rtn"))
+            fault = f"{config.bits}: the gemm layout holds 4 bits only"
+            problems.append(Problem(where("bits"), fault, "Set it to 4, or take gptq-rtn"))
         if config.modules_in_block_to_quantize is not None:
             fix = "Name the modules to leave out in modules_to_not_convert"
-            found.append(Problem(where("modules_in_block_to_quantize"), "has no meaning for AWQ", fix))
+            problems.append(Problem(where("modules_in_block_to_quantize"), "has no meaning for AWQ", fix))
         if not context.prequantized:
-            found += problems_of_calibration(config)
-        return found
+            problems += problems_of_calibration(config)
+        return problems

@@ -1,14 +1,14 @@
 """bitsandbytes NF4 and FP4, with and without double quantization, exact at every width.
 
 Codes: two a byte, the even element in the high nibble, row-major; absmax per 64 elements of the flattened weight, which
-straddle rows where a row is no multiple of 64. Double quantization subtracts the mean of all absmax and stores them as
-8-bit codes with one float32 per 256 (bitsandbytes `functional.quantize_4bit`). Neither mean nor second-level blocks are
-local to a shard, so every rank gets all absmax (1/64 of the elements) and quantizes the whole, on one thread: `mean`
-over one and over two threads differ in the last bit. A shard keeps the nested form where its blocks are whole runs of
-256, and otherwise stores the same values as float32 absmax.
+straddle rows where a row is not a multiple of 64. Double quantization subtracts the mean of all absmax and stores them
+as 8-bit codes with one float32 per 256 (bitsandbytes `functional.quantize_4bit`). Neither mean nor second-level blocks
+are local to a shard, so every rank gets all absmax (1/64 of the elements) and quantizes the whole, on one thread:
+`mean` over one and over two threads differ in the last bit. A shard keeps the nested form where its blocks are whole
+runs of 256, and otherwise stores the same values as float32 absmax.
 
 Along `in` a shard may need blocks of 32 where 64 would straddle its rows: absmax are then repeated, which changes no
-value. Rows are quantized whole before they are cut, so a cut may pass through a block of 64.
+value. Whole rows are quantized before they are split, so a partition may divide a block of 64.
 
 Stored components of a shard:
 
@@ -41,16 +41,18 @@ from distquant.quantization.algorithms.nested_absmax import (
     FINE_BLOCK,
     SECOND,
     Statistics,
-    cut_crosses_blocks,
     dynamic_map,
     keeps_nesting,
     local_block,
     local_statistics,
+    partition_crosses_blocks,
     quantize_absmax,
 )
-from distquant.quantization.methods.bitsandbytes import BitsandbytesScheme
+from distquant.quantization.bitsandbytes_base import BitsandbytesScheme
+from distquant.quantization.codec import Stream
+from distquant.quantization.linear.linear4bit_components import components_of
 from distquant.quantization.registry import register
-from distquant.quantization.scheme import Stream
+from distquant.quantization.stored_checks import lacks
 from distquant.sharding.layout import Component, Layout
 from distquant.sharding.shard import Shard
 
@@ -76,15 +78,13 @@ class Bnb4bitScheme(BitsandbytesScheme):
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         word = DTYPE_BYTES[self.config.bnb_4bit_quant_storage]
         codes = Component(name="", dtype=self.config.bnb_4bit_quant_storage, flat=2 * word)
-        partitions = (BLOCK, FINE_BLOCK)
+        blocks = (BLOCK, FINE_BLOCK)
         if not self.config.bnb_4bit_use_double_quant:
-            return Layout(
-                (codes, Component(name="absmax", dtype="float32", flat=BLOCK, preferred_alignments=partitions))
-            )
+            return Layout((codes, Component(name="absmax", dtype="float32", flat=BLOCK, preferred_alignments=blocks)))
         return Layout(
             (
                 codes,
-                Component(name="absmax", dtype="uint8", flat=BLOCK, preferred_alignments=partitions),
+                Component(name="absmax", dtype="uint8", flat=BLOCK, preferred_alignments=blocks),
                 Component(name="nested_absmax", dtype="float32", flat=BLOCK * SECOND, replicated=True),
             )
         )
@@ -96,15 +96,15 @@ class Bnb4bitScheme(BitsandbytesScheme):
         return -(-count // 2) + (blocks + 4 * -(-blocks // SECOND) if nested else 4 * blocks)
 
     def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
-        """Codes by the byte, and the absmax that a second level is made from at the end."""
+        """Codes by the byte, and all absmax: `pack` makes the second level of them."""
         return (
             Component(name="", dtype="uint8", flat=2),
             Component(name="absmax", dtype="float32", flat=BLOCK),
         )
 
     def replicated_components(self, shard: Shard) -> frozenset[str]:
-        """absmax: all of them for a second level, and where a cut along `in` is finer than the blocks."""
-        if self.config.bnb_4bit_use_double_quant or cut_crosses_blocks(shard):
+        """absmax: all of them for a second level, and where a partition of `in` is finer than the blocks."""
+        if self.config.bnb_4bit_use_double_quant or partition_crosses_blocks(shard):
             return frozenset(("absmax",))
         return frozenset()
 
@@ -112,24 +112,22 @@ class Bnb4bitScheme(BitsandbytesScheme):
         word = 2 * DTYPE_BYTES[self.config.bnb_4bit_quant_storage]
         if math.prod(shape) % word == 0:
             return []
-        what = f"{math.prod(shape)} weights do not fill whole words of {word} ({self.config.bnb_4bit_quant_storage})"
-        return [Problem(name, what, "Use bnb_4bit_quant_storage='uint8', or skip the module")]
+        fault = f"{math.prod(shape)} weights do not fill whole words of {word} ({self.config.bnb_4bit_quant_storage})"
+        return [Problem(name, fault, "Use bnb_4bit_quant_storage='uint8', or skip the module")]
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         nested = self.config.bnb_4bit_use_double_quant
         needed = ["", "absmax", "quant_map", "quant_state"] + ["nested_absmax", "nested_quant_map"] * nested
         missing = [component or "weight" for component in needed if component not in stored]
         if missing:
-            what = f"the checkpoint lacks {', '.join(missing)} of this quantized weight"
-            return [Problem(name, what, "Download the checkpoint again, or quantize the original")]
-        blocks = -(-math.prod(shape) // BLOCK)
-        if math.prod(stored["absmax"]) != blocks:
-            found = math.prod(stored["absmax"])
-            what = f"{found} absmax for a weight of shape {list(shape)}, blocks of {BLOCK} give {blocks}"
-            return [Problem(name, what, f"Only blocks of {BLOCK} are supported; quantize the original again")]
+            return [lacks(name, ", ".join(missing))]
+        blocks, count = -(-math.prod(shape) // BLOCK), math.prod(stored["absmax"])
+        if count != blocks:
+            fault = f"{count} absmax for a weight of shape {list(shape)}, blocks of {BLOCK} give {blocks}"
+            return [Problem(name, fault, f"Only blocks of {BLOCK} are supported; quantize the original again")]
         return []
 
-    # -- executing -------------------------------------------------------------------------------------------------
+    # -- modules ---------------------------------------------------------------------------------------------------
 
     def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
         import bitsandbytes as bnb
@@ -155,14 +153,12 @@ class Bnb4bitScheme(BitsandbytesScheme):
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         ops.quantize_4bit(rows, BLOCK, self.config.bnb_4bit_quant_type, codes=out[""], absmax=out["absmax"])
 
-    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
-        self.fill(shard, module, self.pack(shard, parts, ops), torch_dtype(shard.dtype))
-
     def load_prequantized(
-        self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]
+        self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], replicated: frozenset[str]
     ) -> None:
-        dtype = getattr(torch, _state_of(parts)["dtype"])
-        self.fill(shard, module, self.pack_prequantized(shard, parts, whole), dtype)
+        super().load_prequantized(shard, module, parts, replicated)
+        # The dtype that the file was quantized from, which may be another than that of this load.
+        module.weight.quant_state.dtype = getattr(torch, _state_of(parts)["dtype"])  # type: ignore[union-attr]
 
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
         statistics = Statistics(parts["absmax"])
@@ -172,36 +168,38 @@ class Bnb4bitScheme(BitsandbytesScheme):
             statistics = local_statistics(statistics, shard, ops)
         return {"": parts[""], **statistics.components()}
 
-    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(
+        self, shard: Shard, parts: dict[str, Tensor], replicated: frozenset[str]
+    ) -> dict[str, Tensor]:
         state = _state_of(parts)
         self._check_state(shard, state)
         codes, columns = parts[""].view(torch.uint8), shard.shape[1]
-        if "" in whole and shard.shard_dim == 0:
+        if "" in replicated and shard.shard_dim == 0:
             codes = torch.cat([codes[a * columns // 2 : -(-b * columns // 2)] for a, b in shard.rows])
         statistics = Statistics(parts["absmax"].float())
         if "nested_offset" in state:
             offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=codes.device)
             values = parts["nested_quant_map"]
-            own = torch.equal(values, dynamic_map(values.device))
-            statistics = Statistics(None, parts["absmax"], parts["nested_absmax"], offset, None if own else values)
-        if "absmax" in whole:
+            ours = torch.equal(values, dynamic_map(values.device))
+            statistics = Statistics(None, parts["absmax"], parts["nested_absmax"], offset, None if ours else values)
+        if "absmax" in replicated:
             statistics = local_statistics(statistics, shard)
         return {"": codes, **statistics.components()}
 
     def _check_state(self, shard: Shard, state: dict[str, Any]) -> None:
+        """Raises `InputError` where the stored state contradicts the configuration."""
         expected = {
             "quant_type": self.config.bnb_4bit_quant_type,
             "blocksize": BLOCK,
             "shape": list(shard.shape),
         }
         for key, value in expected.items():
-            found = list(state[key]) if key == "shape" else state.get(key)
-            if found != value:
-                what = f"its quant_state says {key}={found!r}, expected {value!r}"
-                raise InputError.one(shard.name, what, "The checkpoint contradicts its config; quantize it again")
+            stored = list(state[key]) if key == "shape" else state.get(key)
+            if stored != value:
+                fault = f"its quant_state has {key}={stored!r}, expected {value!r}"
+                raise InputError.one(shard.name, fault, "The checkpoint contradicts its config; quantize it again")
 
-    def fill(self, shard: Shard, module: Any, components: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Puts components into a `Linear4bit`, whose weight dequantizes to `dtype`."""
+    def fill(self, shard: Shard, module: Any, components: Mapping[str, Tensor]) -> None:
         from bitsandbytes.functional import QuantState
         from bitsandbytes.nn import Params4bit
 
@@ -212,7 +210,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
             code=reference.code_values(quant_type, device).clone(),  # saving refuses shared tensors
             blocksize=local_block(shard),
             quant_type=quant_type,
-            dtype=dtype,
+            dtype=torch_dtype(shard.dtype),
         )
         if "nested_absmax" in components:
             values = components.get("nested_quant_map", dynamic_map(device)).clone()
@@ -235,13 +233,11 @@ class Bnb4bitScheme(BitsandbytesScheme):
         )
         module.quant_state = state
 
-    # -- looking at it ---------------------------------------------------------------------------------------------
-
     def components(self, module: Any) -> dict[str, Tensor]:
         return components_of(module)
 
     def held_nbytes(self, module: nn.Module) -> int:
-        """As any method's, without the state dict, for which bitsandbytes writes each quantization state as JSON."""
+        """Bytes of its components; the state dict would cost a quantization state as JSON for each module."""
         return sum(value.nbytes for name, value in components_of(module).items() if name not in self.constants)
 
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
@@ -252,8 +248,8 @@ class Bnb4bitScheme(BitsandbytesScheme):
         )
 
     def dequantized(self, module: Any, shard: Shard, ops: Any) -> Tensor:
-        found = self.dequantize(shard, self.components(module), module.weight.quant_state.dtype, ops)
-        return found.to(torch_dtype(shard.dtype))
+        weight = self.dequantize(shard, self.components(module), module.weight.quant_state.dtype, ops)
+        return weight.to(torch_dtype(shard.dtype))
 
     def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         rows, columns = shard.local_shape
@@ -262,16 +258,6 @@ class Bnb4bitScheme(BitsandbytesScheme):
         if columns % block:
             absmax, block = absmax.repeat_interleave(block)[: rows * columns], 1
         yield "scale", absmax.view(rows, columns // block), block
-
-
-def components_of(module: Any) -> dict[str, Tensor]:
-    """What a `Linear4bit` stores; nested statistics always with `nested_quant_map`."""
-    weight = module.weight
-    state, codes = weight.quant_state, weight.data.contiguous().view(torch.uint8).view(-1)
-    if not state.nested:
-        return {"": codes, "absmax": state.absmax.float()}
-    second = state.state2
-    return {"": codes, **Statistics(None, state.absmax, second.absmax, state.offset, second.code).components()}
 
 
 def _state_of(parts: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """LLM.int8: int8 rows with one float32 absmax each; the weight passes through float16 first.
 
-A row's absmax reaches over `in`, so rows are quantized whole, by whichever rank reads them, and a shard that is cut
+A row's absmax reaches over `in`, so whole rows are quantized, by the rank that reads them, and a shard that is split
 along `in` keeps the absmax of every row. Weights are then exact. Activations are quantized per local row in forward,
 so logits of such a shard differ by the method's own error.
 
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from distquant.config import Bnb8bitConfig
 from distquant.errors import InputError, Problem
-from distquant.model.description import STAR
-from distquant.quantization.methods.bitsandbytes import BitsandbytesScheme
+from distquant.quantization.bitsandbytes_base import BitsandbytesScheme
+from distquant.quantization.codec import Stream
+from distquant.quantization.module_selection import is_stack
 from distquant.quantization.registry import register
-from distquant.quantization.scheme import Stream
+from distquant.quantization.stored_checks import lacks
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
@@ -46,24 +47,20 @@ class Bnb8bitScheme(BitsandbytesScheme):
         )
 
     def notes(self, converted: Iterable[str]) -> Iterator[str]:
-        stacks = [name for name in converted if STAR in name]
+        stacks = [name for name in converted if is_stack(name)]
         if stacks:
             yield f"not applied: quantization of activations, in {len(stacks)} projections of experts"
-
-    def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
-        return []
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         missing = [component or "weight" for component in ("", "SCB") if component not in stored]
         if missing:
-            what = f"the checkpoint lacks {', '.join(missing)} of this quantized weight"
-            return [Problem(name, what, "Download the checkpoint again, or quantize the original")]
+            return [lacks(name, ", ".join(missing))]
         if stored["SCB"] != shape[:1] or stored[""] != shape:
-            what = f"int8 {list(stored[''])} with SCB {list(stored['SCB'])}, the model has {list(shape)}"
-            return [Problem(name, what, "The checkpoint is of another model; check config.json")]
+            fault = f"int8 {list(stored[''])} with SCB {list(stored['SCB'])}, the model has {list(shape)}"
+            return [Problem(name, fault, "The checkpoint is of another model; check config.json")]
         return []
 
-    # -- executing -------------------------------------------------------------------------------------------------
+    # -- modules ---------------------------------------------------------------------------------------------------
 
     def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
         import bitsandbytes as bnb
@@ -81,32 +78,23 @@ class Bnb8bitScheme(BitsandbytesScheme):
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         ops.quantize_int8_rows(rows, codes=out[""].view(rows.shape), absmax=out["SCB"])
 
-    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
-        self.fill(module, self.pack(shard, parts, ops))
-
-    def load_prequantized(
-        self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]
-    ) -> None:
-        self.fill(module, self.pack_prequantized(shard, parts, whole))
-
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
         return {"": parts[""].view(shard.local_shape), "SCB": parts["SCB"]}
 
-    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
-        found = int(parts["weight_format"].item()) if "weight_format" in parts else ROW_FORMAT
-        if found != ROW_FORMAT:
-            what = f"its weight_format is {found}, only {ROW_FORMAT} (row) is supported"
-            raise InputError.one(shard.name, what, "Quantize the original again with a current bitsandbytes")
+    def pack_prequantized(
+        self, shard: Shard, parts: dict[str, Tensor], replicated: frozenset[str]
+    ) -> dict[str, Tensor]:
+        weight_format = int(parts["weight_format"].item()) if "weight_format" in parts else ROW_FORMAT
+        if weight_format != ROW_FORMAT:
+            fault = f"its weight_format is {weight_format}, only {ROW_FORMAT} (row) is supported"
+            raise InputError.one(shard.name, fault, "Quantize the original again with a current bitsandbytes")
         return {"": parts[""].view(shard.local_shape), "SCB": parts["SCB"]}
 
-    def fill(self, module: nn.Module, components: Mapping[str, Tensor]) -> None:
-        """Puts components into a `Linear8bitLt`."""
+    def fill(self, shard: Shard, module: nn.Module, components: Mapping[str, Tensor]) -> None:
         from bitsandbytes.nn import Int8Params
 
         codes, absmax = components[""], components["SCB"]
         module.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=absmax)
-
-    # -- looking at it ---------------------------------------------------------------------------------------------
 
     def components(self, module: Any) -> dict[str, Tensor]:
         weight = module.weight

@@ -8,13 +8,13 @@ Stored as transformers 5.23 does (`integrations/finegrained_fp8.py`, `FP8Linear`
                         tiles of a dim may be ragged. What dequantization multiplies with. float32 `[]` without tiles
     activation_scale    float32 `[]`, only under the static `activation_scheme`
 
-The tile is the configuration's, never what shapes suggest: with ragged tails several fit. Files also hold scales as
+The configuration gives the tile, since with ragged tails several tiles fit one shape. Files also hold scales as
 bfloat16 or float16, powers of two as float32 (DeepSeek-V3.1) and exponents as bytes (U8); these are brought into the
 form above without changing a value. A weight without a scale in such a file is an unquantized one.
 
-Quantized on the way, tiles have the bits of `Fp8Quantize` where they divide the weight; ragged ones, which it leaves
-unquantized, are defined in `kernels/reference/fp8.py`. With one scale for the tensor, rows flow as they are, with each
-row's amax; every rank then casts its part under the largest.
+Quantized while it is loaded, a weight has the bits of `Fp8Quantize` where tiles divide it; ragged ones, which that
+leaves unquantized, are defined in `kernels/reference/fp8.py`. With one scale for the tensor, rows are passed on as they
+are, with each row's amax; every rank then casts its part under the largest.
 
 In forward the weight is dequantized and multiplied with the activations as they are, as transformers does on a CPU.
 On a GPU with float8 and the kernel, activations are float8, too (`float8_matmul.py`), under `activation_scale` where
@@ -31,10 +31,19 @@ from torch import Tensor
 
 from distquant.config import Fp8Config, torch_dtype
 from distquant.errors import InputError, Problem
-from distquant.quantization.linear.float8_matmul import TILE, Float8Kernel, Float8Rows, multiply, multiply_tiles
+from distquant.quantization.codec import Encoder, Stream
+from distquant.quantization.linear.float8_matmul import (
+    TILE,
+    Float8Kernel,
+    Float8Multiplier,
+    Float8Rows,
+    float8_rows_matmul,
+    float8_tiles_matmul,
+)
 from distquant.quantization.registry import register
-from distquant.quantization.scheme import Context, Stream
-from distquant.quantization.weight_only import FLOATS, WeightOnlyScheme, wrong_dtypes
+from distquant.quantization.scheme import Context
+from distquant.quantization.stored_checks import SCALE_DTYPES, in_other_dims, wrong_dtypes
+from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
@@ -49,7 +58,7 @@ POWERS = ("F8_E8M0", "U8")
 
 
 @register
-class Fp8Scheme(WeightOnlyScheme):
+class Fp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
     """float8 e4m3 and its scales in a `QuantizedLinear`."""
 
     name = "fp8"
@@ -59,14 +68,15 @@ class Fp8Scheme(WeightOnlyScheme):
 
     @property
     def block(self) -> tuple[int, int] | None:
+        """Rows and columns of a tile; None = one scale for the tensor."""
         return self.config.weight_block_size
 
     @property
     def powers(self) -> bool:
-        """Whether scales are powers of two."""
+        """True if scales are powers of two."""
         return self.config.scale_fmt == "ue8m0"
 
-    # -- deciding --------------------------------------------------------------------------------------------------
+    # -- layout rules ----------------------------------------------------------------------------------------------
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         kind = "float8_e8m0fnu" if self.powers else "float32"
@@ -86,40 +96,41 @@ class Fp8Scheme(WeightOnlyScheme):
         return quantized or chosen
 
     def validate(self, context: Context) -> list[Problem]:
-        config, found = self.config, super().validate(context)
+        config, problems = self.config, super().validate(context)
         if self.block is None and self.powers:
-            what = "'ue8m0' is for tiles, and weight_block_size is null"
-            found.append(
-                _problem("scale_fmt", what, "Give weight_block_size, such as [128, 128], or scale_fmt 'float'")
+            fault = "'ue8m0' is for tiles, and weight_block_size is null"
+            problems.append(
+                _problem("scale_fmt", fault, "Give weight_block_size, such as [128, 128], or scale_fmt 'float'")
             )
         if config.modules_to_convert:
-            what = f"{list(config.modules_to_convert)} names further modules, only linear ones are converted here"
-            found.append(_problem("modules_to_convert", what, "Leave it out"))
+            fault = f"{list(config.modules_to_convert)} names further modules, only linear ones are converted here"
+            problems.append(_problem("modules_to_convert", fault, "Leave it out"))
         if config.expert_dtype != "fp8":
-            what = f"experts stored as {config.expert_dtype!r} are not supported"
-            found.append(_problem("expert_dtype", what, "Load a checkpoint with experts in fp8, or an unquantized one"))
+            fault = f"experts stored as {config.expert_dtype!r} are not supported"
+            problems.append(
+                _problem("expert_dtype", fault, "Load a checkpoint with experts in fp8, or an unquantized one")
+            )
         if config.activation_scheme == "static" and not context.prequantized:
-            what = "'static' needs scales that were calibrated on activations, an unquantized checkpoint has none"
-            found.append(_problem("activation_scheme", what, "Give 'dynamic'"))
-        return found
+            fault = "'static' needs scales that were calibrated on activations, an unquantized checkpoint has none"
+            problems.append(_problem("activation_scheme", fault, "Give 'dynamic'"))
+        return problems
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
-        found = super().check_stored(name, shape, stored)
+        problems = super().check_stored(name, shape, stored)
         if ACTIVATION in stored and self.config.activation_scheme != "static":
-            what = f"{ACTIVATION} is stored, and activation_scheme is {self.config.activation_scheme!r}"
-            found.append(Problem(name, what, "Set activation_scheme to 'static' in config.json"))
-        for component in () if found else ("", SCALE) if self.block else ("",):
+            fault = f"{ACTIVATION} is stored, and activation_scheme is {self.config.activation_scheme!r}"
+            problems.append(Problem(name, fault, "Set activation_scheme to 'static' in config.json"))
+        for component in () if problems else ("", SCALE) if self.block else ("",):
             expected = self.layout(name, shape, "float32").component(component).shape(shape)
-            if stored[component] != expected:  # as many elements, in other dims
-                what = f"{component or 'weight'} is stored as {list(stored[component])}, not as {list(expected)}"
-                found.append(Problem(name, what, "The checkpoint is of another model or method; check config.json"))
-        return found
+            if stored[component] != expected:
+                problems.append(in_other_dims(name, component, stored[component], expected))
+        return problems
 
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
-        allowed = {"": ("F8_E4M3",), SCALE: (*FLOATS, *POWERS), ACTIVATION: FLOATS}
+        allowed = {"": ("F8_E4M3",), SCALE: (*SCALE_DTYPES, *POWERS), ACTIVATION: SCALE_DTYPES}
         return wrong_dtypes(name, dtypes, allowed)
 
-    # -- executing -------------------------------------------------------------------------------------------------
+    # -- codec -----------------------------------------------------------------------------------------------------
 
     def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         if self.block is not None:
@@ -145,21 +156,24 @@ class Fp8Scheme(WeightOnlyScheme):
         codes, scale = ops.encode_fp8(parts[""].view(shard.local_shape), amax, (None, None))
         return {"": codes, SCALE: scale.view(())}
 
-    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
-        found = self.shaped(shard, {**parts, SCALE: self._scale(shard, parts[SCALE])})
-        if ACTIVATION in found:
-            found[ACTIVATION] = found[ACTIVATION].view(()).float()
-        return found if self.block is not None else {**found, SCALE: found[SCALE].view(())}
+    def pack_prequantized(
+        self, shard: Shard, parts: dict[str, Tensor], replicated: frozenset[str]
+    ) -> dict[str, Tensor]:
+        components = self.shaped(shard, {**parts, SCALE: self._scale(shard, parts[SCALE])})
+        if ACTIVATION in components:
+            components[ACTIVATION] = components[ACTIVATION].view(()).float()
+        return components if self.block is not None else {**components, SCALE: components[SCALE].view(())}
 
     def _scale(self, shard: Shard, stored: Tensor) -> Tensor:
         """Stored scales in the layout's dtype, of the same values."""
         scale = stored.view(torch.float8_e8m0fnu) if stored.dtype == torch.uint8 else stored
         dtype = torch_dtype(self.layout(shard.name, shard.shape, shard.dtype).component(SCALE).dtype)
-        found = scale.to(dtype)
-        if self.powers and scale.dtype != dtype and not torch.equal(found.float(), scale.float()):
-            what = f"its {SCALE} has values that are no powers of two, and scale_fmt is 'ue8m0'"
-            raise InputError.one(shard.name, what, "Set scale_fmt to 'float' in config.json")
-        return found
+        converted = scale.to(dtype)
+        # e8m0 holds powers of two alone: a cast that changes a value would change every weight of its tile.
+        if self.powers and scale.dtype != dtype and not torch.equal(converted.float(), scale.float()):
+            fault = f"its {SCALE} has values that are not powers of two, and scale_fmt is 'ue8m0'"
+            raise InputError.one(shard.name, fault, "Set scale_fmt to 'float' in config.json")
+        return converted
 
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
         scale = components[SCALE].float()
@@ -175,8 +189,8 @@ class Fp8Scheme(WeightOnlyScheme):
     def float8_matmul(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
         codes, scale, activation = components[""], components[SCALE], components.get(ACTIVATION)
         if self.block is None:
-            return multiply(x, Float8Rows(codes, scale.view(1, 1), activation))
-        return multiply_tiles(x, codes, scale, activation)
+            return float8_rows_matmul(x, Float8Rows(codes, scale.view(1, 1), activation))
+        return float8_tiles_matmul(x, codes, scale, activation)
 
     def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
         codes = components[""]
@@ -190,5 +204,5 @@ class Fp8Scheme(WeightOnlyScheme):
             yield ACTIVATION, components[ACTIVATION].expand(len(codes), 1), WHOLE_ROW
 
 
-def _problem(field: str, what: str, fix: str) -> Problem:
-    return Problem(f"quantization_config.{field}", what, fix)
+def _problem(field: str, fault: str, fix: str) -> Problem:
+    return Problem(f"quantization_config.{field}", fault, fix)

@@ -1,10 +1,10 @@
 """GGUF: the blocks of llama.cpp's files, kept as they are stored and dequantized in forward.
 
 Each tensor has its own type, which the file's header names; the planner writes the types into the configuration. A
-block covers 32 or 256 inputs of one row, so weights are cut between blocks along the inputs and anywhere along the
-outputs. What is no linear module (an embedding), and everything under `dequantize=True`, is dequantized as its rows
-pass through. The rows of llama's q and k are stored interleaved within each head, so they flow in whole heads and are
-put in order where they arrive.
+block covers 32 or 256 inputs of one row, so weights are partitioned between blocks along the inputs and anywhere along
+the outputs. Parameters of other modules (an embedding), and everything under `dequantize=True`, are dequantized as
+their rows pass through. The rows of llama's q and k are stored interleaved within each head, so they are read in whole
+heads and put in order where they arrive.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from distquant.config import GgufConfig
 from distquant.errors import Problem
 from distquant.kernels.reference.gguf import dequantize_gguf
 from distquant.model.description import ModelDescription
+from distquant.quantization.codec import PlainDecoder, Stream
 from distquant.quantization.registry import register
-from distquant.quantization.scheme import Context, Stream
+from distquant.quantization.scheme import Context
 from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 
 
 @register
-class GgufScheme(WeightOnlyScheme):
+class GgufScheme(WeightOnlyScheme, PlainDecoder):
     """`QuantizedLinear` with one component: uint8 `[out, in / block * bytes of a block]`."""
 
     name = "gguf"
@@ -38,7 +39,7 @@ class GgufScheme(WeightOnlyScheme):
     config: GgufConfig
 
     def kind(self, name: str) -> str:
-        """The type of a parameter's tensor; what the file does not name is as it is."""
+        """The type of a parameter's tensor; F32 where the file names none."""
         return (self.config.types or {}).get(name, "F32")
 
     def head(self, name: str) -> int:
@@ -46,11 +47,11 @@ class GgufScheme(WeightOnlyScheme):
         return (self.config.interleaved or {}).get(name, 0)
 
     def validate(self, context: Context) -> list[Problem]:
-        found = super().validate(context)
+        problems = super().validate(context)
         if not context.prequantized:
-            what = "'gguf' is a format of files, weights are not quantized to it on the way"
-            found.append(Problem("quantization_config", what, "Give the path of a .gguf file, or another method"))
-        return found
+            fault = "'gguf' is a format of files, weights are not quantized to it while they are loaded"
+            problems.append(Problem("quantization_config", fault, "Give the path of a .gguf file, or another method"))
+        return problems
 
     def select_modules(self, description: ModelDescription) -> list[str]:
         if self.config.dequantize:
@@ -77,12 +78,12 @@ class GgufScheme(WeightOnlyScheme):
         expected = shape if block == 1 else (*shape[:-1], shape[-1] // block * nbytes)
         if stored.get("") == expected:
             return []
-        what = (
+        fault = (
             f"the file stores {list(stored[''])} of {self.kind(name)}, a weight of {list(shape)} takes {list(expected)}"
         )
-        return [Problem(name, what, "The file's metadata and tensors do not belong together")]
+        return [Problem(name, fault, "The file's metadata and tensors do not belong together")]
 
-    # -- what stays unquantized ------------------------------------------------------------------------------------
+    # -- parameters that stay unquantized --------------------------------------------------------------------------
 
     def plain_row_block(self, name: str) -> int:
         return self.head(name) or int(BLOCKS[self.kind(name)][0] > 1)
@@ -94,13 +95,15 @@ class GgufScheme(WeightOnlyScheme):
             values = dequantize_gguf(rows, self.kind(name), rows.shape[1] // nbytes * block)
         out[""].copy_(self._in_order(name, values).reshape(-1))
 
-    # -- what stays quantized --------------------------------------------------------------------------------------
+    # -- weights that stay quantized -------------------------------------------------------------------------------
 
-    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(
+        self, shard: Shard, parts: dict[str, Tensor], replicated: frozenset[str]
+    ) -> dict[str, Tensor]:
         return {"": self._in_order(shard.name, self.shaped(shard, parts)[""])}
 
     def _in_order(self, name: str, rows: Tensor) -> Tensor:
-        """Rows of whole heads with the halves of each one after the other."""
+        """Rows of whole heads, with the two halves of each in sequence."""
         head = self.head(name)
         if not head:
             return rows
@@ -110,12 +113,12 @@ class GgufScheme(WeightOnlyScheme):
         return dequantize_gguf(components[""], self.kind(shard.name), shard.local_shape[1]).to(dtype)
 
     def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
-        """The bytes of every block, eight at a time."""
+        """Yields the bytes of every block, eight at a time."""
         kind, (block, nbytes) = self.kind(shard.name), BLOCKS[self.kind(shard.name)]
         rows = shard.local_shape[0]
         blocks = torch.nn.functional.pad(components[""].view(rows, -1, nbytes), (0, -nbytes % 8))
-        for at, values in enumerate(blocks.contiguous().view(torch.int64).unbind(2)):
-            yield f"{kind} {at}", values, block
+        for word, values in enumerate(blocks.contiguous().view(torch.int64).unbind(2)):
+            yield f"{kind} {word}", values, block
 
     def unsaved(self, model: nn.Module) -> str | None:
         return "transformers reads GGUF from one .gguf file, which save_pretrained does not write"

@@ -2,7 +2,7 @@
 
 The layout is that of AutoGPTQ and GPTQModel (`nn_modules/qlinear/__init__.py`): codes of 2, 3, 4 or 8 bits packed along
 the inputs, zero points packed along the outputs. `format` says how zero points are stored: `gptq` (v1) less one,
-`gptq_v2` as they are. Other formats are one kernel's own order of bytes, and refused.
+`gptq_v2` as they are. Other formats are one kernel's own order of bytes, and not supported.
 
 Rounding to nearest (`gptq-rtn`) takes the grid of `rtn`, and the config's `bits`, `group_size`, `sym` and `format`.
 """
@@ -18,11 +18,19 @@ from distquant.config.checks import where
 from distquant.errors import Problem
 from distquant.model.description import ModelDescription
 from distquant.quantization.algorithms.rtn import Grid
-from distquant.quantization.module_selection import compiles, in_blocks, members, one_of, stored_names, unlike
-from distquant.quantization.packed_int import (
-    DECIDING,
-    PackedIntScheme,
+from distquant.quantization.module_selection import (
+    disagreements,
+    first_expert_name,
+    in_blocks,
+    members,
+    pattern_error,
+    stored_names,
+)
+from distquant.quantization.packed_int import PackedIntScheme
+from distquant.quantization.packing import (
+    DECIDING_FIELDS,
     Packing,
+    problems_of_calibration,
     problems_of_fields,
     valid_fields,
 )
@@ -35,19 +43,7 @@ CALIBRATION = frozenset(
         "v2", "v2_alpha", "gptaq", "gptaq_alpha", "fail_safe", "failsafe", "hessian",
     }
 )  # fmt: skip
-"""Fields of a `dynamic` rule that tell how a module was calibrated."""
-
-
-def problems_of_calibration(config: Any) -> Iterator[Problem]:
-    """What an unquantized checkpoint cannot be given: anything that needs activations."""
-    if not config.round_to_nearest:
-        field = "dataset" if config.dataset is not None else "tokenizer"
-        what = f"{getattr(config, field)!r} asks for calibration, which is not supported"
-        fix = "Leave dataset and tokenizer out to round to nearest, or load a checkpoint that was calibrated"
-        yield Problem(where(field), what, fix)
-    if config.desc_act:
-        fix = "Set it to false, or load a checkpoint that was calibrated"
-        yield Problem(where("desc_act"), "the order of activations needs calibration", fix)
+"""Fields of a `dynamic` rule that record how a module was calibrated."""
 
 
 @register
@@ -78,7 +74,7 @@ class GptqScheme(PackedIntScheme):
         """
         for pattern, own in (self.config.dynamic or {}).items():
             regex = regex_of(pattern)
-            if compiles(regex) is None and re.match(regex, module):
+            if pattern_error(regex) is None and re.match(regex, module):
                 return None if pattern.startswith("-:") else own
         return {}
 
@@ -95,33 +91,35 @@ class GptqScheme(PackedIntScheme):
         return [name for name in names if config.selection.selects(name) and not self._left_out(name)]
 
     def _left_out(self, module: str) -> bool:
-        return self._dynamic(one_of(module)) is None
+        return self._dynamic(first_expert_name(module)) is None
 
     def validate(self, context: Context) -> list[Problem]:
         config = self.config
-        found = super().validate(context)
+        problems = super().validate(context)
         if config.format not in ("gptq", "gptq_v2"):
-            what = f"{config.format!r} is one kernel's own order of bytes; only gptq and gptq_v2 are supported"
-            found.append(Problem(where("format"), what, "Convert the checkpoint to gptq with GPTQModel"))
+            fault = f"{config.format!r} is one kernel's own order of bytes; only gptq and gptq_v2 are supported"
+            problems.append(Problem(where("format"), fault, "Convert the checkpoint to gptq with GPTQModel"))
         if config.pack_dtype not in (None, "int32"):
-            what = f"{config.pack_dtype!r}: only words of int32 are supported"
-            found.append(Problem(where("pack_dtype"), what, "Quantize with pack_dtype='int32'"))
+            fault = f"{config.pack_dtype!r}: only words of int32 are supported"
+            problems.append(Problem(where("pack_dtype"), fault, "Quantize with pack_dtype='int32'"))
         for pattern, own in (config.dynamic or {}).items():
-            found += _problems_of_rule(pattern, own)
+            problems += _problems_of_rule(pattern, own)
         if config.dynamic:
-            found += unlike(context.description, lambda module: (self._left_out(module), self.packing_of(module)))
+            problems += disagreements(
+                context.description, lambda module: (self._left_out(module), self.packing_of(module))
+            )
         if not context.prequantized:
-            found += problems_of_calibration(config)
-            found += self._unmatched(context.description)
-        return found
+            problems += problems_of_calibration(config)
+            problems += self._unmatched(context.description)
+        return problems
 
     def _unmatched(self, description: ModelDescription) -> Iterator[Problem]:
-        """Rules for modules that this model does not have."""
+        """Yields the rules for modules that this model does not have."""
         fix = "Name modules of this model, or remove it"
         names = [member for name in description.linears for member in members(description, name)]
         for pattern in self.config.dynamic or {}:
             regex = regex_of(pattern)
-            if compiles(regex) is None and not any(re.match(regex, name) for name in names):
+            if pattern_error(regex) is None and not any(re.match(regex, name) for name in names):
                 yield Problem(where("dynamic"), f"{pattern!r} matches no linear module", fix)
         for named in self.config.modules_in_block_to_quantize or ():
             for module in named:
@@ -135,12 +133,13 @@ def regex_of(pattern: str) -> str:
 
 
 def _problems_of_rule(pattern: str, own: Any) -> Iterator[Problem]:
-    why = compiles(regex_of(pattern))
-    if why is not None:
-        yield Problem(where("dynamic"), f"{pattern!r} is no regular expression ({why})", "Correct the pattern")
+    """Faults of one rule: its pattern, and the fields that it sets."""
+    error = pattern_error(regex_of(pattern))
+    if error is not None:
+        yield Problem(where("dynamic"), f"{pattern!r} is not a regular expression ({error})", "Correct the pattern")
     if pattern.startswith("-:"):
         return
     yield from problems_of_fields("dynamic", pattern, own)
-    for key in set(own if isinstance(own, Mapping) else ()) - DECIDING.keys() - CALIBRATION:
-        what = f"{pattern!r} sets {key}, which cannot differ between modules"
-        yield Problem(where("dynamic"), what, f"Only {', '.join(sorted(DECIDING))} can")
+    for key in set(own if isinstance(own, Mapping) else ()) - DECIDING_FIELDS.keys() - CALIBRATION:
+        fault = f"{pattern!r} sets {key}, which cannot differ between modules"
+        yield Problem(where("dynamic"), fault, f"Only {', '.join(sorted(DECIDING_FIELDS))} can")

@@ -10,7 +10,7 @@ Experts that are stored together have one dim more before these, under the name 
 `weight_scales` are its coming names of experts that are stored one by one (pull request 48137). `weight` (as
 `[N, K / 2]`) and `scales` are read as well: so the local module calls its buffers, and so earlier versions saved them.
 
-Quantized on the way by the definition in `kernels/reference/mxfp4.py`. Runs of 32 depend on nothing else, so a cut
+The definition of quantization is in `kernels/reference/mxfp4.py`. Runs of 32 depend on nothing else, so a partition
 between them is exact by itself. In forward the weight is dequantized and multiplied with the activations as they are,
 in their dtype.
 """
@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from distquant.config import Mxfp4Config
 from distquant.errors import Problem
+from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.registry import register
-from distquant.quantization.weight_only import Stream, WeightOnlyScheme, wrong_dtypes
+from distquant.quantization.stored_checks import in_other_dims, wrong_dtypes
+from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 
@@ -38,7 +40,7 @@ RUN, PER_BYTE = 32, 2
 
 
 @register
-class Mxfp4Scheme(WeightOnlyScheme):
+class Mxfp4Scheme(WeightOnlyScheme, Encoder):
     """e2m1 codes and their e8m0 scales in a `QuantizedLinear`."""
 
     name = "mxfp4"
@@ -63,25 +65,23 @@ class Mxfp4Scheme(WeightOnlyScheme):
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         if shape[-1] % RUN == 0:
             return []
-        what = f"{shape[-1]} inputs are no multiple of {RUN}, the inputs that share a scale"
-        return [Problem(name, what, "Leave this module out (modules_to_not_convert), or choose another method")]
+        fault = f"{shape[-1]} inputs are not a multiple of {RUN}, the inputs that share a scale"
+        return [Problem(name, fault, "Leave this module out (modules_to_not_convert), or choose another method")]
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
-        found = self.check_weight(name, shape) or super().check_stored(name, shape, stored)
+        problems = self.check_weight(name, shape) or super().check_stored(name, shape, stored)
         rows, columns = shape
         runs = (rows, columns // RUN)
         forms = {"": ((*runs, RUN // PER_BYTE), (rows, columns // PER_BYTE)), SCALES: (runs,)}
-        for component, allowed in forms.items() if not found else ():
-            if stored[component] not in allowed:  # as many elements, in other dims
-                have, needs = list(stored[component]), " or ".join(str(list(form)) for form in allowed)
-                what = f"{component or 'weight'} is stored as {have}, not as {needs}"
-                found.append(Problem(name, what, "The checkpoint is of another model or method; check config.json"))
-        return found
+        for component, allowed in forms.items() if not problems else ():
+            if stored[component] not in allowed:
+                problems.append(in_other_dims(name, component, stored[component], *allowed))
+        return problems
 
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
         return wrong_dtypes(name, dtypes, {"": ("U8",), SCALES: ("U8", "F8_E8M0")})
 
-    # -- executing -------------------------------------------------------------------------------------------------
+    # -- codec and modules -----------------------------------------------------------------------------------------
 
     def unsaved(self, model: nn.Module) -> str | None:
         return "transformers reads MXFP4 for experts only, not for linear layers"
@@ -89,13 +89,15 @@ class Mxfp4Scheme(WeightOnlyScheme):
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         ops.quantize_mxfp4(rows, codes=out[""], scale=out[SCALES])
 
-    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(
+        self, shard: Shard, parts: dict[str, Tensor], replicated: frozenset[str]
+    ) -> dict[str, Tensor]:
         return self.shaped(shard, {name: value.view(torch.uint8) for name, value in parts.items()})
 
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
         return ops.dequantize_mxfp4(components[""], components[SCALES], dtype)
 
     def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
-        """Bytes of two codes, which no cut divides, and scales by their bytes."""
+        """Yields bytes of two codes, which no partition divides, and scales by their bytes."""
         yield "code", components[""], PER_BYTE
         yield "scale", components[SCALES], RUN

@@ -2,8 +2,9 @@
 
 As transformers 5.23 has it, which reads `mxfp8` with its fine-grained FP8 (`quantizers/auto.py`): tiles of `[1, 32]`,
 `weight_scale_inv` `[N, ceil(K / 32)]` as float8_e8m0fnu or, in many files, as the same bytes under uint8 (U8). Files
-that leave out `scale_fmt` mean "ue8m0". Quantized on the way, the scale is the smallest power of two under which no
-element is clamped (`Fp8Quantize`); the specification's own conversion takes `floor(log2(amax)) - 8`, which clamps.
+that leave out `scale_fmt` mean "ue8m0". Quantized while it is loaded, the scale is the smallest power of two under
+which no element is clamped (`Fp8Quantize`); the specification's own conversion takes `floor(log2(amax)) - 8`, which
+clamps.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ class Mxfp8Scheme(Fp8Scheme):
         return True
 
     def validate(self, context: Context) -> list[Problem]:
-        found = super().validate(context)
+        problems = super().validate(context)
         if self.block is not None and self.block != TILE:
-            what = f"{list(self.block)} is not the tile of MXFP8"
-            found.append(Problem("quantization_config.weight_block_size", what, f"Give {list(TILE)}"))
+            fault = f"{list(self.block)} is not the tile of MXFP8"
+            problems.append(Problem("quantization_config.weight_block_size", fault, f"Give {list(TILE)}"))
         if self.config.scale_fmt != "ue8m0" and not context.prequantized:
-            what = f"{self.config.scale_fmt!r} is not MXFP8"
-            found.append(Problem("quantization_config.scale_fmt", what, "Give 'ue8m0', or the short name mxfp8"))
-        return found
+            fault = f"{self.config.scale_fmt!r} is not MXFP8"
+            problems.append(Problem("quantization_config.scale_fmt", fault, "Give 'ue8m0', or the short name mxfp8"))
+        return problems

@@ -10,13 +10,13 @@ each operation is computed in float32 and rounded to that dtype.
 
 Groups follow from the inputs of the *whole* weight: the largest of 128, 96, 64 and 32 that divides them, the row where
 none does or where it has 128 inputs or fewer. Codes of 4 and 2 bits are stored as matrices of one group a row,
-`[out * in / group, group]`, of which the first half lies in the low bits and the second half in the high bits of the
-bytes (quarters for 2 bits; `tensor/packed.py`, `pack_weights`). No slice of a weight is a slice of that, so every rank
-gets such codes whole, and packs what it keeps again.
+`[out * in / group, group]`, with the first half in the low bits and the second half in the high bits of the bytes
+(quarters for 2 bits; `tensor/packed.py`, `pack_weights`). No slice of a weight is a slice of that, so such codes are
+replicated on every rank, which packs its own again.
 
 Stored is (`QModuleMixin._save_to_state_dict`): `weight._data` (int8 or float8 `[out, in]`) or `weight._data._data`
 (uint8), `weight._scale` and `weight._shift` (`[out, 1]`, or one row a group), `input_scale` and `output_scale`, which
-are 1 where activations are left alone. Which modules are quantized stands in `quanto_qmap.json`.
+are 1 where activations are left alone. `quanto_qmap.json` lists the quantized modules.
 
 Where a scale is 0 (rows of zeros, groups of equal values) upstream's codes are 0/0, which casts leave undefined and
 float8 keeps as NaN; here they are zeros. Where bfloat16 groups of 128 have a kernel of 4 bits (`TinyGemm`), quanto
@@ -35,9 +35,11 @@ from torch import Tensor, nn
 from distquant.config import QuantoConfig, torch_dtype
 from distquant.dtypes import DTYPE_BYTES, STORED_NAMES
 from distquant.errors import Problem
+from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.registry import register
-from distquant.quantization.scheme import Context, Stream
-from distquant.quantization.weight_only import FLOATS, WeightOnlyScheme, wrong_dtypes
+from distquant.quantization.scheme import Context
+from distquant.quantization.stored_checks import SCALE_DTYPES, wrong_dtypes
+from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
@@ -61,7 +63,7 @@ def group_of(columns: int) -> int | None:
 
 
 def pack_parts(codes: Tensor, bits: int) -> Tensor:
-    """uint8 `[ceil(rows / n), columns]` of codes uint8 `[rows, columns]`: the i-th of n = 8 / bits parts in bits i."""
+    """Packs codes uint8 `[rows, columns]` to `[ceil(rows / n), columns]`: the i-th of n = 8 / bits parts in bits i."""
     per_byte = 8 // bits
     rows = -(-len(codes) // per_byte)
     packed = codes[:rows].clone()
@@ -78,7 +80,7 @@ def unpack_parts(packed: Tensor, bits: int, rows: int) -> Tensor:
 
 
 @register
-class QuantoScheme(WeightOnlyScheme):
+class QuantoScheme(WeightOnlyScheme, Encoder):
     """`QLinear` of local size; the component "" is `weight._data`."""
 
     name = "quanto"
@@ -96,25 +98,27 @@ class QuantoScheme(WeightOnlyScheme):
 
     @property
     def bits(self) -> int:
+        """Bits of a code."""
         return int(self.config.weights[-1])
 
     @property
     def grouped(self) -> bool:
-        """Whether codes are packed, with a scale and a shift for each group."""
+        """True if codes are packed, with a scale and a shift for each group."""
         return self.bits < 8
 
     @property
     def codes_dtype(self) -> str:
+        """torch's name of the dtype that holds codes."""
         return {"int8": "int8", "float8": "float8_e4m3fn"}.get(self.config.weights, "uint8")
 
     def validate(self, context: Context) -> list[Problem]:
-        found = super().validate(context)
+        problems = super().validate(context)
         if self.config.activations is not None:
-            what = f"{self.config.activations!r}: scales of activations come from calibration, which is not done here"
-            found.append(Problem("quantization_config.activations", what, "Leave it out; weights stay quantized"))
-        return found
+            fault = f"{self.config.activations!r}: scales of activations come from calibration, which is not done here"
+            problems.append(Problem("quantization_config.activations", fault, "Leave it out; weights stay quantized"))
+        return problems
 
-    # -- layout ----------------------------------------------------------------------------------------------------
+    # -- layout rules ----------------------------------------------------------------------------------------------
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         return Layout(self._components(dtype, group_of(shape[1]) if self.grouped else None))
@@ -155,14 +159,14 @@ class QuantoScheme(WeightOnlyScheme):
         return super().check_stored(name, shape, stored)
 
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
-        floats = dict.fromkeys((SCALE, SHIFT, *OF_ACTIVATIONS), FLOATS)
+        floats = dict.fromkeys((SCALE, SHIFT, *OF_ACTIVATIONS), SCALE_DTYPES)
         return wrong_dtypes(name, dtypes, {"": (STORED_NAMES[self.codes_dtype],), **floats})
 
     def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         codes = Component(name="", dtype=self.codes_dtype)
         return codes, *(c for c in self.layout(name, shape, dtype).components if c.name in (SCALE, SHIFT))
 
-    # -- executing -------------------------------------------------------------------------------------------------
+    # -- codec -----------------------------------------------------------------------------------------------------
 
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         rows = rows.reshape(out[SCALE].numel(), -1)
@@ -187,7 +191,9 @@ class QuantoScheme(WeightOnlyScheme):
         one = torch.ones((), dtype=torch_dtype(shard.dtype), device=parts[""].device)
         return self._stored(shard, parts, parts[""].view(shard.local_shape)) | {n: one.clone() for n in OF_ACTIVATIONS}
 
-    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(
+        self, shard: Shard, parts: dict[str, Tensor], replicated: frozenset[str]
+    ) -> dict[str, Tensor]:
         codes, dtype = parts[""], torch_dtype(shard.dtype)
         if self.grouped:
             packed = codes.view(self.packed_shape(shard.shape, group_of(shard.shape[1])))
@@ -195,9 +201,9 @@ class QuantoScheme(WeightOnlyScheme):
             codes = unpack_parts(packed, self.bits, rows).view(shard.shape)
             for dim, segments in enumerate((shard.rows, shard.columns)):
                 codes = torch.cat([codes.narrow(dim, a, b - a) for a, b in segments], dim)
-        found = self._stored(shard, parts, codes.reshape(shard.local_shape))
-        found |= {name: parts[name].view(()) for name in OF_ACTIVATIONS}
-        return {name: value if name == "" else value.to(dtype) for name, value in found.items()}
+        components = self._stored(shard, parts, codes.reshape(shard.local_shape))
+        components |= {name: parts[name].view(()) for name in OF_ACTIVATIONS}
+        return {name: value if name == "" else value.to(dtype) for name, value in components.items()}
 
     def _stored(self, shard: Shard, parts: Mapping[str, Tensor], codes: Tensor) -> dict[str, Tensor]:
         """Codes (unpacked, `[local out, local in]`), scale and shift as quanto stores them."""
@@ -206,63 +212,6 @@ class QuantoScheme(WeightOnlyScheme):
         width = group_of(shard.shape[1]) or shard.local_shape[1]
         packed = pack_parts(codes.reshape(-1, width), self.bits)
         return {"": packed, SCALE: parts[SCALE].view(-1, 1), SHIFT: parts[SHIFT].view(-1, 1)}
-
-    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
-        from optimum.quanto import qfloat8, qint2, qint4, qint8
-
-        from distquant.quantization.linear.quanto_linear import ShardLinear
-
-        out_features, in_features = shard.local_shape
-        kind = {"int8": qint8, "float8": qfloat8, "int4": qint4, "int2": qint2}[self.config.weights]
-        dtype = torch_dtype(shard.dtype)
-        module = ShardLinear(in_features, out_features, bias=False, device="meta", dtype=dtype, weights=kind)
-        module.weight_group_size = group_of(shard.shape[1]) if self.grouped else None
-        module.register_parameter("bias", linear.bias)
-        return module
-
-    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
-        self._place(shard, module, self.pack(shard, parts, ops))
-
-    def load_prequantized(
-        self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], whole: frozenset[str]
-    ) -> None:
-        self._place(shard, module, self.pack_prequantized(shard, parts, whole))
-
-    def _place(self, shard: Shard, module: Any, found: Mapping[str, Tensor]) -> None:
-        module.weight = nn.Parameter(self.tensor(shard, found), requires_grad=False)
-        for name in OF_ACTIVATIONS:
-            module._buffers[name] = found[name]
-
-    def tensor(self, shard: Shard, found: Mapping[str, Tensor]) -> Tensor:
-        """quanto's tensor of a shard, in the form that runs on every device."""
-        from optimum.quanto import WeightQBitsTensor, WeightQBytesTensor, qfloat8, qint2, qint4, qint8
-        from optimum.quanto.tensor.packed import PackedTensor
-
-        size, stride = torch.Size(shard.local_shape), (shard.local_shape[1], 1)
-        if not self.grouped:
-            kind = qint8 if self.config.weights == "int8" else qfloat8
-            return WeightQBytesTensor(kind, 0, size, stride, found[""], found[SCALE], None)
-        group = group_of(shard.shape[1])
-        width = group or size[1]
-        codes = PackedTensor(found[""], self.bits, torch.Size((size.numel() // width, width)), (width, 1))
-        kind = qint4 if self.bits == 4 else qint2
-        return WeightQBitsTensor(kind, 0, group, size, stride, codes, found[SCALE], found[SHIFT])
-
-    # -- looking at it ---------------------------------------------------------------------------------------------
-
-    def unsaved(self, model: nn.Module) -> str | None:
-        return "transformers does not read weights that quanto has quantized, and would draw others"
-
-    def components(self, module: Any) -> dict[str, Tensor]:
-        """What a filled module stores, in the form that runs on every device."""
-        from optimum.quanto import WeightQBitsTensor
-
-        weight = module.weight
-        if not self.grouped:
-            return {"": weight._data, SCALE: weight._scale}
-        if type(weight) is not WeightQBitsTensor:
-            weight = weight.weight_qbits_tensor()
-        return {"": weight._data._data, SCALE: weight._scale, SHIFT: weight._shift}
 
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
         made: Any = self.tensor(shard, components)
@@ -278,7 +227,56 @@ class QuantoScheme(WeightOnlyScheme):
             if name in components:
                 yield stream, components[name].view(shard.local_shape[0], -1), group or WHOLE_ROW
 
+    # -- modules ---------------------------------------------------------------------------------------------------
+
+    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
+        from optimum.quanto import qfloat8, qint2, qint4, qint8
+
+        from distquant.quantization.linear.quanto_linear import ShardLinear
+
+        out_features, in_features = shard.local_shape
+        kind = {"int8": qint8, "float8": qfloat8, "int4": qint4, "int2": qint2}[self.config.weights]
+        dtype = torch_dtype(shard.dtype)
+        module = ShardLinear(in_features, out_features, bias=False, device="meta", dtype=dtype, weights=kind)
+        module.weight_group_size = group_of(shard.shape[1]) if self.grouped else None
+        module.register_parameter("bias", linear.bias)
+        return module
+
+    def fill(self, shard: Shard, module: Any, components: Mapping[str, Tensor]) -> None:
+        module.weight = nn.Parameter(self.tensor(shard, components), requires_grad=False)
+        for name in OF_ACTIVATIONS:
+            module._buffers[name] = components[name]
+
+    def tensor(self, shard: Shard, components: Mapping[str, Tensor]) -> Tensor:
+        """quanto's tensor of a shard, in the form that runs on every device."""
+        from optimum.quanto import WeightQBitsTensor, WeightQBytesTensor, qfloat8, qint2, qint4, qint8
+        from optimum.quanto.tensor.packed import PackedTensor
+
+        size, stride = torch.Size(shard.local_shape), (shard.local_shape[1], 1)
+        if not self.grouped:
+            kind = qint8 if self.config.weights == "int8" else qfloat8
+            return WeightQBytesTensor(kind, 0, size, stride, components[""], components[SCALE], None)
+        group = group_of(shard.shape[1])
+        width = group or size[1]
+        codes = PackedTensor(components[""], self.bits, torch.Size((size.numel() // width, width)), (width, 1))
+        kind = qint4 if self.bits == 4 else qint2
+        return WeightQBitsTensor(kind, 0, group, size, stride, codes, components[SCALE], components[SHIFT])
+
+    def unsaved(self, model: nn.Module) -> str | None:
+        return "transformers does not read weights that quanto has quantized, and would draw others"
+
+    def components(self, module: Any) -> dict[str, Tensor]:
+        """Reads a filled module in the form that runs on every device."""
+        from optimum.quanto import WeightQBitsTensor
+
+        weight = module.weight
+        if not self.grouped:
+            return {"": weight._data, SCALE: weight._scale}
+        if type(weight) is not WeightQBitsTensor:
+            weight = weight.weight_qbits_tensor()
+        return {"": weight._data._data, SCALE: weight._scale, SHIFT: weight._shift}
+
 
 def _number(value: float, like: Tensor) -> Tensor:
-    """As a tensor: torch on CUDA multiplies by the reciprocal of a plain number."""
+    """A tensor of one number: torch on CUDA multiplies by the reciprocal of a plain one."""
     return torch.tensor(value, dtype=like.dtype, device=like.device)

@@ -187,7 +187,7 @@ def test_a_state_that_contradicts_the_config_is_an_error() -> None:
     state = json.loads(bytes(parts["quant_state"].tolist()))
     for key, value in (("blocksize", 128), ("quant_type", "fp4"), ("shape", [128, 256])):
         wrong = torch.tensor(list(json.dumps({**state, key: value}).encode()), dtype=torch.uint8)
-        with pytest.raises(InputError, match=f"quant_state says {key}="):
+        with pytest.raises(InputError, match=f"quant_state has {key}="):
             scheme.pack_prequantized(shard, {**parts, "quant_state": wrong}, frozenset())
 
 

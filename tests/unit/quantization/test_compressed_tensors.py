@@ -220,7 +220,7 @@ def refusal(model: Any, quant: Any = None, **kwargs: Any) -> str:
          "transform_config: transforms"),
         ("pack-quantized", {**INT, "num_bits": 3, "strategy": "channel"}, {}, "3 bits: weights are quantized to"),
         ("pack-quantized", {**INT, "num_bits": 4, "strategy": "group", "group_size": 48}, {},
-         "128 inputs are no multiple of group_size=48"),
+         "128 inputs are not a multiple of group_size=48"),
         ("pack-quantized", {**INT, "num_bits": 4, "strategy": "group", "group_size": 32, "actorder": "group"}, {},
          "weights.actorder: 'group' gives each column a group"),
         ("pack-quantized", {**FLOAT, "strategy": "channel"}, {}, "only symmetric FP8, not packed"),
@@ -238,7 +238,7 @@ def test_a_target_that_matches_nothing_and_a_fixed_range_are_told_together(model
     }
     told = refusal(model_of("llama-gqa"), given)
     assert "'re:.*nothing' matches no linear module" in told
-    assert "takes calibration" in told
+    assert "needs calibration" in told
 
 
 def golden(kind: str, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:

@@ -65,7 +65,7 @@ def test_plan_says_who_loads_it(bitnet):
 
 
 def test_several_ranks_are_refused_before_anything_is_read(bitnet):
-    with pytest.raises(InputError, match=r"mesh: tp=2.*'bitnet'.*cannot cut"):
+    with pytest.raises(InputError, match=r"mesh: tp=2.*'bitnet'.*cannot partition"):
         dq.plan(bitnet, mesh="tp=2")
 
 
@@ -75,7 +75,7 @@ def test_everything_missing_is_told_at_once(model_of):
         dq.load(model_of("llama-gqa"), quantization_config={"quant_method": "higgs"}, mesh="tp=1")
     told = str(error.value)
     assert "pip install" in told and "needs" in told
-    with pytest.raises(InputError, match="cannot quantize on the way"):
+    with pytest.raises(InputError, match="cannot quantize while loading"):
         dq.plan(model_of("llama-gqa"), quantization_config={"quant_method": "aqlm"})
 
 

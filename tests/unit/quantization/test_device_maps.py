@@ -16,7 +16,7 @@ from distquant.config import parse
 from distquant.loading.loader import scheme_of
 from distquant.loading.offload import Offloaded
 from distquant.quantization import Scheme, config_classes
-from distquant.quantization.methods.bitsandbytes import BitsandbytesScheme
+from distquant.quantization.bitsandbytes_base import BitsandbytesScheme
 from distquant.quantization.registry import discover
 
 REPOSITORY = Path(__file__).resolve().parents[3]

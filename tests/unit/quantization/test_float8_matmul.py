@@ -12,8 +12,8 @@ from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 import distquant as dq
 from distquant.errors import InputError
 from distquant.options import Forward
-from distquant.quantization.linear import float8_matmul as float8_matmul
-from distquant.quantization.linear.float8_matmul import LARGEST, Float8Kernel, Float8Rows, is_float8, multiply
+from distquant.quantization.linear import float8_matmul
+from distquant.quantization.linear.float8_matmul import LARGEST, Float8Kernel, Float8Rows, float8_rows_matmul, is_float8
 from distquant.quantization.linear.quantized_linear import QuantizedLinear
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def test_what_the_kernel_computes(dtype: torch.dtype, scales: int, activation: f
     step = torch.where(step > 0, step, 1.0)
     rounded = (x.float() / step).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).double() * step.double()
     expected = rounded @ (by.codes.double() * by.scale.double()).t()
-    found = multiply(x, by)
+    found = float8_rows_matmul(x, by)
     assert (found.dtype, found.shape) == (dtype, (2, 5, 48))
     torch.testing.assert_close(found.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     if activation is None:
@@ -52,14 +52,14 @@ def test_what_the_kernel_computes(dtype: torch.dtype, scales: int, activation: f
 
 def test_activations_beyond_a_given_scale_are_bounded() -> None:
     by, x = weight(48, 0.001), torch.full((1, 64), 1.0)
-    torch.testing.assert_close(multiply(x, by), multiply(torch.full((1, 64), 0.001 * LARGEST), by))
+    torch.testing.assert_close(float8_rows_matmul(x, by), float8_rows_matmul(torch.full((1, 64), 0.001 * LARGEST), by))
 
 
 def test_it_is_the_product_of_transformers() -> None:
     by, x = weight(48), made(7, 64, 2).bfloat16()
     theirs: Any = CompressedTensorsFP8Linear(64, 48)
     theirs.weight.data, theirs.weight_scale.data = by.codes, by.scale.t().contiguous()
-    torch.testing.assert_close(multiply(x, by), theirs(x), rtol=2**-7, atol=0)
+    torch.testing.assert_close(float8_rows_matmul(x, by), theirs(x), rtol=2**-7, atol=0)
 
 
 def loaded(path: str, quant: Any, forward: str) -> Any:
@@ -148,7 +148,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [f for f in Forward if is_float8(f, rows, (64, 64), CPU)] == [Forward.FLOAT8]
     for ragged in ((60, 64), (64, 60)):  # no kernel: dequantized
         assert not is_float8(Forward.AUTO, rows, ragged, gpu)
-    monkeypatch.setattr(float8_matmul, "_why_no_tiles", lambda: None)
+    monkeypatch.setattr(float8_matmul, "_tiles_missing", lambda: None)
     assert is_float8(Forward.AUTO, tiles, (256, 128), gpu)
     assert not is_float8(Forward.AUTO, tiles, (256, 64), gpu)
     assert not is_float8(Forward.FLOAT8, tiles, (256, 128), CPU)
@@ -158,7 +158,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_why_tiles_are_not_multiplied_in_float8(kjv_tiny: str) -> None:
     """Here: the kernel is not there, and this is no GPU."""
-    reason = float8_matmul._why_no_tiles()
+    reason = float8_matmul._tiles_missing()
     assert reason is not None
     assert reason.startswith("transformers' fp8_linear lacks its kernel (")
     with pytest.raises(InputError, match=r"forward: 'float8' cannot be: transformers' fp8_linear does not run on cpu"):

@@ -51,7 +51,7 @@ def test_its_product_is_ours(installed: None, kind: Kind, part: tuple[int | None
     expected = module(x)
     reason = take_kernel(module, False)
     if kind.act_order and part[0] == 1:
-        assert reason == "inputs are cut and in the order of their activations, so that groups are in parts"
+        assert reason == "inputs are split and in the order of their activations, so that groups are in parts"
         return
     assert reason is None
     aten = "TorchAtenAwqLinear" if kind.awq else "TorchAtenLinear"

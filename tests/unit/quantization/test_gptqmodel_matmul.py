@@ -19,7 +19,7 @@ from torch import nn
 import distquant as dq
 from distquant.errors import InputError
 from distquant.options import Forward
-from distquant.quantization.linear import gptqmodel_matmul as gptqmodel_product
+from distquant.quantization.linear import gptqmodel_matmul
 from distquant.quantization.linear.gptqmodel_matmul import TOLERANCE, missing, take_kernel
 
 
@@ -77,8 +77,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts stand-ins in the place of gptqmodel's kernels."""
 
     def put(*kinds: type) -> None:
-        monkeypatch.setattr(gptqmodel_product, "missing", lambda: None)
-        monkeypatch.setattr(gptqmodel_product, "_kinds", lambda *_: iter([(kind, None) for kind in kinds]))
+        monkeypatch.setattr(gptqmodel_matmul, "missing", lambda: None)
+        monkeypatch.setattr(gptqmodel_matmul, "_kinds", lambda *_: iter([(kind, None) for kind in kinds]))
 
     return put
 
@@ -116,7 +116,7 @@ def test_kernels_that_fail_or_multiply_something_else_are_passed_over(kernels: A
 
 def test_zero_points_tell_whether_a_weight_is_symmetric(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(gptqmodel_product, "_kinds", lambda *given: asked.append(given[3]) or iter([(Keeps, None)]))
+    monkeypatch.setattr(gptqmodel_matmul, "_kinds", lambda *given: asked.append(given[3]) or iter([(Keeps, None)]))
     module = module_of(Kind())
     take_kernel(module, True)
     middle = torch.full_like(module.components["qzeros"], 0x77777777)  # 8, less one
@@ -177,8 +177,8 @@ def test_words_that_a_kernel_rearranged_are_not_used_again(kernels: Any) -> None
     ("kind", "dtype", "dim", "told"),
     [
         (Kind(), "float32", None, "multiply in float16 or bfloat16, and the model is loaded as float32"),
-        (Kind(act_order=True), "bfloat16", 1, "inputs are cut and in the order of their activations"),
-        (Kind(group=48), "bfloat16", None, "128 inputs are no multiple of the group size 48"),
+        (Kind(act_order=True), "bfloat16", 1, "inputs are split and in the order of their activations"),
+        (Kind(group=48), "bfloat16", None, "128 inputs are not a multiple of the group size 48"),
     ],
 )
 def test_weights_that_no_kernel_is_for(kernels: Any, kind: Kind, dtype: str, dim: int | None, told: str) -> None:
@@ -260,7 +260,7 @@ def test_kernels_are_looked_for_where_weights_will_lie(
 
     kernels(Keeps)
     asked: set[torch.device] = set()
-    monkeypatch.setattr(gptqmodel_product, "why_not", lambda scheme, shard, device, keep: asked.add(device))
+    monkeypatch.setattr(gptqmodel_matmul, "why_not", lambda scheme, shard, device, keep: asked.add(device))
     plan = dq.plan(kjv_tiny, quantization_config=RTN, device_map={"": "cpu"})
     check_forward(plan, scheme_of_plan(plan), Forward.GPTQMODEL, torch.device("cuda", 0))
     assert asked == {CPU}
@@ -305,7 +305,7 @@ def test_refused_where_it_is_not_installed(
         return have
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(gptqmodel_product, "missing", missing.__wrapped__)
+    monkeypatch.setattr(gptqmodel_matmul, "missing", missing.__wrapped__)
     with pytest.raises(InputError, match=f"forward: 'gptqmodel' cannot be: {told}"):
         loaded(kjv_tiny, "gptqmodel")
     assert loaded(kjv_tiny, "auto").distquant.report.forward.startswith("dequantized and multiplied: ")

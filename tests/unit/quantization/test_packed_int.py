@@ -25,7 +25,8 @@ from distquant.quantization.algorithms.bit_packing import pack_words, unpack_wor
 from distquant.quantization.algorithms.rtn import Grid, quantize_rtn
 from distquant.quantization.linear.gptqmodel_matmul import missing
 from distquant.quantization.methods.auto_round import kind_of
-from distquant.quantization.packed_int import AWQ_ORDER, PackedIntScheme
+from distquant.quantization.packed_int import PackedIntScheme
+from distquant.quantization.packing import AWQ_ORDER
 from distquant.sharding.layout import ALL
 from distquant.sharding.partition import Partition
 
@@ -184,7 +185,7 @@ def test_an_index_that_is_no_sequence_is_an_error_unless_the_config_says_so(whol
     stored = {name: value.view(-1) for name, value in make_weight((32, 64), kind, 0, torch.float16).items()}
     shard = Shard("m.weight", (32, 64), "float16")
     assert scheme_of(kind).pack_prequantized(shard, stored, frozenset())["g_idx"].tolist() == stored["g_idx"].tolist()
-    with pytest.raises(InputError, match=r"m\.weight: g_idx is no sequence .*desc_act=false"):
+    with pytest.raises(InputError, match=r"m\.weight: g_idx is not a sequence .*desc_act=false"):
         scheme_of(Kind()).pack_prequantized(shard, stored, frozenset({"g_idx"} if whole else ()))
     stored["g_idx"][5] = 2
     with pytest.raises(InputError, match=r"g_idx names groups 0 to 2, and there are 2"):
@@ -238,16 +239,16 @@ def test_zero_points_of_version_one_are_whole_words_less_one() -> None:
     zeros = torch.tensor([[0, 5, 0, 0, 15, 8, 1, 0]], dtype=torch.uint8)
     scheme = scheme_of(Kind())
     packing = scheme.packing("m.weight")
-    stored = scheme._stored_zeros(packing, zeros)
+    stored = packing.pack_zeros(zeros)
     word = sum(int(value) << 4 * at for at, value in enumerate(zeros[0])) - 0x11111111 & 0xFFFFFFFF
     assert stored.item() & 0xFFFFFFFF == word
-    assert torch.equal(scheme.zeros_of(packing, stored, torch.uint8), zeros)
+    assert torch.equal(packing.unpack_zeros(stored, torch.uint8), zeros)
     threes = torch.arange(32, dtype=torch.uint8).remainder(8).view(1, -1)
     packing = scheme_of(Kind(bits=3)).packing("m.weight")
-    stored = scheme._stored_zeros(packing, threes)
+    stored = packing.pack_zeros(threes)
     fields = unpack_bits(stored.numpy().view(np.uint32).T, 3).T
     assert fields.tolist() == [[(value - 1) % 8 for value in threes[0].tolist()]]
-    assert torch.equal(scheme.zeros_of(packing, stored, torch.uint8), threes)
+    assert torch.equal(packing.unpack_zeros(stored, torch.uint8), threes)
 
 
 # -- which modules, and what cannot work -------------------------------------------------------------------------------
@@ -307,10 +308,10 @@ def test_modules_that_the_config_leaves_out_must_be_stored_so(golden: Any) -> No
         ("gptq/v1-4bit", {"pack_dtype": "int16"}, "quantization_config.pack_dtype: 'int16'"),
         ("gptq/v1-4bit", {"bits": 8}, "qweight is stored as [8, 64], its config and shape need [16, 64]"),
         ("gptq/v1-4bit", {"group_size": 32}, "qzeros is stored as [4, 8], its config and shape need [2, 8]"),
-        ("gptq/v1-4bit", {"dynamic": {"(": {}}}, "'(' is no regular expression"),
+        ("gptq/v1-4bit", {"dynamic": {"(": {}}}, "'(' is not a regular expression"),
         ("gptq/v1-4bit", {"dynamic": {".*up": {"bits": 5}}}, "'.*up' has bits=5"),
         ("gptq/v1-4bit", {"dynamic": {".*up": {"adapter": {}}}}, "'.*up' sets adapter, which cannot differ"),
-        ("gptq/v1-4bit", {"dynamic": {".*up": 3}}, "'.*up' has 3, which is no dict"),
+        ("gptq/v1-4bit", {"dynamic": {".*up": 3}}, "'.*up' has 3, not a dict"),
         ("awq/gemm", {"version": "gemv"}, "quantization_config.format: 'gemv' is another kernel's layout"),
         ("awq/gemm", {"bits": 8}, "quantization_config.bits: 8: the gemm layout holds 4 bits only"),
         ("auto_round/auto_gptq", {"packing_format": "auto_round:mxfp4"}, "packing_format: 'auto_round:mxfp4' is not"),
@@ -359,7 +360,7 @@ def test_an_index_that_is_missing_is_made_where_groups_lie_in_order(golden: Any)
         ({"quant_method": "gptq", "bits": 4, "desc_act": True}, "desc_act: the order of activations needs calibration"),
         ({"quant_method": "gptq", "bits": 4, "dataset": "c4"}, "dataset: 'c4' asks for calibration"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*nose": {}}}, "'-:.*nose' matches no linear module"),
-        ({"quant_method": "awq", "group_size": 80}, "192 inputs are no multiple of the group size 80. Give another"),
+        ({"quant_method": "awq", "group_size": 80}, "192 inputs are not a multiple of the group size 80. Give another"),
         ({"quant_method": "auto-round"}, "auto-round learns its rounding on data"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Round to nearest as compressed-tensors does, where there is no kernel for it; and codes in int32 words.
+"""Rounding to nearest as in compressed-tensors, where there is no kernel for it; and codes in int32 words.
 
 By the definition of compressed-tensors 0.20: `calculate_qparams` (`quantization/utils/helpers.py`), `_quantize`
 (`quantization/lifecycle/forward_helpers.py`) and `pack_to_int32` (`compressors/pack_quantized/helpers.py`). Every
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from distquant.config import QuantizationArgs
-from distquant.quantization.algorithms.bit_packing import pack_bytes
+from distquant.quantization.algorithms.bit_packing import pack_bytes, unpack_words
 from distquant.quantization.methods.compressed_tensors.storage import WORD
-from distquant.quantization.weight_only import unpacked
 from distquant.sharding.layout import ALL
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -22,7 +21,7 @@ FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 def ranges(weight: Tensor, tile: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each tile, not above and not below 0: `[ceil(rows / r), ceil(columns / c)]`."""
     rows, columns = weight.shape
-    height, width = (size if span == ALL else span for span, size in zip(tile, weight.shape, strict=True))
+    height, width = (size if side == ALL else side for side, size in zip(tile, weight.shape, strict=True))
     padded = torch.nn.functional.pad(weight, (0, -columns % width, 0, -rows % height))
     tiles = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))
     return tiles.amin((1, 3)).clamp_(max=0), tiles.amax((1, 3)).clamp_(min=0)
@@ -32,11 +31,11 @@ def scales_of(low: Tensor, high: Tensor, args: QuantizationArgs) -> tuple[Tensor
     """Scales (the dtype of `low` and `high`), and zero points (int8) unless symmetric, of tiles of that range."""
     top = FP8_MAX if args.type == "float" else 2.0 ** (args.num_bits - 1)
     extent = 2 * top if args.type == "float" else 2 * top - 1
-    span = torch.tensor(extent, dtype=low.dtype, device=low.device)
+    steps = torch.tensor(extent, dtype=low.dtype, device=low.device)  # torch on CUDA multiplies by 1 / plain number
     if args.symmetric:
-        scale, zero = torch.maximum(low.abs(), high) / (span / 2), None
+        scale, zero = torch.maximum(low.abs(), high) / (steps / 2), None
     else:
-        scale = (high - low) / span
+        scale = (high - low) / steps
         zero = (-top - low / scale).clamp_(-top, top - 1).round_().nan_to_num_(nan=0.0).to(torch.int8)
     return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale), zero
 
@@ -55,16 +54,16 @@ def quantized(
 
 def spread(values: Tensor, tile: tuple[int, int], shape: tuple[int, ...] | torch.Size) -> Tensor:
     """Values of tiles, so that they broadcast over a matrix of `shape`."""
-    for dim, span in enumerate(tile):
-        if span not in (ALL, 1):
-            values = values.repeat_interleave(span, dim)[(slice(None),) * dim + (slice(shape[dim]),)]
+    for dim, side in enumerate(tile):
+        if side not in (ALL, 1):
+            values = values.repeat_interleave(side, dim)[(slice(None),) * dim + (slice(shape[dim]),)]
     return values
 
 
 def from_words(words: Tensor, bits: int, count: int) -> Tensor:
     """int8 `[n, count]` in `[-2^(bits - 1), 2^(bits - 1))`, from int32 `[n, ceil(count * bits / 32)]`."""
     if WORD % bits == 0:
-        values = unpacked(words, bits, 1)[:, :count]
+        values = unpack_words(words, bits, 1, torch.int32)[:, :count]
     else:
         first = torch.arange(count, device=words.device) * bits
         wide = torch.nn.functional.pad(words.to(torch.int64) & ((1 << WORD) - 1), (0, 1))

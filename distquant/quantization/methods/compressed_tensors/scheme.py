@@ -1,16 +1,15 @@
 """compressed-tensors: integers of 1 to 8 bits and FP8, in groups, rows, tiles or whole tensors; several at once.
 
-What is stored is in `storage`; what is quantized on the way has the bits of the library's own round to nearest. Two
-things differ from it: activations are not quantized in forward (weights are exact; a plan notes it), and a scale that
-is stored in a narrower dtype than the model is loaded in is widened to that, a wider one is kept.
+`storage` describes the format; weights that are quantized while they are loaded have the bits of the library's own
+rounding to nearest. Two things differ from the library. Activations are not quantized in forward (weights are exact; a
+plan notes it). A scale that is stored in a narrower dtype than the model is loaded in is widened to that one.
 
-A scale of the whole tensor is known only when all rows have been seen, so rows flow as they are, with the range of
-each, and every rank quantizes what it keeps.
+A scale of the whole tensor depends on all rows, so rows are passed on as they are, with the range of each, and every
+rank quantizes its own part.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
@@ -21,34 +20,35 @@ from torch import Tensor, nn
 from distquant.config import CompressedTensorsConfig, ModuleSelection, torch_dtype
 from distquant.config.quantization_group import matches
 from distquant.dtypes import STORED_NAMES
-from distquant.errors import InputError, Problem
+from distquant.errors import Problem
 from distquant.model.description import ModelDescription
-from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Rows, multiply
-from distquant.quantization.methods.compressed_tensors.rounding import (
-    from_words,
-    quantized,
-    ranges,
-    scales_of,
-    spread,
-    to_words,
+from distquant.quantization.codec import Encoder, Stream
+from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Multiplier, Float8Rows, float8_rows_matmul
+from distquant.quantization.methods.compressed_tensors.components import (
+    GROUPS,
+    SHAPE,
+    by_row,
+    check_values,
+    unpacked,
+    with_library_shapes,
 )
+from distquant.quantization.methods.compressed_tensors.rounding import quantized, ranges, scales_of, to_words
 from distquant.quantization.methods.compressed_tensors.storage import WORD, Storage, storages, target_of
-from distquant.quantization.module_selection import STAR, members, one_of, unlike
+from distquant.quantization.module_selection import disagreements, first_expert_name, is_stack, members
 from distquant.quantization.registry import register
-from distquant.quantization.scheme import Context, Stream
-from distquant.quantization.weight_only import FLOATS, WeightOnlyScheme, wrong_dtypes
+from distquant.quantization.scheme import Context
+from distquant.quantization.stored_checks import OTHER_CHECKPOINT, SCALE_DTYPES, wrong_dtypes
+from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import ALL, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
 
-SHAPE, GROUPS = "weight_shape", "weight_g_idx"
 BESIDE = ("weight_scale", "weight_zero_point", SHAPE, GROUPS)
 ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
-OTHER = "The checkpoint is of another model or method; check config.json"
 
 
 @register
-class CompressedTensorsScheme(WeightOnlyScheme):
+class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
     """Weights as compressed-tensors stores them, dequantized in forward."""
 
     name = "compressed-tensors"
@@ -56,11 +56,11 @@ class CompressedTensorsScheme(WeightOnlyScheme):
     suffixes: ClassVar[Mapping[str, str]] = {name: name for name in ("weight_packed", *BESIDE, *ACTIVATIONS)}
     config: CompressedTensorsConfig
 
-    # -- deciding --------------------------------------------------------------------------------------------------
+    # -- the configuration -----------------------------------------------------------------------------------------
 
     @cached_property
     def _storages(self) -> Mapping[str, Storage]:
-        return {name: stored for name, (_, stored) in storages(self.config).items()}
+        return storages(self.config)
 
     @cached_property
     def _targets(self) -> Mapping[str, str]:
@@ -72,8 +72,8 @@ class CompressedTensorsScheme(WeightOnlyScheme):
         return {}
 
     def storage_of(self, module: str) -> Storage | None:
-        """How a linear module's weight is stored; None where it is not quantized."""
-        module = one_of(module)
+        """The storage of a linear module's weight; None where it is not quantized."""
+        module = first_expert_name(module)
         if module not in self._known:
             ignored = any(matches(entry, module) for entry in self.config.ignore or ())
             group = None if ignored else target_of(module, self._targets)
@@ -81,10 +81,10 @@ class CompressedTensorsScheme(WeightOnlyScheme):
         return self._known[module]
 
     def storage(self, weight: str) -> Storage:
-        """How a converted weight is stored."""
-        found = self.storage_of(weight.removesuffix(".weight"))
-        assert found is not None, weight
-        return found
+        """The storage of a converted weight."""
+        storage = self.storage_of(weight.removesuffix(".weight"))
+        assert storage is not None, weight
+        return storage
 
     def select_modules(self, description: ModelDescription) -> list[str]:
         stored = any(source.component for sources in description.sources.values() for source in sources)
@@ -93,32 +93,34 @@ class CompressedTensorsScheme(WeightOnlyScheme):
         return [
             name
             for name, linear in description.linears.items()
-            if (STAR in name or not linear.transposed)
+            if (is_stack(name) or not linear.transposed)
             and name not in skip
             and selection.selects(name)
             and self.storage_of(name)
         ]
 
     def validate(self, context: Context) -> list[Problem]:
-        config, found = self.config, super().validate(context)
-        at, fix = "quantization_config", "Take a checkpoint without it, or quantize the original"
+        config, problems = self.config, super().validate(context)
+        field, fix = "quantization_config", "Take a checkpoint without it, or quantize the original"
         if (config.sparsity_config or {}).get("format", "dense") != "dense":
-            found.append(Problem(f"{at}.sparsity_config", "sparse weights are not supported", fix))
+            problems.append(Problem(f"{field}.sparsity_config", "sparse weights are not supported", fix))
         if config.transform_config:
-            found.append(Problem(f"{at}.transform_config", "transforms (rotations) are not supported", fix))
+            problems.append(Problem(f"{field}.transform_config", "transforms (rotations) are not supported", fix))
         if not self._storages:
-            what = "no group quantizes weights"
-            found.append(Problem(f"{at}.config_groups", what, "Give a group with targets and weights"))
-        found += unlike(context.description, self.storage_of)
+            fix_groups = "Give a group with targets and weights"
+            problems.append(Problem(f"{field}.config_groups", "no group quantizes weights", fix_groups))
+        problems += disagreements(context.description, self.storage_of)
         for name, stored in self._storages.items():
-            found += stored.problems(f"{at}.config_groups.{name}", context.prequantized)
+            problems += stored.problems(f"{field}.config_groups.{name}", context.prequantized)
         if not context.prequantized:
             names = [member for name in context.description.linears for member in members(context.description, name)]
             for target, group in self._targets.items():
                 if not any(matches(target, name) for name in names):
-                    what = f"{target!r} matches no linear module"
-                    found.append(Problem(f"{at}.config_groups.{group}.targets", what, "Name one, or write 'Linear'"))
-        return found
+                    fault = f"{target!r} matches no linear module"
+                    problems.append(
+                        Problem(f"{field}.config_groups.{group}.targets", fault, "Name one, or write 'Linear'")
+                    )
+        return problems
 
     def notes(self, converted: Iterable[str]) -> Iterator[str]:
         if self.config.kv_cache_scheme is not None:
@@ -130,31 +132,31 @@ class CompressedTensorsScheme(WeightOnlyScheme):
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         stored = self.storage(name)
         (_, width), bits = stored.tile, stored.weights.num_bits
-        found = []
+        problems = []
         if stored.weights.scope == "group" and shape[1] % width:
-            what = f"{shape[1]} inputs are no multiple of group_size={width}, which the format demands"
-            found.append(Problem(name, what, "Add the module to ignore, or use another group_size"))
+            fault = f"{shape[1]} inputs are not a multiple of group_size={width}, which the format demands"
+            problems.append(Problem(name, fault, "Add the module to ignore, or use another group_size"))
         if stored.packed and WORD % bits:
             rows = stored.packed_zero and not stored.weights.symmetric and shape[0] % WORD
             if shape[1] % WORD or rows:
-                what = f"{list(shape)} in {bits} bits does not fill whole words: {WORD} values are {bits} of them"
-                found.append(Problem(name, what, f"Only multiples of {WORD} are supported with {bits} bits"))
-        return found
+                fault = f"{list(shape)} in {bits} bits does not fill whole words: {WORD} values are {bits} of them"
+                problems.append(Problem(name, fault, f"Only multiples of {WORD} are supported with {bits} bits"))
+        return problems
 
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
         storage = self.storage(name)
-        return wrong_dtypes(name, dtypes, {storage.codes: (STORED_NAMES[storage.dtype],), "weight_scale": FLOATS})
+        return wrong_dtypes(name, dtypes, {storage.codes: (STORED_NAMES[storage.dtype],), "weight_scale": SCALE_DTYPES})
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
-        found = [*self.check_weight(name, shape), *super().check_stored(name, shape, stored)]
+        problems = [*self.check_weight(name, shape), *super().check_stored(name, shape, stored)]
         storage = self.storage(name)
         known = {component.name for component in storage.components("float32")}.union(BESIDE)
         if self.config.kv_cache_scheme is not None:  # older files keep the cache's scales at k_proj and v_proj
             known.update(ACTIVATIONS[2:])
         for extra in sorted(stored.keys() - known):
-            what = f"the checkpoint stores {extra or 'weight'}, which {storage.format!r} and its group do not explain"
-            found.append(Problem(name, what, OTHER))
-        return found
+            fault = f"the checkpoint stores {extra or 'weight'}, which {storage.format!r} and its group do not explain"
+            problems.append(Problem(name, fault, OTHER_CHECKPOINT))
+        return problems
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         return Layout(self.storage(name).components(dtype))
@@ -165,30 +167,23 @@ class CompressedTensorsScheme(WeightOnlyScheme):
     def encoded_components(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[Component, ...]:
         stored = self.storage(name)
         if stored.weights.scope == "tensor":
-            low, high = (Component(name=part, dtype=dtype, block_shape=(1, ALL)) for part in ("low", "high"))
-            return Component(name="", dtype=dtype), low, high
+            bounds = (Component(name=part, dtype=dtype, block_shape=(1, ALL)) for part in ("low", "high"))
+            return Component(name="", dtype=dtype), *bounds
         zero = Component(name="weight_zero_point", dtype="int8", block_shape=stored.tile)
         return tuple(zero if c.name == zero.name else c for c in stored.components(dtype))
 
     def replicated_components(self, shard: Shard) -> frozenset[str]:
         return frozenset(("low", "high") if self.storage(shard.name).weights.scope == "tensor" else ())
 
-    # -- executing -------------------------------------------------------------------------------------------------
-
-    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
-        module: Any = super().module(linear, shard)
-        module.take(_shaped(self.storage(shard.name), module.components))
-        if self.storage(shard.name).packed:
-            module.take({SHAPE: torch.empty(2, dtype=torch.int64, device="meta")})
-        return module
+    # -- codec -----------------------------------------------------------------------------------------------------
 
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
         stored, count = self.storage(name), len(rows)
         args, tile = stored.weights, stored.tile
         if args.scope == "tensor":
             out[""].view(rows.shape).copy_(rows)
-            for part, found in zip(("low", "high"), ranges(rows, (1, ALL)), strict=True):
-                out[part].copy_(found.view(-1))
+            for part, bounds in zip(("low", "high"), ranges(rows, (1, ALL)), strict=True):
+                out[part].copy_(bounds.view(-1))
             return
         scale, zero = out["weight_scale"], out.get("weight_zero_point")
         if not stored.floating and args.scope != "block":
@@ -217,93 +212,76 @@ class CompressedTensorsScheme(WeightOnlyScheme):
             low, high = parts["low"].amin().view(1, 1), parts["high"].amax().view(1, 1)
             scale, zero = scales_of(low, high, args)
             codes = quantized(parts[""].view(rows, columns), scale, zero, stored.tile, args)
-            found = {stored.codes: to_words(codes, args.num_bits) if stored.packed else codes, "weight_scale": scale}
+            words = to_words(codes, args.num_bits) if stored.packed else codes
+            components = {stored.codes: words, "weight_scale": scale}
             if zero is not None:
-                found["weight_zero_point"] = zero
+                components["weight_zero_point"] = zero
         else:
             zero = parts.pop("weight_zero_point", None)
             if zero is not None:
-                height = 1 if stored.tile[0] == 1 else stored.tile[0]
-                zero = zero.view(-(-rows // height), -1)
+                zero = zero.view(-(-rows // stored.tile[0]), -1)
                 words = to_words(zero.T.contiguous(), args.num_bits).T.contiguous() if stored.packed_zero else zero
                 parts["weight_zero_point"] = words
-            found = self.shaped(shard, parts)
-        return self._finished(shard, _shaped(stored, found))
+            components = self.shaped(shard, parts)
+        return self._with_shape(shard, with_library_shapes(stored, components))
 
-    def pack_prequantized(self, shard: Shard, parts: dict[str, Tensor], whole: frozenset[str]) -> dict[str, Tensor]:
+    def pack_prequantized(
+        self, shard: Shard, parts: dict[str, Tensor], replicated: frozenset[str]
+    ) -> dict[str, Tensor]:
         stored, dtype = self.storage(shard.name), torch_dtype(shard.dtype)
-        self._check_values(stored, shard, parts)
-        found = _shaped(stored, self.shaped(shard, parts))
-        for name in (name for name in found if name.endswith("_scale")):
-            if found[name].dtype != dtype and torch.promote_types(found[name].dtype, dtype) == dtype:
-                found[name] = found[name].to(dtype)
-        return self._finished(shard, found)
+        check_values(stored, shard, parts)
+        components = with_library_shapes(stored, self.shaped(shard, parts))
+        for name in (name for name in components if name.endswith("_scale")):
+            scale = components[name]
+            if scale.dtype != dtype and torch.promote_types(scale.dtype, dtype) == dtype:
+                components[name] = scale.to(dtype)
+        return self._with_shape(shard, components)
 
-    def _finished(self, shard: Shard, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _with_shape(self, shard: Shard, components: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds the `weight_shape` that packed codes have beside them."""
         if self.storage(shard.name).packed:
-            device = found["weight_scale"].device
-            found[SHAPE] = torch.tensor(shard.local_shape, dtype=torch.int64, device=device)
-        return found
-
-    def _check_values(self, stored: Storage, shard: Shard, parts: dict[str, Tensor]) -> None:
-        """What headers do not tell: statistics that must be trivial.
-
-        Raises:
-            InputError: one is not as the configuration says.
-        """
-        if SHAPE in parts and tuple(parts[SHAPE].tolist()) != shard.shape:
-            what = f"weight_shape says {parts[SHAPE].tolist()}, the model has {list(shard.shape)}"
-            raise InputError.one(shard.name, what, OTHER)
-        if GROUPS in parts:
-            index, size = parts[GROUPS].long(), stored.weights.group_size or 1
-            own = torch.arange(len(index), device=index.device) // size
-            if not (torch.equal(index, own) or bool((index == -1).all())):
-                what = f"{GROUPS} gives columns a group of their own choice, which is not supported"
-                raise InputError.one(shard.name, what, "Quantize the original again with actorder='weight' or none")
-        zeros = parts.get("weight_zero_point")
-        if stored.weights.symmetric and zeros is not None and bool(zeros.float().any()):
-            raise InputError.one(shard.name, "it has zero points, and its group is symmetric", OTHER)
-
-    # -- using -----------------------------------------------------------------------------------------------------
-
-    def unpacked(self, shard: Shard, components: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes `[rows, columns]`, scales and zero points of tiles, both 2-D, unpacked."""
-        stored, (rows, columns) = self.storage(shard.name), shard.local_shape
-        bits, codes = stored.weights.num_bits, components[stored.codes]
-        scale, zero = components["weight_scale"], components.get("weight_zero_point")
-        scale = scale.view(1, 1) if scale.dim() < 2 else scale
-        if zero is not None:
-            zero = from_words(zero.T, bits, rows).T.contiguous() if stored.packed_zero else zero.view(scale.shape)
-        return from_words(codes, bits, columns) if stored.packed else codes, scale, zero
+            device = components["weight_scale"].device
+            components[SHAPE] = torch.tensor(shard.local_shape, dtype=torch.int64, device=device)
+        return components
 
     def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
-        codes, scale, zero = self.unpacked(shard, components)
         stored, shape = self.storage(shard.name), shard.local_shape
-        rows, columns = (None if span == ALL else span for span in stored.tile)
+        codes, scale, zero = unpacked(stored, shape, components)
+        rows, columns = (None if side == ALL else side for side in stored.tile)
         if stored.floating:
             return ops.dequantize_fp8(codes, scale.float(), (rows, columns), dtype)
-        scale, zero = (_by_row(values, stored, shape) for values in (scale, zero))
+        scale, zero = by_row(scale, stored, shape), None if zero is None else by_row(zero, stored, shape)
         return ops.dequantize_groups(codes, scale, zero, columns or max(shape[1], 1), dtype)
 
     def float8_kernel(self, name: str) -> Float8Kernel | None:
         return Float8Kernel.SCALED_MM if self.storage(name).by_rows_in_float8 else None
 
     def float8_matmul(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return multiply(x, Float8Rows(components[""], components["weight_scale"].float().view(-1, 1)))
+        return float8_rows_matmul(x, Float8Rows(components[""], components["weight_scale"].float().view(-1, 1)))
 
     def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:
-        codes, scale, zero = self.unpacked(shard, components)
         stored, shape = self.storage(shard.name), shard.local_shape
-        span = WHOLE_ROW if stored.tile[1] == ALL else stored.tile[1]
+        codes, scale, zero = unpacked(stored, shape, components)
+        width = WHOLE_ROW if stored.tile[1] == ALL else stored.tile[1]
         yield "code", codes, 1
-        yield "scale", _by_row(scale.float(), stored, shape), span
+        yield "scale", by_row(scale.float(), stored, shape), width
         if zero is not None:
-            yield "zero", _by_row(zero, stored, shape), span
+            yield "zero", by_row(zero, stored, shape), width
         for name in stored.statics:
             yield name, components[name].float().view(1, 1).expand(shape[0], 1), WHOLE_ROW
 
+    # -- modules ---------------------------------------------------------------------------------------------------
+
+    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
+        module: Any = super().module(linear, shard)
+        storage = self.storage(shard.name)
+        module.take(with_library_shapes(storage, module.components))
+        if storage.packed:
+            module.take({SHAPE: torch.empty(2, dtype=torch.int64, device="meta")})
+        return module
+
     def finish_model(self, model: Any) -> None:
-        """What `from_pretrained` leaves on a quantized model; without the library, the configuration as a dict."""
+        """Sets what `from_pretrained` leaves on a model; without the library, the configuration as a dict."""
         from transformers.utils import is_compressed_tensors_available
         from transformers.utils.quantization_config import CompressedTensorsConfig as Theirs
 
@@ -323,21 +301,3 @@ class CompressedTensorsScheme(WeightOnlyScheme):
         model.config.quantization_config = Theirs.from_dict(written) if available else written
         model.hf_quantizer = Quantizer(model.config.quantization_config, serializable=True)
         model.is_quantized, model.quantization_method = True, "compressed-tensors"
-
-
-def _by_row(values: Any, stored: Storage, shape: tuple[int, int]) -> Any:
-    """Values of tiles (2-D, or None), one for each row."""
-    if values is None or stored.tile[0] == 1:
-        return values
-    return spread(values, (stored.tile[0], 1), shape).expand(shape[0], -1).contiguous()
-
-
-def _shaped(stored: Storage, components: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Components with the shapes that the library gives those of one element."""
-    single = {*stored.statics}
-    if stored.weights.scope == "tensor":
-        single |= {"weight_scale", "weight_zero_point"}
-    return {
-        name: value.reshape(1) if name in single and math.prod(value.shape) == 1 else value
-        for name, value in components.items()
-    }

@@ -1,4 +1,4 @@
-"""How one group of a compressed-tensors configuration stores its weights, and which group a module belongs to."""
+"""The way in which one group of a compressed-tensors configuration stores weights, and the group of a module."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Storage:
 
     @property
     def dtype(self) -> str:
-        """Of the stored codes, torch's name."""
+        """torch's name of the stored codes' dtype."""
         return "int32" if self.packed else "float8_e4m3fn" if self.floating else "int8"
 
     @property
@@ -64,110 +64,109 @@ class Storage:
 
     @property
     def packed_zero(self) -> bool:
-        """Whether zero points are packed, too."""
+        """True if zero points are packed, too."""
         return self.packed and self.weights.scope in ("channel", "group")
 
     @property
     def by_rows_in_float8(self) -> bool:
-        """Whether weights are float8 with a scale for each row or for all, and inputs are meant to be float8."""
+        """True if weights are float8 with a scale for each row or for all, and inputs are meant to be float8."""
         inputs = self.inputs is not None and self.inputs.type == "float" and self.inputs.num_bits == 8
         return self.floating and self.weights.scope in ("tensor", "channel") and inputs
 
     @property
     def statics(self) -> tuple[str, ...]:
         """Components of one element that belong to activations whose range is fixed."""
-        found = []
+        names = []
         for side, args in (("input", self.inputs), ("output", self.outputs)):
             if args is not None and not args.dynamic:
-                found += [f"{side}_scale"] + ([] if args.symmetric else [f"{side}_zero_point"])
-        return tuple(found)
+                names += [f"{side}_scale"] + ([] if args.symmetric else [f"{side}_zero_point"])
+        return tuple(names)
 
     def in_words(self, name: str, dim: int, other: int) -> Component:
         """A component packed into words along `dim`, with one element for `other` of the other dim."""
         bits = self.weights.num_bits
-        span, count = (WORD // bits, 1) if WORD % bits == 0 else (WORD, bits)
-        block_shape, words = ((1, other), (1, 1)) if dim == 1 else ((span, other), (count, 1))
-        if dim == 1:
-            block_shape, words = (other, span), (1, count)
-        steps = (PLAIN_STEPS[0], span, 1) if span <= PLAIN_STEPS[0] else (span, 1)
+        per, words = (WORD // bits, 1) if WORD % bits == 0 else (WORD, bits)
+        block_shape, stored = ((other, per), (1, words)) if dim == 1 else ((per, other), (words, 1))
+        steps = (PLAIN_STEPS[0], per, 1) if per <= PLAIN_STEPS[0] else (per, 1)
         return Component(
             name=name,
             dtype="int32",
             block_shape=block_shape,
-            stored_per_block=words,
+            stored_per_block=stored,
             preferred_alignments=steps if dim == 1 else (),
         )
 
     def components(self, dtype: str) -> tuple[Component, ...]:
-        """What is stored of a weight that was quantized from `dtype`, but for its shape."""
+        """Components of a weight that was quantized from `dtype`, except its shape."""
         codes = Component(name="", dtype=self.dtype, preferred_alignments=PLAIN_STEPS)
-        found = [self.in_words(self.codes, 1, 1) if self.packed else codes]
-        found.append(Component(name="weight_scale", dtype=dtype, block_shape=self.tile))
+        components = [self.in_words(self.codes, 1, 1) if self.packed else codes]
+        components.append(Component(name="weight_scale", dtype=dtype, block_shape=self.tile))
         if not self.weights.symmetric:
             zero = Component(name="weight_zero_point", dtype="int8", block_shape=self.tile)
-            found.append(self.in_words(zero.name, 0, self.tile[1]) if self.packed_zero else zero)
+            components.append(self.in_words(zero.name, 0, self.tile[1]) if self.packed_zero else zero)
         for name in self.statics:
-            found.append(Component(name=name, dtype="int8" if "zero" in name else dtype, block_shape=(ALL, ALL)))
-        return tuple(found)
+            components.append(Component(name=name, dtype="int8" if "zero" in name else dtype, block_shape=(ALL, ALL)))
+        return tuple(components)
 
-    def problems(self, at: str, prequantized: bool) -> Iterator[Problem]:
-        """What of it is not supported."""
+    def problems(self, field: str, prequantized: bool) -> Iterator[Problem]:
+        """Yields what of it is not supported."""
         args, original = self.weights, "Quantize the original in one of the supported ways, or take another checkpoint"
         if self.format not in FORMATS:
-            yield Problem(f"{at}.format", f"{self.format!r} is not supported", f"Supported are {', '.join(FORMATS)}")
+            yield Problem(f"{field}.format", f"{self.format!r} is not supported", f"Supported are {', '.join(FORMATS)}")
             return
         if args.scope not in ("tensor", "channel", "group", "block"):
-            yield Problem(f"{at}.weights.strategy", f"{args.scope!r} is not supported for weights", original)
+            yield Problem(f"{field}.weights.strategy", f"{args.scope!r} is not supported for weights", original)
         if self.floating and (args.num_bits != 8 or not args.symmetric or self.packed):
             sign = "symmetric" if args.symmetric else "asymmetric"
-            what = f"{sign} floats of {args.num_bits} bits as {self.format!r}: only symmetric FP8, not packed"
-            yield Problem(f"{at}.weights", what, original)
+            fault = f"{sign} floats of {args.num_bits} bits as {self.format!r}: only symmetric FP8, not packed"
+            yield Problem(f"{field}.weights", fault, original)
         if not self.floating and args.num_bits > 8:
-            yield Problem(f"{at}.weights.num_bits", f"{args.num_bits} bits, integers have at most 8 here", original)
+            yield Problem(f"{field}.weights.num_bits", f"{args.num_bits} bits, integers have at most 8 here", original)
         if args.actorder in REORDERED:
-            what = f"{args.actorder!r} gives each column a group of its own choice (g_idx), which is not supported"
-            yield Problem(f"{at}.weights.actorder", what, "Quantize the original again with actorder='weight' or none")
+            fault = f"{args.actorder!r} gives each column a group of its own choice (g_idx), which is not supported"
+            yield Problem(
+                f"{field}.weights.actorder", fault, "Quantize the original again with actorder='weight' or none"
+            )
         if not prequantized:
-            yield from self._not_on_the_way(at)
+            yield from self._not_quantizable(field)
 
-    def _not_on_the_way(self, at: str) -> Iterator[Problem]:
-        """What needs more than the weights, or kernels that there are not."""
+    def _not_quantizable(self, field: str) -> Iterator[Problem]:
+        """Yields what needs more than the weights, or kernels that do not exist."""
         args = self.weights
         if not self.floating and args.num_bits not in (4, 8):
-            what = f"{args.num_bits} bits: weights are quantized to 4 or 8 bits on the way"
-            yield Problem(f"{at}.weights.num_bits", what, "Give 4 or 8, or load a quantized checkpoint")
+            fault = f"{args.num_bits} bits: weights are quantized to 4 or 8 bits while they are loaded"
+            yield Problem(f"{field}.weights.num_bits", fault, "Give 4 or 8, or load a quantized checkpoint")
         if args.scale_dtype is not None:
-            what = f"{args.scale_dtype!r}: scales are stored in the weight's own dtype"
-            yield Problem(f"{at}.weights.scale_dtype", what, "Leave it out")
+            fault = f"{args.scale_dtype!r}: scales are stored in the weight's own dtype"
+            yield Problem(f"{field}.weights.scale_dtype", fault, "Leave it out")
         if not args.symmetric and args.zp_dtype not in (None, "torch.int8", "int8"):
-            yield Problem(f"{at}.weights.zp_dtype", f"{args.zp_dtype!r}: zero points are int8", "Leave it out")
+            yield Problem(f"{field}.weights.zp_dtype", f"{args.zp_dtype!r}: zero points are int8", "Leave it out")
         if self.statics:
-            what = "activations have a fixed range, which takes calibration to find"
-            yield Problem(f"{at}.input_activations", what, "Set dynamic=true, or leave activations unquantized")
+            fault = "activations have a fixed range, which needs calibration"
+            yield Problem(f"{field}.input_activations", fault, "Set dynamic=true, or leave activations unquantized")
 
 
-def storages(config: CompressedTensorsConfig) -> dict[str, tuple[QuantizationGroup, Storage]]:
-    """Each group that quantizes weights, by its name in the configuration."""
-    found = {}
-    for name, group in config.groups.items():
-        if group.weights is not None:
-            stored = Storage(
-                format=_format(config.format, group),
-                weights=group.weights,
-                inputs=group.input_activations,
-                outputs=group.output_activations,
-            )
-            found[name] = (group, stored)
-    return found
+def storages(config: CompressedTensorsConfig) -> dict[str, Storage]:
+    """The storage of each group that quantizes weights, by its name in the configuration."""
+    return {
+        name: Storage(
+            format=_format(config.format, group),
+            weights=group.weights,
+            inputs=group.input_activations,
+            outputs=group.output_activations,
+        )
+        for name, group in config.groups.items()
+        if group.weights is not None
+    }
 
 
-def _format(whole: str, group: QuantizationGroup) -> str:
-    """The group's own format, that of the whole file, or the one that its precision means (`compressors/format.py`)."""
+def _format(default: str, group: QuantizationGroup) -> str:
+    """The group's own format, the file's default, or the one that its precision means (`compressors/format.py`)."""
     if group.format is not None:
         return group.format
     weights, inputs = group.weights, group.input_activations
-    if whole not in ("mixed-precision", "dense", "fakequant") or weights is None:
-        return whole
+    if default not in ("mixed-precision", "dense", "fakequant") or weights is None:
+        return default
     if weights.type == "int" and inputs is not None and inputs.type == "int":
         return "int-quantized"
     if weights.type == "int":
@@ -178,8 +177,8 @@ def _format(whole: str, group: QuantizationGroup) -> str:
 def target_of(name: str, targets: Mapping[str, str]) -> str | None:
     """The group of a linear module, from target -> group.
 
-    As `match_targets` (`utils/match.py`) orders what matches: exact names, then patterns, then classes, each in the
+    Matches have the order of `match_targets` (`utils/match.py`): exact names, then patterns, then classes, each in the
     order of the alphabet.
     """
-    found = [(target == "Linear", target.startswith("re:"), target) for target in targets if matches(target, name)]
-    return targets[min(found)[2]] if found else None
+    ranked = [(target == "Linear", target.startswith("re:"), target) for target in targets if matches(target, name)]
+    return targets[min(ranked)[2]] if ranked else None

@@ -1,12 +1,11 @@
-"""Methods that transformers loads with its own quantizers: configured and checked here, never cut.
+"""Methods that transformers loads with its own quantizers: configured and checked here, never partitioned.
 
 Their kernels or formats belong to other libraries, so a model of theirs goes to one device, or over several by device
-map, and only where its library is installed. Nothing of it streams through distquant.
+map, and only where its library is installed. distquant streams none of its weights, so these methods have layout rules
+alone, and none needs a file of its own.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
@@ -18,37 +17,37 @@ from distquant.model.description import ModelDescription
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context, Scheme
 from distquant.sharding.layout import Layout, plain
-from distquant.sharding.shard import Shard
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 
 class DelegatedScheme(Scheme):
-    """Converts no module: transformers does, in `from_pretrained` (see `assemble.delegated`)."""
+    """Converts no module: transformers does, in `from_pretrained` (see `loading.delegated`)."""
 
     delegated = True
 
     def validate(self, context: Context) -> list[Problem]:
-        """What transformers would refuse, with what is refused here: more than one rank."""
+        """Lists what transformers would not load, and what is not supported here: more than one rank."""
         method, environment = self.config.quant_method, context.environment
         needs = REQUIREMENTS[method]
-        found = [] if self.config.dequantize else super().validate(context)
+        problems = [] if self.config.dequantize else super().validate(context)
         for package, limit in needs.below.items():
             have = environment.packages.get(package)
             if have is not None and Version(have) >= Version(limit):
-                what = f"{package} {have}, {method!r} needs one below {limit}"
-                found.append(Problem("environment", what, f"Run: pip install '{package}<{limit}'"))
+                fault = f"{package} {have}, {method!r} needs one below {limit}"
+                problems.append(Problem("environment", fault, f"Run: pip install '{package}<{limit}'"))
         if environment.device_type == "cpu" and not needs.cpu and not self.config.dequantize:
             note = f" ({needs.note})" if needs.note else ""
-            found.append(Problem("environment", f"{method!r} does not run on a CPU{note}", "Use a GPU"))
+            problems.append(Problem("environment", f"{method!r} does not run on a CPU{note}", "Use a GPU"))
         if context.mesh.size > 1:
-            what = f"{context.mesh}, and weights of {method!r} are loaded by transformers, which cannot cut them"
-            found.append(Problem("mesh", what, "Use one rank, or device_map='auto' over the devices of one process"))
+            fault = f"{context.mesh}, and weights of {method!r} are loaded by transformers, which cannot partition them"
+            problems.append(
+                Problem("mesh", fault, "Use one rank, or device_map='auto' over the devices of one process")
+            )
         if not needs.quantizes and not context.prequantized:
-            what = f"{method!r} cannot quantize on the way, and this checkpoint is not quantized with it"
-            found.append(Problem("quantization_config", what, "Take a checkpoint of that method, or another method"))
-        return found
+            fault = f"{method!r} cannot quantize while loading, and this checkpoint is not quantized with it"
+            problems.append(
+                Problem("quantization_config", fault, "Take a checkpoint of that method, or another method")
+            )
+        return problems
 
     @classmethod
     def quantizes(cls) -> bool:
@@ -64,20 +63,9 @@ class DelegatedScheme(Scheme):
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         return plain(dtype, len(shape))
 
-    def module(self, linear: nn.Module, shard: Shard) -> nn.Module:
-        raise AssertionError(_BY_TRANSFORMERS)
-
-    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
-        raise AssertionError(_BY_TRANSFORMERS)
-
-    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
-        raise AssertionError(_BY_TRANSFORMERS)
-
-
-_BY_TRANSFORMERS = "a delegated method converts no module of distquant's"
-
 
 def _delegate(config: type[QuantizationConfig]) -> None:
+    """Registers the scheme of one method."""
     needs = REQUIREMENTS[config.quant_method]
     members = {
         "name": config.quant_method,

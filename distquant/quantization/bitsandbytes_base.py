@@ -1,4 +1,4 @@
-"""What the two bitsandbytes schemes share: package, device maps, memory, and the mark that others look for."""
+"""The base of both bitsandbytes methods: package, device maps, memory, and the mark that others look for."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from torch import nn
 
 from distquant.config import Bnb4bitConfig, Bnb8bitConfig
 from distquant.errors import Problem
-from distquant.quantization.scheme import Context, Scheme
+from distquant.quantization.codec import Encoder
+from distquant.quantization.quantized_scheme import QuantizedScheme
+from distquant.quantization.scheme import Context
 from distquant.sharding.device_map import place_of
 
 
-class BitsandbytesScheme(Scheme):
-    """Hooks of both: device maps, memory, and the mark that PEFT and transformers look for."""
+class BitsandbytesScheme(QuantizedScheme, Encoder):
+    """Rules of both: device maps, memory, and the mark that PEFT and transformers look for."""
 
     requires: ClassVar[Mapping[str, str]] = {"bitsandbytes": "0.50"}  # older ones nest absmax into other bits
     by_bitsandbytes: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
-    unmoved: ClassVar[Mapping[str, str]] = {}  # what would be moved is left unquantized, see `offloaded`
+    unmoved: ClassVar[Mapping[str, str]] = {}  # offloaded modules are left unquantized, see `offloaded`
     mark: ClassVar[str]
     config: Bnb4bitConfig | Bnb8bitConfig
 
     def validate(self, context: Context) -> list[Problem]:
-        found = super().validate(context)
+        problems = super().validate(context)
         places = set((context.device_map or {}).values())
         offloaded = sorted(places & {"cpu", "disk"})
         if offloaded and places != {"cpu"} and not self.config.llm_int8_enable_fp32_cpu_offload:
-            what = f"modules on {' and '.join(offloaded)} beside other devices stay unquantized with bitsandbytes"
+            fault = f"modules on {' and '.join(offloaded)} beside other devices stay unquantized with bitsandbytes"
             fix = "Set llm_int8_enable_fp32_cpu_offload=True to allow that, or map everything to one kind of device"
-            found.append(Problem("device_map", what, fix))
-        return found
+            problems.append(Problem("device_map", fault, fix))
+        return problems
 
     def offloaded(self, converted: Iterable[str], device_map: Mapping[str, str]) -> set[str]:
         """Modules on CPU or disk beside other devices, where that is allowed (transformers keeps them in 16 bits)."""
@@ -40,11 +42,11 @@ class BitsandbytesScheme(Scheme):
         return {name for name in converted if place_of(device_map, name) in ("cpu", "disk")}
 
     def adjust_max_memory(self, max_memory: int) -> int:
-        """A tenth is left for what quantization needs beside the weights, as transformers does."""
+        """Leaves a tenth for what quantization needs beside the weights, as transformers does."""
         return int(max_memory * 0.9)
 
     def finish_model(self, model: Any) -> None:
-        """What `from_pretrained` leaves on a bitsandbytes model, so that PEFT and `save_pretrained` treat it alike."""
+        """Sets what `from_pretrained` leaves, so that PEFT and `save_pretrained` treat the model alike."""
         from transformers import BitsAndBytesConfig
         from transformers.quantizers import AutoHfQuantizer
 

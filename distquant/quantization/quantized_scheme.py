@@ -1,0 +1,72 @@
+"""A method whose weights distquant quantizes and keeps: its three interfaces joined, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from distquant.config import torch_dtype
+from distquant.quantization.codec import Codec, Encoder
+from distquant.quantization.module_factory import ModuleFactory
+from distquant.quantization.scheme import Scheme
+from distquant.sharding.layout import Layout
+from distquant.sharding.shard import Shard
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from distquant.sharding.tally import Tally
+
+
+class QuantizedScheme(Scheme, Codec, ModuleFactory):
+    """Layout rules, codec and module factory of one method.
+
+    A method writes `layout`, `dequantize` and `fingerprint_streams`, and `module`, `fill` and `components`. One that
+    quantizes derives from `Encoder`, too.
+    """
+
+    @classmethod
+    def quantizes(cls) -> bool:
+        return issubclass(cls, Encoder)
+
+    # -- components ------------------------------------------------------------------------------------------------
+
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+        return self.shaped(shard, parts)
+
+    def pack_prequantized(
+        self, shard: Shard, parts: dict[str, Tensor], replicated: frozenset[str]
+    ) -> dict[str, Tensor]:
+        return self.shaped(shard, parts)
+
+    def shaped(self, shard: Shard, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Flat components in the local shapes of the layout; those that the layout does not know are left out."""
+        known = {component.name: component for component in self.local_layout(shard).components}
+        return {
+            name: value.view(known[name].shape(shard.local_shape)) for name, value in parts.items() if name in known
+        }
+
+    def local_layout(self, shard: Shard) -> Layout:
+        """The layout that the shard's own components have."""
+        return self.layout(shard.name, shard.local_shape, shard.dtype)
+
+    # -- modules ---------------------------------------------------------------------------------------------------
+
+    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+        """Fills `module` when all rows have been encoded; arguments as of `pack`."""
+        self.fill(shard, module, self.pack(shard, parts, ops))
+
+    def load_prequantized(
+        self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], replicated: frozenset[str]
+    ) -> None:
+        """Fills `module` from a pre-quantized weight; arguments as of `pack_prequantized`."""
+        self.fill(shard, module, self.pack_prequantized(shard, parts, replicated))
+
+    def dequantized(self, module: nn.Module, shard: Shard, ops: Any) -> Tensor:
+        """The weight of a filled module, `[local out, local in]` in the dtype that it was quantized from."""
+        return self.dequantize(shard, self.components(module), torch_dtype(shard.dtype), ops)
+
+    def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:
+        """Adds the module's codes and scales, as its kernel uses them, to the fingerprint."""
+        for stream, values, width in self.fingerprint_streams(shard, self.components(module)):
+            tally.shard(stream, values, shard.shape, shard.shard_dim, shard.owned, span=width)
