@@ -314,4 +314,4 @@ def test_version_and_help(command: Command) -> None:
     done = command("--help")
     assert done.code == 0
     for name in ("plan", "load", "verify", "perplexity", "inspect", "doctor", "demo"):
-        assert re.search(rf"^ +{name} ", done.out, re.MULTILINE)
+        assert re.search(rf"^ +{name}\b", done.out, re.MULTILINE)
