@@ -245,6 +245,7 @@ def _placed(
             reason = f"ends at byte {start + offset + total}, and the file is only {size} bytes long"
             raise _Bad(HeaderFault.TRUNCATED, reason, name)
         types[name] = kind
+        # Rows of blocks have no shape in elements that a reader could slice: they are described as rows of bytes.
         stored = shape if block == 1 else (*shape[:-1], shape[-1] // block * nbytes)
         dtype = kind if block == 1 else "U8"
         infos[name] = TensorInfo(name=name, dtype=dtype, shape=stored, file=file, offset=start + offset, nbytes=total)

@@ -72,6 +72,7 @@ def form_of(name: str, module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Ex
     bias = bool(getattr(module, "has_bias", False))
     first = "gate_up_proj" if gate else "up_proj"
     weights = {first, "down_proj"}
+    # A parameter beyond these would be left unread or unquantized, so such a module is of an unknown form.
     if not (dense or marked) or shapes.keys() != weights | ({f"{w}_bias" for w in weights} if bias else set()):
         return None
     transposed = dense or module.is_transposed
@@ -80,9 +81,11 @@ def form_of(name: str, module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Ex
     hidden_out, intermediate = shapes["down_proj"][:0:-1] if transposed else shapes["down_proj"][1:]
     if hidden_out != hidden or wide != intermediate * (2 if gate else 1) or shapes["down_proj"][0] != count:
         return None
+    # The first attribute changes what the module computes. A bias would have to be split with gate and up.
     if getattr(module, "has_post_expert_norm", False) or (bias and gate and not transposed):
         return None
     interleaved = gate and not getattr(module, "is_concatenated", True)
+    # Gate and up are separate stacks only if each is a block of rows; otherwise their rows must stay together.
     columns: tuple[Projection, ...]
     if gate and not transposed and not interleaved:
         columns = (

@@ -97,6 +97,7 @@ def encode_4bit(
     flat = weight.reshape(-1)
     packed = prepared(codes, ((flat.numel() + 1) // 2,), torch.uint8, flat.device)
     tile = max(TILE // blocksize, 1) * blocksize
+    # The tail is divided and not multiplied, so it is encoded apart from the full blocks, also where it is full here.
     tail = (flat.numel() - 1) // blocksize * blocksize if ragged or flat.numel() % blocksize else flat.numel()
     for start in range(0, tail, tile):
         stop = min(start + tile, tail)

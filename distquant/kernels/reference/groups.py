@@ -56,6 +56,7 @@ def quantize_groups(
     scales = prepared(scale, (rows, groups), weight.dtype, weight.device)
     zeros = None if symmetric else prepared(zero, (rows, groups), torch.int8, weight.device)
     step, full = max(TILE // max(columns, 1), 1), columns // group_size
+    # Full groups form one tensor; a shorter last group cannot join them, and padding would change its range.
     for row in range(0, rows, step):
         for first, last, size in ((0, full, group_size), (full, groups, columns - full * group_size)):
             if first == last:

@@ -1,4 +1,4 @@
-"""What the native kernels refuse: arguments that do not fit, and instruction sets that are not there."""
+"""Refusals of the native kernels: invalid arguments, and instruction sets that this machine lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is built on `meta` gets no initial values; what is not, does."""
+"""Parameters built on `meta` get no initial values; others do."""
 
 from __future__ import annotations
 
