@@ -12,7 +12,7 @@ from distquant.config.vocabulary import columns
 from distquant.environment import format_bytes
 from distquant.errors import InputError
 from distquant.planning import LoadPlan
-from distquant.planning.read_assignment import REASONS
+from distquant.planning.read_strategy import REASONS
 
 SHOWN_RANKS = 16
 """Ranks that a table lists; of more, the first and last are shown."""

@@ -21,7 +21,7 @@ from distquant.loading.devices import Devices
 from distquant.loading.fill import WeightPlacer
 from distquant.loading.finish import fill_computed_buffers, refuse_format
 from distquant.loading.forward import check_forward, set_forward
-from distquant.loading.jobs import jobs_of, sink_of
+from distquant.loading.node_tasks import buffer_for, tasks_of
 from distquant.loading.report import RankReport
 from distquant.loading.shard_buffer import ShardBuffer
 from distquant.loading.stream.accelerator import Collectives
@@ -211,7 +211,7 @@ class _Loading:
         with changing_process_state():
             shard_experts(model, plan, self.scheme, self.at["tp"], self.at["ep"])
         files = Files(self.checkpoint.folder, self.options.io)
-        placer = WeightPlacer(model, plan, self.scheme, self.at, self.devices, self._ops, self.report)
+        placer = WeightPlacer(model, plan, self.scheme, self.at["tp"], self.devices, self._ops, self.report)
         try:
             self._stream(placer, files)
         finally:
@@ -270,17 +270,16 @@ class _Loading:
     def _stream(self, placer: WeightPlacer, files: Files) -> None:
         plan = self.plan
         node = node_ranks(plan.nodes, self.comm.rank)
-        jobs = list(jobs_of(plan, self.scheme, node, self.checkpoint.tensors, self.devices.of, self._ops))
+        tasks = list(tasks_of(plan, self.scheme, node, self.checkpoint.tensors, self.devices.of, self._ops))
         partial = any(plan.nodes[rank] != plan.nodes[self.comm.rank] for rank in plan.mesh.peers(self.comm.rank, "tp"))
 
         def sink(task: Task) -> ShardBuffer:
-            job = jobs[task.index]
-            return sink_of(job, self.at["tp"], partial, placer.home(job))
+            return buffer_for(task, self.at["tp"], partial, placer.allocator(task))
 
         def finished(task: Task, filled: Any) -> None:
             if partial:
                 self._join_statistics(task, filled)
-            placer.fill(jobs[task.index], filled)
+            placer.fill(task, filled)
 
         def progress(done: int, total: int) -> None:
             assert self.progress is not None
@@ -288,7 +287,7 @@ class _Loading:
 
         with Engine(
             self.comm.rank,
-            [job.task for job in jobs],
+            tasks,
             files,
             plan.staging,
             self.load_state,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from distquant.model.description import STAR, Experts, ModelDescription, Projection, wildcard
 from distquant.model.experts import sources_by_expert, stack_name
@@ -173,43 +173,6 @@ def experts_of(tensor: TensorPlan, tensors: Mapping[str, tuple[int, ...]]) -> It
             tensor.transposed,
             tensor.reading,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What is loaded as one: a tensor, or one expert of a stack.
-
-    Attributes:
-        tensor: it, on its own.
-        stack: the plan's entry that it belongs to; the tensor itself if it is no stack.
-        number: of the expert; 0 if it is no stack.
-    """
-
-    tensor: TensorPlan
-    stack: TensorPlan
-    number: int
-
-
-def pieces_of(tensors: Iterable[TensorPlan], shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
-    """Everything that is loaded, in the order in which it lies in the files.
-
-    Args:
-        tensors: of a plan.
-        shapes: shape of each checkpoint tensor, in the order of files and offsets.
-    """
-    order = {name: place for place, name in enumerate(shapes)}
-
-    def place(piece: Piece) -> tuple[int, int]:
-        return min((order[s.tensor], s.take[1] if s.take else 0) for s in piece.tensor.sources)
-
-    pieces = (Piece(one, tensor, number) for tensor in tensors for number, one in enumerate(experts_of(tensor, shapes)))
-    # An expert that the checkpoint lacks is told elsewhere, together with every other problem.
-    return sorted((piece for piece in pieces if piece.tensor.sources), key=place)
-
-
-def owner_of(dealt: Partition, number: int) -> int:
-    """The position on ep that holds an expert."""
-    return next(ep for ep in range(len(dealt.parts)) for a, b in dealt.segments(ep) if a <= number < b)
 
 
 def one_of(tensor: TensorPlan) -> TensorPlan:

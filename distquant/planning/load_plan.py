@@ -13,7 +13,7 @@ from typing import Any
 from distquant.environment import Environment
 from distquant.errors import InputError
 from distquant.model.description import Source
-from distquant.planning.read_assignment import OWN
+from distquant.planning.read_strategy import OWN
 from distquant.sharding.heads import HeadPartition
 from distquant.sharding.mesh import Mesh
 from distquant.sharding.partition import Partition
@@ -35,7 +35,7 @@ class TensorPlan:
         dim: dim that is cut over tp; None = every rank holds all of it.
         cut: key into `LoadPlan.partitions`.
         transposed: whether the checkpoint stores it `[in, out]` (GPT-2's Conv1D) and it is turned to be quantized.
-        reading: how the ranks of a node read it, a key of `planning.reading.REASONS`.
+        reading: how the ranks of a node read it, a key of `planning.read_strategy.REASONS`.
         experts: for a stack of experts, key into `LoadPlan.partitions` of how they are distributed over ep; the first
             dim of `shape` then counts them, `name` has a star for their number, and `dim` is never 0.
     """

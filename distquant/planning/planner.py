@@ -36,7 +36,8 @@ from distquant.planning.load_plan import LoadPlan, ModuleShard, RankMemory, Tens
 from distquant.planning.notes import notes_on
 from distquant.planning.plan_builder import Draft
 from distquant.planning.prepared import Prepared
-from distquant.planning.read_assignment import nodes_of, way_of_reading
+from distquant.planning.read_assignment import nodes_of
+from distquant.planning.read_strategy import read_strategy
 from distquant.planning.request import Request, collected, read_request
 from distquant.planning.tensor_parallel import (
     COLWISE,
@@ -333,7 +334,7 @@ class _Planner:
         shape = param.shape[::-1] if transposed else param.shape
         partition = shard.partition if shard is not None and dim is not None else None
         transposed = transposed and not draft.prequantized
-        reading = way_of_reading(dim, parallel.partitions[partition] if partition else None, draft.mesh, draft.nodes)
+        reading = read_strategy(dim, parallel.partitions[partition] if partition else None, draft.mesh, draft.nodes)
         return TensorPlan(name, shape, param.dtype, scheme, sources, dim, partition, transposed, reading)
 
     def _stack(self, linear: Linear, name: str, leaf: str, scheme: str) -> TensorPlan:
@@ -346,7 +347,7 @@ class _Planner:
             dim, partition = None, None
         transposed = linear.transposed and leaf == "weight" and not (draft.prequantized and scheme != "none")
         found = parallel.partitions[partition] if partition else None
-        reading = way_of_reading(dim, found, draft.mesh, draft.nodes, expert=True)
+        reading = read_strategy(dim, found, draft.mesh, draft.nodes, expert=True)
         place = None if dim is None else dim + 1
         return TensorPlan(name, param.shape, param.dtype, scheme, sources, place, partition, transposed, reading, dealt)
 

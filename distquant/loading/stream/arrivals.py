@@ -57,7 +57,7 @@ class ArrivalTracker:
         task = self.tasks[min(self.next, len(self.tasks) - 1)]
         came = self._came[task.index]
         rank = self.rank
-        for part in task.parts:
+        for part in task.reads:
             first, last = part.rows
             there = sum(stop - start for start, stop in came.items() if first <= start < last)
             if part.reader != self.rank and there < last - first:

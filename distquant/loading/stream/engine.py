@@ -173,18 +173,12 @@ class Engine:
 
     def _files(self) -> set[str]:
         """Files that this rank reads of."""
-        mine = (task for task in self.tasks if any(part.reader == self.rank for part in task.parts))
-        return {placed.info.file for task in mine for placed in task.rows.placed}
+        mine = (task for task in self.tasks if any(read.reader == self.rank for read in task.reads))
+        return {file for task in mine for file in task.rows.files}
 
     def bytes_to_read(self) -> int:
         """Bytes of all rows that this rank reads."""
-        total = 0
-        for task in self.tasks:
-            for part in task.parts:
-                if part.reader == self.rank:
-                    rows = task.rows.rows if task.transposed else part.rows[1] - part.rows[0]
-                    total += task.row_bytes * rows
-        return total
+        return sum(read.nbytes for task in self.tasks for read in task.reads if read.reader == self.rank)
 
     def _chunks(self) -> Iterator[Chunk]:
         """All pieces that this rank reads, in order; runs on a reader thread."""
@@ -214,7 +208,7 @@ class Engine:
         """Other ranks of the node that keep something of these rows."""
         if chunk.task.replicated:
             return tuple(filter(chunk.task.is_for, self.peers.peers))
-        return tuple(rank for rank in chunk.part.owners if rank != self.rank)
+        return tuple(rank for rank in chunk.read.owners if rank != self.rank)
 
     def _consume(self, chunk: Chunk) -> None:
         task = chunk.task
@@ -319,7 +313,7 @@ class Engine:
 
     def _wanted(self, chunk: Chunk) -> int:
         """Mask of the components that other ranks need of these rows."""
-        shared = len(chunk.part.owners) > 1
+        shared = len(chunk.read.owners) > 1
         return sum(1 << i for i, row_layout in enumerate(chunk.task.row_layouts) if row_layout.whole or shared)
 
     def _tell(self, receivers: tuple[int, ...], message: Message) -> None:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from distquant.loading.stream.files import Files, ReadError
-from distquant.loading.stream.rows import RowRange
 from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.staging_buffer import LoadState, Slots, StagingBuffer
 from distquant.loading.stream.tasks import Chunk
+from distquant.planning.row_map import RowRange
 
 AHEAD = 8
 """Batches that may wait for the consumer, those that were read straight into place included."""
