@@ -16,7 +16,7 @@ from distquant.model.experts import form_of
 from distquant.model.uninitialized import Uninitialized
 from distquant.parallel.expert_stack import ExpertStack
 from distquant.parallel.experts import Experts
-from distquant.planning.expert_parallel import expert_name, one_of
+from distquant.planning.expert_parallel import expert_name, first_expert
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.quantization import Scheme, Shard
 
@@ -86,7 +86,7 @@ def _add_stack(module: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, 
     _, _, path = tensor.name.partition(f".{STAR}.")
     name, leaf = path.split(".")
     projection = next(p for p in module.form.projections if p.name == name)
-    one = one_of(tensor)
+    one = first_expert(tensor)
     if tensor.scheme != "none" and not plan.dequantize:
         numbers = range(module.first, module.last)
         shards = [shard_of(replace(one, name=expert_name(tensor.name, n)), plan, tp_rank) for n in numbers]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from distquant.config.resolve import is_known
 from distquant.environment import format_bytes
-from distquant.planning.expert_parallel import ALL_REDUCE, DISPATCH, one_of
+from distquant.planning.expert_parallel import ALL_REDUCE, DISPATCH, first_expert
 from distquant.planning.load_plan import TensorPlan
 from distquant.planning.plan_builder import Draft
 from distquant.quantization import Shard, config_classes
@@ -111,7 +111,7 @@ def _exactness(draft: Draft) -> Iterator[str]:
     extra = 0
     for tensor, times in draft.alike():
         if tensor.scheme != "none" and tensor.partition:
-            one = one_of(tensor)
+            one = first_expert(tensor)
             number = tensor.shape[0] if tensor.experts is not None else 1
             whole = Shard(one.name, (one.shape[0], one.shape[1]), one.dtype)
             parts = (draft.local(one, tp)[1] for tp in range(draft.mesh.tp))
@@ -139,7 +139,7 @@ def _goes_whole(draft: Draft, tensor: TensorPlan) -> bool:
     """Whether every rank gets all codes of a stored weight, because they have no slices."""
     if any(source.component in draft.scheme.unsliced for source in tensor.sources):
         return True
-    one = one_of(tensor)
+    one = first_expert(tensor)
     return any(c.replicated and not c.name for c in draft.scheme.layout(one.name, one.shape, one.dtype).components)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from distquant.checkpoint import Checkpoint
 from distquant.model import Kept, ModelDescription, Source, taken
-from distquant.planning.expert_parallel import ALL_REDUCE, experts_of, one_of
+from distquant.planning.expert_parallel import ALL_REDUCE, experts_of, first_expert
 from distquant.planning.load_plan import RankMemory, TensorPlan
 from distquant.planning.read_assignment import bytes_read
 from distquant.planning.slots import READ_SLOTS, SEND_SLOTS, SLACK
@@ -60,7 +60,7 @@ class Draft:
     def local(self, tensor: TensorPlan, tp: int, ep: int = 0) -> tuple[int, int]:
         """Elements and bytes of a rank's part of a tensor."""
         if tensor.experts is not None:
-            count, nbytes = self.local(one_of(tensor), tp)
+            count, nbytes = self.local(first_expert(tensor), tp)
             held = self.parallel.partitions[tensor.experts].length(ep)
             return count * held, nbytes * held
         partition = self.parallel.partitions[tensor.partition] if tensor.partition else None
@@ -112,7 +112,7 @@ class Draft:
         for tensor in self.tensors:
             layout = None  # a method may store weights of one shape in several ways
             if tensor.scheme != "none":
-                one = one_of(tensor)
+                one = first_expert(tensor)
                 layout = self.scheme.layout(one.name, one.shape, one.dtype)
             key = (
                 tensor.shape,
@@ -150,7 +150,7 @@ class Draft:
         for tensor, _ in alike:
             if tensor.scheme == "none" or self.prequantized:
                 continue
-            one = one_of(tensor)
+            one = first_expert(tensor)
             shape = (one.shape[0], one.shape[1])
             stored = {c.name: c.nbytes(shape) for c in self.scheme.layout(one.name, shape, one.dtype).components}
             statistics = self.scheme.replicated_components(Shard(one.name, shape, one.dtype))

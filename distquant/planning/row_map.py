@@ -134,3 +134,33 @@ def _first_row(offset: tuple[int, ...] | None, shape: tuple[int, ...]) -> int:
     # The last dim counts columns, so it does not move the row.
     strides = [math.prod(shape[i + 1 : -1]) if i < len(shape) - 1 else 0 for i in range(len(shape))]
     return sum(index * stride for index, stride in zip(offset, strides, strict=False))
+
+
+def row_bytes_of(
+    shape: tuple[int, ...],
+    stored: tuple[int, ...],
+    sources: tuple[Source, ...],
+    infos: Mapping[str, TensorInfo],
+    transposed: bool,
+) -> tuple[tuple[int, int], ...]:
+    """Returns (rows, bytes that each takes in the files), in row order: one pair, but for sources of several dtypes.
+
+    Args:
+        shape: logical shape.
+        stored: shape of the sources together, before they are transposed.
+        sources: checkpoint tensors that hold the rows.
+        infos: headers of these.
+        transposed: True if rows are stored as columns.
+    """
+    row_map = RowMap(stored[::-1] if transposed else stored, sources, infos)
+    ranges = row_map.ranges((0, row_map.rows), (0, row_map.width))
+    if transposed:  # a logical row is a column of the file, and they are all read together
+        rows = rows_and_width(shape)[0]
+        return ((rows, sum(each.nbytes for each in ranges) // max(rows, 1)),)
+    found: list[tuple[int, int]] = []
+    for each in ranges:
+        if found and found[-1][1] == each.width:
+            found[-1] = (found[-1][0] + each.rows, each.width)
+        else:
+            found.append((each.rows, each.width))
+    return tuple(found)

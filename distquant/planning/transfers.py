@@ -17,7 +17,7 @@ from distquant.errors import InputError
 from distquant.model.description import Source, taken
 from distquant.planning.expert_parallel import experts_of
 from distquant.planning.load_plan import TensorPlan
-from distquant.planning.row_map import RowMap, rows_and_width
+from distquant.planning.row_map import row_bytes_of, rows_and_width
 from distquant.quantization.scheme import Scheme
 from distquant.sharding.layout import ALL, Component
 from distquant.sharding.partition import Partition, Segment
@@ -207,7 +207,7 @@ def _plain(
         column_step=None if tensor.transposed or row_block else 1,
         single_reader=tensor.transposed,
         decoded=bool(row_block),
-        row_bytes=_row_bytes(tensor.shape, stored, tensor.sources, infos, tensor.transposed),
+        row_bytes=row_bytes_of(tensor.shape, stored, tensor.sources, infos, tensor.transposed),
     )
 
 
@@ -226,7 +226,7 @@ def _quantized(tensor: TensorPlan, shard: Shard, scheme: Scheme, infos: Mapping[
         row_step=shard.shape[0] if as_one else row_step(components, shard.shape),
         column_step=None if tensor.transposed or as_one else column_step(components, shard.shape),
         single_reader=tensor.transposed or as_one,
-        row_bytes=_row_bytes(shard.shape, shard.shape, tensor.sources, infos, tensor.transposed),
+        row_bytes=row_bytes_of(shard.shape, shard.shape, tensor.sources, infos, tensor.transposed),
     )
 
 
@@ -250,7 +250,7 @@ def _stored(source: Source, component: Component | None, shard: Shard, infos: Ma
         partition=partition,
         components=(Component(name=source.component, dtype="uint8"),),  # the file has its dtype
         replicated=frozenset() if part else frozenset((source.component,)),
-        row_bytes=_row_bytes(shape, shape, (source,), infos, False),
+        row_bytes=row_bytes_of(shape, shape, (source,), infos, False),
     )
 
 
@@ -279,25 +279,3 @@ def _partition_part(component: Component, shard: Shard) -> tuple[tuple[int, int]
     parts = tuple(tuple(stored(*segment) for segment in part) for part in partition.parts)
     stored_dim = 1 - dim if component.transposed else dim
     return (rows, columns), stored_dim, Partition(component.stored(dim, partition.size), parts)
-
-
-def _row_bytes(
-    shape: tuple[int, ...],
-    stored: tuple[int, ...],
-    sources: tuple[Source, ...],
-    infos: Mapping[str, TensorInfo],
-    transposed: bool,
-) -> tuple[tuple[int, int], ...]:
-    """Returns `TransferKind.row_bytes`: one entry, but for sources of several dtypes."""
-    row_map = RowMap(stored[::-1] if transposed else stored, sources, infos)
-    ranges = row_map.ranges((0, row_map.rows), (0, row_map.width))
-    if transposed:  # a logical row is a column of the file, and they are all read together
-        rows = rows_and_width(shape)[0]
-        return ((rows, sum(each.nbytes for each in ranges) // max(rows, 1)),)
-    found: list[tuple[int, int]] = []
-    for each in ranges:
-        if found and found[-1][1] == each.width:
-            found[-1] = (found[-1][0] + each.rows, each.width)
-        else:
-            found.append((each.rows, each.width))
-    return tuple(found)
