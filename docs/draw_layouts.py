@@ -3,7 +3,7 @@
     python docs/draw_layouts.py
 
 Nothing in a picture or a table is typed in: a small weight is laid out by the scheme's own `layout`, its cut falls on
-its alignments, and the slices are those in which a load reads a checkpoint (`transfers_of`, by `Component.slice`).
+its alignments, and the slices are those in which a load reads a checkpoint (`kinds_of`, by `Component.slice`).
 Pictures are `layouts/<method>.svg`; tables stand in `layouts.md` between `<!-- table: METHOD -->` and `<!-- end -->`.
 """
 
@@ -21,7 +21,7 @@ from distquant.checkpoint import TensorInfo
 from distquant.config.resolve import parse
 from distquant.model.description import Source
 from distquant.planning.load_plan import TensorPlan
-from distquant.planning.transfers import transfers_of
+from distquant.planning.transfers import kinds_of
 from distquant.quantization.registry import config_classes, scheme_for
 from distquant.quantization.scheme import Scheme
 from distquant.sharding.layout import ALL, Component
@@ -126,14 +126,16 @@ EXAMPLES: Mapping[str, tuple[Example, ...]] = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored component under a cut: its stored shape, and the ranges of `dim` that each rank reads; () = all of it.
+    """A stored component under a partition: its stored shape, and the ranges of `shard_dim` that each rank reads.
+
+    Without ranges, each rank reads all of it.
 
     `lines` are the stored elements between two drawn lines, per dim.
     """
 
     component: Component
     shape: tuple[int, ...]
-    dim: int | None = None
+    shard_dim: int | None = None
     parts: tuple[tuple[tuple[int, int], ...], ...] = ()
     lines: tuple[int, ...] = ()
 
@@ -162,13 +164,13 @@ def laid(example: Example) -> Laid:
     found = Laid(scheme_for(config), example.shape)
     for dim in (OUT, IN):
         partitions = (even_partition(example.shape[dim], alignment, RANKS) for alignment in found.alignments(dim))
-        found.preferred_alignments[dim] = partition = next((c for c in partitions if c is not None), None)
+        found.partitions[dim] = partition = next((c for c in partitions if c is not None), None)
         found.pieces[dim] = list(_pieces(found, dim, partition)) if partition else []
     return found
 
 
 def _pieces(found: Laid, dim: int, partition: Partition) -> Iterator[Piece]:
-    """Each component as `transfers_of` cuts it where a checkpoint stores it."""
+    """Yields each component as `kinds_of` shards it where a checkpoint stores it."""
     infos, sources = {}, []
     for at, component in enumerate(found.components):
         tensor = f"{at:02}"
@@ -178,14 +180,12 @@ def _pieces(found: Laid, dim: int, partition: Partition) -> Iterator[Piece]:
         sources.append(Source(tensor, component.name))
     name = found.scheme.name
     plan = TensorPlan(NAME, found.shape, DTYPE, name, tuple(sources), dim, "cut")
-    for component, transfer in zip(
-        found.components, transfers_of(plan, partition, found.scheme, True, infos), strict=True
-    ):
-        if transfer.shard_dim is None or transfer.partition is None:
+    for component, kind in zip(found.components, kinds_of(plan, partition, found.scheme, True, infos), strict=True):
+        if kind.shard_dim is None or kind.partition is None:
             shape = component.shape(found.shape)
             yield Piece(component, shape, lines=_lines(component, len(shape)))
         else:
-            yield Piece(component, transfer.shape, transfer.shard_dim, transfer.partition.parts, _lines(component, 2))
+            yield Piece(component, kind.shape, kind.shard_dim, kind.partition.parts, _lines(component, 2))
 
 
 def _lines(component: Component, dims: int) -> tuple[int, ...]:
@@ -278,7 +278,7 @@ def picture(method: str) -> str:
         for dim in (OUT, IN):
             y += 22
             parts.append(_text(LEFT, y, _heading(found, dim)))
-            if found.preferred_alignments[dim] is None:
+            if found.partitions[dim] is None:
                 continue
             y += 10
             boxes = list(_boxes(found, dim))
@@ -304,7 +304,7 @@ def picture(method: str) -> str:
 
 
 def _heading(found: Laid, dim: int) -> str:
-    partition, alignments = found.preferred_alignments[dim], found.alignments(dim)
+    partition, alignments = found.partitions[dim], found.alignments(dim)
     if partition is None:
         return f"{STYLES[dim]}: no exact cut, every rank holds everything"
     alignment = next(u for u in alignments if partition.legal(u))
@@ -313,7 +313,7 @@ def _heading(found: Laid, dim: int) -> str:
 
 def _boxes(found: Laid, dim: int) -> Iterator[tuple[list[str], str]]:
     """The logical weight, then every component: lines of text, and the drawing."""
-    partition = found.preferred_alignments[dim]
+    partition = found.partitions[dim]
     assert partition is not None
     weight = Component(name="", dtype=DTYPE)
     logical = Piece(weight, found.shape, dim, partition.parts, found.shape)

@@ -130,7 +130,7 @@ class _Rewriter:
         if unknown:
             name, style = next(iter(unknown.items()))
             kind = "style" if name in self.description.linears else "module for style"
-            raise NotSharded(f"{wildcard(name)} has a {kind} {style!r} without an exact quantized form yet")
+            raise NotSharded(f"{wildcard(name)} has a {kind} {style!r} that has no exact quantized form yet")
         columns = [self.description.linears[n] for n, s in asked.items() if s in COLUMN_STYLES]
         rows = [self.description.linears[n] for n, s in asked.items() if s in ROW_STYLES]
         attention = self.description.attentions.get(parent)

@@ -300,7 +300,7 @@ def test_features_are_dealt_out_in_units(layout, intermediate, ranks, expected):
             BLOCKS,
             352,
             2,
-            "no partition of gate and up, 352 features each, is aligned with the quantization blocks of",
+            "no partition of gate and up, 352 features each, is aligned with the quantization blocks of gate_up_proj",
         ),
     ],
 )
