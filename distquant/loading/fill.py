@@ -1,4 +1,4 @@
-"""Puts what has arrived of a tensor into the local model."""
+"""Puts the arrived components of a tensor into the local model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distquant.loading.devices import Devices
-from distquant.loading.local_modules import local_shape, set_tensor, shard_of, stored_turned
+from distquant.loading.local_modules import local_shape, set_tensor, shard_of, stored_transposed
 from distquant.loading.report import RankReport
 from distquant.loading.shard_buffer import Allocator, ShardBuffer
 from distquant.loading.stream.tasks import Task
@@ -34,7 +34,7 @@ class WeightPlacer:
         report: counts bytes.
 
     Attributes:
-        filled: names of the tensors that are there.
+        filled: names of the tensors that are in place.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class WeightPlacer:
         self.scheme.load_prequantized(shard, quantized, *self._take_collected())
         value = self.scheme.dequantized(quantized, shard, self.ops(self.devices.of(tensor.name)))
         value = value.to(getattr(torch, tensor.dtype))
-        return value.t().contiguous() if stored_turned(module, tensor) else value
+        return value.t().contiguous() if stored_transposed(module, tensor) else value
 
     def _put(self, tensor: TensorPlan, value: Tensor) -> None:
         self.filled.append(tensor.name)
