@@ -115,15 +115,15 @@ class Sampler:
         self.samples.append((self.done, resident()))
 
 
-def within(jobs: Iterable[Any], infos: Any, limit: int | None) -> list[Any]:
-    """Returns the tasks of the first jobs, up to so many bytes; at least one."""
+def within(tasks: Iterable[Any], limit: int | None) -> list[Any]:
+    """Returns the first tasks, up to so many bytes; at least one."""
     streamed: list[Any] = []
     nbytes = 0
-    for job in jobs:
-        nbytes += sum(infos[source.tensor].nbytes for source in job.transfer.sources)
+    for task in tasks:
+        nbytes += sum(read.nbytes for read in task.reads)
         if limit is not None and nbytes > limit and streamed:
             break
-        streamed.append(job.task)
+        streamed.append(task)
     return streamed
 
 
@@ -132,8 +132,8 @@ def stream(plan: Any, io: str, limit: int | None, report: Callable[[int, int], N
 
     from distquant.checkpoint import open_checkpoint
     from distquant.kernels.choice import choose
-    from distquant.loading.jobs import jobs_of
     from distquant.loading.loader import scheme_of
+    from distquant.loading.node_tasks import tasks_of
     from distquant.loading.stream.budget import Budget
     from distquant.loading.stream.engine import Engine
     from distquant.loading.stream.files import Files
@@ -143,8 +143,7 @@ def stream(plan: Any, io: str, limit: int | None, report: Callable[[int, int], N
     checkpoint = open_checkpoint(plan.model)
     device, ops = torch.device("cpu"), choose("auto", torch.device("cpu")).ops
     infos = checkpoint.tensors
-    jobs = jobs_of(plan, scheme_of(plan), (0,), infos, lambda _: device, lambda _: ops)
-    tasks = within(jobs, infos, limit)
+    tasks = within(tasks_of(plan, scheme_of(plan), (0,), infos, lambda _: device, lambda _: ops), limit)
     sink = Forgetful(Budget.of(plan.staging, tasks).largest)
     load_state, stages, files = LoadState(600), StageTimer(), Files(checkpoint.path, io)
     streamed = Streamed(tensors=len({task.name for task in tasks}), staging=plan.staging, before=resident())

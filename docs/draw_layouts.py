@@ -3,7 +3,7 @@
     python docs/draw_layouts.py
 
 Nothing in a picture or a table is typed in: a small weight is laid out by the scheme's own `layout`, its partition
-falls on its alignments, and the slices are those that a load reads from a checkpoint (`transfers_of`, by
+falls on its alignments, and the slices are those that a load reads from a checkpoint (`kinds_of`, by
 `Component.slice`). Pictures are `layouts/<method>.svg`; tables stand in `layouts.md` between
 `<!-- table: METHOD -->` and `<!-- end -->`.
 """
@@ -22,7 +22,7 @@ from distquant.checkpoint import TensorInfo
 from distquant.config.resolve import parse
 from distquant.model.description import Source
 from distquant.planning.load_plan import TensorPlan
-from distquant.planning.transfers import transfers_of
+from distquant.planning.transfers import kinds_of
 from distquant.quantization.registry import config_classes, scheme_for
 from distquant.quantization.scheme import Scheme
 from distquant.sharding.layout import ALL, Component
@@ -175,7 +175,7 @@ def lay_out(example: Example) -> LaidOut:
 
 
 def _divide(laid_out: LaidOut, dim: int, partition: Partition) -> Iterator[DividedComponent]:
-    """Yields each component as `transfers_of` divides it where a checkpoint stores it."""
+    """Yields each component as `kinds_of` divides it where a checkpoint stores it."""
     infos, sources = {}, []
     for number, component in enumerate(laid_out.components):
         tensor = f"{number:02}"
@@ -185,14 +185,14 @@ def _divide(laid_out: LaidOut, dim: int, partition: Partition) -> Iterator[Divid
         sources.append(Source(tensor, component.name))
     scheme = laid_out.scheme
     plan = TensorPlan(NAME, laid_out.shape, DTYPE, scheme.name, tuple(sources), dim, "partition")
-    transfers = transfers_of(plan, partition, scheme, True, infos)
-    for component, transfer in zip(laid_out.components, transfers, strict=True):
-        if transfer.shard_dim is None or transfer.partition is None:
+    kinds = kinds_of(plan, partition, scheme, True, infos)
+    for component, kind in zip(laid_out.components, kinds, strict=True):
+        if kind.shard_dim is None or kind.partition is None:
             shape = component.shape(laid_out.shape)
             yield DividedComponent(component, shape, grid=_grid(component, len(shape)))
         else:
-            ranges = transfer.partition.parts
-            yield DividedComponent(component, transfer.shape, transfer.shard_dim, ranges, _grid(component, 2))
+            ranges = kind.partition.parts
+            yield DividedComponent(component, kind.shape, kind.shard_dim, ranges, _grid(component, 2))
 
 
 def _grid(component: Component, dims: int) -> tuple[int, ...]:

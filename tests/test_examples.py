@@ -60,7 +60,7 @@ def test_plan_on_a_laptop():
     """Also shows that planning needs no GPU and that a rank's shortage is told with its arithmetic."""
     output = run(EXAMPLES / "plan_on_a_laptop.py", CUDA_VISIBLE_DEVICES="")
     assert "mesh tp=8 (8 ranks)" in output
-    assert "units of 32 for gate_proj, up_proj, down_proj" in output
+    assert "multiples of 32 for gate_proj, up_proj, down_proj" in output
     assert re.search(r"with 64 MiB a rank:\nrank \d \(and 7 more\): needs .* = 80\.\d+ MiB, and 57\.60 MiB", output)
 
 

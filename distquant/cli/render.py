@@ -11,7 +11,7 @@ from distquant.checkpoint import Checkpoint
 from distquant.config.vocabulary import columns
 from distquant.errors import InputError
 from distquant.planning import LoadPlan
-from distquant.planning.read_assignment import REASONS
+from distquant.planning.read_strategy import REASONS
 from distquant.units import format_bytes
 
 SHOWN_RANKS = 16

@@ -1,4 +1,4 @@
-"""Models of methods that distquant does not cut: transformers loads them with its own quantizer."""
+"""Loads models of methods that distquant does not shard: transformers does, with its own quantizer."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from distquant.process_state import changing_process_state
 from distquant.quantization import Scheme
 
 REFUSALS = (ImportError, RuntimeError, TypeError, ValueError)
-"""What a quantizer of transformers raises where it cannot work."""
+"""Errors of transformers' quantizers where they cannot work."""
 
 
 @changing_process_state()
 def load(plan: LoadPlan, scheme: Scheme, device: torch.device) -> Any:
-    """The whole model on one device, or over those of the plan's device map, in eval mode.
+    """Returns the complete model on one device, or on those of the plan's device map, in eval mode.
 
-    What goes wrong once transformers' quantizer has agreed is raised as it is.
+    Errors after transformers' quantizer has accepted the configuration are raised as they are.
 
     Raises:
-        InputError: that quantizer refuses the configuration, the packages or the devices.
+        InputError: that quantizer rejects the configuration, the packages or the devices.
     """
     import transformers
 
@@ -34,17 +34,17 @@ def load(plan: LoadPlan, scheme: Scheme, device: torch.device) -> Any:
     source: dict[str, Any] = {"trust_remote_code": plan.trust_remote_code, "local_files_only": True}
     device_map = plan.device_map or {"": str(device)}
     config = transformers.AutoConfig.from_pretrained(plan.model, **source)
-    given = _accepted(plan, scheme, config, device_map)
+    extra = _accepted(plan, scheme, config, device_map)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        plan.model, dtype=getattr(torch, plan.dtype), device_map=device_map, **source, **given
+        plan.model, dtype=getattr(torch, plan.dtype), device_map=device_map, **source, **extra
     )
     return model.eval()
 
 
 def _accepted(plan: LoadPlan, scheme: Scheme, config: Any, device_map: dict[str, str]) -> dict[str, Any]:
-    """The `quantization_config` to give to `from_pretrained`, if any, once the quantizer has looked at it.
+    """Returns the `quantization_config` for `from_pretrained`, if any, once the quantizer has checked it.
 
-    The look is transformers' own, `quantizers/auto.py::get_hf_quantizer`, with which `from_pretrained` begins; it
+    The check is transformers' own, `quantizers/auto.py::get_hf_quantizer`, with which `from_pretrained` begins; it
     writes into the configurations that it gets, so it gets the throwaway `config` and a copy.
     """
     from transformers.quantizers.auto import AutoQuantizationConfig, get_hf_quantizer

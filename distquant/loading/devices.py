@@ -1,4 +1,4 @@
-"""Where this process puts each tensor: one device, or what a device map says, the disk included."""
+"""Places of tensors in this process: one device, or the places of a device map, the disk included."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ class Devices:
         self.offloaded = Offloaded()
 
     def place(self, name: str) -> str:
-        """The device map's word for a tensor: its own entry, or that of the nearest parent."""
+        """Returns the device map's entry for a tensor: its own, or that of the nearest parent."""
         if self.device_map is None:
             return str(self.device)
         place = place_of(self.device_map, name)
-        assert place is not None, "the planner completes device maps, or refuses them"
+        assert place is not None, "the planner completes device maps, or rejects them"
         return place
 
     def of(self, name: str) -> torch.device:
-        """The device that a tensor is filled on."""
+        """Returns the device that a tensor is filled on."""
         place = self.place(name)
         return torch.device("cpu" if place == "disk" else place)
 
     def is_offloaded(self, name: str) -> bool:
-        """Whether a tensor is elsewhere than where it is used."""
+        """Returns True if a tensor is kept elsewhere than where it is used."""
         return self.device_map is not None and is_offloaded(self.device_map, self.place(name))
 
     def runs_on(self, name: str) -> torch.device:
-        """The device that a tensor is used on."""
+        """Returns the device that a tensor is used on."""
         if self.device_map is not None and self.is_offloaded(name):
             return torch.device(main_place(self.device_map))
         return self.of(name)
@@ -48,7 +48,7 @@ class Devices:
         self.offloaded.write(name, value)
 
     def offload_module(self, owner: str, module: nn.Module) -> None:
-        """Writes what a filled module holds to the disk."""
+        """Writes the tensors of a filled module to the disk."""
         place_module(owner, module, self.offloaded)
 
     def dispatch(self, model: Any, tied: Mapping[str, str]) -> None:
@@ -84,7 +84,7 @@ class Devices:
         model._offload_folder = self.offloaded.folder  # removed with the model
 
     def _hold(self, model: Any, tied: Mapping[str, str]) -> None:
-        """Keeps what is offloaded and not on the disk, for the hooks."""
+        """Keeps tensors that are offloaded and not on the disk, for the hooks."""
         self.offloaded.tied = tied
         every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         for name, value in every:
@@ -93,7 +93,7 @@ class Devices:
 
 
 def _flat(model: nn.Module, device_map: Mapping[str, str]) -> dict[str, str]:
-    """The same map without entries inside others: of these accelerate moves everything to the outer one's place."""
+    """Returns the map without nested entries: accelerate would move all modules to the place of the outer one."""
     outer = {name.rpartition(".")[0] for name in device_map if name}
     while more := {name.rpartition(".")[0] for name in outer if name} - outer:
         outer |= more

@@ -1,4 +1,4 @@
-"""Puts what has arrived of a tensor into the local model."""
+"""Puts the arrived components of a tensor into the local model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from distquant.loading.devices import Devices
-from distquant.loading.jobs import Job
-from distquant.loading.local_modules import local_shape, set_tensor, shard_of, stored_turned
+from distquant.loading.local_modules import local_shape, set_tensor, shard_of, stored_transposed
 from distquant.loading.report import RankReport
 from distquant.loading.shard_buffer import Allocator, ShardBuffer
+from distquant.loading.stream.tasks import Task
 from distquant.model import STAR
 from distquant.parallel.experts import LocalExperts
-from distquant.planning.expert_parallel import Piece
 from distquant.planning.load_plan import LoadPlan, TensorPlan
+from distquant.planning.transfers import Transfer
 from distquant.quantization import QuantizedScheme, Scheme, Shard
 
 
@@ -25,16 +25,16 @@ class WeightPlacer:
     """Fills one rank's model, tensor by tensor.
 
     Args:
-        model: with its experts as `shard_experts` left them; the rest is localized before anything is filled in.
+        model: with its experts as `shard_experts` left them; `shard_modules` runs before anything is filled in.
         plan: the whole plan.
         scheme: the plan's.
-        at: the rank's position on the axes of the mesh.
-        devices: where tensors lie.
-        ops: kernels of a device.
+        tp: the rank's position on tp.
+        devices: places of tensors.
+        ops: gives the kernels of a device.
         report: counts bytes.
 
     Attributes:
-        filled: names of the tensors that are there.
+        filled: names of the tensors that are in place.
     """
 
     def __init__(
@@ -42,23 +42,23 @@ class WeightPlacer:
         model: Any,
         plan: LoadPlan,
         scheme: Scheme,
-        at: Mapping[str, int],
+        tp: int,
         devices: Devices,
         ops: Callable[[torch.device], Any],
         report: RankReport,
     ):
-        self.model, self.plan, self.scheme, self.at = model, plan, scheme, at
+        self.model, self.plan, self.scheme, self.tp = model, plan, scheme, tp
         self.devices, self.ops, self.report = devices, ops, report
         self.filled: list[str] = []
-        self._stored: dict[str, Tensor] = {}
+        self._collected: dict[str, Tensor] = {}
         """Components of a stored weight that came before its last."""
-        self._whole: set[str] = set()
-        """Those of them that were not cut."""
+        self._replicated: set[str] = set()
+        """Those of them that were not sharded."""
         self._stacks = {tensor.name: 0 for tensor in plan.tensors if tensor.experts is not None}
-        """Experts that have come, of each stack."""
+        """Number of experts of each stack that are there."""
         self._experts: dict[str, LocalExperts] = {}
         """Modules of experts, by name; each is asked for many times."""
-        self._homes = threading.Lock()
+        self._allocating = threading.Lock()
 
     @property
     def _quantized(self) -> QuantizedScheme:
@@ -66,57 +66,57 @@ class WeightPlacer:
         assert isinstance(self.scheme, QuantizedScheme), "no other scheme converts modules"
         return self.scheme
 
-    def home(self, job: Job) -> Allocator | None:
-        """Where components of an expert are read or quantized to: straight into the memory of its stack.
+    def allocator(self, task: Task) -> Allocator | None:
+        """Returns what gives components of an expert their place in the memory of its stack; None for other tensors.
 
-        Threads may ask for the homes of several experts of a stack at once.
+        Threads may ask for the memory of several experts of a stack at once.
         """
-        piece, device = job.piece, job.task.device
-        if piece.stack.experts is None:
+        transfer, device = task.transfer, task.device
+        if transfer.stack.experts is None:
             return None
-        module, number, path = self._expert(piece)
-        if piece.tensor.scheme == "none":
-            return self._alone(lambda _, count, dtype: module.home(path, number, device))
+        module, number, path = self._expert(transfer)
+        if transfer.tensor.scheme == "none":
+            return self._one_at_a_time(lambda _, count, dtype: module.home(path, number, device))
         if self.plan.dequantize:
             return None
         stack = module.stack(path.partition(".")[0])
-        return self._alone(lambda name, count, dtype: stack.home(name, number, count, dtype, device))
+        return self._one_at_a_time(lambda name, count, dtype: stack.home(name, number, count, dtype, device))
 
-    def _alone(self, home: Allocator) -> Allocator:
-        """Asked by one thread at a time."""
+    def _one_at_a_time(self, allocator: Allocator) -> Allocator:
+        """Returns the allocator, called by one thread at a time: the first call makes the memory of a whole stack."""
 
-        def alone(name: str, count: int, dtype: torch.dtype) -> Tensor | None:
-            with self._homes:
-                return home(name, count, dtype)
+        def locked(name: str, count: int, dtype: torch.dtype) -> Tensor | None:
+            with self._allocating:
+                return allocator(name, count, dtype)
 
-        return alone
+        return locked
 
-    def _expert(self, piece: Piece) -> tuple[LocalExperts, int, str]:
-        """The module that an expert belongs to, its number there, and the rest of its path."""
-        owner, _, path = piece.stack.name.partition(f".{STAR}.")
+    def _expert(self, transfer: Transfer) -> tuple[LocalExperts, int, str]:
+        """Returns the module that an expert belongs to, its number there, and the rest of its path."""
+        owner, _, path = transfer.stack.name.partition(f".{STAR}.")
         if owner not in self._experts:
             self._experts[owner] = self.model.get_submodule(owner)
         module = self._experts[owner]
-        return module, piece.number - module.first, path
+        return module, transfer.expert - module.first, path
 
-    def fill(self, job: Job, sink: ShardBuffer) -> None:
-        """Puts what has arrived into the model; components of a stored weight are gathered until the last is there."""
-        tensor, memory = job.tensor, sink.memory
-        if job.piece.stack.experts is not None:
-            self._fill_expert(job, sink)
+    def fill(self, task: Task, buffer: ShardBuffer) -> None:
+        """Puts what has arrived into the model; components of a stored weight are collected until the last is there."""
+        tensor, memory = task.transfer.tensor, buffer.memory
+        if task.transfer.stack.experts is not None:
+            self._fill_expert(task, memory)
             return
         if tensor.scheme == "none":
-            self._put(tensor, memory[""].view(local_shape(tensor, self.plan, self.at["tp"])))
+            self._put(tensor, memory[""].view(local_shape(tensor, self.plan, self.tp)))
             return
-        if not self._gather(job, memory):
+        if not self._collect(task.transfer, memory):
             return
         module = self.model.get_submodule(tensor.name.rpartition(".")[0])
-        shard = shard_of(tensor, self.plan, self.at["tp"])
+        shard = shard_of(tensor, self.plan, self.tp)
         if self.plan.dequantize:
             self._put(tensor, self._dequantized(module, tensor, shard))
             return
-        if job.transfer.stored is not None:
-            self._quantized.load_prequantized(shard, module, *self._taken())
+        if task.transfer.kind.component is not None:
+            self._quantized.load_prequantized(shard, module, *self._take_collected())
         else:
             self._quantized.load_encoded(shard, module, memory, self.ops(self.devices.of(tensor.name)))
         self.filled.append(tensor.name)
@@ -124,52 +124,54 @@ class WeightPlacer:
         if self.devices.place(tensor.name) == "disk":
             self.devices.offload_module(tensor.name.rpartition(".")[0], module)
 
-    def _gather(self, job: Job, memory: Mapping[str, Tensor]) -> bool:
-        """Keeps a stored component; whether the weight is complete, as one quantized on the way always is."""
-        if job.transfer.stored is not None:
-            self._stored[job.transfer.stored] = memory[job.transfer.stored]
-            self._whole |= job.transfer.whole
-        return job.transfer.stored is None or job.last
+    def _collect(self, transfer: Transfer, memory: Mapping[str, Tensor]) -> bool:
+        """Keeps a stored component; returns True if the weight is complete, as one quantized on the way always is."""
+        component = transfer.kind.component
+        if component is None:
+            return True
+        self._collected[component] = memory[component]
+        self._replicated |= transfer.kind.replicated
+        return transfer.last
 
-    def _taken(self) -> tuple[dict[str, Tensor], frozenset[str]]:
-        """The gathered components of a stored weight, and those of them that are whole; they are gone then."""
-        found = self._stored, frozenset(self._whole)
-        self._stored, self._whole = {}, set()
-        return found
+    def _take_collected(self) -> tuple[dict[str, Tensor], frozenset[str]]:
+        """Returns the collected components of a stored weight, and those of them that are replicated; forgets them."""
+        collected, replicated = self._collected, frozenset(self._replicated)
+        self._collected, self._replicated = {}, set()
+        return collected, replicated
 
-    def _fill_expert(self, job: Job, sink: ShardBuffer) -> None:
-        """Puts one expert's components into its stack, or what they mean into a plain parameter."""
-        piece, tensor, memory = job.piece, job.tensor, sink.memory
-        module, number, path = self._expert(piece)
-        if tensor.scheme == "none":  # it lies where it belongs
+    def _fill_expert(self, task: Task, memory: dict[str, Tensor]) -> None:
+        """Puts one expert's components into its stack, or their values into a plain parameter."""
+        transfer, tensor = task.transfer, task.transfer.tensor
+        module, number, path = self._expert(transfer)
+        if tensor.scheme == "none":  # the allocator gave it its place in the parameter
             self.report.unquantized_bytes += memory[""].nbytes
-            self._count_expert(module, piece)
+            self._count_expert(module, transfer)
             return
-        shard = shard_of(tensor, self.plan, self.at["tp"])
+        shard = shard_of(tensor, self.plan, self.tp)
         ops = self.ops(self.devices.of(tensor.name))
-        if not self._gather(job, memory):
+        if not self._collect(transfer, memory):
             return
-        if job.transfer.stored is not None:
-            components = self._quantized.pack_prequantized(shard, *self._taken())
+        if transfer.kind.component is not None:
+            components = self._quantized.pack_prequantized(shard, *self._take_collected())
         else:
             components = self._quantized.pack(shard, memory, ops)
         if self.plan.dequantize:
-            home = module.home(path, number, job.task.device)
-            value = self._quantized.dequantize(shard, components, home.dtype, ops)
-            home.copy_(value.reshape(-1))
-            self.report.unquantized_bytes += home.nbytes
+            target = module.home(path, number, task.device)
+            value = self._quantized.dequantize(shard, components, target.dtype, ops)
+            target.copy_(value.reshape(-1))
+            self.report.unquantized_bytes += target.nbytes
         else:
             module.stack(path.partition(".")[0]).take(number, components)
-        self._count_expert(module, piece)
+        self._count_expert(module, transfer)
 
-    def _count_expert(self, module: LocalExperts, piece: Piece) -> None:
+    def _count_expert(self, module: LocalExperts, transfer: Transfer) -> None:
         """Counts the experts of a stack that are there; with the last, the stack is filled."""
-        name = piece.stack.name
+        name = transfer.stack.name
         self._stacks[name] += 1
         if self._stacks[name] < module.last - module.first:
             return
         self.filled.append(name)
-        if piece.tensor.scheme != "none" and not self.plan.dequantize:
+        if transfer.tensor.scheme != "none" and not self.plan.dequantize:
             stack = module.stack(name.rpartition(f".{STAR}.")[2].partition(".")[0])
             stack.release_unused()
             self.report.quantized_bytes += sum(
@@ -177,12 +179,12 @@ class WeightPlacer:
             )
 
     def _dequantized(self, module: Any, tensor: TensorPlan, shard: Shard) -> Tensor:
-        """What the stored components mean, in the form of the model's own module."""
+        """Returns the values of the stored components, in the form of the model's own module."""
         quantized = self._quantized.module(module, shard)
-        self._quantized.load_prequantized(shard, quantized, *self._taken())
+        self._quantized.load_prequantized(shard, quantized, *self._take_collected())
         value = self._quantized.dequantized(quantized, shard, self.ops(self.devices.of(tensor.name)))
         value = value.to(getattr(torch, tensor.dtype))
-        return value.t().contiguous() if stored_turned(module, tensor) else value
+        return value.t().contiguous() if stored_transposed(module, tensor) else value
 
     def _put(self, tensor: TensorPlan, value: Tensor) -> None:
         self.filled.append(tensor.name)

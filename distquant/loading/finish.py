@@ -1,4 +1,4 @@
-"""The last steps: real values for buffers that no file holds, ties, and the proof that nothing was left out."""
+"""Finishes a model: real values for buffers that no file holds, ties, and a check that nothing is left out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distquant.process_state import changing_process_state
 
 
 class IncompleteModel(DistquantError, RuntimeError):
-    """A parameter or buffer was not filled, or filled twice: a bug in distquant, not in the checkpoint."""
+    """Error: a parameter or buffer was not filled, or filled twice. A bug in distquant, not in the checkpoint."""
 
 
 @changing_process_state()
@@ -36,13 +36,13 @@ def fill_computed_buffers(model: Any, device_of: Any) -> None:
 
 
 def finish(model: Any, path: str, axis: Axis, sharded: bool, batches: Axis | None = None) -> None:
-    """Names, mode and, on a sharded model, the methods that must know of the other ranks.
+    """Sets names, mode and, on a sharded model, the methods that must know of the other ranks.
 
     Args:
         model: the filled model.
-        path: what it was loaded from.
+        path: of its checkpoint.
         axis: the ranks that are given the same tokens.
-        sharded: whether other ranks hold parts of it, or experts are held in a form of their own.
+        sharded: True if other ranks hold parts of it, or experts are held in a form of their own.
         batches: the ranks that work together on batches of their own.
     """
     model.name_or_path = model.config.name_or_path = path
@@ -72,7 +72,7 @@ def _refuse_save(model: Any, *_: Any, **__: Any) -> None:
 
 @dataclass(frozen=True)
 class _RefuseFormat:
-    """`save_pretrained` of a whole model in a form that `from_pretrained` does not read."""
+    """`save_pretrained` of an unsharded model in a form that `from_pretrained` does not read."""
 
     reason: str
 
@@ -82,19 +82,19 @@ class _RefuseFormat:
 
 
 def refuse_format(model: Any, reason: str | None) -> None:
-    """Makes `save_pretrained` raise before it writes, where there is a reason and nothing else makes it raise."""
+    """Makes `save_pretrained` raise before it writes, if there is a reason and nothing else makes it raise."""
     if reason is not None and "save_pretrained" not in model.__dict__:
         model.save_pretrained = _RefuseFormat(reason)
 
 
 def check_complete(model: nn.Module, filled: list[str], plan: LoadPlan, elsewhere: set[str]) -> None:
-    """Proves that the model is what was planned.
+    """Checks that the model is complete, and as it was planned.
 
-    Every planned tensor was filled exactly once, nothing is left on `meta` but what lies on disk, and whatever is kept
-    unquantized has the planned dtype.
+    Every planned tensor was filled exactly once, nothing is left on `meta` but what is on the disk, and whatever is
+    kept unquantized has the planned dtype.
 
     Raises:
-        IncompleteModel: names what differs.
+        IncompleteModel: names the tensors that differ.
     """
     counts = Counter(filled)
     expected = [tensor.name for tensor in plan.tensors]
@@ -110,7 +110,7 @@ def check_complete(model: nn.Module, filled: list[str], plan: LoadPlan, elsewher
 
 
 def _other_dtypes(model: nn.Module, plan: LoadPlan) -> Iterator[str]:
-    """Unquantized parameters and buffers whose dtype is not the planned one."""
+    """Yields unquantized parameters and buffers whose dtype is not the planned one."""
     planned = {t.name: t for t in plan.tensors if t.scheme == "none" or plan.dequantize}
     sharers = {name: planned[source] for name, source in plan.tied.items() if source in planned}
     for name, tensor in (planned | sharers).items():

@@ -1,4 +1,4 @@
-"""What multiplies quantized weights: decided once a model is there, and told in the report."""
+"""Chooses what multiplies quantized weights, once a model is there; the report says it."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ PACKAGES = {"optimum": "optimum-quanto"}
 """Packages by the first part of their modules' path, where the two differ."""
 
 FIX = "Take 'auto' or 'dequantize'"
-"""What to do where there is no such product."""
+"""Advice where there is no such product."""
 
 
 def check_forward(plan: LoadPlan, scheme: Scheme, forward: Forward, device: torch.device) -> None:
     """Raises `InputError` where another way to multiply is asked for than there is."""
     if forward is Forward.FLOAT8:
-        _refuse_float8(plan, scheme, device)
+        _check_float8(plan, scheme, device)
     elif forward is Forward.GPTQMODEL:
-        _refuse_gptqmodel(plan, scheme, device)
+        _check_gptqmodel(plan, scheme, device)
     elif forward.tries(Forward.GPTQMODEL, device) and not plan.dequantize and isinstance(scheme, PackedIntScheme):
         gptqmodel_matmul.missing()  # imports it, before the load is timed
 
@@ -44,7 +44,7 @@ def _float8_kernel(scheme: Scheme, name: str) -> Float8Kernel | None:
     return scheme.float8_kernel(name) if isinstance(scheme, Float8Multiplier) else None
 
 
-def _refuse_float8(plan: LoadPlan, scheme: Scheme, device: torch.device) -> None:
+def _check_float8(plan: LoadPlan, scheme: Scheme, device: torch.device) -> None:
     kernels = set() if plan.dequantize else {_float8_kernel(scheme, f"{name}.weight") for name in plan.converted}
     reasons = [missing(kernel, device) for kernel in kernels if kernel is not None]
     if not reasons:
@@ -54,8 +54,8 @@ def _refuse_float8(plan: LoadPlan, scheme: Scheme, device: torch.device) -> None
         raise InputError.one("forward", f"'float8' cannot be: {'; '.join(map(str, reasons))}", FIX)
 
 
-def _refuse_gptqmodel(plan: LoadPlan, scheme: Scheme, device: torch.device) -> None:
-    """All ranks' parts are looked at, so that all ranks give the same answer."""
+def _check_gptqmodel(plan: LoadPlan, scheme: Scheme, device: torch.device) -> None:
+    """Checks the parts of all ranks, so that all ranks give the same answer."""
     if plan.dequantize or not plan.converted or not isinstance(scheme, PackedIntScheme):
         what = "'gptqmodel' is for weights that are kept in the layouts of GPTQ and AWQ"
         raise InputError.one("forward", f"{what}; {scheme.name} as it is configured has none", FIX)
@@ -84,9 +84,9 @@ def _refuse_gptqmodel(plan: LoadPlan, scheme: Scheme, device: torch.device) -> N
 
 
 def set_forward(model: nn.Module, scheme: Scheme, forward: Forward, devices: Devices) -> str:
-    """Decides for every quantized module; returns what multiplies how many, for people.
+    """Chooses for every quantized module; returns the products and their numbers of modules, for people.
 
-    What is offloaded is dequantized: a kernel of another library stays where it was made.
+    Offloaded weights are dequantized: a kernel of another library stays where it was made.
 
     Raises:
         InputError: gptqmodel's kernels are asked for, and none multiplies a module's weight.
@@ -119,7 +119,7 @@ def _take_gptqmodel(module: QuantizedLinear, forward: Forward, device: torch.dev
 
 
 def _multiplied_by(module: Any, scheme: Scheme) -> str | None:
-    """What multiplies a module's weights, where they are quantized."""
+    """Returns what multiplies a module's weights, if they are quantized."""
     if isinstance(module, QuantizedLinear):
         if module.kernel is not None:
             return str(module.kernel)

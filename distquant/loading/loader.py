@@ -1,8 +1,7 @@
-"""Executes one rank's share of a plan: streams and quantizes rows, and assembles the local model."""
+"""Loads one rank's part of a plan: streams and quantizes rows, and fills the local model."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import resource
 import time
@@ -11,17 +10,19 @@ from typing import Any
 
 import torch
 
-from distquant.checkpoint import Checkpoint, open_checkpoint
+from distquant.checkpoint import Checkpoint
 from distquant.config import parse
-from distquant.errors import DistquantError, InputError, Problem, RankError
+from distquant.errors import DistquantError, RankError
 from distquant.garbage_collection import without_collector
 from distquant.kernels.choice import Choice, choose
-from distquant.loading import check_complete, delegated, finish, install_styles, shard_experts, shard_modules
+from distquant.loading import delegated
 from distquant.loading.devices import Devices
 from distquant.loading.fill import WeightPlacer
-from distquant.loading.finish import fill_computed_buffers, refuse_format
+from distquant.loading.finish import check_complete, fill_computed_buffers, finish, refuse_format
 from distquant.loading.forward import check_forward, set_forward
-from distquant.loading.jobs import jobs_of, sink_of
+from distquant.loading.local_modules import shard_experts, shard_modules
+from distquant.loading.node_tasks import buffer_for, tasks_of
+from distquant.loading.planned_files import open_planned
 from distquant.loading.report import RankReport
 from distquant.loading.shard_buffer import ShardBuffer
 from distquant.loading.stream.accelerator import Collectives
@@ -37,6 +38,7 @@ from distquant.parallel.comm import Comm
 from distquant.parallel.experts import join_experts
 from distquant.parallel.lora import watch_adapters
 from distquant.parallel.replicas import install_wrapper_checks
+from distquant.parallel.tensor_parallel import install_styles
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.prepared import Prepared
 from distquant.planning.read_assignment import node_ranks
@@ -47,12 +49,12 @@ from distquant.quantization.linear.state import state_of
 from distquant.sharding.mesh import REPLICA
 
 MODULES = {"optimum-quanto": "optimum.quanto"}
-"""What to import of a package, where it is not called as the package is."""
+"""Module to import of a package, where their names differ."""
 
 
 @dataclass
 class Loaded:
-    """What a loaded model carries about itself, as `model.distquant`."""
+    """A loaded model's record of its load, as `model.distquant`."""
 
     plan: LoadPlan
     scheme: Scheme
@@ -64,7 +66,7 @@ class Loaded:
 
 
 def scheme_of(plan: LoadPlan) -> Scheme:
-    """The scheme that a plan's configuration means."""
+    """Returns the scheme of a plan's configuration."""
     config = parse({**plan.quantization_config, **plan.selection}, config_classes())
     assert config is not None
     return scheme_for(config)
@@ -87,26 +89,26 @@ def load_shard(
         device: where this rank's weights go, unless the plan has a device map.
         options: how to run; the same on every rank.
         progress: called as rows arrive.
-        opened: the plan's checkpoint and model, where they have been opened already; the model becomes the result.
+        prepared: the plan's checkpoint and model, if they are open already; the model becomes the result.
 
     Raises:
         InputError: this rank's (or another's) files are not those that were planned.
         ReadError: a file cannot be read as its header says.
-        RankError: another rank failed, or was not heard of for the timeout.
+        RankError: another rank failed, or sent nothing for the timeout.
     """
     check_supported(plan)
     options = options or RunOptions()
     device = torch.device(device)
     if scheme_of(plan).delegated:
         return _delegate(plan, comm, device)
-    # What cannot run here is told before anything is read.
+    # Whatever cannot run here fails before anything is read.
     with changing_process_state():
         check_kernel(plan, scheme_of(plan), choose(options.kernel, device).kernel)
         check_forward(plan, scheme_of(plan), Forward(options.forward), device)
         _import_libraries(plan)
     comm.collect(None)  # ranks that import slowly are not counted as loading
     start = time.perf_counter()
-    checkpoint = _same_files(plan, comm, prepared)
+    checkpoint = open_planned(plan, comm, prepared)
     loading = _Loading(
         plan, comm, checkpoint, device, options, progress, prepared.model if prepared is not None else None
     )
@@ -136,45 +138,15 @@ def _delegate(plan: LoadPlan, comm: Comm, device: torch.device) -> Any:
 
 
 def _cause(error: RuntimeError, load_state: LoadState) -> BaseException:
-    """What another rank said or did, where that is why a collective failed here; else the error itself."""
+    """Returns the failure of another rank if it is why a collective failed here; else the error itself."""
     known = isinstance(error, DistquantError) or not isinstance(load_state.failure, RankError)
     return error if known or load_state.failure is None else load_state.failure
 
 
 def _import_libraries(plan: LoadPlan) -> None:
-    """Imports what loading will need, so that the time of a load is its own."""
+    """Imports what loading will need, so that imports do not count as loading time."""
     for package in ("transformers", "accelerate", *scheme_of(plan).requires):
         importlib.import_module(MODULES.get(package, package))
-
-
-def _same_files(plan: LoadPlan, comm: Comm, prepared: Prepared | None) -> Checkpoint:
-    """Opens the checkpoint on this rank and compares it with the plan; a difference on any rank stops all.
-
-    Ranks that were given different plans stop, too; only the folder may have another path on another machine.
-    """
-    problems: list[Problem] = []
-    checkpoint = None
-    decided = dataclasses.replace(plan, model="").digest
-    for rank, theirs in enumerate(comm.collect(decided)):
-        if theirs != decided:
-            what = f"rank {rank} has the plan {theirs[:16]}, rank {comm.rank} has {decided[:16]}"
-            raise InputError.one("plan", what, "Give every rank the same arguments, or the same plan")
-    try:
-        checkpoint = prepared.checkpoint if prepared is not None else open_checkpoint(plan.model)
-        mine = checkpoint.digests()
-        for file in sorted(plan.shards.keys() | mine.keys()):
-            if plan.shards.get(file) != tuple(mine.get(file, ())):
-                what = f"on rank {comm.rank} it differs from the planned file (header or size)"
-                problems.append(
-                    Problem(f"{plan.model}/{file}", what, "Give every rank the same files, then plan again")
-                )
-    except InputError as error:
-        problems += [Problem(f"rank {comm.rank}: {p.where}", p.what, p.fix) for p in error.problems]
-    found = [problem for theirs in comm.collect(problems) for problem in theirs]
-    if found:
-        raise InputError(found)
-    assert checkpoint is not None
-    return checkpoint
 
 
 @dataclass
@@ -194,7 +166,7 @@ class _Loading:
         self.report = RankReport(rank=self.comm.rank)
         self.scheme = scheme_of(self.plan)
         self.axis = self.comm.axis("tp")
-        self.at = self.plan.mesh.coordinates(self.comm.rank)
+        self.coordinates = self.plan.mesh.coordinates(self.comm.rank)
         self.devices = Devices(self.device, self.plan.device_map)
         self.stages = StageTimer(traced=self.options.trace is not None)
         self.load_state = LoadState(self.comm.timeout)
@@ -208,24 +180,24 @@ class _Loading:
         if model is None:
             model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
         with changing_process_state():
-            shard_experts(model, plan, self.scheme, self.at["tp"], self.at["ep"])
+            shard_experts(model, plan, self.scheme, self.coordinates["tp"], self.coordinates["ep"])
         files = Files(self.checkpoint.folder, self.options.io)
-        placer = WeightPlacer(model, plan, self.scheme, self.at, self.devices, self._ops, self.report)
+        placer = WeightPlacer(model, plan, self.scheme, self.coordinates["tp"], self.devices, self._ops, self.report)
         try:
             self._stream(placer, files)
         finally:
             files.close()
         self._complete(model, placer.filled)
-        self._tell(files)
+        self._fill_report(files)
         return model
 
     def _ops(self, device: torch.device) -> Any:
-        """The kernels for a device."""
+        """Returns the kernels for a device."""
         if device not in self.kernels:
             self.kernels[device] = choose(self.options.kernel, device)
         return self.kernels[device].ops
 
-    def _tell(self, files: Files) -> None:
+    def _fill_report(self, files: Files) -> None:
         report = self.report
         read = files.stats
         report.bytes_read, report.direct_bytes, report.retries = read.bytes, read.direct, read.retries
@@ -270,17 +242,16 @@ class _Loading:
     def _stream(self, placer: WeightPlacer, files: Files) -> None:
         plan = self.plan
         node = node_ranks(plan.nodes, self.comm.rank)
-        jobs = list(jobs_of(plan, self.scheme, node, self.checkpoint.tensors, self.devices.of, self._ops))
+        tasks = list(tasks_of(plan, self.scheme, node, self.checkpoint.tensors, self.devices.of, self._ops))
         partial = any(plan.nodes[rank] != plan.nodes[self.comm.rank] for rank in plan.mesh.peers(self.comm.rank, "tp"))
 
         def sink(task: Task) -> ShardBuffer:
-            job = jobs[task.index]
-            return sink_of(job, self.at["tp"], partial, placer.home(job))
+            return buffer_for(task, self.coordinates["tp"], partial, placer.allocator(task))
 
         def finished(task: Task, filled: Any) -> None:
             if partial:
                 self._join_statistics(task, filled)
-            placer.fill(jobs[task.index], filled)
+            placer.fill(task, filled)
 
         def progress(done: int, total: int) -> None:
             assert self.progress is not None
@@ -288,7 +259,7 @@ class _Loading:
 
         with Engine(
             self.comm.rank,
-            [job.task for job in jobs],
+            tasks,
             files,
             plan.staging,
             self.load_state,
@@ -302,14 +273,16 @@ class _Loading:
                 engine.peers.connect(self.comm, node)
             engine.start()
             with changing_process_state():
-                shard_modules(placer.model, plan, self.scheme, self.at["tp"])  # while the first weights are read
+                shard_modules(
+                    placer.model, plan, self.scheme, self.coordinates["tp"]
+                )  # while the first weights are read
             engine.run()
             self.report.staging_bytes = engine.staging_buffer.slot_bytes * engine.staging_buffer.slots
             self.report.bytes_sent += engine.traffic.sent
             self.report.bytes_received += engine.traffic.received
 
     def _join_statistics(self, task: Task, sink: ShardBuffer) -> None:
-        """Fills in the statistics of rows that other nodes read: a maximum over zeros, which is exact."""
+        """Adds the statistics of rows that other nodes read: a maximum over zeros, which is exact."""
 
         def late() -> RankError:
             what = (

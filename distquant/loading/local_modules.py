@@ -1,4 +1,4 @@
-"""Gives every module its local size: quantized linears become the scheme's modules, cut ones shrink, heads fit."""
+"""Gives modules their local size: quantized linears become the scheme's modules, sharded ones shrink, heads fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distquant.model.experts import form_of
 from distquant.model.uninitialized import Uninitialized
 from distquant.parallel.expert_stack import ExpertStack
 from distquant.parallel.experts import LocalExperts
-from distquant.planning.expert_parallel import expert_name, one_of
+from distquant.planning.expert_parallel import expert_name, first_expert
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.quantization import ModuleFactory, QuantizedScheme, Scheme, Shard
 
@@ -25,13 +25,13 @@ KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 
 
 def shard_of(tensor: TensorPlan, plan: LoadPlan, tp_rank: int) -> Shard:
-    """This rank's part of a linear weight."""
+    """Returns a rank's part of a linear weight."""
     partition = plan.partitions[tensor.partition] if tensor.partition else None
     return Shard(tensor.name, (tensor.shape[0], tensor.shape[1]), tensor.dtype, tensor.shard_dim, partition, tp_rank)
 
 
 def local_shape(tensor: TensorPlan, plan: LoadPlan, tp_rank: int) -> tuple[int, ...]:
-    """Shape that this rank stores of a parameter."""
+    """Returns the shape that a rank stores of a parameter."""
     shape = list(tensor.shape)
     if tensor.partition is not None and tensor.shard_dim is not None:
         shape[tensor.shard_dim] = plan.partitions[tensor.partition].length(tp_rank)
@@ -39,7 +39,7 @@ def local_shape(tensor: TensorPlan, plan: LoadPlan, tp_rank: int) -> tuple[int, 
 
 
 def shard_experts(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int, ep_rank: int = 0) -> None:
-    """Replaces modules of experts on `meta` for this rank: before anything is read, which goes straight there."""
+    """Replaces modules of experts on `meta` for this rank, before anything is read, which goes directly there."""
     for name in plan.experts:
         model.set_submodule(name, _experts(model.get_submodule(name), name, plan, ep_rank))
     for tensor in plan.tensors:
@@ -59,12 +59,12 @@ def shard_modules(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int
             old = model.get_submodule(owner)
             with Uninitialized():
                 new = scheme.module(old, shard_of(tensor, plan, tp_rank))
-            new.__dict__["source_cls"] = type(old)  # what transformers' saving and dequantizing look at
+            new.__dict__["source_cls"] = type(old)  # transformers' saving and dequantizing look at it
             model.set_submodule(owner, new.requires_grad_(False).train(old.training))
         elif tensor.partition is not None:
             shape = local_shape(tensor, plan, tp_rank)
             module = model.get_submodule(owner)
-            _resize(module, leaf, shape[::-1] if stored_turned(module, tensor) else shape)
+            _resize(module, leaf, shape[::-1] if stored_transposed(module, tensor) else shape)
     for name, attention in plan.attentions.items():
         heads = plan.heads[attention.heads]
         _set_heads(
@@ -73,7 +73,7 @@ def shard_modules(model: nn.Module, plan: LoadPlan, scheme: Scheme, tp_rank: int
 
 
 def _experts(original: nn.Module, name: str, plan: LoadPlan, ep_rank: int) -> LocalExperts:
-    """An empty module for this rank's experts, in place of the model's own."""
+    """Returns an empty module for this rank's experts, to replace the model's own."""
     shapes = {leaf: tuple(parameter.shape) for leaf, parameter in original.named_parameters(recurse=False)}
     form = form_of(name, original, shapes)
     assert form is not None, "the planner splits experts of known form only"
@@ -83,11 +83,11 @@ def _experts(original: nn.Module, name: str, plan: LoadPlan, ep_rank: int) -> Lo
 
 
 def _add_stack(module: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, tp_rank: int) -> None:
-    """Adds what one entry of the plan will fill: a stack of components, or a plain parameter (a part of one)."""
+    """Adds the target of one entry of the plan: a stack of components, or a plain parameter (a part of one)."""
     _, _, path = tensor.name.partition(f".{STAR}.")
     name, leaf = path.split(".")
     projection = next(p for p in module.form.projections if p.name == name)
-    one = one_of(tensor)
+    one = first_expert(tensor)
     if tensor.scheme != "none" and not plan.dequantize:
         assert isinstance(scheme, QuantizedScheme), "no other scheme has `stacks`"
         numbers = range(module.first, module.last)
@@ -98,8 +98,8 @@ def _add_stack(module: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, 
     module.add_plain(path, parameter, local_shape(one, plan, tp_rank), getattr(torch, tensor.dtype))
 
 
-def stored_turned(module: nn.Module, tensor: TensorPlan) -> bool:
-    """Whether a weight that is dequantized lies `[in, out]` in its module (GPT-2's Conv1D)."""
+def stored_transposed(module: nn.Module, tensor: TensorPlan) -> bool:
+    """Returns True if a dequantized weight is `[in, out]` in its module (GPT-2's Conv1D)."""
     return tensor.scheme != "none" and type(module).__name__ == "Conv1D"
 
 
@@ -114,7 +114,7 @@ def _resize(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> None:
         module.out_features, module.in_features = shape
     elif isinstance(module, nn.Embedding):
         module.num_embeddings = shape[0]
-        module.padding_idx = None  # only ever shields a gradient; the id lies on one rank
+        module.padding_idx = None  # only shields a gradient; the id is on one rank
 
 
 def _set_heads(attention: nn.Module, query: int, kv: int, groups: int) -> None:

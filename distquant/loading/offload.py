@@ -1,4 +1,4 @@
-"""What accelerate's hooks put into modules before they run: tensors on the disk, or on the CPU beside other devices."""
+"""Tensors that accelerate's hooks put into modules before they run: from the disk, or from the CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distquant.quantization.public_names import PublicNames
 class Offloaded(Mapping[str, Tensor]):
     """Tensors by their names in the model, as `named_parameters` and `named_buffers` have them.
 
-    On the disk each is a file of its bytes, so every dtype can lie there; it is mapped when it is asked for. The files
+    On the disk each is a file of its bytes, so every dtype can be there; it is mapped when it is asked for. The files
     go with the last reference to this.
 
     Attributes:
@@ -76,7 +76,7 @@ def place_module(owner: str, module: nn.Module, offloaded: Offloaded) -> None:
 
 
 def keep_plain_buffers(model: nn.Module, offloaded: Offloaded) -> None:
-    """Puts buffers that are no components of weights where their modules run, and makes hooks leave them there.
+    """Puts buffers that are not components of weights where their modules run, and makes hooks leave them there.
 
     They are small, and models read some of them beside the forward of the module that has them (biases of routers).
     """
@@ -95,7 +95,7 @@ def keep_plain_buffers(model: nn.Module, offloaded: Offloaded) -> None:
 
 @contextmanager
 def present(module: nn.Module) -> Iterator[None]:
-    """Lets a module have what its hook offloads, as during its forward."""
+    """Gives a module the tensors that its hook offloads, as during its forward."""
     from accelerate.hooks import AlignDevicesHook
 
     hook: Any = getattr(module, "_hf_hook", None)
@@ -112,7 +112,7 @@ def present(module: nn.Module) -> Iterator[None]:
 
 
 def save_offloaded(model: Any, offloaded: Offloaded) -> None:
-    """Makes `save_pretrained` write what is offloaded, too.
+    """Makes `save_pretrained` write offloaded tensors, too.
 
     transformers would look for each tensor of the state dict under that name in its module, where components of
     weights have others.
@@ -140,7 +140,7 @@ def save_offloaded(model: Any, offloaded: Offloaded) -> None:
 
 
 def _stored(model: Any, name: str, offloaded: Offloaded) -> Tensor:
-    """A tensor by its name in the state dict."""
+    """Returns a tensor by its name in the state dict."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     own = module.public_names.get(leaf, leaf) if isinstance(module, PublicNames) else leaf

@@ -1,4 +1,4 @@
-"""The report of a load: what each rank read, sent and kept, and how long its stages were busy."""
+"""The report of a load: bytes that each rank read, sent and kept, and the time its stages were busy."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class RankReport:
     peak_rss_bytes: int = 0
     peak_device_bytes: int = 0
     kernel: str = ""
-    """Which kernels quantized, and why these."""
+    """Kernels that quantized, and the reason for their choice."""
     forward: str = ""
-    """What multiplies the quantized weights."""
+    """Products that multiply the quantized weights."""
     limit: str = ""
-    """The stage that held the rank back."""
+    """Stage that limited the rank."""
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
 
 def make_report(plan: LoadPlan, runtime: str, ranks: list[RankReport], fingerprint: str | None) -> dict[str, Any]:
-    """The report as a JSON-ready dict."""
+    """Returns the report as a JSON-ready dict."""
     return {
         "fingerprint": fingerprint,
         "plan_digest": plan.digest,

@@ -1,41 +1,56 @@
-"""Deals experts out over ep, and cuts each over tp, from the model's own plans rewritten.
+"""Distributes experts over ep, and shards each over tp, by the model's own parallel plans.
 
-Plans of transformers differ in style. Up to 5.17 the router maps ids (`ep_router`) and the experts' output is summed
-(`moe_tp_experts`); 5.23 sends tokens (`ep_dispatch_experts`). Their parameters are `grouped_gemm` in both (dealt out by
-whole experts), and `packed_colwise` and `rowwise` under tp (Llama-4, transposed: `packed_rowwise` and `colwise`). What
-they ask for is the same in all, and it is read here and nowhere else: whole experts for each rank of ep, and inside an
-expert one cut of the intermediate features.
+The plans of transformers differ in style. Up to 5.17 the router maps ids (`ep_router`) and the output of the experts is
+summed (`moe_tp_experts`); 5.23 sends tokens (`ep_dispatch_experts`). The parameters are `grouped_gemm` in both: whole
+experts. Under tp they are `packed_colwise` and `rowwise` (Llama-4, transposed: `packed_rowwise` and `colwise`). All of
+them ask for the same two things, which are read here and nowhere else: whole experts for each rank of ep, and inside
+an expert one partition of the intermediate features.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from distquant.model.description import STAR, ExpertsDescription, ModelDescription, Projection, wildcard
 from distquant.model.experts import sources_by_expert, stack_name
 from distquant.planning.load_plan import ExpertsShard, Rule, TensorPlan
-from distquant.planning.tensor_parallel import ParallelPlan, lengths
+from distquant.planning.parallel_plan import ParallelPlan, lengths
 from distquant.sharding.layout import Layout
 from distquant.sharding.mesh import Mesh
 from distquant.sharding.partition import Partition, even_partition, join_partitions
 
+MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Multiples of an alignment of features that are tried for a packed projection, whose rows have one of their own."""
+
 
 def expert_rules(description: ModelDescription, plan: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """The rules of a parallel plan that are for experts of known form: pattern of the module -> rule -> style.
+    """Returns the rules of a parallel plan for experts of known form: pattern of the module -> rule -> style.
 
-    A rule is for a module's experts if it names the module, one of its parameters, or its router (which has no cut).
+    A rule is for a module's experts if it names the module, one of its parameters, or its router (which is not
+    sharded).
     """
-    found: dict[str, dict[str, str]] = {wildcard(name): {} for name in description.experts}
+    rules: dict[str, dict[str, str]] = {wildcard(name): {} for name in description.experts}
     for pattern, style in plan.items():
-        owner = next((known for known in found if pattern == known or pattern.startswith(known + ".")), None)
+        owner = next((known for known in rules if pattern == known or pattern.startswith(known + ".")), None)
         if owner is None and style == "ep_router":
+            # The router is a sibling of the experts: both are in one block.
             block = pattern.rpartition(".")[0]
-            owner = next((known for known in found if known.startswith(block + ".")), None)
+            owner = next((known for known in rules if known.startswith(block + ".")), None)
         if owner is not None:
-            found[owner][pattern] = style
-    return found
+            rules[owner][pattern] = style
+    return rules
+
+
+class _Outcome(NamedTuple):
+    """What became of the experts of a module, and why."""
+
+    pattern: str
+    became: str
+    reason: str
 
 
 def plan_experts(
@@ -46,104 +61,108 @@ def plan_experts(
     layout_of: Callable[[str], Layout],
     parallel: ParallelPlan,
 ) -> None:
-    """Adds the cuts and the shards of these modules of experts, and the story of their rules, to a parallel plan.
+    """Adds the partitions and the shards of these modules of experts, and records of their rules, to a parallel plan.
 
     Args:
-        skeleton: the model, these modules split into stacks.
+        description: of the model, with these modules split into stacks.
         modules: keys of `description.experts`.
         mesh: its ep is at most the number of experts.
         plans: the model's tensor- and expert-parallel plans, after the scheme's hooks.
-        layout_of: how each linear weight is stored.
+        layout_of: gives the layout of a linear weight.
         parallel: gets them.
     """
     solved: dict[object, tuple[Partition | None, str]] = {}
-    told: dict[tuple[str, str], int] = {}
+    outcomes: Counter[_Outcome] = Counter()
     for name in modules:
         experts = description.experts[name]
         layouts = {p: layout_of(stack_name(name, p.name)) for p in experts.projections}
         key = (experts.count, experts.intermediate, experts.interleaved, *layouts.items())
-        if key not in solved:
+        if key not in solved:  # layers are alike
             solved[key] = _partition_inside(experts, layouts, mesh.tp) if mesh.tp > 1 else (None, "")
         partition, reason = solved[key]
-        dealt = even_partition(experts.count, 1, mesh.ep)
-        assert dealt is not None, "more ranks of ep than experts are refused before"
+        over_ep = even_partition(experts.count, 1, mesh.ep)
+        assert over_ep is not None, "validation rejects more ranks of ep than experts"
         inside = parallel.key_of(partition) if partition is not None else None
-        parallel.experts[name] = ExpertsShard(parallel.key_of(dealt), inside)
+        parallel.experts[name] = ExpertsShard(parallel.key_of(over_ep), inside)
         for projection in experts.projections:
-            whole = partition_of(experts, projection, partition)
-            if whole is not None:
-                parallel.stacks[stack_name(name, projection.name)] = (projection.shard_dim, parallel.key_of(whole))
-        became = f"experts {lengths(dealt)}" if mesh.ep > 1 else "every expert"
+            own = partition_of(experts, projection, partition)
+            if own is not None:
+                parallel.stacks[stack_name(name, projection.name)] = (projection.shard_dim, parallel.key_of(own))
+        became = f"experts {lengths(over_ep)}" if mesh.ep > 1 else "every expert"
         if mesh.tp > 1:
-            became += f", features {lengths(partition)}" if partition else ", whole on every rank of tp"
-        told[wildcard(name), f"{became}\0{reason}"] = told.get((wildcard(name), f"{became}\0{reason}"), 0) + 1
-    _tell(description, plans, mesh, told, parallel)
+            became += f", features {lengths(partition)}" if partition else ", replicated over tp"
+        outcomes[_Outcome(wildcard(name), became, reason)] += 1
+    parallel.rules += _rules(description, plans, mesh, outcomes)
 
 
-def _tell(
+def _rules(
     description: ModelDescription,
     plans: tuple[Mapping[str, str], Mapping[str, str]],
     mesh: Mesh,
-    told: Mapping[tuple[str, str], int],
-    parallel: ParallelPlan,
-) -> None:
+    outcomes: Mapping[_Outcome, int],
+) -> Iterator[Rule]:
+    """Yields a record for each outcome: the styles of all rules for the experts, and what became of them."""
     tp, ep = (expert_rules(description, plan) for plan in plans)
-    for (pattern, story), count in told.items():
-        became, reason = story.split("\0")
+    for (pattern, became, reason), count in outcomes.items():
         asked: dict[str, list[str]] = {}
-        for wanted, size in ((ep, mesh.ep), (tp, mesh.tp)):
-            for rule, style in wanted[pattern].items() if size > 1 else ():
+        for rules, size in ((ep, mesh.ep), (tp, mesh.tp)):
+            for rule, style in rules[pattern].items() if size > 1 else ():
                 asked.setdefault(rule.rpartition(".")[2], []).append(style)
-        styles = ", ".join(f"{leaf}: {' + '.join(dict.fromkeys(found))}" for leaf, found in asked.items()) or "no rule"
-        whole = "whole experts" if mesh.ep > 1 else ""
-        why = "; ".join(part for part in (whole, reason) if part) or "as asked"
-        parallel.rules.append(Rule(pattern, styles, became, why, count))
+        styles = ", ".join(f"{leaf}: {' + '.join(dict.fromkeys(each))}" for leaf, each in asked.items()) or "no rule"
+        reasons = ("whole experts" if mesh.ep > 1 else "", reason)
+        yield Rule(pattern, styles, became, "; ".join(filter(None, reasons)) or "as asked", count)
 
 
 def _partition_inside(
     experts: ExpertsDescription, layouts: Mapping[Projection, Layout], ranks: int
 ) -> tuple[Partition | None, str]:
-    """One cut of the intermediate features that is legal for every projection, and its unit; or why there is none."""
+    """Returns a partition of the intermediate features that is legal for every projection, with its alignment.
+
+    Where there is none, returns None and the reason.
+    """
+    # Each projection's alignments along its own intermediate dim, the preferred one first.
     alignments = {p: layouts[p].alignments((p.out_features, p.in_features), p.shard_dim) for p in experts.projections}
-    barred = [p.name for p, steps in alignments.items() if not steps]
-    if barred:
-        return None, f"{experts.intermediate} features, which the quantization blocks of {barred[0]} do not divide"
+    unaligned = [p.name for p, each in alignments.items() if not each]
+    if unaligned:
+        return None, f"{experts.intermediate} features, which the quantization blocks of {unaligned[0]} do not divide"
     alignment, enough = 1, False
     for level in range(max(map(len, alignments.values()))):
         steps = {p: each[min(level, len(each) - 1)] for p, each in alignments.items()}
+        # Where gate and up are one projection, one feature is two of its rows. Its alignment counts rows, so it cannot
+        # go into the lcm over features: larger multiples are tried below until its rows are aligned, too.
         alignment = math.lcm(
             *(step for p, step in steps.items() if p.shard_dim == 1 or p.out_features == experts.intermediate)
         )
-        # Of gate and up in one projection, one feature is two rows.
-        for multiple in (1, 2, 4, 8, 16, 32, 64, 128):
+        for multiple in MULTIPLES:
             partition = even_partition(experts.intermediate, alignment * multiple, ranks)
-            if partition is None:
+            if partition is None:  # fewer multiples than ranks, and larger ones are fewer still
                 break
             enough = True
-            if all(
-                whole is None or whole.legal(steps[p]) for p in steps for whole in [partition_of(experts, p, partition)]
-            ):
-                return partition, f"features in units of {alignment * multiple}"
+            own = ((partition_of(experts, p, partition), step) for p, step in steps.items())
+            if all(each is None or each.legal(step) for each, step in own):
+                return partition, f"features in multiples of {alignment * multiple}"
     if enough:
         packed = next(p for p in alignments if p.shard_dim == 0)
-        return None, f"no cut of gate and up, {experts.intermediate} features each, falls on the units of {packed.name}"
-    return None, f"{experts.intermediate} features are fewer than {ranks} units of {alignment}"
+        what = f"no partition of gate and up, {experts.intermediate} features each"
+        return None, f"{what}, is aligned with the quantization blocks of {packed.name}"
+    return None, f"{experts.intermediate} features are fewer than {ranks} multiples of {alignment}"
 
 
 def partition_of(experts: ExpertsDescription, projection: Projection, partition: Partition | None) -> Partition | None:
-    """The cut of a projection's own dim that follows from that of the intermediate features."""
+    """Returns the partition of a projection's own dim that follows from that of the intermediate features."""
     if partition is None or projection.shard_dim == 1 or projection.out_features == experts.intermediate:
         return partition
+    # Gate and up in one projection: row by row in turns, or all of gate before all of up.
     return partition.scaled(2) if experts.interleaved else join_partitions([partition, partition])
 
 
 def expert_name(stack: str, number: int) -> str:
-    """The name of one expert's part of a stack."""
+    """Returns the name of one expert's part of a stack."""
     return stack.replace(STAR, str(number))
 
 
 def experts_of(tensor: TensorPlan, tensors: Mapping[str, tuple[int, ...]]) -> Iterator[TensorPlan]:
-    """One entry for each expert of a stack, as if it were a module of its own; a tensor that is no stack is itself.
+    """Yields one entry for each expert of a stack, as if it were a module of its own; else the tensor itself.
 
     Args:
         tensor: of a plan.
@@ -154,6 +173,7 @@ def experts_of(tensor: TensorPlan, tensors: Mapping[str, tuple[int, ...]]) -> It
         return
     count, *shape = tensor.shape
     for number, sources in enumerate(sources_by_expert(tensor.sources, count, tensors)):
+        # Not `replace`: there may be tens of thousands.
         yield TensorPlan(
             expert_name(tensor.name, number),
             tuple(shape),
@@ -167,45 +187,8 @@ def experts_of(tensor: TensorPlan, tensors: Mapping[str, tuple[int, ...]]) -> It
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What is loaded as one: a tensor, or one expert of a stack.
-
-    Attributes:
-        tensor: it, on its own.
-        stack: the plan's entry that it belongs to; the tensor itself if it is no stack.
-        number: of the expert; 0 if it is no stack.
-    """
-
-    tensor: TensorPlan
-    stack: TensorPlan
-    number: int
-
-
-def pieces_of(tensors: Iterable[TensorPlan], shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
-    """Everything that is loaded, in the order in which it lies in the files.
-
-    Args:
-        tensors: of a plan.
-        shapes: shape of each checkpoint tensor, in the order of files and offsets.
-    """
-    order = {name: place for place, name in enumerate(shapes)}
-
-    def place(piece: Piece) -> tuple[int, int]:
-        return min((order[s.tensor], s.take[1] if s.take else 0) for s in piece.tensor.sources)
-
-    pieces = (Piece(one, tensor, number) for tensor in tensors for number, one in enumerate(experts_of(tensor, shapes)))
-    # An expert that the checkpoint lacks is told elsewhere, together with every other problem.
-    return sorted((piece for piece in pieces if piece.tensor.sources), key=place)
-
-
-def owner_of(dealt: Partition, number: int) -> int:
-    """The position on ep that holds an expert."""
-    return next(ep for ep in range(len(dealt.parts)) for a, b in dealt.segments(ep) if a <= number < b)
-
-
-def one_of(tensor: TensorPlan) -> TensorPlan:
-    """One expert of a stack, without its sources; a tensor that is no stack is itself."""
+def first_expert(tensor: TensorPlan) -> TensorPlan:
+    """Returns the first expert of a stack, without its sources; a tensor that is not a stack is returned as it is."""
     if tensor.experts is None:
         return tensor
     dim = None if tensor.shard_dim is None else tensor.shard_dim - 1

@@ -1,10 +1,11 @@
-"""The frozen result of planning: one entry a tensor with its cut; every rank derives its own tasks from it."""
+"""The frozen result of planning: one entry for each tensor. Every rank derives its own tasks from it."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -13,31 +14,42 @@ from typing import Any
 from distquant.environment import Environment
 from distquant.errors import InputError
 from distquant.model.description import Source
-from distquant.planning.read_assignment import OWN
+from distquant.planning.read_strategy import OWN
 from distquant.sharding.heads import HeadPartition
 from distquant.sharding.mesh import Mesh
 from distquant.sharding.partition import Partition
 
 PLAN_FORMAT = 5
-"""Version of the JSON; a plan of another version is refused."""
+"""Version of the JSON; a plan of another version is invalid."""
+
+
+def _renamed(old: str, new: str) -> Any:
+    """Returns a property that warns and gives the field that is called `new` now."""
+
+    def get(self: Any) -> Any:
+        message = f"{type(self).__name__}.{old} is called {new} now; the old name goes with the next release"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return getattr(self, new)
+
+    return property(get, doc=f"Deprecated name of `{new}`.")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """One parameter or buffer: where its values come from, and how it is cut.
+    """One parameter or buffer: where its values come from, and how it is sharded.
 
     Attributes:
         name: path in the model.
-        shape: logical shape of the whole, `[out, in]` for a linear weight.
+        shape: logical shape on all ranks together, `[out, in]` for a linear weight.
         dtype: torch's name of the dtype it is loaded in (and quantized from).
-        scheme: name of the scheme that stores it; "none" as it is.
+        scheme: name of the scheme that stores it; "none" if it is not quantized.
         sources: checkpoint tensors that fill it.
-        dim: dim that is cut over tp; None = every rank holds all of it.
-        cut: key into `LoadPlan.partitions`.
-        transposed: whether the checkpoint stores it `[in, out]` (GPT-2's Conv1D) and it is turned to be quantized.
-        reading: how the ranks of a node read it, a key of `planning.reading.REASONS`.
-        experts: for a stack of experts, key into `LoadPlan.partitions` of how they are distributed over ep; the first
-            dim of `shape` then counts them, `name` has a star for their number, and `dim` is never 0.
+        shard_dim: dim that is sharded over tp; None = every rank holds all of it.
+        partition: key into `LoadPlan.partitions`.
+        transposed: True if the checkpoint stores it `[in, out]` (GPT-2's Conv1D), so that it is transposed on the way.
+        reading: how the ranks of a node read it, a key of `planning.read_strategy.REASONS`.
+        experts: for a stack of experts, key into `LoadPlan.partitions` of how they are distributed over ep. The first
+            dim of `shape` then counts them, `name` has a star for their number, and `shard_dim` is never 0.
     """
 
     name: str
@@ -51,18 +63,23 @@ class TensorPlan:
     reading: str = OWN
     experts: str | None = None
 
+    dim = _renamed("dim", "shard_dim")
+    cut = _renamed("cut", "partition")
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleShard:
-    """How a cut module talks to the other ranks: its parallel style and the cut of its split dim."""
+    """How a sharded module works with the other ranks: its parallel style, and the partition of its sharded dim."""
 
     style: str
     partition: str
 
+    cut = _renamed("cut", "partition")
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionShard:
-    """The heads of a cut attention module: key into `LoadPlan.heads`, and its head size."""
+    """The heads of a sharded attention module: key into `LoadPlan.heads`, and its head size."""
 
     heads: str
     head_dim: int
@@ -70,20 +87,22 @@ class AttentionShard:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsShard:
-    """A module of fused experts that is loaded one by one: how they are dealt out, and cut inside.
+    """A module of fused experts that are loaded one by one.
 
     Attributes:
-        dealt: key into `LoadPlan.partitions` of the experts over ep.
-        cut: key of the intermediate features over tp; None = every rank of tp holds its experts whole.
+        dealt: key into `LoadPlan.partitions`: of the experts over ep.
+        partition: key of the intermediate features over tp; None = every rank of tp holds all features of its experts.
     """
 
     dealt: str
     partition: str | None
 
+    cut = _renamed("cut", "partition")
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule of the model's parallel plan: what it asked for, what it became, and why."""
+    """One rule of the model's parallel plan: the style it asked for, the one it became, and the reason."""
 
     pattern: str
     asked: str
@@ -94,7 +113,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Bytes of one rank: what it reads, what it keeps quantized and unquantized, and what passes through."""
+    """Bytes of one rank: read, kept quantized, kept unquantized, and staged on the way."""
 
     rank: int
     parameters: int
@@ -114,7 +133,7 @@ class RankMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadPlan:
-    """Everything that was decided before a weight moved. `digest` names it; `to_json` and `from_json` carry it."""
+    """All decisions that are made before a weight moves. `digest` identifies it; `to_json` and `from_json` carry it."""
 
     model: str
     model_type: str
@@ -124,10 +143,10 @@ class LoadPlan:
     quantization_config: dict[str, Any]
     """The merged configuration in Hugging Face's spelling."""
     selection: dict[str, Any]
-    """distquant's own options about which modules to convert."""
+    """distquant's own options that select the modules to convert."""
     prequantized: bool
     dequantize: bool
-    """Whether weights that are stored quantized are loaded in `dtype`, as ordinary linears."""
+    """True if weights that are stored quantized are loaded in `dtype`, as ordinary linears."""
     tensors: tuple[TensorPlan, ...]
     tied: dict[str, str]
     partitions: dict[str, Partition]
@@ -142,21 +161,23 @@ class LoadPlan:
     """Modules that the scheme replaces."""
     rules: tuple[Rule, ...]
     notes: tuple[str, ...]
-    """What the user should know: replicated, repeated, left unquantized, dropped; with what it costs."""
+    """Sentences for the user: what is replicated, repeated, left unquantized or dropped, and its cost."""
     memory: tuple[RankMemory, ...]
     staging: int
     nodes: tuple[int, ...]
-    """The node of each rank: ranks of one node share memory, and read each byte once among them."""
+    """Node of each rank. Ranks of one node share memory, and together read each byte once."""
     device_map: dict[str, str] | None
     shards: dict[str, tuple[str, int]]
-    """File -> (sha256 of its header, size): a rank whose files differ refuses to load."""
+    """File -> (sha256 of its header, size). A rank whose files differ does not load."""
     check_at_load: tuple[str, ...]
     environment: Environment = field(default_factory=Environment)
     trust_remote_code: bool = False
 
+    cuts = _renamed("cuts", "partitions")
+
     @cached_property
     def digest(self) -> str:
-        """sha256 over the canonical JSON without `environment`, 64 hex digits."""
+        """sha256 of the canonical JSON without `environment`, 64 hex digits."""
         return hashlib.sha256(self._json(without="environment").encode()).hexdigest()
 
     @property
@@ -164,7 +185,7 @@ class LoadPlan:
         return sum(size for _, size in self.shards.values())
 
     def to_json(self) -> str:
-        """Canonical JSON (sorted keys, no spaces)."""
+        """Returns canonical JSON (sorted keys, no spaces)."""
         return self._json()
 
     def _json(self, without: str | None = None) -> str:
@@ -174,7 +195,7 @@ class LoadPlan:
 
     @classmethod
     def from_json(cls, text: str) -> LoadPlan:
-        """Reads what `to_json` wrote; raises `InputError` for another format."""
+        """Reads the JSON of `to_json`; raises `InputError` for another format."""
         try:
             fields = json.loads(text)
             version = fields.pop("format")
@@ -184,16 +205,16 @@ class LoadPlan:
         except InputError:
             raise
         except (ValueError, AttributeError, LookupError, TypeError) as error:
-            what = f"is no plan in JSON ({type(error).__name__}: {error})"
+            what = f"not a plan in JSON ({type(error).__name__}: {error})"
             raise InputError.one("plan", what, "Write one with `distquant plan --json`") from error
 
 
 _ROWS = {kind: attrgetter(*(f.name for f in dataclasses.fields(kind))) for kind in (TensorPlan, Source)}
-"""Kinds that are written as lists, because there are many of them."""
+"""Types that are written as lists, because there are many of them."""
 
 
 def _plain(value: Any) -> Any:
-    """One level of what JSON has no word for: dataclasses to dicts, tensors and sources to short lists."""
+    """Converts one level for JSON: dataclasses to dicts, tensors and sources to short lists."""
     if (row := _ROWS.get(type(value))) is not None:
         return row(value)
     return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from distquant.config.resolve import is_known
 from distquant.dtypes import DTYPE_BYTES
 from distquant.options import ALL_REDUCE, DISPATCH
-from distquant.planning.expert_parallel import one_of
+from distquant.planning.expert_parallel import first_expert
 from distquant.planning.load_plan import TensorPlan
 from distquant.planning.plan_builder import Partitioned
 from distquant.quantization import Shard, config_classes
@@ -120,7 +120,7 @@ def _exactness_cost(partitioned: Partitioned) -> Iterator[str]:
     for tensor, times in partitioned.kinds():
         if tensor.scheme != "none" and tensor.partition:
             # A stack is counted as one of its experts, times their number.
-            one = one_of(tensor)
+            one = first_expert(tensor)
             experts = tensor.shape[0] if tensor.experts is not None else 1
             undivided = Shard(one.name, (one.shape[0], one.shape[1]), one.dtype)
             shards = sum(partitioned.local_size(one, tp)[1] for tp in range(partitioned.mesh.tp))
@@ -149,7 +149,7 @@ def _is_unsliced(partitioned: Partitioned, tensor: TensorPlan) -> bool:
     scheme = partitioned.scheme
     if any(source.component in scheme.unsliced for source in tensor.sources):
         return True
-    one = one_of(tensor)
+    one = first_expert(tensor)
     # The codes are the component without a name; replicated scales alone are small and not worth a note.
     return any(c.replicated and not c.name for c in scheme.layout(one.name, one.shape, one.dtype).components)
 

@@ -6,20 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import Any
 
 from distquant.dtypes import DTYPE_BYTES
 from distquant.model import Source
 from distquant.planning.described import Described
-from distquant.planning.expert_parallel import experts_of, one_of, owner_of, pieces_of
+from distquant.planning.expert_parallel import experts_of, first_expert
 from distquant.planning.load_plan import RankMemory, TensorPlan
-from distquant.planning.read_assignment import ReadAssigner, node_columns, rows_and_width
+from distquant.planning.read_assignment import bytes_read
 from distquant.planning.slots import READ_SLOTS, SEND_SLOTS, SLACK
 from distquant.planning.tensor_parallel import ParallelPlan
-from distquant.planning.transfers import Transfer, transfers_of
+from distquant.planning.transfers import transfers_of
 from distquant.quantization import Shard
-from distquant.sharding.partition import Partition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class Partitioned(Described):
     def local_size(self, tensor: TensorPlan, tp: int, ep: int = 0) -> tuple[int, int]:
         """Returns elements and bytes of a rank's part of a tensor."""
         if tensor.experts is not None:
-            count, nbytes = self.local_size(one_of(tensor), tp)
+            count, nbytes = self.local_size(first_expert(tensor), tp)
             experts = self.parallel.partitions[tensor.experts].length(ep)
             return count * experts, nbytes * experts
         if tensor.scheme != "none":
@@ -62,7 +60,7 @@ class Partitioned(Described):
             layout = None
             if tensor.scheme != "none":
                 # A method may store weights of one shape in several ways.
-                one = one_of(tensor)
+                one = first_expert(tensor)
                 layout = self.scheme.layout(one.name, one.shape, one.dtype)
             key = (
                 tensor.shape,
@@ -81,7 +79,9 @@ class Partitioned(Described):
 
     def memory_rows(self) -> Iterator[RankMemory]:
         """Yields the memory table, a row a rank."""
-        kinds, read = self.kinds(), self._reads()
+        kinds, infos = self.kinds(), self.checkpoint.tensors
+        transfers = transfers_of(self.tensors, self.parallel.partitions, self.scheme, self.prequantized, infos)
+        read = bytes_read(transfers, self.mesh, self.nodes)
         # Tensors pass one at a time, so the largest need of any is added once.
         beside = max([n for _, n in self.whole_weight_workspace()] + self._encoded_buffers(kinds), default=0)
         rows: dict[tuple[int, int], RankMemory] = {}
@@ -140,7 +140,7 @@ class Partitioned(Described):
         for tensor, _ in kinds:
             if tensor.scheme == "none" or self.prequantized:
                 continue
-            one = one_of(tensor)
+            one = first_expert(tensor)
             shape = (one.shape[0], one.shape[1])
             stored = {c.name: c.nbytes(shape) for c in self.scheme.layout(one.name, shape, one.dtype).components}
             replicated = self.scheme.replicated_components(Shard(one.name, shape, one.dtype))
@@ -153,123 +153,3 @@ class Partitioned(Described):
             largest = max(self.local_size(one, tp)[0] for tp in range(self.mesh.tp))
             buffers.append(arriving * largest // math.prod(shape))
         return buffers
-
-    # -- reads ---------------------------------------------------------------------------------------------------------
-
-    def _reads(self) -> list[int]:
-        """Bytes that each rank is dealt; nodes whose ranks have the same places are dealt the same."""
-        read = [0] * self.mesh.size
-        ranks_of: dict[int, list[int]] = {}
-        for rank, node in enumerate(self.nodes):
-            ranks_of.setdefault(node, []).append(rank)
-        flowing = self._flowing()
-        known: dict[Any, list[int]] = {}  # by places and experts; by places and work, where other experts are as much
-        for ranks in map(tuple, ranks_of.values()):
-            eps, places = self._places(ranks)
-            if (places, eps) not in known:
-                work = _work(eps, flowing)
-                if (places, work) not in known:
-                    known[places, work] = list(self._dealt(ranks, places, work).values())
-                known[places, eps] = known[places, work]
-            for rank, nbytes in zip(ranks, known[places, eps], strict=True):
-                read[rank] = nbytes
-        return read
-
-    def _flowing(self) -> _Flowing:
-        """What flows for every tensor and every expert."""
-        found: _Flowing = {None: []}
-        known: dict[Any, tuple[_Sized, ...]] = {}
-        tensors = self.checkpoint.tensors
-        for index, piece in enumerate(pieces_of(self.tensors, self.shapes)):
-            sources = [(s.component, s.take is None, tensors[s.tensor]) for s in piece.tensor.sources]
-            stored = tuple((component, whole, info.shape, info.dtype) for component, whole, info in sources)
-            key = (piece.stack.name, stored)  # experts are alike, and there may be thousands
-            if key not in known:
-                known[key] = tuple(self._sized(piece.tensor))
-            dealt = self.parallel.partitions[piece.stack.experts] if piece.stack.experts is not None else None
-            owner = None if dealt is None else owner_of(dealt, piece.number)
-            found.setdefault(owner, []).append((index, known[key]))
-        return found
-
-    def _sized(self, tensor: TensorPlan) -> Iterator[_Sized]:
-        partition = self.parallel.partitions[tensor.partition] if tensor.partition else None
-        for transfer in transfers_of(tensor, partition, self.scheme, self.prequantized, self.checkpoint.tensors):
-            whole = transfer.transposed or transfer.whole_weight_workspace > 0
-            yield _Sized(
-                transfer.shape,
-                transfer.shard_dim,
-                transfer.partition,
-                transfer.step,
-                transfer.apart,
-                whole,
-                self._stored_bytes(transfer),
-            )
-
-    def _places(self, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
-        """The places on ep that a node has; and each rank's place on tp, with the number of its own among those."""
-        at = [self.mesh.coordinates(rank) for rank in ranks]
-        eps = tuple(dict.fromkeys(each["ep"] for each in at))
-        return eps, tuple((each["tp"], eps.index(each["ep"])) for each in at)
-
-    def _dealt(
-        self,
-        ranks: tuple[int, ...],
-        places: tuple[tuple[int, int], ...],
-        work: _Work,
-    ) -> dict[int, int]:
-        """Bytes that each rank of one node reads."""
-        assigner = ReadAssigner(self.mesh, ranks)
-        for number, transfers in work:
-            kept = tuple(rank for rank, (_, ep) in zip(ranks, places, strict=True) if number in (None, ep))
-            positions = [assigner.positions[rank] for rank in kept]
-            for transfer in transfers:
-                rows, width = rows_and_width(transfer.shape)
-                a, b = node_columns(transfer.shape, transfer.shard_dim, transfer.partition, positions, transfer.apart)
-                row_bytes = transfer.nbytes * (b - a) // max(rows * width, 1)
-                assigner.assign_reads(
-                    transfer.shape,
-                    transfer.shard_dim,
-                    transfer.partition,
-                    row_bytes,
-                    transfer.step,
-                    transfer.whole,
-                    kept,
-                )
-        return assigner.loads
-
-    def _stored_bytes(self, transfer: Transfer) -> int:
-        """Bytes of a whole flow in the checkpoint."""
-        total = 0
-        for source in transfer.sources:
-            info = self.checkpoint.tensors[source.tensor]
-            total += self.taken(source) * info.nbytes // max(math.prod(info.shape), 1)
-        return total
-
-
-def _work(eps: tuple[int, ...], flowing: _Flowing) -> _Work:
-    """What flows on a node, in order."""
-    here: list[tuple[int, int | None, tuple[_Sized, ...]]] = [(index, None, sized) for index, sized in flowing[None]]
-    for number, ep in enumerate(eps):
-        here += [(index, number, sized) for index, sized in flowing.get(ep, ())]
-    here.sort(key=itemgetter(0))
-    return tuple((number, sized) for _, number, sized in here)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Sized:
-    """What the planner's sums need of a flow: how it is cut, and its bytes in the checkpoint."""
-
-    shape: tuple[int, ...]
-    shard_dim: int | None
-    partition: Partition | None
-    step: int
-    apart: int | None
-    whole: bool
-    nbytes: int
-
-
-_Flowing = dict[int | None, list[tuple[int, tuple[_Sized, ...]]]]
-"""Place in the order of loading, and what flows: of dense tensors (None), and by the experts' place on ep."""
-
-_Work = tuple[tuple[int | None, tuple[_Sized, ...]], ...]
-"""What flows on a node, in order: for which number of its places on ep (None: for all ranks), and how."""

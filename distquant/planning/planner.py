@@ -27,7 +27,7 @@ from distquant.planning.load_plan import LoadPlan, ModuleShard, TensorPlan
 from distquant.planning.plan_builder import Partitioned
 from distquant.planning.planned import freeze, plan_memory
 from distquant.planning.prepared import Prepared
-from distquant.planning.read_assignment import way_of_reading
+from distquant.planning.read_strategy import read_strategy
 from distquant.planning.request import Request, collected, read_request
 from distquant.planning.tensor_parallel import (
     COLWISE,
@@ -173,7 +173,7 @@ def _tensor_plan(
         shard_dim=dim,
         partition=key,
         transposed=transposed and not described.prequantized,
-        reading=way_of_reading(dim, parallel.partitions[key] if key else None, described.mesh, described.nodes),
+        reading=read_strategy(dim, parallel.partitions[key] if key else None, described.mesh, described.nodes),
     )
 
 
@@ -195,7 +195,7 @@ def _stack_plan(described: Described, parallel: ParallelPlan, linear: Linear, na
         shard_dim=None if dim is None else dim + 1,  # the first dim of a stack counts experts
         partition=key,
         transposed=linear.transposed and not is_bias and not stored_quantized,
-        reading=way_of_reading(dim, partition, described.mesh, described.nodes, expert=True),
+        reading=read_strategy(dim, partition, described.mesh, described.nodes, expert=True),
         experts=parallel.experts[name.partition(f".{STAR}.")[0]].dealt,
     )
 

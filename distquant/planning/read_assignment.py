@@ -1,198 +1,231 @@
-"""Who reads what: the rows of every tensor are dealt out over the ranks of a node, so that each byte is read once.
+"""Assigns the rows of every transfer to the ranks of a node, so that a node reads each byte once.
 
-Rows that one rank alone keeps are read by it. Rows that several ranks keep (replicas, repeated kv heads, whole
-tensors) are dealt out over those, and rows that are cut along their columns over all that keep a part of them: one
-rank reads and quantizes them whole, and hands the others what they keep. Pure arithmetic, the same on every rank.
+A rank reads rows that it alone keeps. Rows that several ranks keep (replicas, repeated kv heads, replicated tensors)
+are divided over those. Rows whose columns are sharded are divided over all ranks that keep a part of them: one rank
+reads and quantizes whole rows, and sends the others what they keep. The plan sums the bytes of the reads that a load
+makes. Pure arithmetic, the same on every rank.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
+from operator import itemgetter
+from typing import Any, NamedTuple
 
+from distquant.planning.row_map import row_segments, rows_and_width
+from distquant.planning.transfers import Transfer, TransferKind
 from distquant.sharding.mesh import Mesh
 from distquant.sharding.partition import Partition, Segment
 
-OWN, DEALT, SCATTER = "own", "dealt", "scatter"
-
-REASONS = {
-    OWN: "read as own slices: a rank keeps whole rows, and reads just these",
-    DEALT: "dealt out: several ranks of a node keep the same rows; each reads a share and hands it on",
-    SCATTER: "read, quantized and scattered: rows are cut across; one rank reads them whole and hands out the columns",
-}
-"""Why a tensor is read the way it is, by the name of the way (`TensorPlan.reading`)."""
-
 SHARE = 1 << 20
-"""Bytes of a tensor under which it is not dealt out: one rank reads all of it."""
+"""Bytes for each owner below which rows are not divided: one rank reads all of them."""
+
+Run = tuple[Segment, tuple[int, ...]]
+"""Consecutive rows that the same ranks keep, and these ranks."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Consecutive rows of a tensor that one rank reads for all ranks of its node that keep something of them."""
+class ReadItem:
+    """Consecutive rows that one rank reads for all ranks of its node that keep something of them.
+
+    Attributes:
+        reader: rank that reads them.
+        rows: of the transfer.
+        owners: ranks of the node that keep something of them.
+        nbytes: bytes that are read.
+    """
 
     reader: int
     rows: Segment
     owners: tuple[int, ...]
+    nbytes: int = 0
 
 
-def rows_and_width(shape: Sequence[int]) -> tuple[int, int]:
-    """A tensor as rows: all dims but the last, times the last (a 1-D tensor has rows of one element)."""
-    width = shape[-1] if len(shape) > 1 else 1
-    return (math.prod(shape) // width if width else 0), width
+class NodeReads(NamedTuple):
+    """How one node reads a transfer.
+
+    Attributes:
+        transfer: it.
+        owners: ranks of the node that keep something of it.
+        columns: logical columns that the node reads of every row.
+        reads: which rank reads which rows, in row order.
+    """
+
+    transfer: Transfer
+    owners: tuple[int, ...]
+    columns: Segment
+    reads: tuple[ReadItem, ...]
 
 
 def nodes_of(world: int, per_node: int | None) -> tuple[int, ...]:
-    """The node of each rank where ranks fill nodes in order; without a number, 8 ranks share one."""
+    """Returns the node of each rank where ranks fill nodes in order; without a number, 8 ranks share one."""
     return tuple(rank // (per_node or 8) for rank in range(world))
 
 
 def node_ranks(nodes: Sequence[int], rank: int) -> tuple[int, ...]:
-    """The ranks on a rank's node, itself included."""
+    """Returns the ranks on a rank's node, itself included."""
     return tuple(other for other, node in enumerate(nodes) if node == nodes[rank])
 
 
-def row_segments(shape: Sequence[int], dim: int | None, partition: Partition | None, tp: int) -> tuple[Segment, ...]:
-    """Rows that a position on tp keeps (something of), in local order."""
-    rows = rows_and_width(shape)[0]
-    if dim != 0 or partition is None or not shape:
-        return ((0, rows),)
-    per = rows // shape[0] if shape[0] else 0
-    return tuple((a * per, b * per) for a, b in partition.segments(tp))
+def reads_of_node(transfers: Iterable[Transfer], mesh: Mesh, node: tuple[int, ...]) -> Iterator[NodeReads]:
+    """Yields how a node reads each transfer that its ranks keep something of; plan and load both work from this.
+
+    Args:
+        transfers: in the order of loading. Experts that other nodes keep are left out.
+        mesh: of the plan.
+        node: ranks of the node.
+    """
+    assigner, by_ep = ReadAssigner(mesh, node), _ranks_by_ep(mesh, node)
+    for transfer in transfers:
+        owners = node if transfer.ep is None else by_ep.get(transfer.ep)
+        if owners:
+            columns, reads = assigner.assign_reads(transfer.kind, owners)
+            yield NodeReads(transfer, owners, columns, tuple(reads))
 
 
-def column_segments(shape: Sequence[int], dim: int | None, partition: Partition | None, tp: int) -> tuple[Segment, ...]:
-    """Columns that a position on tp keeps of its rows, in local order."""
-    width = rows_and_width(shape)[1]
-    return partition.segments(tp) if dim not in (None, 0) and partition is not None else ((0, width),)
+def bytes_read(transfers: Iterable[Transfer], mesh: Mesh, nodes: Sequence[int]) -> list[int]:
+    """Returns the bytes that each rank reads.
+
+    Nodes with the same positions that read transfers of the same kinds read the same bytes, so they are summed once:
+    of 32 nodes that hold 8 experts each, one.
+
+    Args:
+        transfers: of the whole plan, in the order of loading.
+        mesh: of the plan.
+        nodes: node of each rank.
+    """
+    by_ep: dict[int | None, list[tuple[int, Transfer]]] = {None: []}
+    for index, transfer in enumerate(transfers):
+        by_ep.setdefault(transfer.ep, []).append((index, transfer))
+    read = [0] * mesh.size
+    known: dict[Any, list[int]] = {}
+    for node in dict.fromkeys(node_ranks(nodes, rank) for rank in range(mesh.size)):
+        eps = tuple(_ranks_by_ep(mesh, node))
+        places = tuple((at["tp"], eps.index(at["ep"])) for at in map(mesh.coordinates, node))
+        if (places, eps) not in known:
+            here: list[tuple[int, int | None, Transfer]] = [(index, None, each) for index, each in by_ep[None]]
+            for number, ep in enumerate(eps):
+                here += [(index, number, each) for index, each in by_ep.get(ep, ())]
+            here.sort(key=itemgetter(0))
+            work = tuple((number, transfer.kind) for _, number, transfer in here)
+            if (places, work) not in known:
+                loads = dict.fromkeys(node, 0)
+                for assigned in reads_of_node([transfer for *_, transfer in here], mesh, node):
+                    for item in assigned.reads:
+                        loads[item.reader] += item.nbytes
+                known[places, work] = list(loads.values())
+            known[places, eps] = known[places, work]
+        for rank, nbytes in zip(node, known[places, eps], strict=True):
+            read[rank] = nbytes
+    return read
 
 
-def way_of_reading(
-    dim: int | None, partition: Partition | None, mesh: Mesh, nodes: Sequence[int], expert: bool = False
-) -> str:
-    """The way in which a tensor is read (a key of `REASONS`); `expert` marks one that lies on one position of ep."""
-    if dim not in (None, 0) and partition is not None:
-        return SCATTER
-    shared = any(_share_rows(partition, positions) for positions in _positions(mesh, tuple(nodes), expert))
-    return DEALT if shared else OWN
-
-
-@cache
-def _positions(mesh: Mesh, nodes: tuple[int, ...], expert: bool) -> frozenset[tuple[int, ...]]:
-    """The positions on tp of each node's ranks; of those apart that hold other experts, for an `expert`."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for rank, node in enumerate(nodes):
-        at = mesh.coordinates(rank)
-        found.setdefault((node, at["ep"] if expert else 0), []).append(at["tp"])
-    return frozenset(map(tuple, found.values()))
-
-
-def _share_rows(partition: Partition | None, positions: tuple[int, ...]) -> bool:
-    """Whether two ranks of a node keep some rows both."""
-    if partition is None or len(set(positions)) < len(positions):
-        return len(positions) > 1
-    if not partition.repeated:
-        return False
-    held = [(segment, tp) for tp in positions for segment in partition.segments(tp)]
-    return any(tp != other and a < d and c < b for (a, b), tp in held for (c, d), other in held)
+def _ranks_by_ep(mesh: Mesh, node: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    """Returns the ranks of a node at each position on ep that it has."""
+    found: dict[int, tuple[int, ...]] = {}
+    for rank in node:
+        ep = mesh.coordinates(rank)["ep"]
+        found[ep] = (*found.get(ep, ()), rank)
+    return found
 
 
 def node_columns(
     shape: Sequence[int], dim: int | None, partition: Partition | None, positions: Iterable[int], step: int | None
 ) -> Segment:
-    """Columns that a node reads of every row.
+    """Returns the columns that a node reads of every row.
 
     Args:
         shape: of the tensor.
-        dim: dim that is cut.
-        cut: its cut.
+        dim: dim that is sharded.
+        partition: its partition.
         positions: on tp, of the node's ranks.
-        step: columns at which rows may be quantized apart; None = whole rows only.
+        step: multiples of columns that can be quantized without the rest of their row; None = whole rows only.
     """
     width = rows_and_width(shape)[1]
     if dim in (None, 0) or partition is None or step is None:
         return (0, width)
     wanted = [segment for tp in positions for segment in partition.segments(tp)]
     start, stop = min(a for a, _ in wanted), max(b for _, b in wanted)
+    # One run of columns, even where the ranks leave some out between them: a read is cheaper than two.
     return (start, stop) if start % step == 0 and (stop % step == 0 or stop == width) else (0, width)
 
 
 class ReadAssigner:
-    """Deals the rows of tensors, one tensor after the other, over the ranks of one node."""
+    """Assigns the rows of transfers, one after the other, to the ranks of one node.
+
+    Args:
+        mesh: of the plan.
+        node: ranks of the node.
+
+    Attributes:
+        loads: bytes that each rank has been assigned so far.
+    """
 
     def __init__(self, mesh: Mesh, node: tuple[int, ...]):
         self.node = node
         self.positions: Mapping[int, int] = {rank: mesh.coordinates(rank)["tp"] for rank in node}
         self.loads = dict.fromkeys(node, 0)
-        """Bytes that each rank has been dealt so far."""
-        self._runs: dict[tuple[int, Partition, tuple[int, ...]], list[tuple[Segment, tuple[int, ...]]]] = {}
+        self._runs: dict[tuple[int, Partition, tuple[int, ...]], list[Run]] = {}
 
-    def assign_reads(
-        self,
-        shape: Sequence[int],
-        dim: int | None,
-        partition: Partition | None,
-        row_bytes: int,
-        step: int,
-        whole: bool = False,
-        owners: tuple[int, ...] | None = None,
-    ) -> list[Part]:
-        """The parts of a tensor, in row order; every row that the node keeps is in exactly one.
+    def assign_reads(self, kind: TransferKind, owners: tuple[int, ...] | None = None) -> tuple[Segment, list[ReadItem]]:
+        """Returns the columns that the node reads, and its reads in row order.
+
+        Every row that the node keeps is in exactly one read.
 
         Args:
-            shape: of the tensor.
-            dim: dim that is cut.
-            cut: its cut.
-            row_bytes: bytes that are read of a row.
-            step: rows that are quantized together; parts start at a multiple of it.
-            whole: whether one rank must read all of it (it is turned, or quantized as a whole).
-            keepers: ranks of the node that keep something of it; None = all.
+            kind: of the transfer.
+            owners: ranks of the node that keep something of it; None = all.
         """
-        among = self.node if owners is None else owners
-        if whole:
-            rows = rows_and_width(shape)[0]
-            return self._share(0, rows, among, row_bytes, step, whole) if rows else []
-        parts: list[Part] = []
-        for (start, stop), owners in self._held(shape, dim, partition, among):
-            parts += self._share(start, stop, owners, row_bytes, step, whole)
-        return parts
+        owners = self.node if owners is None else owners
+        positions = [self.positions[rank] for rank in owners]
+        columns = node_columns(kind.shape, kind.shard_dim, kind.partition, positions, kind.column_step)
+        found: list[ReadItem] = []
+        for rows, keeping in self._runs_of(kind, owners):
+            found += self._share(kind, rows, columns, keeping)
+        return columns, found
 
-    def _held(
-        self, shape: Sequence[int], dim: int | None, partition: Partition | None, among: tuple[int, ...]
-    ) -> list[tuple[Segment, tuple[int, ...]]]:
-        """Runs of rows that the same ranks keep."""
-        rows, _ = rows_and_width(shape)
-        if dim != 0 or partition is None:
-            return [((0, rows), among)] if rows else []
-        key = (rows, partition, among)
+    def _runs_of(self, kind: TransferKind, owners: tuple[int, ...]) -> list[Run]:
+        """Returns the runs of rows that the same ranks keep."""
+        rows, _ = rows_and_width(kind.shape)
+        if kind.shard_dim != 0 or kind.partition is None or kind.single_reader:
+            return [((0, rows), owners)] if rows else []
+        key = (rows, kind.partition, owners)  # layers are alike
         if key not in self._runs:
-            self._runs[key] = self._runs_of(shape, partition, among)
+            self._runs[key] = self._split_at_edges(kind, owners)
         return self._runs[key]
 
-    def _runs_of(
-        self, shape: Sequence[int], partition: Partition, among: tuple[int, ...]
-    ) -> list[tuple[Segment, tuple[int, ...]]]:
-        wanted = {rank: row_segments(shape, 0, partition, self.positions[rank]) for rank in among}
+    def _split_at_edges(self, kind: TransferKind, owners: tuple[int, ...]) -> list[Run]:
+        wanted = {rank: row_segments(kind.shape, 0, kind.partition, self.positions[rank]) for rank in owners}
+        # Between two neighbouring edges of any rank's segments, every row has the same owners.
         edges = sorted({edge for segments in wanted.values() for segment in segments for edge in segment})
         runs = []
         for start, stop in pairwise(edges):
-            owners = tuple(r for r, segments in wanted.items() if any(a <= start and stop <= b for a, b in segments))
-            if owners:
-                runs.append(((start, stop), owners))
+            keeping = tuple(r for r, segments in wanted.items() if any(a <= start and stop <= b for a, b in segments))
+            if keeping:
+                runs.append(((start, stop), keeping))
         return runs
 
     def _share(
-        self, start: int, stop: int, owners: tuple[int, ...], row_bytes: int, step: int, whole: bool
-    ) -> list[Part]:
-        count = len(owners)
-        if count == 1 or whole or (stop - start) * row_bytes < SHARE * count:
+        self, kind: TransferKind, rows: Segment, columns: Segment, owners: tuple[int, ...]
+    ) -> Iterator[ReadItem]:
+        """Yields the reads of a run of rows: one, or one for each owner."""
+        start, stop = rows
+        count, total = len(owners), kind.nbytes(rows, columns)
+        if count == 1 or kind.single_reader or total < SHARE * count:
+            # A small run is not worth a message to each owner. Whoever has read least so far reads it, the first of
+            # several, so that every rank of the node comes to the same answer without asking.
             reader = min(owners, key=lambda rank: (self.loads[rank], rank))
-            self.loads[reader] += (stop - start) * row_bytes
-            return [Part(reader, (start, stop), owners)]
+            self.loads[reader] += total
+            yield ReadItem(reader, rows, owners, total)
+            return
+        # Equal shares, rounded down to whole steps from the start of the run, because rows of one step are quantized
+        # together. The last owner gets what the rounding leaves. A share may be empty: then its owner reads nothing.
+        step = kind.row_step
         edges = [start + (stop - start) * i // count // step * step for i in range(count)] + [stop]
-        parts = [Part(rank, (a, b), owners) for rank, (a, b) in zip(owners, pairwise(edges), strict=True) if a < b]
-        for part in parts:
-            self.loads[part.reader] += (part.rows[1] - part.rows[0]) * row_bytes
-        return parts
+        for reader, (a, b) in zip(owners, pairwise(edges), strict=True):
+            if a < b:
+                nbytes = kind.nbytes((a, b), columns)
+                self.loads[reader] += nbytes
+                yield ReadItem(reader, (a, b), owners, nbytes)

@@ -14,7 +14,7 @@ from distquant.loading.offload import present
 from distquant.model import STAR
 from distquant.model.experts import form_of
 from distquant.parallel.experts import LocalExperts
-from distquant.planning.expert_parallel import expert_name, one_of
+from distquant.planning.expert_parallel import expert_name, first_expert
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.quantization import QuantizedScheme, Scheme
 from distquant.sharding.tally import LANES, Tally, combine
@@ -101,7 +101,7 @@ def _experts(
     module: LocalExperts, stack: TensorPlan, path: str, plan: LoadPlan, position: dict[str, int]
 ) -> Iterator[Tally]:
     """Yields the tallies of this rank's experts of one stack."""
-    one = one_of(stack)
+    one = first_expert(stack)
     for number in range(module.first, module.last):
         tensor = replace(one, name=expert_name(stack.name, number))
         tally = Tally(tensor.name)

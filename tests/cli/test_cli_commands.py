@@ -55,7 +55,7 @@ def test_plan_shows_ranks_and_rules(kjv_tiny: str, command: Command) -> None:
     assert "rank 1: query heads 2-3, kv heads 1" in done.out
     down = row(done.out, "model.layers.*.mlp.down_proj")
     assert down[1:4] == ["rowwise", "rowwise 192+192", "4"]
-    assert "units of 64" in down[4]
+    assert "multiples of 64" in down[4]
     assert "over the vocabulary" in row(done.out, "lm_head")[4]
     assert re.search(r"^note: left unquantized: 1 linear modules \(lm_head\)$", done.out, re.MULTILINE)
     assert re.search(r"^note: exact statistics .* cost 23\.91 KiB over all ranks of tp$", done.out, re.MULTILINE)

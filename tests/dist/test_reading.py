@@ -17,9 +17,9 @@ import distquant as dq
 from distquant.checkpoint import open_checkpoint
 from distquant.errors import InputError
 from distquant.kernels.choice import choose
-from distquant.planning.read_assignment import column_segments, row_segments, rows_and_width
 from distquant.loading.stream.files import Files
 from distquant.loading.stream.stage_timer import STAGES
+from distquant.planning.row_map import column_segments, row_segments, rows_and_width
 
 QUANTS = ("none", "nf4-dq", "int8")
 BUFFERED = {"io": "buffered"}

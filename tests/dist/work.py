@@ -187,7 +187,7 @@ def load_while_truncating(plan: dq.LoadPlan) -> Any:
 
     from distquant.loading import loader
 
-    compare = loader._same_files
+    compare = loader.open_planned
 
     def compare_then_cut(*args: Any) -> Any:
         checkpoint = compare(*args)
@@ -196,11 +196,11 @@ def load_while_truncating(plan: dq.LoadPlan) -> Any:
         dist.barrier()
         return checkpoint
 
-    loader._same_files = compare_then_cut
+    loader.open_planned = compare_then_cut
     try:
         return dq.load(plan)
     finally:
-        loader._same_files = compare
+        loader.open_planned = compare
 
 
 def fingerprint_after_error(path: str, quant: Any) -> str:

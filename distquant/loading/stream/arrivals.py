@@ -60,7 +60,7 @@ class ArrivalTracker:
         task = self.tasks[min(self.next, len(self.tasks) - 1)]
         arrived = self._arrived[task.index]
         rank = self.rank
-        for part in task.parts:
+        for part in task.reads:
             first, last = part.rows
             count = sum(stop - start for start, stop in arrived.items() if first <= start < last)
             if part.reader != self.rank and count < last - first:

@@ -61,7 +61,7 @@ class Emitter:
         """Returns the other ranks of the node that keep something of these rows."""
         if chunk.task.replicated:
             return tuple(filter(chunk.task.is_for, self.others))
-        return tuple(rank for rank in chunk.part.owners if rank != self.rank)
+        return tuple(rank for rank in chunk.read.owners if rank != self.rank)
 
     def consume(self, chunk: Chunk) -> None:
         """Places the rows of a chunk that has been read, and sends them; its slot becomes free."""
@@ -215,5 +215,5 @@ def _target(
 
 def _shared_components(chunk: Chunk) -> int:
     """Returns the mask of the components that other ranks need of these rows."""
-    shared = len(chunk.part.owners) > 1
+    shared = len(chunk.read.owners) > 1
     return sum(1 << i for i, row_layout in enumerate(chunk.task.row_layouts) if row_layout.whole or shared)

@@ -167,18 +167,12 @@ class Engine:
 
     def _files(self) -> set[str]:
         """Returns the files that this rank reads from."""
-        mine = (task for task in self.tasks if any(part.reader == self.rank for part in task.parts))
-        return {placed.info.file for task in mine for placed in task.rows.placed}
+        mine = (task for task in self.tasks if any(read.reader == self.rank for read in task.reads))
+        return {file for task in mine for file in task.rows.files}
 
     def bytes_to_read(self) -> int:
         """Returns the bytes of all rows that this rank reads."""
-        total = 0
-        for task in self.tasks:
-            for part in task.parts:
-                if part.reader == self.rank:
-                    rows = task.rows.rows if task.transposed else part.rows[1] - part.rows[0]
-                    total += task.row_bytes * rows
-        return total
+        return sum(read.nbytes for task in self.tasks for read in task.reads if read.reader == self.rank)
 
     def _chunks(self) -> Iterator[Chunk]:
         """Yields all pieces that this rank reads, in order; runs on a reader thread."""

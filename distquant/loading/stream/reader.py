@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 
 from distquant.loading.stream.files import Files, ReadError
 from distquant.loading.stream.load_state import LoadState
-from distquant.loading.stream.rows import RowRange
 from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.staging_buffer import Slots, StagingBuffer
 from distquant.loading.stream.tasks import Chunk
+from distquant.planning.row_map import RowRange
 
 AHEAD = 8
 """Batches that may wait for the consumer, including those that were read straight into place."""

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from distquant.loading.shard_buffer import ShardBuffer
 from distquant.planning import Partition, even_partition
-from distquant.planning.read_assignment import column_segments, node_columns, row_segments
+from distquant.planning.read_assignment import node_columns
+from distquant.planning.row_map import column_segments, row_segments
 from distquant.sharding.layout import ALL, Component
 from distquant.sharding.partition import join_partitions
 from distquant.sharding.row_layout import RowLayout, column_step, row_layout_of, row_step

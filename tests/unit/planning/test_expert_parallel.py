@@ -207,8 +207,8 @@ def test_what_became_of_it_is_told():
     found = {mesh: planned("mixtral", "5.23", mesh).rules[0] for mesh in ("ep=3", "tp=2", "ep=3,tp=2")}
     became = {mesh: (rule.became, rule.reason) for mesh, rule in found.items()}
     assert became["ep=3"] == ("experts 3+3+2", "whole experts")
-    assert became["tp=2"] == ("every expert, features 192+160", "features in units of 32")
-    assert became["ep=3,tp=2"] == ("experts 3+3+2, features 192+160", "whole experts; features in units of 32")
+    assert became["tp=2"] == ("every expert, features 192+160", "features in multiples of 32")
+    assert became["ep=3,tp=2"] == ("experts 3+3+2, features 192+160", "whole experts; features in multiples of 32")
 
 
 @pytest.mark.parametrize(("model", "version"), PLANS)
@@ -293,11 +293,17 @@ def test_features_are_dealt_out_in_units(layout, intermediate, ranks, expected):
 @pytest.mark.parametrize(
     ("model", "layout", "intermediate", "ranks", "reason"),
     [
-        ("mixtral", BLOCKS, 352, 4, "352 features are fewer than 4 units of 128"),
-        ("mixtral", NF4, 96, 4, "96 features are fewer than 4 units of 32"),
-        ("gpt_oss", BLOCKS, 96, 2, "96 features are fewer than 2 units of 128"),
+        ("mixtral", BLOCKS, 352, 4, "352 features are fewer than 4 multiples of 128"),
+        ("mixtral", NF4, 96, 4, "96 features are fewer than 4 multiples of 32"),
+        ("gpt_oss", BLOCKS, 96, 2, "96 features are fewer than 2 multiples of 128"),
         ("mixtral", NF4, 100, 2, "100 features, which the quantization blocks of down_proj do not divide"),
-        ("llama4", BLOCKS, 352, 2, "no cut of gate and up, 352 features each, falls on the units of gate_up_proj"),
+        (
+            "llama4",
+            BLOCKS,
+            352,
+            2,
+            "no partition of gate and up, 352 features each, is aligned with the quantization blocks of gate_up_proj",
+        ),
     ],
 )
 def test_experts_without_a_cut_stay_whole_and_the_reason_is_told(model, layout, intermediate, ranks, reason):
@@ -306,7 +312,7 @@ def test_experts_without_a_cut_stay_whole_and_the_reason_is_told(model, layout, 
         assert plan.stacks == {}
         assert {shard.partition for shard in plan.experts.values()} == {None}
         (rule,) = plan.rules
-        assert rule.became == f"{dealt}, whole on every rank of tp"
+        assert rule.became == f"{dealt}, replicated over tp"
         assert rule.reason.endswith(reason)
 
 

@@ -7,21 +7,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from distquant.planning import Partition, even_partition
-from distquant.planning.read_assignment import (
-    DEALT,
-    OWN,
-    REASONS,
-    SCATTER,
-    SHARE,
-    ReadAssigner,
-    column_segments,
-    node_columns,
-    node_ranks,
-    nodes_of,
-    row_segments,
-    rows_and_width,
-    way_of_reading,
-)
+from distquant.planning.read_assignment import SHARE, ReadAssigner, ReadItem, node_columns, node_ranks, nodes_of
+from distquant.planning.read_strategy import OWN, REASONS, SCATTER, SHARED, read_strategy
+from distquant.planning.row_map import column_segments, row_segments, rows_and_width
+from distquant.planning.transfers import TransferKind
 from distquant.sharding.mesh import Mesh
 from distquant.sharding.partition import join_partitions
 
@@ -70,6 +59,25 @@ def tensors(draw, tp: int):
     return shape, dim if partition is not None else None, partition
 
 
+def assign(
+    assigner: ReadAssigner, shape, dim, partition, row_bytes: int, step: int, whole: bool = False
+) -> list[ReadItem]:
+    """The reads of rows of which each takes so many bytes."""
+    kind = TransferKind(
+        component=None,
+        shape=shape,
+        dtype=None,
+        shard_dim=dim,
+        partition=partition,
+        components=(),
+        row_step=step,
+        column_step=None,
+        single_reader=whole,
+        row_bytes=((rows_and_width(shape)[0], row_bytes),),
+    )
+    return assigner.assign_reads(kind)[1]
+
+
 def kept(shape, dim, partition, tp) -> set[int]:
     """Rows that a position on tp keeps something of, one by one."""
     rows, _ = rows_and_width(shape)
@@ -95,7 +103,7 @@ def test_every_row_is_in_one_part(mesh, data):
         row_bytes, step, whole = data.draw(row_sizes), data.draw(steps), data.draw(st.booleans())
         owners = {rank: kept(shape, dim, partition, mesh.coordinates(rank)["tp"]) for rank in node}
         read: dict[int, int] = {}
-        parts = assigner.assign_reads(shape, dim, partition, row_bytes, step, whole)
+        parts = assign(assigner, shape, dim, partition, row_bytes, step, whole)
         if whole:  # one rank reads all, and all get what it makes of it
             owners = {rank: set(range(rows_and_width(shape)[0])) for rank in node}
             assert len(parts) <= 1
@@ -104,6 +112,7 @@ def test_every_row_is_in_one_part(mesh, data):
             start, stop = part.rows
             assert start < stop
             assert part.reader in part.owners
+            assert part.nbytes == (stop - start) * row_bytes
             for row in range(start, stop):
                 assert row not in read, f"row {row} is read by {read[row]} and {part.reader}"
                 read[row] = part.reader
@@ -116,15 +125,22 @@ def test_every_row_is_in_one_part(mesh, data):
 @PROPERTY
 @given(meshes, st.data())
 def test_parts_start_on_steps(mesh, data):
-    """Of a run of rows with the same holders, so where a run starts on a step, all its parts do."""
+    """Of a run of rows with the same owners, so where a run starts on a step, all its parts do.
+
+    A run ends at every boundary of the partition, also where the same ranks keep the rows behind it.
+    """
     node = random_node(data.draw, mesh)
     shape, dim, partition = data.draw(tensors(mesh.tp))
     step = data.draw(steps)
+    segments = [
+        segment for rank in node for segment in row_segments(shape, dim, partition, mesh.coordinates(rank)["tp"])
+    ]
+    edges = {edge for segment in segments for edge in segment}
     runs: dict[int, tuple[int, ...]] = {}
     end = None
-    for part in ReadAssigner(mesh, node).assign_reads(shape, dim, partition, SHARE, step):
+    for part in assign(ReadAssigner(mesh, node), shape, dim, partition, SHARE, step):
         start, stop = part.rows
-        if start != end or runs[max(runs)] != part.owners:
+        if start != end or start in edges or runs[max(runs)] != part.owners:
             runs[start] = part.owners
         assert (start - max(runs)) % step == 0
         end = stop
@@ -136,9 +152,7 @@ def test_one_rank_reads_what_must_be_read_whole(mesh, step, data):
     node = random_node(data.draw, mesh)
     shape = (data.draw(st.integers(1, 64)), data.draw(st.integers(1, 9)))
     partition = data.draw(partitions(shape[1], mesh.tp))
-    parts = ReadAssigner(mesh, node).assign_reads(
-        shape, 1 if partition else None, partition, 3 * SHARE, step, whole=True
-    )
+    parts = assign(ReadAssigner(mesh, node), shape, 1 if partition else None, partition, 3 * SHARE, step, whole=True)
     assert [(part.rows, part.owners) for part in parts] == [((0, shape[0]), node)]
 
 
@@ -150,7 +164,7 @@ def test_ranks_read_about_the_same(mesh, sizes):
     assigner = ReadAssigner(mesh, node)
     whole = ragged = 0
     for rows, row_bytes, step, transposed in sizes:
-        parts = assigner.assign_reads((rows, 7), None, None, row_bytes, step, transposed)
+        parts = assign(assigner, (rows, 7), None, None, row_bytes, step, transposed)
         if len(parts) > 1:
             ragged += step * row_bytes
         else:
@@ -161,10 +175,10 @@ def test_ranks_read_about_the_same(mesh, sizes):
 
 def test_large_tensors_are_divided_and_small_ones_are_not():
     mesh = Mesh(tp=4)
-    large = ReadAssigner(mesh, (0, 1, 2, 3)).assign_reads((4096, 8), None, None, SHARE // 1024, 1)
+    large = assign(ReadAssigner(mesh, (0, 1, 2, 3)), (4096, 8), None, None, SHARE // 1024, 1)
     assert [(part.reader, part.rows) for part in large] == [(r, (r * 1024, (r + 1) * 1024)) for r in range(4)]
     assigner = ReadAssigner(mesh, (0, 1, 2, 3))
-    small = [assigner.assign_reads((4095, 8), None, None, SHARE // 1024, 1) for _ in range(8)]
+    small = [assign(assigner, (4095, 8), None, None, SHARE // 1024, 1) for _ in range(8)]
     assert [[part.reader for part in parts] for parts in small] == [[r] for r in (0, 1, 2, 3, 0, 1, 2, 3)]
 
 
@@ -197,7 +211,7 @@ def test_node_columns(step, expected):
     assert node_columns((3, 64), 1, even_partition(64, 16, 4), (1, 2), step) == expected
 
 
-# -- the way that is told ----------------------------------------------------------------------------------------------
+# -- the strategy ------------------------------------------------------------------------------------------------------
 
 
 def way_by_rows(shape, dim, partition, mesh, nodes) -> str:
@@ -207,17 +221,17 @@ def way_by_rows(shape, dim, partition, mesh, nodes) -> str:
         mine = kept(shape, dim, partition, mesh.coordinates(rank)["tp"])
         for other in node_ranks(nodes, rank):
             if other != rank and mine & kept(shape, dim, partition, mesh.coordinates(other)["tp"]):
-                return DEALT
+                return SHARED
     return OWN
 
 
 @PROPERTY
 @given(meshes, st.data())
-def test_way_of_reading(mesh, data):
+def test_read_strategy(mesh, data):
     nodes = nodes_of(mesh.size, data.draw(st.integers(1, mesh.size + 1)))
     shape, dim, partition = data.draw(tensors(mesh.tp))
     assume(partition is None or len(shape) > 1 or dim == 0)
-    way = way_of_reading(dim, partition, mesh, nodes)
+    way = read_strategy(dim, partition, mesh, nodes)
     assert way in REASONS
     assert way == way_by_rows(shape, dim, partition, mesh, nodes)
 

@@ -157,8 +157,8 @@ def test_nf4_widths_by_hand(make, width, ranks, expected):
 @pytest.mark.parametrize(
     ("width", "ranks", "reason"),
     [
-        (96, 4, "96 features are 3 units of 32, fewer than 4 ranks"),
-        (352, 12, "352 features are 11 units of 32, fewer than 12 ranks"),
+        (96, 4, "96 features are 3 multiples of 32, fewer than 4 ranks"),
+        (352, 12, "352 features are 11 multiples of 32, fewer than 12 ranks"),
         (100, 2, "model.layers.*.mlp.down_proj has 100 inputs, which its quantization blocks do not divide"),
     ],
 )

@@ -39,7 +39,7 @@ def test_phi3_packed_projections_are_cut_part_by_part(make, case):
     assert gate_up.parts == (((0, 384), (704, 1088)), ((384, 704), (1088, 1408)))
     assert plan.modules["model.layers.0.self_attn.qkv_proj"].style == COLWISE
     assert plan.modules["model.layers.0.mlp.down_proj"].style == ROWWISE
-    alignments = "units of 64 for gate_up_proj, down_proj"
+    alignments = "multiples of 64 for gate_up_proj, down_proj"
     assert told(plan, "gate_up_proj") == [("colwise_gather_output", "colwise 768+640", alignments, 2)]
 
 
@@ -61,7 +61,7 @@ def test_olmo2_gathers_q_and_k_for_their_norms(make):
         assert plan.modules[f"model.layers.0.self_attn.{name}"].style == COLWISE_GATHER
     assert plan.modules["model.layers.0.self_attn.o_proj"].style == ROWWISE_SPLIT
     assert lengths(plan, "model.layers.0.self_attn.o_proj") == [128, 128]
-    assert told(plan, "o_proj") == [("rowwise_split_input", "rowwise_split 128+128", "on its own, units of 64", 2)]
+    assert told(plan, "o_proj") == [("rowwise_split_input", "rowwise_split 128+128", "on its own, multiples of 64", 2)]
 
 
 def test_olmo2_where_one_member_cannot_be_cut_is_replicated_as_a_whole(make):
@@ -84,7 +84,7 @@ def test_experts_of_unknown_form_stay_whole_and_it_is_said(make):
     patterns = [pattern for pattern in description.tp_plan if ".experts" in pattern]
     assert len(patterns) == 3
     for pattern in patterns:
-        why = "experts of this form are kept whole on every rank of tp"
+        why = "experts of this form are replicated over tp"
         assert told(plan, pattern) == [(description.tp_plan[pattern], "replicate", why, 2)]
     assert not any("experts" in name for name in plan.modules)
     assert lengths(plan, "model.layers.0.self_attn.q_proj") == [128, 128]

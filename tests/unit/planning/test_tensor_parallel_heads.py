@@ -52,7 +52,7 @@ def test_more_ranks_than_heads_replicates_the_attention_only(make):
 def test_heads_that_miss_the_blocks_are_replicated(make):
     """Heads of 8 over blocks of 32: three ranks cannot get whole blocks of whole heads."""
     description = make("llama", hidden_size=64)
-    why = "no cut of 8 heads of 8 over 3 ranks falls on units of 32"
+    why = "no partition of 8 heads of 8 over 3 ranks is aligned to 32"
     assert told(rewrite(description, 3), "self_attn.o_proj") == [("rowwise", "replicate", why, 2)]
     assert rewrite(description, 3, "int8").attentions != {}
 

@@ -16,13 +16,13 @@ def test_rules_tell_what_was_asked_what_became_and_why(make):
     description = make("llama")
     plan = rewrite(description, 2)
     why = "whole kv heads; query heads 4+4, kv heads 1+1"
-    alignments = "units of 64 for gate_proj, up_proj, down_proj"
+    alignments = "multiples of 64 for gate_proj, up_proj, down_proj"
     assert told(plan, "self_attn.q_proj") == [("colwise", "colwise 128+128", why, 2)]
     assert told(plan, "self_attn.k_proj") == [("colwise", "colwise 32+32", why, 2)]
     assert told(plan, "self_attn.o_proj") == [("rowwise", "rowwise 128+128", why, 2)]
     assert told(plan, "mlp.gate_proj") == [("colwise", "colwise 384+320", alignments, 2)]
     assert told(plan, "mlp.down_proj") == [("rowwise", "rowwise 384+320", alignments, 2)]
-    vocabulary = "over the vocabulary, units of 16"
+    vocabulary = "over the vocabulary, multiples of 16"
     assert told(plan, "lm_head") == [("colwise_gather_output", "colwise_gather 160+160", vocabulary, 1)]
     asked = description.tp_plan.get("model.embed_tokens", "no rule")  # since transformers 5.23 it has one
     assert told(plan, "embed_tokens") == [(asked, "vocab_embedding 160+160", vocabulary, 1)]

@@ -14,7 +14,7 @@ def test_tied_embedding_and_head_share_one_cut(make, ranks, layout):
     plan = rewrite(make("llama_tied"), ranks, layout)
     assert plan.modules["lm_head"].partition == plan.modules["model.embed_tokens"].partition
     assert sum(lengths(plan, "lm_head")) == 320
-    assert "embedding and head are tied: one cut" in told(plan, "embed_tokens")[0][2]
+    assert "embedding and head are tied: one partition" in told(plan, "embed_tokens")[0][2]
 
 
 def test_tied_embedding_and_head_share_one_fate_where_the_head_is_quantized(make):
@@ -28,7 +28,7 @@ def test_vocabulary_without_a_rule_is_cut_too(make):
     description = make("llama")
     asked = {k: v for k, v in description.tp_plan.items() if k not in ("lm_head", "model.embed_tokens")}
     plan = rewrite(description, 2, tp_plan=asked)
-    assert told(plan, "lm_head") == [("no rule", "colwise_gather 160+160", "over the vocabulary, units of 16", 1)]
+    assert told(plan, "lm_head") == [("no rule", "colwise_gather 160+160", "over the vocabulary, multiples of 16", 1)]
     assert lengths(plan, "model.embed_tokens") == [160, 160]
 
 
@@ -37,6 +37,7 @@ def test_small_vocabulary_is_cut_finely_or_kept(make):
     assert lengths(rewrite(description, 3), "lm_head") == [4, 3, 3]
     plan = rewrite(description, 11)
     assert not {"lm_head", "model.embed_tokens"} & set(plan.modules)
-    assert told(plan, "lm_head") == [("colwise_gather_output", "replicate", "fewer units than ranks", 1)]
+    reason = "fewer multiples of the alignment than ranks"
+    assert told(plan, "lm_head") == [("colwise_gather_output", "replicate", reason, 1)]
     asked = description.tp_plan.get("model.embed_tokens", "no rule")  # since transformers 5.23 it has one
-    assert told(plan, "embed_tokens") == [(asked, "replicate", "fewer units than ranks", 1)]
+    assert told(plan, "embed_tokens") == [(asked, "replicate", reason, 1)]

@@ -11,7 +11,8 @@ from torch import Tensor
 from world import World
 
 from distquant.planning.load_plan import TensorPlan
-from distquant.planning.read_assignment import node_columns, row_segments, rows_and_width
+from distquant.planning.read_assignment import node_columns
+from distquant.planning.row_map import row_segments, rows_and_width
 from distquant.sharding.row_layout import column_step
 
 

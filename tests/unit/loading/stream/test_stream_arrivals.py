@@ -11,13 +11,13 @@ from distquant.errors import DistquantError
 from distquant.loading.stream.arrivals import ArrivalTracker
 from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.tasks import Task
-from distquant.planning.read_assignment import Part
+from distquant.planning.read_assignment import ReadItem
 from distquant.sharding.layout import Component
 from distquant.sharding.row_layout import row_layout_of
 
 
-def task(index: int, *parts: Part, whole: bool = False) -> Task:
-    found = task_of(index, (12, 4), "F32", 0, [Component(name="", dtype="uint8")], list(parts))
+def task(index: int, *reads: ReadItem, whole: bool = False) -> Task:
+    found = task_of(index, (12, 4), "F32", 0, [Component(name="", dtype="uint8")], list(reads))
     if whole:
         found = replace(
             found,
@@ -31,7 +31,7 @@ def task(index: int, *parts: Part, whole: bool = False) -> Task:
 
 def three(index: int) -> Task:
     """Four rows for each of three ranks to read, for all of them."""
-    return task(index, *(Part(rank, (4 * rank, 4 * rank + 4), (0, 1, 2)) for rank in range(3)))
+    return task(index, *(ReadItem(rank, (4 * rank, 4 * rank + 4), (0, 1, 2)) for rank in range(3)))
 
 
 def test_tensors_are_finished_in_their_order():
@@ -50,15 +50,17 @@ def test_tensors_are_finished_in_their_order():
 
 
 def test_rows_that_a_rank_does_not_keep_are_not_waited_for():
-    parts = Part(0, (0, 4), (0,)), Part(1, (4, 12), (1, 2))
+    reads = ReadItem(0, (0, 4), (0,)), ReadItem(1, (4, 12), (1, 2))
     for rank, rows in ((0, (0, 4)), (1, (4, 12)), (2, (4, 12))):
-        arrivals = ArrivalTracker([task(0, *parts)], rank, LoadState(1))
+        arrivals = ArrivalTracker([task(0, *reads)], rank, LoadState(1))
         arrivals.count(arrivals.tasks[0], *rows)
         assert arrivals.next_is_complete()
 
 
 def test_statistics_of_all_rows_are_waited_for():
-    arrivals = ArrivalTracker([task(0, Part(0, (0, 4), (0,)), Part(1, (4, 12), (1,)), whole=True)], 0, LoadState(1))
+    arrivals = ArrivalTracker(
+        [task(0, ReadItem(0, (0, 4), (0,)), ReadItem(1, (4, 12), (1,)), whole=True)], 0, LoadState(1)
+    )
     arrivals.count(arrivals.tasks[0], 0, 4)
     assert not arrivals.next_is_complete()
     arrivals.count(arrivals.tasks[0], 4, 12)
@@ -73,9 +75,9 @@ def test_rows_that_arrive_twice_are_an_error():
 
 
 def test_unfinished_statistics():
-    parts = (Part(0, (0, 12), (0, 1)),)
+    reads = (ReadItem(0, (0, 12), (0, 1)),)
     arrivals = ArrivalTracker(
-        [task(0, *parts, whole=True), task(1, *parts), task(2, *parts, whole=True)], 0, LoadState(1)
+        [task(0, *reads, whole=True), task(1, *reads), task(2, *reads, whole=True)], 0, LoadState(1)
     )
     each = 12 * 4
     assert [arrivals.unfinished_statistics(t) for t in arrivals.tasks] == [each, each, 2 * each]

@@ -20,13 +20,15 @@ from distquant.loading.stream.engine import cores_of_a_rank
 from distquant.loading.stream.files import Files, ReadError
 from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.reader import AHEAD, Reader
-from distquant.loading.stream.rows import RowMap
 from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.staging_buffer import Slots, StagingBuffer
 from distquant.loading.stream.tasks import ALIGN, Chunk, Task, batches, chunks_of
 from distquant.model.description import Source
-from distquant.planning.read_assignment import Part
+from distquant.planning.load_plan import TensorPlan
+from distquant.planning.read_assignment import ReadItem
+from distquant.planning.row_map import RowMap
 from distquant.planning.slots import PAGE, READ_SLOTS, SEND_SLOTS, SLACK
+from distquant.planning.transfers import Transfer, TransferKind
 from distquant.sharding.layout import ALL, Component
 from distquant.sharding.row_layout import row_layout_of, row_step
 
@@ -42,7 +44,7 @@ component = st.sampled_from(
 )
 
 
-def task_of(index: int, shape, dtype: str, start: int, found, parts=None, columns=None, transposed=False) -> Task:
+def task_of(index: int, shape, dtype: str, start: int, found, reads=None, columns=None, transposed=False) -> Task:
     """A task over one checkpoint tensor at byte `start` of a file."""
     name, item = f"t{index}", {"BF16": 2, "F32": 4, "U8": 1}[dtype]
     stored = shape[::-1] if transposed else shape
@@ -53,8 +55,19 @@ def task_of(index: int, shape, dtype: str, start: int, found, parts=None, column
     columns = columns or (0, rows.width)
     width = shape[1] if transposed else columns[1] - columns[0]
     row_layouts = tuple(row_layout_of(each, (shape[0], width)) for each in found)
-    parts = parts or [Part(0, (0, shape[0]), (0,))]
-    return Task(index, name, rows, columns, row_step(found, shape), row_layouts, parts, torch.float32, None, transposed)
+    reads = reads or [ReadItem(0, (0, shape[0]), (0,))]
+    tensor = TensorPlan(name, shape, "float32", "none", (Source(name),), transposed=transposed)
+    kind = TransferKind(
+        component=None,
+        shape=shape,
+        dtype="float32",
+        shard_dim=None,
+        partition=None,
+        components=tuple(found),
+        row_step=row_step(found, shape),
+    )
+    transfer = Transfer(tensor, tensor, 0, None, tensor.sources, True, kind)
+    return Task(index, transfer, rows, columns, reads, row_layouts, torch.float32)
 
 
 @st.composite
@@ -65,8 +78,8 @@ def tasks(draw, index: int = 0, start: int = 0) -> Task:
     edges = sorted(
         {0, shape[0], *(e for e in draw(st.lists(st.integers(0, 20).map(lambda i: i * step))) if e < shape[0])}
     )
-    parts = [Part(draw(st.integers(0, 1)), (a, b), (0, 1)) for a, b in zip(edges, edges[1:])]  # noqa: B905, RUF007
-    return task_of(index, shape, dtype, start, found, parts)
+    reads = [ReadItem(draw(st.integers(0, 1)), (a, b), (0, 1)) for a, b in zip(edges, edges[1:])]  # noqa: B905, RUF007
+    return task_of(index, shape, dtype, start, found, reads)
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
@@ -77,12 +90,12 @@ def tasks(draw, index: int = 0, start: int = 0) -> Task:
 def test_pieces_cover_rows_once_in_whole_steps(task, capacity):
     read: list[int] = []
     for rank in (0, 1):
-        mine = [row for part in task.parts if part.reader == rank for row in range(*part.rows)]
+        mine = [row for read in task.reads if read.reader == rank for row in range(*read.rows)]
         found = []
         for chunk in chunks_of(task, rank, capacity):
-            assert chunk.part.rows[0] <= chunk.start < chunk.stop <= chunk.part.rows[1]
+            assert chunk.read.rows[0] <= chunk.start < chunk.stop <= chunk.read.rows[1]
             assert chunk.start % task.step == 0
-            assert chunk.stop % task.step == 0 or chunk.stop == chunk.part.rows[1]
+            assert chunk.stop % task.step == 0 or chunk.stop == chunk.read.rows[1]
             payload = task.payload(chunk.start, chunk.stop, -1)[1]
             if chunk.stop - chunk.start > task.step:
                 assert max(chunk.nbytes, payload) <= capacity

@@ -26,18 +26,12 @@ from distquant.checkpoint import TensorInfo
 from distquant.loading.shard_buffer import ShardBuffer
 from distquant.loading.stream.engine import Engine
 from distquant.loading.stream.load_state import LoadState
-from distquant.loading.stream.rows import RowMap
 from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.tasks import Task
 from distquant.planning.load_plan import TensorPlan
-from distquant.planning.read_assignment import (
-    ReadAssigner,
-    column_segments,
-    node_columns,
-    node_ranks,
-    row_segments,
-    rows_and_width,
-)
+from distquant.planning.read_assignment import ReadAssigner, node_ranks
+from distquant.planning.row_map import RowMap, column_segments, row_segments, rows_and_width
+from distquant.planning.transfers import Transfer, TransferKind
 from distquant.sharding.layout import Component
 from distquant.sharding.mesh import Mesh
 from distquant.sharding.partition import Partition
@@ -212,22 +206,52 @@ class World:
         shape, partition = tensor.shape, self.partitions.get(tensor.partition or "")
         quantized, (rows, width) = tensor.scheme != "none", rows_and_width(tensor.shape)
         scheme = self.scheme if quantized else Tiles((Component(name="", dtype=tensor.dtype),))
-        step = row_step(scheme.components, (rows, width))
-        apart = None if tensor.transposed else column_step(scheme.components, (rows, width))
-        columns = node_columns(shape, tensor.shard_dim, partition, assigner.positions.values(), apart)
         row_map = RowMap(shape[::-1] if tensor.transposed else shape, tensor.sources, self.infos)
-        row_bytes = row_map.row_bytes() * (columns[1] - columns[0]) // row_map.width
-        parts = assigner.assign_reads(shape, tensor.shard_dim, partition, row_bytes, step, tensor.transposed)
-        flowing = (rows, columns[1] - columns[0])
-        row_layouts = tuple(row_layout_of(c, flowing, c.name in scheme.whole) for c in scheme.components)
-        read = (0, row_map.width) if tensor.transposed else columns
+        kind = TransferKind(
+            component=None,
+            shape=shape,
+            dtype=tensor.dtype,
+            shard_dim=tensor.shard_dim,
+            partition=partition,
+            components=scheme.components,
+            replicated=scheme.whole,
+            row_step=row_step(scheme.components, (rows, width)),
+            column_step=None if tensor.transposed else column_step(scheme.components, (rows, width)),
+            single_reader=tensor.transposed,
+            row_bytes=self._row_bytes(tensor),
+        )
+        columns, reads = assigner.assign_reads(kind)
+        stored = (rows, columns[1] - columns[0])
+        row_layouts = tuple(row_layout_of(c, stored, c.name in scheme.whole) for c in scheme.components)
 
         def encode(values: Tensor, out: dict[str, Tensor]) -> None:
             self.hook(rank, "encode", tensor.name)
             scheme.encode(values, out)
 
-        how, dtype = encode if quantized else None, getattr(torch, tensor.dtype)
-        return Task(index, tensor.name, row_map, read, step, row_layouts, parts, dtype, how, tensor.transposed)
+        return Task(
+            index,
+            Transfer(tensor, tensor, 0, None, tensor.sources, True, kind),
+            row_map,
+            (0, row_map.width) if tensor.transposed else columns,
+            reads,
+            row_layouts,
+            getattr(torch, tensor.dtype),
+            encode if quantized else None,
+        )
+
+    def _row_bytes(self, tensor: TensorPlan) -> tuple[tuple[int, int], ...]:
+        """Bytes of each row, worked out from the sources in their order, which is that of the rows."""
+        rows, width = rows_and_width(tensor.shape)
+        counts = []
+        for source in tensor.sources:
+            info = self.infos[source.tensor]
+            count, item = int(np.prod(info.shape)), info.nbytes // int(np.prod(info.shape))
+            if source.take is not None:
+                count = count // info.shape[0] * (source.take[2] - source.take[1])
+            counts.append((count, item))
+        if tensor.transposed:
+            return ((rows, sum(count * item for count, item in counts) // rows),)
+        return tuple((count // width, width * item) for count, item in counts)
 
     def _sink(self, task: Task, rank: int, partial: bool) -> WatchedSink:
         tensor, tp = self.tensors[task.index], self.mesh.coordinates(rank)["tp"]
@@ -246,10 +270,10 @@ class World:
     def _check_counts(self, task: Task, filled: WatchedSink, rank: int) -> None:
         """Each row that comes to a rank has come once; a row of which it keeps nothing, not at all."""
         mine, node = np.zeros(task.row_layouts[0].rows, int), np.zeros(task.row_layouts[0].rows, int)
-        for part in task.parts:
-            node[slice(*part.rows)] = 1
-            if rank in part.owners:
-                mine[slice(*part.rows)] = 1
+        for read in task.reads:
+            node[slice(*read.rows)] = 1
+            if rank in read.owners:
+                mine[slice(*read.rows)] = 1
         for row_layout in task.row_layouts:
             expected = node if row_layout.whole else mine
             found = filled.counts[row_layout.name]

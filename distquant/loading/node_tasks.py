@@ -1,0 +1,108 @@
+"""Turns the transfers of a plan into the tasks of one node, and makes the memory that they end in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial as bind
+from typing import Any
+
+import torch
+
+from distquant.checkpoint import TensorInfo
+from distquant.loading.shard_buffer import Allocator, ShardBuffer
+from distquant.loading.stream.tasks import TORCH_DTYPE, Encode, Task
+from distquant.planning.load_plan import LoadPlan
+from distquant.planning.read_assignment import NodeReads, reads_of_node
+from distquant.planning.row_map import RowMap, column_segments, row_segments, rows_and_width
+from distquant.planning.transfers import Transfer, transfers_of
+from distquant.quantization import Encoder, PlainDecoder, Scheme
+from distquant.sharding.row_layout import RowLayout, row_layout_of
+
+
+def tasks_of(
+    plan: LoadPlan,
+    scheme: Scheme,
+    node: tuple[int, ...],
+    infos: Mapping[str, TensorInfo],
+    device_of: Callable[[str], torch.device],
+    ops_of: Callable[[torch.device], Any],
+) -> Iterator[Task]:
+    """Yields the tasks of a node in the order of the files, the same on each of its ranks.
+
+    Args:
+        plan: the whole plan. Experts that no rank of the node keeps are left out.
+        scheme: of the plan.
+        node: ranks of the node.
+        infos: headers of the checkpoint.
+        device_of: gives the device that a tensor is quantized and kept on.
+        ops_of: gives the kernels of a device.
+    """
+    transfers = transfers_of(plan.tensors, plan.partitions, scheme, plan.prequantized, infos)
+    for index, assigned in enumerate(reads_of_node(transfers, plan.mesh, node)):
+        device = device_of(assigned.transfer.tensor.name)
+        yield _task(index, assigned, infos, device, _encode(assigned.transfer, scheme, device, ops_of))
+
+
+def _encode(
+    transfer: Transfer, scheme: Scheme, device: torch.device, ops_of: Callable[[torch.device], Any]
+) -> Encode | None:
+    """Returns what turns rows into components; None where they stay as they are."""
+    if transfer.kind.decoded:
+        assert isinstance(scheme, PlainDecoder), "only these have a `plain_row_block`"
+        return bind(scheme.decode, transfer.tensor.name, ops=ops_of(device))
+    if transfer.tensor.scheme != "none" and transfer.kind.component is None:
+        assert isinstance(scheme, Encoder), "the planner lets no other scheme quantize"
+        return bind(scheme.encode, transfer.tensor.name, ops=ops_of(device))
+    return None
+
+
+def _task(
+    index: int, assigned: NodeReads, infos: Mapping[str, TensorInfo], device: torch.device, encode: Encode | None
+) -> Task:
+    transfer, owners, columns, reads = assigned
+    kind, first = transfer.kind, infos[transfer.sources[0].tensor]
+    shape = first.shape if kind.decoded else kind.shape
+    rows = RowMap(shape[::-1] if transfer.transposed else shape, transfer.sources, infos)
+    dtype = getattr(torch, kind.dtype) if kind.dtype else TORCH_DTYPE[first.dtype]
+    # Rows of another form are read with all their columns: the node's columns count logical ones.
+    stored_columns = (0, rows.width) if transfer.transposed or kind.decoded else columns
+    return Task(
+        index=index,
+        transfer=transfer,
+        rows=rows,
+        columns=stored_columns,
+        reads=reads,
+        row_layouts=_row_layouts(transfer, columns, dtype),
+        dtype=dtype,
+        encode=encode,
+        device=device,
+        owners=owners,
+    )
+
+
+def _row_layouts(transfer: Transfer, columns: tuple[int, int], dtype: torch.dtype) -> tuple[RowLayout, ...]:
+    """Returns the components of a transfer in the columns that the node reads."""
+    kind = transfer.kind
+    shape = (rows_and_width(kind.shape)[0], columns[1] - columns[0])
+    if kind.component is not None:
+        # Sharded or not, every owner gets its rows of a stored component: none is marked as replicated beside them.
+        return tuple(replace(row_layout_of(component, shape), dtype=dtype) for component in kind.components)
+    return tuple(row_layout_of(component, shape, component.name in kind.replicated) for component in kind.components)
+
+
+def buffer_for(task: Task, tp: int, partial: bool, allocator: Allocator | None) -> ShardBuffer:
+    """Returns memory for what a position on tp keeps of a transfer.
+
+    Args:
+        task: of this rank's node.
+        tp: position on the tp axis.
+        partial: True if other nodes read some of its rows, too.
+        allocator: gives the memory of a component that is there already.
+    """
+    kind = task.transfer.kind
+    rows = row_segments(kind.shape, kind.shard_dim, kind.partition, tp)
+    kept = column_segments(kind.shape, kind.shard_dim, kind.partition, tp)
+    width = rows_and_width(kind.shape)[1]
+    columns = (0, width) if task.transposed or kind.decoded else task.columns
+    return ShardBuffer(task.row_layouts, columns, width, rows, kept, task.device, partial, allocator)
