@@ -60,7 +60,7 @@ def small_plan() -> LoadPlan:
         experts={"model.layers.0.mlp.experts": ExpertsShard("cut2", "cut1")},
         dispatch="all_reduce",
         converted=("model.layers.0.mlp.up_proj",),
-        rules=(Rule("model.layers.*.mlp.up_proj", "colwise", "colwise 256+256+192", "units of 64", 1),),
+        rules=(Rule("model.layers.*.mlp.up_proj", "colwise", "colwise 256+256+192", "multiples of 64", 1),),
         notes=("größer: ein Hinweis",),
         memory=(RankMemory(0, 10, 20, 30, 40, 50), RankMemory(1, 11, 21, 31, 41, 51)),
         staging=1 << 20,
@@ -212,11 +212,11 @@ def test_frozen():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no plan in JSON"),
-        ("{", "no plan in JSON"),
-        ("{}", r"no plan in JSON \(KeyError: 'format'\)"),
-        ("null", "no plan in JSON"),
-        ("3", "no plan in JSON"),
+        ("", "not a plan in JSON"),
+        ("{", "not a plan in JSON"),
+        ("{}", r"not a plan in JSON \(KeyError: 'format'\)"),
+        ("null", "not a plan in JSON"),
+        ("3", "not a plan in JSON"),
         ("[]", ""),
         ('["format"]', ""),
         ('{"format": 0}', r"format 0, this is 5\. Plan again"),
@@ -252,3 +252,20 @@ def test_sums():
     plan = small_plan()
     assert plan.checkpoint_bytes == 1234
     assert (plan.memory[0].finished, plan.memory[0].peak) == (70, 120)
+
+
+@pytest.mark.parametrize(
+    ("pick", "old", "new"),
+    [
+        (lambda plan: plan, "cuts", "partitions"),
+        (lambda plan: plan.tensors[0], "dim", "shard_dim"),
+        (lambda plan: plan.tensors[0], "cut", "partition"),
+        (lambda plan: next(iter(plan.modules.values())), "cut", "partition"),
+        (lambda plan: ExpertsShard("cut0", "cut1"), "cut", "partition"),
+    ],
+)
+def test_old_names_work_for_one_release(pick, old, new):
+    record = pick(small_plan())
+    with pytest.warns(DeprecationWarning, match=f"{type(record).__name__}.{old} is called {new} now"):
+        assert getattr(record, old) == getattr(record, new)
+    assert old not in {each.name for each in dataclasses.fields(record)}, "it would be written to the JSON"
