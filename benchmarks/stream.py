@@ -58,6 +58,10 @@ class Forgetful:
             memory = self._memory[row_layout.name]
         return memory[: row_layout.nbytes(start, stop)].view(row_layout.dtype)
 
+    def holds(self, row_layout: Any, start: int, stop: int) -> bool:
+        """Returns True: `direct` has memory for any rows."""
+        return True
+
     def place(self, row_layout: Any, values: Any, start: int, stop: int) -> int:
         self.direct(row_layout, start, stop).copy_(values)
         return int(values.nbytes)
