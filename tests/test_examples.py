@@ -98,8 +98,6 @@ import sys, warnings, distquant as dq
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     print(dq.fingerprint(dq.load(sys.argv[1], quantization_config="int8-g32")))
-    plain = dq.load(sys.argv[1], quantization_config="int8-g32", dequantize=True)
-    print(plain.model.layers[0].mlp.up_proj.weight.sum().item())
 for one in caught:
     if issubclass(one.category, DeprecationWarning) and "goes with 0.3" in str(one.message):
         print("warning:", one.message, file=sys.stderr)
