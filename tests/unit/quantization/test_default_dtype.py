@@ -9,6 +9,8 @@ from typing import Any
 
 import distquant as dq
 
+pytestmark = pytest.mark.wide
+
 QUANTS = ("awq-rtn", "fbgemm_fp8", "fp4-dq", "fp8", "hqq", "int4", "int8", "mxfp4", "mxfp8", "nf4-dq")
 """Methods whose arithmetic is distquant's own, and hqq's, which is split up here."""
 

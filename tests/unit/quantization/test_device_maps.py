@@ -19,6 +19,8 @@ from distquant.quantization import Scheme, config_classes
 from distquant.quantization.bitsandbytes_base import BitsandbytesScheme
 from distquant.quantization.registry import discover
 
+pytestmark = pytest.mark.wide
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 DATA = REPOSITORY / "tests" / "data"
 KJV = REPOSITORY / "examples" / "models" / "kjv-tiny"
