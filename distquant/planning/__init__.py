@@ -1,4 +1,4 @@
-"""Pure arithmetic: cuts, heads, rules and memory. No I/O, no device, no process group."""
+"""Decisions, from configurations and headers alone: no device, no process group."""
 
 from distquant.planning.load_plan import (
     AttentionShard,

@@ -46,7 +46,7 @@ def expert_rules(description: ModelDescription, plan: Mapping[str, str]) -> dict
 
 
 class _Outcome(NamedTuple):
-    """What became of the experts of a module, and why."""
+    """The outcome for the experts of a module, and its reason."""
 
     pattern: str
     became: str

@@ -69,7 +69,7 @@ class TensorPlan:
 
 @dataclass(frozen=True, slots=True)
 class ModuleShard:
-    """How a sharded module works with the other ranks: its parallel style, and the partition of its sharded dim."""
+    """The parallel style of a sharded module, and the partition of its sharded dim."""
 
     style: str
     partition: str
@@ -90,13 +90,14 @@ class ExpertsShard:
     """A module of fused experts that are loaded one by one.
 
     Attributes:
-        dealt: key into `LoadPlan.partitions`: of the experts over ep.
+        ep_partition: key into `LoadPlan.partitions`, of the experts over ep.
         partition: key of the intermediate features over tp; None = every rank of tp holds all features of its experts.
     """
 
-    dealt: str
+    ep_partition: str
     partition: str | None
 
+    dealt = _renamed("dealt", "ep_partition")
     cut = _renamed("cut", "partition")
 
 
