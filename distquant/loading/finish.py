@@ -55,8 +55,8 @@ def finish(model: Any, path: str, axis: Axis, sharded: bool, batches: Axis | Non
 
 
 def _refuse_batching(model: Any, *_: Any, **__: Any) -> None:
-    what = "continuous batching schedules requests by each rank's own clock, and ranks of a sharded model must agree"
-    raise InputError.one("generate_batch", what, "Use generate with a batch of prompts, or load with tp=1, ep=1")
+    fault = "continuous batching schedules requests by each rank's own clock, and ranks of a sharded model must agree"
+    raise InputError.one("generate_batch", fault, "Use generate with a batch of prompts, or load with tp=1, ep=1")
 
 
 SHARDED = "the model is sharded, every rank would write its part as if it were the whole weight"
@@ -66,8 +66,8 @@ KEEP = "Keep the checkpoint that it was loaded from"
 
 def _refuse_save(model: Any, *_: Any, **__: Any) -> None:
     stacked = model.distquant.plan.mesh.ep * model.distquant.plan.mesh.tp == 1
-    what, fix = (STACKED, KEEP) if stacked else (SHARDED, "Load it with tp=1 to save it")
-    raise InputError.one("save_pretrained", what, fix)
+    fault, fix = (STACKED, KEEP) if stacked else (SHARDED, "Load it with tp=1 to save it")
+    raise InputError.one("save_pretrained", fault, fix)
 
 
 @dataclass(frozen=True)

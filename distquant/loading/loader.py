@@ -285,13 +285,13 @@ class _Loading:
         """Adds the statistics of rows that other nodes read: a maximum over zeros, which is exact."""
 
         def late() -> RankError:
-            what = (
+            fault = (
                 f"the statistics of {task.name} were not joined with other nodes' within {self.load_state.timeout:g} s"
             )
-            return RankError(self.comm.rank, what)
+            return RankError(self.comm.rank, fault)
 
         for row_layout in task.row_layouts:
-            if row_layout.whole:
+            if row_layout.replicated:
                 start, values = time.perf_counter(), sink.memory[row_layout.name]
                 # As integers: non-negative floats order the same, and a NaN stays one.
                 self.collectives.run(lambda v: self.axis.all_reduce(v, "max"), values.view(torch.int32), late)

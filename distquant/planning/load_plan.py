@@ -205,8 +205,8 @@ class LoadPlan:
         except InputError:
             raise
         except (ValueError, AttributeError, LookupError, TypeError) as error:
-            what = f"not a plan in JSON ({type(error).__name__}: {error})"
-            raise InputError.one("plan", what, "Write one with `distquant plan --json`") from error
+            fault = f"not a plan in JSON ({type(error).__name__}: {error})"
+            raise InputError.one("plan", fault, "Write one with `distquant plan --json`") from error
 
 
 _ROWS = {kind: attrgetter(*(f.name for f in dataclasses.fields(kind))) for kind in (TensorPlan, Source)}

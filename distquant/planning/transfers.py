@@ -240,8 +240,8 @@ def _stored(source: Source, component: Component | None, shard: Shard, infos: Ma
     part = None if component is None or component.replicated else _partition_part(component, shard)
     shape, dim, partition = part or ((count,), None, None)
     if math.prod(shape) != count:
-        what = f"{info.name} stores {count} elements, its layout has {math.prod(shape)}"
-        raise InputError.one(shard.name, what, "Check that config.json belongs to the checkpoint")
+        fault = f"{info.name} stores {count} elements, its layout has {math.prod(shape)}"
+        raise InputError.one(shard.name, fault, "Check that config.json belongs to the checkpoint")
     return TransferKind(
         component=source.component,
         shape=shape,

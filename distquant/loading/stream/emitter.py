@@ -216,4 +216,4 @@ def _target(
 def _shared_components(chunk: Chunk) -> int:
     """Returns the mask of the components that other ranks need of these rows."""
     shared = len(chunk.read.owners) > 1
-    return sum(1 << i for i, row_layout in enumerate(chunk.task.row_layouts) if row_layout.whole or shared)
+    return sum(1 << i for i, row_layout in enumerate(chunk.task.row_layouts) if row_layout.replicated or shared)

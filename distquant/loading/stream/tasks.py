@@ -77,7 +77,7 @@ class Task:
     row_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        replicated = [row_layout for row_layout in self.row_layouts if row_layout.whole]
+        replicated = [row_layout for row_layout in self.row_layouts if row_layout.replicated]
         self.replicated = bool(replicated)
         self.statistics_bytes = sum(row_layout.nbytes(0, row_layout.rows) for row_layout in replicated)
         width = self.columns[1] - self.columns[0]
