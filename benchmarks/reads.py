@@ -61,7 +61,7 @@ def mine(path: str, contestant: Contestant, rank: int) -> range:
     import distquant as dq
 
     plan = dq.plan(path, quantization_config=contestant.quant, mesh=contestant.mesh, dtype="bfloat16")
-    partition = plan.partitions[next(iter(plan.experts.values())).dealt]
+    partition = plan.partitions[next(iter(plan.experts.values())).ep_partition]
     ((first, last),) = partition.segments(plan.mesh.coordinates(rank)["ep"])
     return range(first, last)
 

@@ -127,9 +127,9 @@ def load(
     if torchrun.joined():
         return torchrun.load(request, options, progress)
     if size > 1:
-        what = f"needs {size} ranks, and this process is alone"
+        fault = f"needs {size} ranks, and this process is alone"
         fix = "Start it with torchrun, or use distquant.ray.load (command line: --runtime torchrun or ray)"
-        raise InputError.one("mesh", what, fix)
+        raise InputError.one("mesh", fault, fix)
     return local.load(request, options, progress)
 
 

@@ -61,27 +61,27 @@ class Memory:
 
     def _take(self, address: int, nbytes: int) -> None:
         """Allocates the small pages of memory that begins on a huge page, and asks for huge pages elsewhere."""
-        at, end = 0, nbytes // HUGE_PAGE * HUGE_PAGE
-        while at < end:
+        done, end = 0, nbytes // HUGE_PAGE * HUGE_PAGE
+        while done < end:
             # After a slow huge page, use small ones for a while: the host may be about to take more memory back.
-            left_out = min(self._left_out * HUGE_PAGE, end - at)
+            left_out = min(self._left_out * HUGE_PAGE, end - done)
             if left_out > 0:
-                _advise(address + at, left_out, POPULATE_WRITE)
+                _advise(address + done, left_out, POPULATE_WRITE)
                 self._left_out -= left_out // HUGE_PAGE
-                at += left_out
+                done += left_out
                 continue
             timed = self._untimed <= 0
-            here = HUGE_PAGE if timed else min(self._untimed * HUGE_PAGE, end - at)
-            _advise(address + at, here, mmap.MADV_HUGEPAGE)
+            here = HUGE_PAGE if timed else min(self._untimed * HUGE_PAGE, end - done)
+            _advise(address + done, here, mmap.MADV_HUGEPAGE)
             if timed:
                 begun = time.thread_time()  # not the time of other threads on the same core
-                _advise(address + at, here, POPULATE_WRITE)
+                _advise(address + done, here, POPULATE_WRITE)
                 self._took(time.thread_time() - begun)
             else:
                 self._untimed -= here // HUGE_PAGE
-            at += here
-        if at < nbytes:
-            _advise(address + at, nbytes - at, POPULATE_WRITE)
+            done += here
+        if done < nbytes:
+            _advise(address + done, nbytes - done, POPULATE_WRITE)
 
     def _took(self, seconds: float) -> None:
         """Counts a huge page that was timed."""

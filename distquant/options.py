@@ -134,7 +134,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """Options that change the way a load runs and no bit of its result: they are no part of the plan."""
+    """Options that change the way a load runs and no bit of its result. They are not part of the plan."""
 
     kernel: str = "auto"
     """Kernels that quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`. All give the same bits."""

@@ -30,8 +30,8 @@ def parse_bytes(text: str | int, where: str = "size") -> int:
         raise InputError.one(where, f"invalid size {text!r}", "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
     size = Decimal(match.group(1)) * _SUFFIX[match.group(2)]
     if size >= MOST_BYTES:
-        what = f"{reprlib.repr(str(text))} is more than any machine has: a size is below {MOST_BYTES} bytes"
-        raise InputError.one(where, what, "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
+        fault = f"{reprlib.repr(str(text))} is more than any machine has: a size is below {MOST_BYTES} bytes"
+        raise InputError.one(where, fault, "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
     return int(size)
 
 

@@ -217,7 +217,7 @@ def label(component: Component) -> str:
 
 
 def covers(component: Component) -> str:
-    """Says which logical elements, out x in, one stored element (or the elements of a block) covers."""
+    """Names the logical elements, out x in, one stored element (or the elements of a block) covers."""
     if component.flat:
         return f"{component.flat} of the weight" if component.replicated else f"a run of {component.flat}"
     per_block = component.stored_per_block or (1, 1)

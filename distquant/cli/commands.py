@@ -46,8 +46,8 @@ def run_verify(arguments: argparse.Namespace, argv: list[str]) -> int:
     if len(arguments.mesh) < 2:
         raise InputError.one("--mesh", "one mesh cannot be compared", "Give --mesh twice or more")
     if launch.is_launched() and launch.OUTCOME not in os.environ:
-        what = f"verify starts the ranks of each mesh itself, and this is rank {os.environ['RANK']} of a launcher"
-        raise InputError.one("verify", what, "Run it without a launcher")
+        fault = f"verify starts the ranks of each mesh itself, and this is rank {os.environ['RANK']} of a launcher"
+        raise InputError.one("verify", fault, "Run it without a launcher")
     fingerprints = {}
     for mesh in arguments.mesh:
         outcome = _run(arguments, [*_without(argv, "--mesh"), "--mesh", mesh, "--mesh", mesh], Query(), mesh)

@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str 
         problems.extend(error.problems)
     runtime = arguments.runtime or ("torchrun" if launched or size > 1 else "local")
     if runtime == "local" and size > 1:
-        what = f"{mesh} needs {size} ranks, and the runtime 'local' is one process"
-        problems.add("mesh", what, "Use --runtime torchrun or --runtime ray")
+        fault = f"{mesh} needs {size} ranks, and the runtime 'local' is one process"
+        problems.add("mesh", fault, "Use --runtime torchrun or --runtime ray")
     if OUTCOME not in os.environ:  # else the process that started this rank has checked it
         problems.extend(token_problems(arguments, query))
     if problems:
@@ -108,8 +108,8 @@ def token_problems(arguments: argparse.Namespace, query: Query) -> Iterator[Prob
             source, gguf = source_of(folder)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code, **gguf)
         except (ValueError, OSError, KeyError, ImportError) as error:
-            what = f"transformers cannot load a tokenizer from {folder} ({one_line(error)})"
-            yield Problem(option, what, "Put the model's tokenizer.json there")
+            fault = f"transformers cannot load a tokenizer from {folder} ({one_line(error)})"
+            yield Problem(option, fault, "Put the model's tokenizer.json there")
             continue
         count = len(tokenizer(text).input_ids)
         if count < least:

@@ -48,15 +48,15 @@ def finish(model: Any, path: str, axis: Axis, sharded: bool, batches: Axis | Non
     model.name_or_path = model.config.name_or_path = path
     model.eval()
     if sharded:
-        model.save_pretrained = types.MethodType(_refuse_save, model)
+        model.save_pretrained = types.MethodType(_fail_to_save, model)
     if axis.size > 1 or batches is not None:
         model.generate = types.MethodType(Generate(axis, batches), model)
-        model.init_continuous_batching = types.MethodType(_refuse_batching, model)
+        model.init_continuous_batching = types.MethodType(_fail_to_batch, model)
 
 
-def _refuse_batching(model: Any, *_: Any, **__: Any) -> None:
-    what = "continuous batching schedules requests by each rank's own clock, and ranks of a sharded model must agree"
-    raise InputError.one("generate_batch", what, "Use generate with a batch of prompts, or load with tp=1, ep=1")
+def _fail_to_batch(model: Any, *_: Any, **__: Any) -> None:
+    fault = "continuous batching schedules requests by each rank's own clock, and ranks of a sharded model must agree"
+    raise InputError.one("generate_batch", fault, "Use generate with a batch of prompts, or load with tp=1, ep=1")
 
 
 SHARDED = "the model is sharded, every rank would write its part as if it were the whole weight"
@@ -64,14 +64,14 @@ STACKED = "its experts are held as stacks of quantized components, under names t
 KEEP = "Keep the checkpoint that it was loaded from"
 
 
-def _refuse_save(model: Any, *_: Any, **__: Any) -> None:
+def _fail_to_save(model: Any, *_: Any, **__: Any) -> None:
     stacked = model.distquant.plan.mesh.ep * model.distquant.plan.mesh.tp == 1
-    what, fix = (STACKED, KEEP) if stacked else (SHARDED, "Load it with tp=1 to save it")
-    raise InputError.one("save_pretrained", what, fix)
+    fault, fix = (STACKED, KEEP) if stacked else (SHARDED, "Load it with tp=1 to save it")
+    raise InputError.one("save_pretrained", fault, fix)
 
 
 @dataclass(frozen=True)
-class _RefuseFormat:
+class _UnsavableFormat:
     """`save_pretrained` of an unsharded model in a form that `from_pretrained` does not read."""
 
     reason: str
@@ -81,10 +81,10 @@ class _RefuseFormat:
         raise InputError.one("save_pretrained", self.reason, fix)
 
 
-def refuse_format(model: Any, reason: str | None) -> None:
+def forbid_saving(model: Any, reason: str | None) -> None:
     """Makes `save_pretrained` raise before it writes, if there is a reason and nothing else makes it raise."""
     if reason is not None and "save_pretrained" not in model.__dict__:
-        model.save_pretrained = _RefuseFormat(reason)
+        model.save_pretrained = _UnsavableFormat(reason)
 
 
 def check_complete(model: nn.Module, filled: list[str], plan: LoadPlan, elsewhere: set[str]) -> None:

@@ -48,8 +48,10 @@ def _check_float8(plan: LoadPlan, scheme: Scheme, device: torch.device) -> None:
     kernels = set() if plan.dequantize else {_float8_kernel(scheme, f"{name}.weight") for name in plan.converted}
     reasons = [missing(kernel, device) for kernel in kernels if kernel is not None]
     if not reasons:
-        what = "'float8' is for float8 weights with float8 inputs, with a scale for each row, for all, or for 128 x 128"
-        raise InputError.one("forward", f"{what}; {scheme.name} as it is configured has none", FIX)
+        fault = (
+            "'float8' is for float8 weights with float8 inputs, with a scale for each row, for all, or for 128 x 128"
+        )
+        raise InputError.one("forward", f"{fault}; {scheme.name} as it is configured has none", FIX)
     if None not in reasons:
         raise InputError.one("forward", f"'float8' cannot be: {'; '.join(map(str, reasons))}", FIX)
 
@@ -57,12 +59,12 @@ def _check_float8(plan: LoadPlan, scheme: Scheme, device: torch.device) -> None:
 def _check_gptqmodel(plan: LoadPlan, scheme: Scheme, device: torch.device) -> None:
     """Checks the parts of all ranks, so that all ranks give the same answer."""
     if plan.dequantize or not plan.converted or not isinstance(scheme, PackedIntScheme):
-        what = "'gptqmodel' is for weights that are kept in the layouts of GPTQ and AWQ"
-        raise InputError.one("forward", f"{what}; {scheme.name} as it is configured has none", FIX)
+        fault = "'gptqmodel' is for weights that are kept in the layouts of GPTQ and AWQ"
+        raise InputError.one("forward", f"{fault}; {scheme.name} as it is configured has none", FIX)
     device_map = plan.device_map or {}
     if any(is_offloaded(device_map, place) for place in device_map.values()):
-        what = "'gptqmodel' cannot be with a device map that offloads: a kernel stays where it was made"
-        raise InputError.one("forward", what, FIX)
+        fault = "'gptqmodel' cannot be with a device map that offloads: a kernel stays where it was made"
+        raise InputError.one("forward", fault, FIX)
     if (reason := gptqmodel_matmul.missing()) is not None:
         raise InputError.one("forward", f"'gptqmodel' cannot be: {reason}", FIX)
     devices = Devices(device, plan.device_map)
@@ -79,8 +81,10 @@ def _check_gptqmodel(plan: LoadPlan, scheme: Scheme, device: torch.device) -> No
             for reason in reasons - {None}:
                 names.setdefault(str(reason), []).append(tensor.name)
     if names:
-        what = "'gptqmodel' has no kernel for {} ({} weights): {}"
-        raise InputError([Problem("forward", what.format(of[0], len(of), reason), FIX) for reason, of in names.items()])
+        fault = "'gptqmodel' has no kernel for {} ({} weights): {}"
+        raise InputError(
+            [Problem("forward", fault.format(of[0], len(of), reason), FIX) for reason, of in names.items()]
+        )
 
 
 def set_forward(model: nn.Module, scheme: Scheme, forward: Forward, devices: Devices) -> str:

@@ -18,7 +18,7 @@ from distquant.kernels.choice import Choice, choose
 from distquant.loading import delegated
 from distquant.loading.devices import Devices
 from distquant.loading.fill import WeightPlacer
-from distquant.loading.finish import check_complete, fill_computed_buffers, finish, refuse_format
+from distquant.loading.finish import check_complete, fill_computed_buffers, finish, forbid_saving
 from distquant.loading.forward import check_forward, set_forward
 from distquant.loading.local_modules import shard_experts, shard_modules
 from distquant.loading.node_tasks import buffer_for, tasks_of
@@ -232,7 +232,7 @@ class _Loading:
             with changing_process_state():
                 if isinstance(self.scheme, ModuleFactory):
                     self.scheme.finish_model(model)
-                    refuse_format(model, self.scheme.unsaved(model))
+                    forbid_saving(model, self.scheme.unsaved(model))
                 self.report.forward = set_forward(model, self.scheme, Forward(self.options.forward), self.devices)
         if plan.device_map is not None:
             self.devices.dispatch(model, plan.tied)
@@ -285,13 +285,13 @@ class _Loading:
         """Adds the statistics of rows that other nodes read: a maximum over zeros, which is exact."""
 
         def late() -> RankError:
-            what = (
+            fault = (
                 f"the statistics of {task.name} were not joined with other nodes' within {self.load_state.timeout:g} s"
             )
-            return RankError(self.comm.rank, what)
+            return RankError(self.comm.rank, fault)
 
         for row_layout in task.row_layouts:
-            if row_layout.whole:
+            if row_layout.replicated:
                 start, values = time.perf_counter(), sink.memory[row_layout.name]
                 # As integers: non-negative floats order the same, and a NaN stays one.
                 self.collectives.run(lambda v: self.axis.all_reduce(v, "max"), values.view(torch.int32), late)

@@ -77,7 +77,7 @@ def _experts(original: nn.Module, name: str, plan: LoadPlan, ep_rank: int) -> Lo
     shapes = {leaf: tuple(parameter.shape) for leaf, parameter in original.named_parameters(recurse=False)}
     form = form_of(name, original, shapes)
     assert form is not None, "the planner splits experts of known form only"
-    module = LocalExperts(original, form, plan.partitions[plan.experts[name].dealt], ep_rank)
+    module = LocalExperts(original, form, plan.partitions[plan.experts[name].ep_partition], ep_rank)
     module.__dict__["source_cls"] = type(original)
     return module.train(original.training)
 

@@ -122,15 +122,15 @@ def save_offloaded(model: Any, offloaded: Offloaded) -> None:
 
     def save_pretrained(self: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
         state = self.state_dict() if state_dict is None else state_dict
-        found = {name: _stored(self, name, offloaded) if value.is_meta else value for name, value in state.items()}
+        tensors = {name: _stored(self, name, offloaded) if value.is_meta else value for name, value in state.items()}
         for name, source in offloaded.tied.items():  # transformers knows ties by their memory
-            if name in found and source in found:
-                found[name] = found[source]
+            if name in tensors and source in tensors:
+                tensors[name] = tensors[source]
         quantizer = getattr(self, "hf_quantizer", None)
         if not isinstance(quantizer, Quantizer):
-            type(self).save_pretrained(self, *args, state_dict=found, **kwargs)
+            type(self).save_pretrained(self, *args, state_dict=tensors, **kwargs)
             return
-        quantizer.state_dict = found
+        quantizer.state_dict = tensors
         try:
             type(self).save_pretrained(self, *args, **kwargs)
         finally:

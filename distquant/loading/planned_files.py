@@ -25,8 +25,8 @@ def open_planned(plan: LoadPlan, comm: Comm, prepared: Prepared | None) -> Check
     own_plan = dataclasses.replace(plan, model="").digest
     for rank, digest in enumerate(comm.collect(own_plan)):
         if digest != own_plan:
-            what = f"rank {rank} has the plan {digest[:16]}, rank {comm.rank} has {own_plan[:16]}"
-            raise InputError.one("plan", what, "Give every rank the same arguments, or the same plan")
+            fault = f"rank {rank} has the plan {digest[:16]}, rank {comm.rank} has {own_plan[:16]}"
+            raise InputError.one("plan", fault, "Give every rank the same arguments, or the same plan")
     problems: list[Problem] = []
     checkpoint = None
     try:
@@ -45,8 +45,8 @@ def open_planned(plan: LoadPlan, comm: Comm, prepared: Prepared | None) -> Check
 def _differences(plan: LoadPlan, checkpoint: Checkpoint, rank: int) -> list[Problem]:
     """Returns a problem for each file whose header or size is not the planned one."""
     own = checkpoint.digests()
-    what = f"on rank {rank} it differs from the planned file (header or size)"
+    fault = f"on rank {rank} it differs from the planned file (header or size)"
     fix = "Give every rank the same files, then plan again"
     files = sorted(plan.shards.keys() | own.keys())
     differing = [file for file in files if plan.shards.get(file) != tuple(own.get(file, ()))]
-    return [Problem(f"{plan.model}/{file}", what, fix) for file in differing]
+    return [Problem(f"{plan.model}/{file}", fault, fix) for file in differing]

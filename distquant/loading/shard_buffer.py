@@ -54,7 +54,7 @@ class ShardBuffer:
         self.own = {}
         """Layout of each component in this buffer: all rows and columns of a replicated one, the shard of others."""
         for row_layout in row_layouts:
-            own_rows, own_width = (row_layout.rows, width) if row_layout.whole else (local_rows, local_width)
+            own_rows, own_width = (row_layout.rows, width) if row_layout.replicated else (local_rows, local_width)
             same = (own_rows, own_width) == (row_layout.rows, row_layout.width)
             self.own[row_layout.name] = row_layout if same else replace(row_layout, rows=own_rows, width=own_width)
         self._allocator = allocator
@@ -71,7 +71,7 @@ class ShardBuffer:
 
     def _make(self, row_layout: RowLayout) -> Tensor:
         count = row_layout.before(row_layout.rows)
-        if row_layout.whole:
+        if row_layout.replicated:
             # Statistics are gone when the tensor is finished: torch's allocator keeps their memory for the next one.
             # Rows of other nodes are zero until the nodes' maximum is taken.
             make = torch.zeros if self.partial else torch.empty
@@ -91,9 +91,9 @@ class ShardBuffer:
     def _run(self, row_layout: RowLayout, start: int, stop: int) -> Segment | None:
         """Returns the elements that rows `[start, stop)` go to, if they are one run and all of them are kept."""
         own = self.own[row_layout.name]
-        if own.width != row_layout.width or not (row_layout.whole or self.all_columns):
+        if own.width != row_layout.width or not (row_layout.replicated or self.all_columns):
             return None
-        if row_layout.whole:
+        if row_layout.replicated:
             return own.before(start), own.before(stop)
         # More than one window: a rank that repeats rows keeps them in two places.
         windows = [window for window in self.windows if window[0] < stop and start < window[1]]
@@ -107,9 +107,9 @@ class ShardBuffer:
         """Copies what is kept of rows `[start, stop)` (flat `values`); returns the bytes of it."""
         own, memory = self.own[row_layout.name], self.memory[row_layout.name]
         # A replicated component is kept for all rows, so its only window is the tensor.
-        windows = [(0, row_layout.rows, 0)] if row_layout.whole else self.windows
+        windows = [(0, row_layout.rows, 0)] if row_layout.replicated else self.windows
         # Elements may straddle rows, and then cannot be seen as rows: such a component is copied as one flat run.
-        flat_run = own.width == row_layout.width and (row_layout.whole or self.all_columns)
+        flat_run = own.width == row_layout.width and (row_layout.replicated or self.all_columns)
         placed = 0
         for window_start, window_stop, local in windows:
             first, last = max(start, window_start), min(stop, window_stop)
@@ -132,8 +132,8 @@ class ShardBuffer:
         rows = self.memory[row_layout.name].view(-1, own.per_row)[local_row // row_layout.row_block :][: len(arrived)]
         # The node's columns of a replicated component keep their place among those of other nodes. Kept columns of
         # others follow each other from the first local one.
-        kept = [self.columns] if row_layout.whole else self.kept
-        column = own.columns(self.columns[0], self.columns[0])[0] if row_layout.whole else 0
+        kept = [self.columns] if row_layout.replicated else self.kept
+        column = own.columns(self.columns[0], self.columns[0])[0] if row_layout.replicated else 0
         if row_layout.column_block >= row_layout.width:
             kept = kept[:1]  # one element spans the row: it belongs to every segment, and is copied once
         placed = 0

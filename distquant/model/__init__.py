@@ -49,9 +49,3 @@ __all__ = [
     "tokenizer_file_problems",
     "with_gguf_sources",
 ]
-
-# The old names, until planning/ uses the new ones.
-FLOATS = PLAIN_FLOATS
-Kept = QuantizedTensors
-taken = source_numel
-tell_parts = check_merged_components

@@ -184,6 +184,3 @@ class ModelDescription:
 def wildcard(name: str) -> str:
     """Returns the path with `*` for layer numbers, as parallel plans spell it."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-
-
-taken = source_numel  # the old name, until planning/ uses the new one

@@ -1,4 +1,4 @@
-"""Pure arithmetic: cuts, heads, rules and memory. No I/O, no device, no process group."""
+"""Decisions, from configurations and headers alone: no device, no process group."""
 
 from distquant.planning.load_plan import (
     AttentionShard,
@@ -9,7 +9,7 @@ from distquant.planning.load_plan import (
     Rule,
     TensorPlan,
 )
-from distquant.sharding.heads import HeadPartition, cut_heads
+from distquant.sharding.heads import HeadPartition, head_partitions
 from distquant.sharding.partition import Partition, even_partition
 
 __all__ = [
@@ -22,6 +22,6 @@ __all__ = [
     "RankMemory",
     "Rule",
     "TensorPlan",
-    "cut_heads",
     "even_partition",
+    "head_partitions",
 ]

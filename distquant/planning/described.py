@@ -18,15 +18,15 @@ from distquant.errors import Problems
 from distquant.model import (
     STAR,
     GgufNames,
-    Kept,
     ModelDescription,
+    QuantizedTensors,
     Source,
     as_stored,
+    check_merged_components,
     describe_model,
     gguf_names,
+    source_numel,
     split_experts,
-    taken,
-    tell_parts,
     with_gguf_sources,
 )
 from distquant.planning.device_map import infer_device_map, memory_by_device
@@ -60,7 +60,7 @@ class Described:
     """Modules of fused experts that are split into stacks."""
     skipped: dict[str, Any] | None
     """The checkpoint's quantization config, where its method is left out."""
-    kept: Kept
+    kept: QuantizedTensors
     """Weights that are then planned as they are stored."""
     converted: tuple[str, ...]
     """Modules that the scheme replaces."""
@@ -77,7 +77,7 @@ class Described:
 
     def taken(self, source: Source) -> int:
         """Elements of a checkpoint tensor that a source takes."""
-        return taken(source, self.checkpoint.tensors[source.tensor].shape)
+        return source_numel(source, self.checkpoint.tensors[source.tensor].shape)
 
 
 def fields_of(stage: Described) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _place_tensors(
     stackable = tuple(description.experts) if scheme.stacks or _is_divided(mesh) else ()
     # Stacks take the components of single experts one by one; only what would stay merged cannot be loaded.
     merged_parts = {n: parts for n, parts in description.parts.items() if n.rpartition(".")[0] not in stackable}
-    tell_parts(merged_parts, unplaced)
+    check_merged_components(merged_parts, unplaced)
     if unplaced and merged.prequantized and on_unsupported == "skip":
         description = describe_model(model, shapes, {}, problems)
         merged, skipped = Merged(NoneConfig(), False), detect(checkpoint.config)
@@ -223,13 +223,13 @@ class _Selected:
     converted: list[str]
     stacked: tuple[str, ...]
     description: ModelDescription
-    kept: Kept
+    kept: QuantizedTensors
 
 
 def _select(placement: _Placement, mesh: Mesh, checkpoint: Checkpoint, problems: Problems) -> _Selected:
     """Selects the modules to convert, before a device map may leave some out."""
     scheme, prequantized, stacked = placement.scheme, placement.merged.prequantized, placement.stackable
-    description, kept = placement.split(stacked), Kept()
+    description, kept = placement.split(stacked), QuantizedTensors()
     converted = _converted(description, scheme, prequantized, problems)
     if not _is_divided(mesh):
         # On one rank only converted experts must be stacks. Where none is converted, the model's own module stays, and

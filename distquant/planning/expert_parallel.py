@@ -46,7 +46,7 @@ def expert_rules(description: ModelDescription, plan: Mapping[str, str]) -> dict
 
 
 class _Outcome(NamedTuple):
-    """What became of the experts of a module, and why."""
+    """The outcome for the experts of a module, and its reason."""
 
     pattern: str
     became: str
@@ -143,8 +143,8 @@ def _partition_inside(
                 return partition, f"features in multiples of {alignment * multiple}"
     if enough:
         packed = next(p for p in alignments if p.shard_dim == 0)
-        what = f"no partition of gate and up, {experts.intermediate} features each"
-        return None, f"{what}, is aligned with the quantization blocks of {packed.name}"
+        fault = f"no partition of gate and up, {experts.intermediate} features each"
+        return None, f"{fault}, is aligned with the quantization blocks of {packed.name}"
     return None, f"{experts.intermediate} features are fewer than {ranks} multiples of {alignment}"
 
 

@@ -69,7 +69,7 @@ class TensorPlan:
 
 @dataclass(frozen=True, slots=True)
 class ModuleShard:
-    """How a sharded module works with the other ranks: its parallel style, and the partition of its sharded dim."""
+    """The parallel style of a sharded module, and the partition of its sharded dim."""
 
     style: str
     partition: str
@@ -90,13 +90,14 @@ class ExpertsShard:
     """A module of fused experts that are loaded one by one.
 
     Attributes:
-        dealt: key into `LoadPlan.partitions`: of the experts over ep.
+        ep_partition: key into `LoadPlan.partitions`, of the experts over ep.
         partition: key of the intermediate features over tp; None = every rank of tp holds all features of its experts.
     """
 
-    dealt: str
+    ep_partition: str
     partition: str | None
 
+    dealt = _renamed("dealt", "ep_partition")
     cut = _renamed("cut", "partition")
 
 
@@ -205,8 +206,8 @@ class LoadPlan:
         except InputError:
             raise
         except (ValueError, AttributeError, LookupError, TypeError) as error:
-            what = f"not a plan in JSON ({type(error).__name__}: {error})"
-            raise InputError.one("plan", what, "Write one with `distquant plan --json`") from error
+            fault = f"not a plan in JSON ({type(error).__name__}: {error})"
+            raise InputError.one("plan", fault, "Write one with `distquant plan --json`") from error
 
 
 _ROWS = {kind: attrgetter(*(f.name for f in dataclasses.fields(kind))) for kind in (TensorPlan, Source)}

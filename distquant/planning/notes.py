@@ -78,7 +78,7 @@ def _left_unquantized(partitioned: Partitioned) -> Iterator[str]:
     loaded = [name for name in rest if f"{name}.weight" in description.params]
     if loaded:
         yield f"left unquantized: {len(loaded)} linear modules ({_first(loaded)})"
-    # A tied weight is no parameter of its own in the description, so it is not among those loaded.
+    # A tied weight is not a parameter of its own in the description, so it is not among those loaded.
     tied = [name for name in rest if f"{name}.weight" in description.tied]
     if tied:
         yield f"left unquantized: {_first(tied)}, tied to an embedding"

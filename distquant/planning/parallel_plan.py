@@ -1,4 +1,4 @@
-"""What a model's parallel plan becomes: partitions, what each module does with them, and a record of every rule."""
+"""The rewritten parallel plan of a model: partitions, what each module does with them, and a record of every rule."""
 
 from __future__ import annotations
 

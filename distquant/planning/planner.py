@@ -196,7 +196,7 @@ def _stack_plan(described: Described, parallel: ParallelPlan, linear: Linear, na
         partition=key,
         transposed=linear.transposed and not is_bias and not stored_quantized,
         reading=read_strategy(dim, partition, described.mesh, described.nodes, expert=True),
-        experts=parallel.experts[name.partition(f".{STAR}.")[0]].dealt,
+        experts=parallel.experts[name.partition(f".{STAR}.")[0]].ep_partition,
     )
 
 

@@ -44,10 +44,10 @@ class ReadItem:
 
 
 class NodeReads(NamedTuple):
-    """How one node reads a transfer.
+    """The reads of one node for a transfer.
 
     Attributes:
-        transfer: it.
+        transfer: the transfer.
         owners: ranks of the node that keep something of it.
         columns: logical columns that the node reads of every row.
         reads: which rank reads which rows, in row order.
@@ -103,7 +103,7 @@ def bytes_read(transfers: Iterable[Transfer], mesh: Mesh, nodes: Sequence[int]) 
     known: dict[Any, list[int]] = {}
     for node in dict.fromkeys(node_ranks(nodes, rank) for rank in range(mesh.size)):
         eps = tuple(_ranks_by_ep(mesh, node))
-        places = tuple((at["tp"], eps.index(at["ep"])) for at in map(mesh.coordinates, node))
+        places = tuple((each["tp"], eps.index(each["ep"])) for each in map(mesh.coordinates, node))
         if (places, eps) not in known:
             here: list[tuple[int, int | None, Transfer]] = [(index, None, each) for index, each in by_ep[None]]
             for number, ep in enumerate(eps):
@@ -124,11 +124,11 @@ def bytes_read(transfers: Iterable[Transfer], mesh: Mesh, nodes: Sequence[int]) 
 
 def _ranks_by_ep(mesh: Mesh, node: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
     """Returns the ranks of a node at each position on ep that it has."""
-    found: dict[int, tuple[int, ...]] = {}
+    by_ep: dict[int, tuple[int, ...]] = {}
     for rank in node:
         ep = mesh.coordinates(rank)["ep"]
-        found[ep] = (*found.get(ep, ()), rank)
-    return found
+        by_ep[ep] = (*by_ep.get(ep, ()), rank)
+    return by_ep
 
 
 def node_columns(
@@ -181,10 +181,10 @@ class ReadAssigner:
         owners = self.node if owners is None else owners
         positions = [self.positions[rank] for rank in owners]
         columns = node_columns(kind.shape, kind.shard_dim, kind.partition, positions, kind.column_step)
-        found: list[ReadItem] = []
+        reads: list[ReadItem] = []
         for rows, keeping in self._runs_of(kind, owners):
-            found += self._share(kind, rows, columns, keeping)
-        return columns, found
+            reads += self._share(kind, rows, columns, keeping)
+        return columns, reads
 
     def _runs_of(self, kind: TransferKind, owners: tuple[int, ...]) -> list[Run]:
         """Returns the runs of rows that the same ranks keep."""

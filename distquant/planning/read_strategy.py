@@ -1,4 +1,4 @@
-"""How the ranks of a node read a tensor: each its own rows, shared rows in turns, or whole rows for all."""
+"""Ways in which the ranks of a node read a tensor: each its own rows, shared rows in turns, or whole rows for all."""
 
 from __future__ import annotations
 

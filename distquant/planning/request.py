@@ -72,8 +72,8 @@ def _check_sizes(request: Request) -> None:
         if request.max_memory is not None:
             parse_bytes(request.max_memory, "max_memory")
     elif request.device_map is None:
-        what = f"sizes of {', '.join(map(str, request.max_memory))} are given without a device_map"
-        raise InputError.one("max_memory", what, "Give one size for every rank, or device_map='auto'")
+        fault = f"sizes of {', '.join(map(str, request.max_memory))} are given without a device_map"
+        raise InputError.one("max_memory", fault, "Give one size for every rank, or device_map='auto'")
 
 
 def _check_on_unsupported(value: Any) -> None:

@@ -98,15 +98,15 @@ class RowMap:
 
     def ranges(self, rows: Segment, columns: Segment) -> list[RowRange]:
         """Returns where the given columns of the given rows are stored, in row order."""
-        found = []
+        stored = []
         for first, source in self.placed:
             start, stop = max(rows[0], first), min(rows[1], first + source.rows)
             if start >= stop:
                 continue
             item = source.stride // max(self.width, 1)
             offset = source.offset + (start - first) * source.stride + columns[0] * item
-            found.append(replace(source, offset=offset, width=(columns[1] - columns[0]) * item, rows=stop - start))
-        return found
+            stored.append(replace(source, offset=offset, width=(columns[1] - columns[0]) * item, rows=stop - start))
+        return stored
 
 
 def _placed(source: Source, info: TensorInfo, shape: tuple[int, ...]) -> tuple[int, RowRange]:
@@ -157,10 +157,10 @@ def row_bytes_of(
     if transposed:  # a logical row is a column of the file, and they are all read together
         rows = rows_and_width(shape)[0]
         return ((rows, sum(each.nbytes for each in ranges) // max(rows, 1)),)
-    found: list[tuple[int, int]] = []
+    runs: list[tuple[int, int]] = []
     for each in ranges:
-        if found and found[-1][1] == each.width:
-            found[-1] = (found[-1][0] + each.rows, each.width)
+        if runs and runs[-1][1] == each.width:
+            runs[-1] = (runs[-1][0] + each.rows, each.width)
         else:
-            found.append((each.rows, each.width))
-    return tuple(found)
+            runs.append((each.rows, each.width))
+    return tuple(runs)

@@ -1,4 +1,4 @@
-"""How much of the staging memory stands beside the weights: one fact for the planner's sums and for the engine."""
+"""Slots of the staging memory: one fact for the planner's sums and for the engine."""
 
 READ_SLOTS, SEND_SLOTS = 4, 4
 """Slots to read into, and slots from which other ranks copy. All have the size of the largest piece."""

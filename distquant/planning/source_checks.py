@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from distquant.errors import Problem, Problems
-from distquant.model import FLOATS, ROWS, Linear, Param, Source, sources_by_expert
+from distquant.model import PLAIN_FLOATS, ROWS, Linear, Param, Source, sources_by_expert
 from distquant.planning.described import Described
 from distquant.planning.expert_parallel import expert_name
 
@@ -121,7 +121,7 @@ def _problems(described: Described, filling: _Filling) -> Iterator[Problem]:
 def _dtype_problems(described: Described, filling: _Filling) -> Iterator[Problem]:
     """Yields the tensors of a floating-point parameter that hold codes of a quantization that nobody has named."""
     name, tensors = filling.param.name, described.checkpoint.tensors
-    coded = [source.tensor for source in filling.sources if tensors[source.tensor].dtype not in FLOATS]
+    coded = [source.tensor for source in filling.sources if tensors[source.tensor].dtype not in PLAIN_FLOATS]
     if not coded:
         return
     others = f" (and {len(coded) - 1} more)" if len(coded) > 1 else ""

@@ -24,7 +24,7 @@ from distquant.planning.parallel_plan import (
     ParallelPlan,
     lengths,
 )
-from distquant.sharding.heads import HeadPartition, cut_heads
+from distquant.sharding.heads import HeadPartition, head_partitions
 from distquant.sharding.layout import PLAIN_STEPS, Layout
 from distquant.sharding.partition import Partition, even_partition, join_partitions
 
@@ -183,7 +183,7 @@ class _Rewriter:
             alignments = {c.name: self._alignment(c, 0, level) for c in columns}
             alignments[row.name] = self._alignment(row, 1, level)
             # Whole kv heads first, then repeated ones.
-            for heads in cut_heads(attention.heads, attention.kv_heads, self.ranks):
+            for heads in head_partitions(attention.heads, attention.kv_heads, self.ranks):
                 query, kv = heads.query.scaled(size), heads.kv.scaled(size)
                 partitions = {"query": query, "kv": kv, "packed": join_partitions([query, kv, kv])}
                 # One head's q, k and v follow each other (GPT-NeoX): a head is three times as many rows.
@@ -194,8 +194,8 @@ class _Rewriter:
                 if all(partition.legal(alignment) for partition, alignment in used):
                     return heads, partitions
         smallest = math.lcm(*(self._alignment(c, 0, -1) for c in columns), self._alignment(row, 1, -1))
-        what = f"no partition of {attention.heads} heads of {size} over {self.ranks} ranks"
-        raise NotSharded(f"{what} is aligned to {smallest}")
+        fault = f"no partition of {attention.heads} heads of {size} over {self.ranks} ranks"
+        raise NotSharded(f"{fault} is aligned to {smallest}")
 
     def _heads_key(self, heads: HeadPartition) -> str:
         for key, known in self.plan.heads.items():

@@ -14,7 +14,7 @@ from typing import Any
 
 from distquant.checkpoint import TensorInfo
 from distquant.errors import InputError
-from distquant.model.description import Source, taken
+from distquant.model.description import Source, source_numel
 from distquant.planning.expert_parallel import experts_of
 from distquant.planning.load_plan import TensorPlan
 from distquant.planning.row_map import row_bytes_of, rows_and_width
@@ -27,7 +27,7 @@ from distquant.sharding.shard import Shard
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TransferKind:
-    """What transfers of experts that are alike have in common. There may be thousands of experts, and one kind.
+    """Facts that transfers of alike experts share: there may be thousands of experts, and one kind.
 
     Attributes:
         component: of a weight that is stored quantized; None for every other tensor.
@@ -72,7 +72,7 @@ class Transfer:
 
     Attributes:
         tensor: that it is for: an entry of the plan, or one expert of it as an entry of its own.
-        stack: the plan's entry; `tensor` itself if it is no stack of experts.
+        stack: the plan's entry; `tensor` itself if it is not a stack of experts.
         expert: number of the expert; 0 if it is none.
         ep: position on ep that keeps the expert; None = every position.
         sources: checkpoint tensors that hold the rows.
@@ -136,7 +136,7 @@ def _in_file_order(
 ) -> list[tuple[TensorPlan, int, TensorPlan]]:
     """Returns (entry of the plan, number of the expert, that expert as an entry), in the order of the files.
 
-    An entry that is no stack is its own only expert, with the number 0.
+    An entry that is not a stack is its own only expert, with the number 0.
     """
     order = {name: place for place, name in enumerate(infos)}
     shapes = {name: info.shape for name, info in infos.items()}
@@ -236,12 +236,12 @@ def _stored(source: Source, component: Component | None, shard: Shard, infos: Ma
     `component` is None where the layout does not know it, and where every rank needs all of it.
     """
     info = infos[source.tensor]
-    count = taken(source, info.shape)
+    count = source_numel(source, info.shape)
     part = None if component is None or component.replicated else _partition_part(component, shard)
     shape, dim, partition = part or ((count,), None, None)
     if math.prod(shape) != count:
-        what = f"{info.name} stores {count} elements, its layout has {math.prod(shape)}"
-        raise InputError.one(shard.name, what, "Check that config.json belongs to the checkpoint")
+        fault = f"{info.name} stores {count} elements, its layout has {math.prod(shape)}"
+        raise InputError.one(shard.name, fault, "Check that config.json belongs to the checkpoint")
     return TransferKind(
         component=source.component,
         shape=shape,

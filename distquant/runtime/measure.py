@@ -50,8 +50,8 @@ def check_rank_count(ranks: int) -> None:
     need, have = ranks * PROCESS, host_memory()
     if need > have:
         sizes = f"{format_bytes(need)} for their processes, {format_bytes(have)} are free"
-        what = f"{ranks} ranks on this machine need {sizes}"
-        raise InputError.one("mesh", what, "Use fewer ranks, or join more machines (ray start, torchrun --nnodes)")
+        fault = f"{ranks} ranks on this machine need {sizes}"
+        raise InputError.one("mesh", fault, "Use fewer ranks, or join more machines (ray start, torchrun --nnodes)")
 
 
 def node_name() -> str:

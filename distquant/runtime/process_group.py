@@ -58,9 +58,9 @@ class GroupAxis:
         moved = tensor.movedim(dim, 0)
         padded = torch.zeros((longest, *moved.shape[1:]), dtype=tensor.dtype, device=tensor.device)
         padded[: moved.shape[0]] = moved
-        gathered = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(gathered, padded, group=self.group)
-        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)]).movedim(0, dim)
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).movedim(0, dim)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         dist.broadcast(tensor, self.ranks[source], group=self.group)

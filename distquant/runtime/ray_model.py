@@ -37,8 +37,8 @@ class Sharded:
         self._failure: DistquantError | None = None
 
     def __reduce__(self) -> Any:
-        what = "it cannot be sent to another process, because its calls must reach all workers in one order"
-        raise InputError.one("ray", what, "Let a Ray actor load it, and send the requests to that actor")
+        fault = "it cannot be sent to another process, because its calls must reach all workers in one order"
+        raise InputError.one("ray", fault, "Let a Ray actor load it, and send the requests to that actor")
 
     def __enter__(self) -> Sharded:
         return self
@@ -103,8 +103,8 @@ class Sharded:
         _, waiting = ray.wait(self._unfinished, num_returns=len(self._unfinished), timeout=GRACE)
         lost = [rank for rank, future in enumerate(self._unfinished) if future in waiting or _lost_peer(rank, future)]
         if lost:
-            what = f"the model is lost: rank {lost[0]} did not return from an earlier call, in which {self._failure}"
-            raise RankError(lost[0], f"{what}. Close it, and load it again")
+            fault = f"the model is lost: rank {lost[0]} did not return from an earlier call, in which {self._failure}"
+            raise RankError(lost[0], f"{fault}. Close it, and load it again")
         self._unfinished, self._failure = [], None
 
     def close(self) -> None:

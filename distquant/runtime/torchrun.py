@@ -82,5 +82,5 @@ def check_world(mesh: Mesh, world: int | None = None) -> None:
     """Raises `InputError` if the mesh needs another number of ranks than the launcher has started."""
     world = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world
     if mesh.size != world:
-        what = f"{mesh} needs {mesh.size} ranks, the launcher started {world}"
-        raise InputError.one("mesh", what, f"Start {mesh.size} ranks, or give a mesh of {world}")
+        fault = f"{mesh} needs {mesh.size} ranks, the launcher started {world}"
+        raise InputError.one("mesh", fault, f"Start {mesh.size} ranks, or give a mesh of {world}")

@@ -36,7 +36,7 @@ class HeadPartition:
         return f"query heads {first}-{last - 1}, kv heads {','.join(map(str, kv))}{each}"
 
 
-def cut_heads(heads: int, kv_heads: int, ranks: int) -> Iterator[HeadPartition]:
+def head_partitions(heads: int, kv_heads: int, ranks: int) -> Iterator[HeadPartition]:
     """Yields all partitions of the heads, best first: each kv head on one rank, then repeats; small steps first."""
     groups = heads // kv_heads
     for step in range(1, kv_heads // ranks + 1 if ranks <= kv_heads else 0):

@@ -28,7 +28,7 @@ class RowLayout:
         row_block: rows that share an element.
         column_block: columns that share an element; 0 where elements straddle rows.
         flat: elements of the weight per element of the component, where they straddle rows.
-        whole: True if every rank needs it for all rows and columns (a statistic over the tensor).
+        replicated: True if every rank needs it for all rows and columns (a statistic over the tensor).
     """
 
     name: str
@@ -38,7 +38,7 @@ class RowLayout:
     row_block: int = 1
     column_block: int = 1
     flat: int = 0
-    whole: bool = False
+    replicated: bool = False
 
     @property
     def per_row(self) -> int:
@@ -64,18 +64,20 @@ class RowLayout:
         return start // self.column_block, -(-stop // self.column_block)
 
 
-def row_layout_of(component: Component, shape: Sequence[int], whole: bool = False) -> RowLayout:
+def row_layout_of(component: Component, shape: Sequence[int], replicated: bool = False) -> RowLayout:
     """Returns the row layout of a component of a weight `[rows, width]`."""
     rows, width = shape
     dtype = getattr(torch, component.dtype)
     if component.flat:
         # Flat blocks that fill rows exactly are blocks of columns, which can be sliced; others straddle rows.
         columns = component.flat if width % component.flat == 0 else 0
-        return RowLayout(component.name, dtype, rows, width, 1, columns, component.flat, whole)
+        return RowLayout(component.name, dtype, rows, width, 1, columns, component.flat, replicated)
     down, across = component.block_shape
     if down == ALL:
         raise ValueError(f"component {component.name!r} reduces over all rows, so it cannot be sent row by row")
-    return RowLayout(component.name, dtype, rows, width, down, max(width, 1) if across == ALL else across, 0, whole)
+    return RowLayout(
+        component.name, dtype, rows, width, down, max(width, 1) if across == ALL else across, 0, replicated
+    )
 
 
 def row_step(components: Sequence[Component], shape: tuple[int, int]) -> int:

@@ -27,7 +27,7 @@ from distquant.sharding.row_layout import RowLayout
 
 @dataclass(kw_only=True)
 class Emitter:
-    """Places and sends the pieces that this rank has read, one at a time.
+    """Places and sends the pieces that this rank has read, one begin a time.
 
     Attributes:
         rank: this rank.
@@ -150,7 +150,10 @@ class Emitter:
             # Take room before encoding: on the CPU, components may be encoded right into the slot.
             slot, offset = self._room(nbytes, len(receivers))
             memory = self.staging_buffer.memory[offset : offset + nbytes]
-            views = {row_layout.name: memory[at : at + size].view(row_layout.dtype) for row_layout, at, size in payload}
+            views = {
+                row_layout.name: memory[begin : begin + size].view(row_layout.dtype)
+                for row_layout, begin, size in payload
+            }
         begun = perf_counter()
         sink = self.sinks.of(task)
         # Where rows go to one run of final memory, components are encoded right there, and this rank copies nothing.
@@ -191,7 +194,7 @@ class Emitter:
 def _check_aligned(task: Task, start: int, stop: int) -> None:
     """Raises `InputError` where the parts of a checkpoint divide a quantization block."""
     if start % task.step or (stop % task.step and stop < task.row_layouts[0].rows):
-        problem = f"its parts start at row {start}, quantization blocks need multiples of {task.step}"
+        problem = f"its parts start begin row {start}, quantization blocks need multiples of {task.step}"
         raise InputError.one(task.name, problem, "Skip the module, or convert the checkpoint first")
 
 
@@ -216,4 +219,4 @@ def _target(
 def _shared_components(chunk: Chunk) -> int:
     """Returns the mask of the components that other ranks need of these rows."""
     shared = len(chunk.read.owners) > 1
-    return sum(1 << i for i, row_layout in enumerate(chunk.task.row_layouts) if row_layout.whole or shared)
+    return sum(1 << i for i, row_layout in enumerate(chunk.task.row_layouts) if row_layout.replicated or shared)

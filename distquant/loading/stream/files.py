@@ -118,8 +118,8 @@ class Files:
         """Fills `target` with `width` bytes from every `stride`, through the page cache."""
         # The common case in few operations: such reads are small and many, and `_fill` costs more than they do.
         fd = self._fd(file, False)
-        for at in range(0, len(target), width):
-            row = target[at : at + width]
+        for begin in range(0, len(target), width):
+            row = target[begin : begin + width]
             try:
                 count = self._preadv(fd, (row,), offset)
             except OSError:

@@ -181,7 +181,7 @@ class Reader:
         slot = self._staging_buffer.slot(first.slot)
         view = self._files.read_span(file, offset, nbytes, slot, first.ranges[0].tensor)
         for chunk in batch:
-            chunk.raw = view[chunk.at : chunk.at + chunk.nbytes]
+            chunk.raw = view[chunk.slot_offset : chunk.slot_offset + chunk.nbytes]
 
     def _read_runs(self, batch: list[Chunk]) -> None:
         """Reads chunks into a slot or their place, through the page cache: one read for all that are neighbours."""
@@ -190,11 +190,11 @@ class Reader:
             if chunk.into is not None:
                 chunk.raw = chunk.into()
             else:
-                chunk.raw = self._staging_buffer.slot(chunk.slot)[chunk.at : chunk.at + chunk.nbytes]
-            view, at = memoryview(chunk.raw.numpy().data), 0
+                chunk.raw = self._staging_buffer.slot(chunk.slot)[chunk.slot_offset : chunk.slot_offset + chunk.nbytes]
+            view, begin = memoryview(chunk.raw.numpy().data), 0
             for piece in chunk.ranges:
-                wanted.append((piece, view[at : at + piece.nbytes]))
-                at += piece.nbytes
+                wanted.append((piece, view[begin : begin + piece.nbytes]))
+                begin += piece.nbytes
         # In the order of the file, ranges of several chunks and tensors often join into one run of bytes.
         wanted.sort(key=lambda each: (each[0].file, each[0].offset))
         run: list[tuple[RowRange, memoryview]] = []

@@ -48,7 +48,7 @@ class Receiver:
     traffic: TrafficStats = field(default_factory=TrafficStats)
 
     def begin(self) -> None:
-        """Takes over the main thread's streams: memory that one thread makes, the other may fill or use at once."""
+        """Takes over the main thread's streams: memory that one thread makes, the other may fill or use begin once."""
         for stream in self.streams:
             torch.accelerator.set_stream(stream)
 
@@ -60,8 +60,8 @@ class Receiver:
         # Both sides derive where components lie from rows and mask, so the message need not list them.
         payload, _ = task.payload(message.start, message.stop, message.mask)
         received = 0
-        for row_layout, at, nbytes in payload:
-            first = message.offset + at
+        for row_layout, begin, nbytes in payload:
+            first = message.offset + begin
             values = peer.memory[first : first + nbytes].view(row_layout.dtype)
             received += sink.place(row_layout, values, message.start, message.stop)
         self.traffic.received += received

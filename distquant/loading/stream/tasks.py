@@ -77,7 +77,7 @@ class Task:
     row_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        replicated = [row_layout for row_layout in self.row_layouts if row_layout.whole]
+        replicated = [row_layout for row_layout in self.row_layouts if row_layout.replicated]
         self.replicated = bool(replicated)
         self.statistics_bytes = sum(row_layout.nbytes(0, row_layout.rows) for row_layout in replicated)
         width = self.columns[1] - self.columns[0]
@@ -139,7 +139,7 @@ class Chunk:
         into: gives the final memory (uint8, flat) that they are read into; None = they pass through a slot.
         raw: uint8, flat, once they are read.
         slot: the slot that `raw` is in.
-        at: byte of the slot that it begins at.
+        slot_offset: byte of the slot that it begins at.
         direct: True if it is read past the page cache.
         nbytes: bytes that are read.
         span: (file, first byte, last byte) if the rows are one run of bytes in one file.
@@ -153,7 +153,7 @@ class Chunk:
     into: Callable[[], Tensor] | None = None
     raw: Tensor | None = None
     slot: int = -1
-    at: int = 0
+    slot_offset: int = 0
     direct: bool = False
     nbytes: int = field(init=False)
     span: tuple[str, int, int] | None = field(init=False)
@@ -221,7 +221,7 @@ def batches(chunks: Iterator[Chunk], capacity: int) -> Iterator[list[Chunk]]:
         if chunk.into is not None:
             placed += chunk.nbytes
         else:
-            chunk.at, filled = offset, offset + chunk.nbytes
+            chunk.slot_offset, filled = offset, offset + chunk.nbytes
         batch.append(chunk)
     if batch:
         yield batch

@@ -8,7 +8,7 @@ weight is passed over, so that none changes a model by reading a weight in anoth
 Kernels of two kinds:
 
 - TritonV2Linear, AwqGEMMLinear and AwqGEMMTritonLinear multiply the words as they are stored, as do TorchLinear and
-  AwqTorchLinear, which are no faster than what is here. The kernel then uses the module's own tensors, and nothing is
+  AwqTorchLinear, which are not faster than what is here. The kernel then uses the module's own tensors, and nothing is
   lost: gradients, state dict and fingerprint are of the stored words.
 - Marlin, Machete and others, and the ATen kernels on a CPU, rearrange the words, which cannot be undone. The module
   releases its own, after its part of the fingerprint was counted.

@@ -78,8 +78,8 @@ class QuantizedLinear(PublicNames, KeepsDtypes, nn.Linear):
     Attributes:
         float8: True if inputs are rounded to float8 and multiplied so (see `float8_matmul.py`).
         kernel: another library's product for inputs that need no gradient (see `gptqmodel_matmul.py`).
-        counted: the fingerprint's count of the components, where the kernel has rearranged them and they are no
-            longer here; then there is no `weight`, no state dict and no gradient.
+        counted: the fingerprint's count of the components, where the kernel has rearranged them and holds
+            them alone; then there is no `weight`, no state dict and no gradient.
     """
 
     _is_hf_initialized = True

@@ -224,7 +224,7 @@ def test_rules_of_other_modules_are_left_to_them(model, version):
 def test_experts_are_dealt_out_whole_and_in_order(ranks, expected):
     plan = planned("mixtral", "5.23", f"ep={ranks}")
     for shard in plan.experts.values():
-        dealt = plan.partitions[shard.dealt]
+        dealt = plan.partitions[shard.ep_partition]
         assert dealt.lengths == expected
         assert shard.partition is None
         assert [segment for part in dealt.parts for segment in part] == sorted(s for part in dealt.parts for s in part)

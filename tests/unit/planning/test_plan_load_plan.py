@@ -20,8 +20,8 @@ from distquant.planning import (
     RankMemory,
     Rule,
     TensorPlan,
-    cut_heads,
     even_partition,
+    head_partitions,
 )
 from distquant.sharding.mesh import Mesh
 
@@ -54,7 +54,7 @@ def small_plan() -> LoadPlan:
             "cut1": Partition(4, (((0, 1), (2, 3)), ((1, 2),), ((3, 4),))),
             "cut2": even_partition(2, 1, 1),
         },
-        heads={"heads0": next(cut_heads(10, 2, 3))},
+        heads={"heads0": next(head_partitions(10, 2, 3))},
         modules={"model.layers.0.mlp.up_proj": ModuleShard("colwise", "cut0")},
         attentions={"model.layers.0.self_attn": AttentionShard("heads0", 64)},
         experts={"model.layers.0.mlp.experts": ExpertsShard("cut2", "cut1")},
@@ -89,7 +89,7 @@ CHANGES = {
     "tensors": small_plan().tensors[::-1],
     "tied": {},
     "partitions": {"cut0": even_partition(704, 32, 3)},
-    "heads": {"heads0": next(cut_heads(10, 5, 3))},
+    "heads": {"heads0": next(head_partitions(10, 5, 3))},
     "modules": {"model.layers.0.mlp.up_proj": ModuleShard("rowwise", "cut0")},
     "attentions": {"model.layers.0.self_attn": AttentionShard("heads0", 32)},
     "experts": {"model.layers.0.mlp.experts": ExpertsShard("cut2", None)},

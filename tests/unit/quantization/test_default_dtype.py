@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 import distquant as dq
 
 pytestmark = pytest.mark.wide

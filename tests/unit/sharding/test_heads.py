@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from partitions import assert_owned_partitions, held
 
-from distquant.planning import cut_heads
+from distquant.planning import head_partitions
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=250)
 
@@ -31,7 +31,7 @@ def assert_exact(partition, heads: int, kv_heads: int, ranks: int) -> None:
 @given(st.integers(1, 12), st.integers(1, 7), st.integers(1, 9))
 def test_every_partition_is_exact(kv_heads, groups, ranks):
     heads = kv_heads * groups
-    partitions = list(cut_heads(heads, kv_heads, ranks))
+    partitions = list(head_partitions(heads, kv_heads, ranks))
     assert bool(partitions) == (ranks <= heads)
     for partition in partitions:
         assert_exact(partition, heads, kv_heads, ranks)
@@ -49,7 +49,7 @@ def test_every_partition_is_exact(kv_heads, groups, ranks):
 @given(st.integers(1, 12), st.integers(1, 7), st.integers(2, 9))
 def test_unrepeated_kv_heads_come_before_repeated_ones(kv_heads, groups, ranks):
     """Once a partition stores a kv head twice or splits a group over ranks, no later one is plain."""
-    partitions = list(cut_heads(kv_heads * groups, kv_heads, ranks))
+    partitions = list(head_partitions(kv_heads * groups, kv_heads, ranks))
     steps = [s for s in range(1, kv_heads // ranks + 1) if len(range(0, kv_heads, s)) >= ranks]
     assert all(
         partition.kv.repeated == 0 and set(partition.groups) == {groups} for partition in partitions[: len(steps)]
@@ -78,7 +78,7 @@ def test_unrepeated_kv_heads_come_before_repeated_ones(kv_heads, groups, ranks):
     ],
 )
 def test_first_partition_by_hand(heads, kv_heads, ranks, kv, groups):
-    partition = next(cut_heads(heads, kv_heads, ranks))
+    partition = next(head_partitions(heads, kv_heads, ranks))
     if groups is not None:
         assert [held(partition.kv, rank) for rank in range(ranks)] == kv
         assert partition.groups == groups
@@ -86,24 +86,24 @@ def test_first_partition_by_hand(heads, kv_heads, ranks, kv, groups):
 
 
 def test_repeated_kv_heads_are_counted():
-    partition = next(cut_heads(8, 2, 4))
+    partition = next(head_partitions(8, 2, 4))
     assert partition.kv.repeated == 2
     assert [bool(partition.kv.owned(rank)) for rank in range(4)] == [True, False, True, False]
-    partition = next(cut_heads(10, 2, 3))
+    partition = next(head_partitions(10, 2, 3))
     assert partition.kv.repeated == 3
 
 
 def test_more_ranks_than_heads_have_no_partition():
-    assert list(cut_heads(8, 2, 9)) == []
+    assert list(head_partitions(8, 2, 9)) == []
 
 
 def test_small_steps_come_before_large_ones():
-    lengths = [partition.kv.lengths for partition in islice(cut_heads(16, 8, 3), 2)]
+    lengths = [partition.kv.lengths for partition in islice(head_partitions(16, 8, 3), 2)]
     assert lengths == [[3, 3, 2], [4, 2, 2]]
 
 
 def test_describe():
-    partition = next(cut_heads(10, 2, 3))
+    partition = next(head_partitions(10, 2, 3))
     assert [partition.describe(rank) for rank in range(3)] == [
         "query heads 0-3, kv heads 0, 4 query heads to each kv head",
         "query heads 4-6, kv heads 0,1,1, 1 query heads to each kv head",

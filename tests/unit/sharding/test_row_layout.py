@@ -134,9 +134,9 @@ def test_reduction_over_all_rows_cannot_be_sent_by_rows():
 
 
 def test_row_layout_keeps_the_declared_values():
-    row_layout = row_layout_of(Component(name="SCB", dtype="float32", block_shape=(1, ALL)), (5, 8), whole=True)
+    row_layout = row_layout_of(Component(name="SCB", dtype="float32", block_shape=(1, ALL)), (5, 8), replicated=True)
     assert isinstance(row_layout, RowLayout)
-    assert (row_layout.name, row_layout.dtype.itemsize, row_layout.whole, row_layout.nbytes(1, 3)) == (
+    assert (row_layout.name, row_layout.dtype.itemsize, row_layout.replicated, row_layout.nbytes(1, 3)) == (
         "SCB",
         4,
         True,

@@ -163,7 +163,7 @@ def test_batches_past_the_page_cache_join_neighbours_only(data, capacity):
             assert sum(chunk.nbytes for chunk in batch) <= capacity
             spans = [chunk.span for chunk in batch]
             assert all(a[0] == b[0] and a[2] == b[1] for a, b in pairwise(spans))
-        assert [chunk.at for chunk in batch] == [0, *accumulate(chunk.nbytes for chunk in batch)][:-1]
+        assert [chunk.slot_offset for chunk in batch] == [0, *accumulate(chunk.nbytes for chunk in batch)][:-1]
     for batch, following in pairwise(found):
         last, first = batch[-1], following[0]
         if last.span[2] == first.span[1]:
@@ -175,8 +175,8 @@ def slot_bytes(batch: list[Chunk]) -> int:
     end = 0
     for chunk in batch:
         if chunk.into is None:
-            assert chunk.at == -(-end // ALIGN) * ALIGN
-            end = chunk.at + chunk.nbytes
+            assert chunk.slot_offset == -(-end // ALIGN) * ALIGN
+            end = chunk.slot_offset + chunk.nbytes
     return end
 
 

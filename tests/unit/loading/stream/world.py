@@ -262,7 +262,7 @@ class World:
 
     def _join(self, task: Task, filled: WatchedSink, peers: tuple[int, ...], rank: int) -> None:
         for row_layout in task.row_layouts:
-            if row_layout.whole:
+            if row_layout.replicated:
                 everyone = self.axes[peers].collect(peers.index(rank), filled.memory[row_layout.name].clone())
                 for theirs in everyone:
                     filled.memory[row_layout.name].copy_(filled.memory[row_layout.name].maximum(theirs))
@@ -275,7 +275,7 @@ class World:
             if rank in read.owners:
                 mine[slice(*read.rows)] = 1
         for row_layout in task.row_layouts:
-            expected = node if row_layout.whole else mine
+            expected = node if row_layout.replicated else mine
             found = filled.counts[row_layout.name]
             assert (found[expected == 1] == 1).all(), (
                 f"rows of {task.name} {row_layout.name!r} came {found.tolist()} times"
