@@ -12,7 +12,7 @@ OWN, SHARED, SCATTER = "own", "dealt", "scatter"
 
 REASONS = {
     OWN: "read as own slices: each rank keeps whole rows, and reads only these",
-    SHARED: "shared reads: several ranks of a node keep the same rows; each reads a part and sends it to the others",
+    SHARED: "read in shares: several ranks of a node keep the same rows; each reads a part and sends it to the others",
     SCATTER: "read, quantized and scattered: columns are sharded; one rank reads whole rows and sends the columns",
 }
 """Why a tensor is read as it is, by the name of the strategy (`TensorPlan.reading`)."""
