@@ -15,7 +15,7 @@ from dataclasses import fields
 from typing import Any
 
 from distquant.errors import InputError
-from distquant.options import DECLARED, DISPATCH, FORWARDS, IO_MODES, KERNELS, PlanOptions, RunOptions
+from distquant.options import DECLARED, DISPATCH, FORWARDS, IO_MODES, KERNELS, PlanOptions, RunOptions, select
 
 
 def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
@@ -96,9 +96,7 @@ def read_flags(arguments: argparse.Namespace, kind: type[PlanOptions] | type[Run
     Raises:
         InputError: text that should be JSON or a version is not.
     """
-    options = {
-        option.name: getattr(arguments, option.name) for option in fields(kind) if hasattr(arguments, option.name)
-    }
+    options = select(kind, vars(arguments))
     for name in JSON_EXAMPLES.keys() & options.keys():
         options[name] = _text_or_json(options[name], name)
     if options.get("capability") is not None:

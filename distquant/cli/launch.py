@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str 
         problems.extend(error.problems)
     runtime = arguments.runtime or ("torchrun" if launched or size > 1 else "local")
     if runtime == "local" and size > 1:
-        fault = f"{mesh} needs {size} ranks, and the runtime 'local' has one"
+        fault = f"{mesh} needs {size} ranks, and the runtime 'local' is one process"
         problems.add("mesh", fault, "Use --runtime torchrun or --runtime ray")
     if OUTCOME not in os.environ:  # else the process that started this rank has checked it
         problems.extend(token_problems(arguments, query))
@@ -142,6 +142,7 @@ def _here(arguments: argparse.Namespace, query: Query, mesh: str | None, runtime
         model = load(
             arguments.model,
             **load_options(arguments, mesh),
+            **read_flags(arguments, RunOptions),
             progress=lambda seen: line.show([seen]),
         )
     outcome = perform(model, query, runtime)

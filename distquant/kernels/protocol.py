@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Block = tuple["int | None", "int | None"]
 """Rows and columns that share a scale; None: all of that dim."""
@@ -32,20 +33,18 @@ class Kernels(Protocol):
         blocksize: int,
         quant_type: str,
         shape: tuple[int, ...],
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = ...,
     ) -> Tensor: ...
 
     def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor: ...
 
-    def dequantize_fp8(
-        self, codes: Tensor, scale: Tensor, block: Block, dtype: torch.dtype = torch.float32
-    ) -> Tensor: ...
+    def dequantize_fp8(self, codes: Tensor, scale: Tensor, block: Block, dtype: torch.dtype = ...) -> Tensor: ...
 
     def dequantize_groups(
-        self, codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, dtype: torch.dtype = torch.float32
+        self, codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, dtype: torch.dtype = ...
     ) -> Tensor: ...
 
-    def dequantize_mxfp4(self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor: ...
+    def dequantize_mxfp4(self, codes: Tensor, scale: Tensor, dtype: torch.dtype = ...) -> Tensor: ...
 
     def encode_4bit(
         self,

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from distquant.kernels.protocol import Kernels
 from distquant.sharding.shard import Shard
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Codec(ABC):
     """Packs and reads the stored components of a rank's shard."""
 
     @abstractmethod
-    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Kernels) -> dict[str, Tensor]:
         """Makes the stored local components of what `Encoder.encode` has filled.
 
         Args:
@@ -55,7 +56,7 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Kernels) -> Tensor:
         """Computes the weight, `dtype` `shard.local_shape`, from its stored local components."""
 
     @abstractmethod
@@ -67,7 +68,7 @@ class Encoder(ABC):
     """Quantizes the rows of an unquantized checkpoint."""
 
     @abstractmethod
-    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         """Quantizes consecutive rows of a weight.
 
         Args:
@@ -83,5 +84,5 @@ class PlainDecoder(ABC):
     """Decodes parameters that stay unquantized in the model and are stored in another form."""
 
     @abstractmethod
-    def decode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def decode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         """Makes plain values (`out[""]`, flat) of whole rows as they are stored, `plain_row_block` rows at a time."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distquant.config import QuantizationConfig
 from distquant.errors import InputError, Problem
+from distquant.kernels.protocol import Kernels
 from distquant.quantization.algorithms.bit_packing import pack_bytes, pack_factor, pack_words
 from distquant.quantization.algorithms.rtn import quantize_rtn, rows_at_once
 from distquant.quantization.codec import Encoder, Stream
@@ -134,7 +135,7 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
 
     # -- codec -----------------------------------------------------------------------------------------------------
 
-    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         packing, (n, columns) = self.packing(name), rows.shape
         per = pack_factor(packing.bits)[0]
         size = columns if packing.group_size == -1 else min(packing.group_size, columns)
@@ -150,7 +151,7 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
             else:
                 codes[tile] = values if packing.bits == 3 else pack_bytes(values, packing.bits)
 
-    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Kernels) -> dict[str, Tensor]:
         packing, (rows, _) = self.packing(shard.name), shard.local_shape
         if packing.kind == "awq":
             codes = parts["qweight"].view(rows // pack_factor(packing.bits)[0], -1).t().contiguous()
@@ -200,7 +201,7 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
         numbers = torch.arange(inputs, dtype=torch.int32, device=device)
         return {"g_idx": torch.zeros_like(numbers) if group == ALL else numbers // group}
 
-    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Kernels) -> Tensor:
         packing, scales = self.packing(shard.name), components["scales"]
         weight = packing.unpack_codes(components["qweight"], scales.dtype)
         zeros = packing.unpack_zeros(components["qzeros"], scales.dtype)

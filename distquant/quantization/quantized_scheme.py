@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distquant.config import torch_dtype
+from distquant.kernels.protocol import Kernels
 from distquant.quantization.codec import Codec, Encoder
 from distquant.quantization.module_factory import ModuleFactory
 from distquant.quantization.scheme import Scheme
@@ -31,7 +32,7 @@ class QuantizedScheme(Scheme, Codec, ModuleFactory):
 
     # -- components ------------------------------------------------------------------------------------------------
 
-    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Kernels) -> dict[str, Tensor]:
         return self.shaped(shard, parts)
 
     def pack_prequantized(
@@ -52,7 +53,7 @@ class QuantizedScheme(Scheme, Codec, ModuleFactory):
 
     # -- modules ---------------------------------------------------------------------------------------------------
 
-    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Any) -> None:
+    def load_encoded(self, shard: Shard, module: nn.Module, parts: dict[str, Tensor], ops: Kernels) -> None:
         """Fills `module` when all rows have been encoded; arguments as of `pack`."""
         self.fill(shard, module, self.pack(shard, parts, ops))
 
@@ -62,7 +63,7 @@ class QuantizedScheme(Scheme, Codec, ModuleFactory):
         """Fills `module` from a pre-quantized weight; arguments as of `pack_prequantized`."""
         self.fill(shard, module, self.pack_prequantized(shard, parts, replicated))
 
-    def dequantized(self, module: nn.Module, shard: Shard, ops: Any) -> Tensor:
+    def dequantized(self, module: nn.Module, shard: Shard, ops: Kernels) -> Tensor:
         """The weight of a filled module, `[local out, local in]` in the dtype that it was quantized from."""
         return self.dequantize(shard, self.components(module), torch_dtype(shard.dtype), ops)
 

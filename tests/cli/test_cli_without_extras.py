@@ -53,7 +53,7 @@ def test_package_of_the_method_is_really_missing(name: str, without_extras: dict
 
 
 def test_ray_is_really_missing(without_extras: dict[str, Run]) -> None:
-    tells(without_extras["ray"], r"^--runtime ray: ray cannot be imported .*\. Run: pip install 'ray>=")
+    tells(without_extras["ray"], r"^--runtime ray: ray cannot be imported .*\. Run: pip install 'distquant\[ray\]'")
 
 
 def test_without_extras_none_loads(without_extras: dict[str, Run]) -> None:

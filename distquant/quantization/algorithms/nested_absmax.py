@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distquant.kernels import reference
+from distquant.kernels.protocol import Kernels
 from distquant.quantization.algorithms.threads import one_thread
 from distquant.sharding.shard import Shard
 
@@ -58,7 +59,7 @@ class Statistics:
         components = {"absmax": self.codes, "nested_absmax": self.second, "nested_offset": self.offset}
         return components if self.values is None else {**components, "nested_quant_map": self.values}
 
-    def effective(self, ops: Any = reference) -> Tensor:
+    def effective(self, ops: Kernels = reference) -> Tensor:
         """float32 `[blocks]`, as bitsandbytes computes them at use: `values[codes] * second + offset`."""
         if self.absmax is not None:
             return self.absmax
@@ -75,7 +76,7 @@ def dynamic_map(device: torch.device) -> Tensor:
     return create_dynamic_map().to(device)
 
 
-def quantize_absmax(absmax: Tensor, shard: Shard, ops: Any) -> Statistics:
+def quantize_absmax(absmax: Tensor, shard: Shard, ops: Kernels) -> Statistics:
     """A shard's statistics after the second level of double quantization, from all absmax of the weight.
 
     Of a shard of whole rows only the second-level blocks that it touches are quantized.
@@ -150,7 +151,7 @@ def block_index(shard: Shard, first: int, last: int, device: Any) -> Tensor:
     return ((rows + starts) // BLOCK).view(-1)
 
 
-def local_statistics(weight: Statistics, shard: Shard, ops: Any = reference) -> Statistics:
+def local_statistics(weight: Statistics, shard: Shard, ops: Kernels = reference) -> Statistics:
     """A shard's statistics from the weight's; nested where the shard keeps nesting."""
     if shard.shard_dim is None:
         return weight

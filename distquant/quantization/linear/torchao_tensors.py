@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distquant.kernels.protocol import Kernels
+
 SCALE, ZERO = "_weight_scale", "_weight_zero_point"
 """Components beside the codes, which are ""."""
 
@@ -54,7 +56,7 @@ class TorchaoTensors:
             made = IntxUnpackedToInt8Tensor.from_hp(rows, block, config.weight_dtype, mapping_type=config.mapping_type)
         return {"": made.qdata, SCALE: made.scale, ZERO: made.zero_point}
 
-    def encode_rows(self, rows: Tensor, codes: Tensor, scales: Tensor, ops: Any) -> None:
+    def encode_rows(self, rows: Tensor, codes: Tensor, scales: Tensor, ops: Kernels) -> None:
         """Fills codes `[rows, columns]` and scales, float32 `[rows, 1]`, of rows with a scale each.
 
         The bits of `Float8Tensor.from_hp` and `Int8Tensor.from_hp` of torchao 0.18 (`_choose_scale_float8` and

@@ -36,6 +36,7 @@ from distquant.config import Bnb4bitConfig, torch_dtype
 from distquant.dtypes import DTYPE_BYTES
 from distquant.errors import InputError, Problem
 from distquant.kernels import reference
+from distquant.kernels.protocol import Kernels
 from distquant.quantization.algorithms.nested_absmax import (
     BLOCK,
     FINE_BLOCK,
@@ -150,7 +151,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
         module.support_avx512bf16_for_cpu = False
         return module
 
-    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         ops.quantize_4bit(rows, BLOCK, self.config.bnb_4bit_quant_type, codes=out[""], absmax=out["absmax"])
 
     def load_prequantized(
@@ -160,7 +161,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
         # The dtype that the file was quantized from, which may be another than that of this load.
         module.weight.quant_state.dtype = getattr(torch, _state_of(parts)["dtype"])  # type: ignore[union-attr]
 
-    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Kernels) -> dict[str, Tensor]:
         statistics = Statistics(parts["absmax"])
         if self.config.bnb_4bit_use_double_quant:
             statistics = quantize_absmax(parts["absmax"], shard, ops)
@@ -240,14 +241,14 @@ class Bnb4bitScheme(BitsandbytesScheme):
         """Bytes of its components; the state dict would cost a quantization state as JSON for each module."""
         return sum(value.nbytes for name, value in components_of(module).items() if name not in self.constants)
 
-    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Kernels) -> Tensor:
         """By the flat definition, in float32 and then rounded to `dtype`."""
         absmax, quant_type = Statistics.of(components).effective(ops), self.config.bnb_4bit_quant_type
         return ops.dequantize_4bit(
             components[""], absmax, local_block(shard), quant_type, shard.local_shape, dtype=dtype
         )
 
-    def dequantized(self, module: Any, shard: Shard, ops: Any) -> Tensor:
+    def dequantized(self, module: Any, shard: Shard, ops: Kernels) -> Tensor:
         weight = self.dequantize(shard, self.components(module), module.weight.quant_state.dtype, ops)
         return weight.to(torch_dtype(shard.dtype))
 

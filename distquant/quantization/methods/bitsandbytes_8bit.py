@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distquant.config import Bnb8bitConfig
 from distquant.errors import InputError, Problem
+from distquant.kernels.protocol import Kernels
 from distquant.quantization.bitsandbytes_base import BitsandbytesScheme
 from distquant.quantization.codec import Stream
 from distquant.quantization.module_selection import is_stack
@@ -75,10 +76,10 @@ class Bnb8bitScheme(BitsandbytesScheme):
             device="meta",
         )
 
-    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         ops.quantize_int8_rows(rows, codes=out[""].view(rows.shape), absmax=out["SCB"])
 
-    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Kernels) -> dict[str, Tensor]:
         return {"": parts[""].view(shard.local_shape), "SCB": parts["SCB"]}
 
     def pack_prequantized(
@@ -100,7 +101,7 @@ class Bnb8bitScheme(BitsandbytesScheme):
         weight = module.weight
         return {"": weight.data, "SCB": weight.SCB if weight.SCB is not None else module.state.SCB}
 
-    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Kernels) -> Tensor:
         scale = (components["SCB"].float() / 127).view(-1, 1)
         return components[""].float().mul_(scale).to(dtype)
 

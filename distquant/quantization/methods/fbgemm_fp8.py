@@ -13,13 +13,14 @@ is dequantized and multiplied with the activations as they are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from distquant.config import FbgemmFp8Config
 from distquant.errors import Problem
+from distquant.kernels.protocol import Kernels
 from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Multiplier, Float8Rows, float8_rows_matmul
 from distquant.quantization.registry import register
@@ -57,7 +58,7 @@ class FbgemmFp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
         return wrong_dtypes(name, dtypes, {"": ("F8_E4M3",), SCALE: SCALE_DTYPES})
 
-    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         codes, scale = out[""].view(rows.shape), out[SCALE].view(-1, 1)
         ops.quantize_fp8_rows(rows.to(torch.bfloat16), codes=codes, scale=scale)
 
@@ -66,7 +67,7 @@ class FbgemmFp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
     ) -> dict[str, Tensor]:
         return self.shaped(shard, {**parts, SCALE: parts[SCALE].float()})
 
-    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Kernels) -> Tensor:
         return ops.dequantize_fp8(components[""], components[SCALE], ROWS, dtype)
 
     def float8_kernel(self, name: str) -> Float8Kernel | None:

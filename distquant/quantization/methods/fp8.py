@@ -24,13 +24,14 @@ it is stored: with one scale for the tensor, and with tiles of 128 x 128.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from distquant.config import Fp8Config, torch_dtype
 from distquant.errors import InputError, Problem
+from distquant.kernels.protocol import Kernels
 from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.linear.float8_matmul import (
     TILE,
@@ -140,7 +141,7 @@ class Fp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
     def replicated_components(self, shard: Shard) -> frozenset[str]:
         return frozenset((AMAX,)) if self.block is None else frozenset()
 
-    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         if self.block is None:
             out[""].view(rows.shape).copy_(rows)
             out[AMAX].copy_(ops.block_amax(rows, (1, None)).view(-1))
@@ -149,7 +150,7 @@ class Fp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         quantize = ops.quantize_fp8_ue8m0 if self.powers else ops.quantize_fp8
         quantize(rows, self.block, codes=codes, scale=out[SCALE].view(grid))
 
-    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Kernels) -> dict[str, Tensor]:
         if self.block is not None:
             return self.shaped(shard, parts)
         amax = parts[AMAX].amax().view(1, 1)
@@ -175,7 +176,7 @@ class Fp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
             raise InputError.one(shard.name, fault, "Set scale_fmt to 'float' in config.json")
         return converted
 
-    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Kernels) -> Tensor:
         scale = components[SCALE].float()
         if self.block is None:
             return ops.dequantize_fp8(components[""], scale.view(1, 1), (None, None), dtype)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distquant.checkpoint.gguf import BLOCKS
 from distquant.config import GgufConfig
 from distquant.errors import Problem
+from distquant.kernels.protocol import Kernels
 from distquant.kernels.reference.gguf import dequantize_gguf
 from distquant.model.description import ModelDescription
 from distquant.quantization.codec import PlainDecoder, Stream
@@ -88,7 +89,7 @@ class GgufScheme(WeightOnlyScheme, PlainDecoder):
     def plain_row_block(self, name: str) -> int:
         return self.head(name) or int(BLOCKS[self.kind(name)][0] > 1)
 
-    def decode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def decode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         block, nbytes = BLOCKS[self.kind(name)]
         values = rows
         if block > 1:
@@ -109,7 +110,7 @@ class GgufScheme(WeightOnlyScheme, PlainDecoder):
             return rows
         return rows.view(-1, head // 2, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
 
-    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Kernels) -> Tensor:
         return dequantize_gguf(components[""], self.kind(shard.name), shard.local_shape[1]).to(dtype)
 
     def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:

@@ -27,6 +27,7 @@ from distquant.config import HqqConfig, torch_dtype
 from distquant.config.hqq import HqqWeight
 from distquant.dtypes import DTYPE_BYTES
 from distquant.errors import InputError, Problem
+from distquant.kernels.protocol import Kernels
 from distquant.model.description import ModelDescription
 from distquant.quantization.algorithms.hqq_groups import PER_WORD, Groups, sliced
 from distquant.quantization.algorithms.hqq_optimizer import quantize_hqq
@@ -160,7 +161,7 @@ class HqqScheme(QuantizedScheme, Encoder):
 
     # -- codec -----------------------------------------------------------------------------------------------------
 
-    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         weight, groups, target = self.weight(name), self.groups(name, tuple(rows.shape)), out[""]
         codes = target if target.device.type == "cpu" else torch.empty(target.shape, dtype=target.dtype)
         scale, zero = quantize_hqq(
@@ -171,7 +172,7 @@ class HqqScheme(QuantizedScheme, Encoder):
         out["scales"].copy_(groups.repeated(scale))
         out["zeros"].copy_(groups.repeated(zero))
 
-    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Kernels) -> dict[str, Tensor]:
         groups, scale, zero = self.groups(shard.name, shard.shape), parts["scales"], parts["zeros"]
         if groups.axis == 0:
             scale, zero = groups.local_values(scale, shard), groups.local_values(zero, shard)
@@ -214,7 +215,7 @@ class HqqScheme(QuantizedScheme, Encoder):
         scale, zero = (values.reshape(beside).to(dtype).contiguous() for values in (scale, zero))
         return {"W_q": groups.pack(codes, shard.local_shape), "scale": scale, "zero": zero}
 
-    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Kernels) -> Tensor:
         from hqq.core.quantize import Quantizer
 
         weight: Tensor = Quantizer.dequantize(components["W_q"], self._metadata(shard, components))

@@ -18,13 +18,14 @@ in their dtype.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from distquant.config import Mxfp4Config
 from distquant.errors import Problem
+from distquant.kernels.protocol import Kernels
 from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.registry import register
 from distquant.quantization.stored_checks import in_other_dims, wrong_dtypes
@@ -86,7 +87,7 @@ class Mxfp4Scheme(WeightOnlyScheme, Encoder):
     def unsaved(self, model: nn.Module) -> str | None:
         return "transformers reads MXFP4 for experts only, not for linear layers"
 
-    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         ops.quantize_mxfp4(rows, codes=out[""], scale=out[SCALES])
 
     def pack_prequantized(
@@ -94,7 +95,7 @@ class Mxfp4Scheme(WeightOnlyScheme, Encoder):
     ) -> dict[str, Tensor]:
         return self.shaped(shard, {name: value.view(torch.uint8) for name, value in parts.items()})
 
-    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Kernels) -> Tensor:
         return ops.dequantize_mxfp4(components[""], components[SCALES], dtype)
 
     def fingerprint_streams(self, shard: Shard, components: Mapping[str, Tensor]) -> Iterable[Stream]:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from distquant.config import QuantoConfig, torch_dtype
 from distquant.dtypes import DTYPE_BYTES, STORED_NAMES
 from distquant.errors import Problem
+from distquant.kernels.protocol import Kernels
 from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
@@ -168,7 +169,7 @@ class QuantoScheme(WeightOnlyScheme, Encoder):
 
     # -- codec -----------------------------------------------------------------------------------------------------
 
-    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         rows = rows.reshape(out[SCALE].numel(), -1)
         codes, scales = out[""].view(rows.shape), out[SCALE].view(-1, 1)
         if not self.grouped:
@@ -187,7 +188,7 @@ class QuantoScheme(WeightOnlyScheme, Encoder):
         scales.copy_(scale)
         out[SHIFT].view(-1, 1).copy_(-least)
 
-    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Kernels) -> dict[str, Tensor]:
         one = torch.ones((), dtype=torch_dtype(shard.dtype), device=parts[""].device)
         return self._stored(shard, parts, parts[""].view(shard.local_shape)) | {n: one.clone() for n in OF_ACTIVATIONS}
 
@@ -213,7 +214,7 @@ class QuantoScheme(WeightOnlyScheme, Encoder):
         packed = pack_parts(codes.reshape(-1, width), self.bits)
         return {"": packed, SCALE: parts[SCALE].view(-1, 1), SHIFT: parts[SHIFT].view(-1, 1)}
 
-    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Kernels) -> Tensor:
         made: Any = self.tensor(shard, components)
         return made.dequantize().to(dtype)
 

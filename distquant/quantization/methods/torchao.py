@@ -42,6 +42,7 @@ from distquant.config import TorchaoConfig, torch_dtype
 from distquant.config.frozen import thaw
 from distquant.dtypes import STORED_NAMES
 from distquant.errors import Problem
+from distquant.kernels.protocol import Kernels
 from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.linear.torchao_tensors import FLOAT8, INT8, INTX, SCALE, ZERO, TorchaoTensors
 from distquant.quantization.registry import register
@@ -201,7 +202,7 @@ class TorchaoScheme(WeightOnlyScheme, Encoder):
 
     # -- codec -----------------------------------------------------------------------------------------------------
 
-    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         if self.group == "tensor":
             components = {"": rows, AMAX: ops.block_amax(rows, (1, None))}
         elif self.group == "row" and self.kind in (FLOAT8, INT8):
@@ -212,7 +213,7 @@ class TorchaoScheme(WeightOnlyScheme, Encoder):
         for component, values in components.items():
             out[component].view(values.shape).copy_(values)
 
-    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Kernels) -> dict[str, Tensor]:
         if self.group != "tensor":
             return self.shaped(shard, parts)
         # torchao takes the scale from what it quantizes, so a row with the whole weight's extreme goes along.
@@ -230,7 +231,7 @@ class TorchaoScheme(WeightOnlyScheme, Encoder):
             components[SCALE] = components[SCALE].to(torch_dtype(shard.dtype))
         return components
 
-    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Kernels) -> Tensor:
         tensor: Any = self._tensor(shard, components)
         return tensor.dequantize().to(dtype)
 

@@ -21,6 +21,7 @@ from distquant.config import CompressedTensorsConfig, ModuleSelection, torch_dty
 from distquant.config.quantization_group import matches
 from distquant.dtypes import STORED_NAMES
 from distquant.errors import Problem
+from distquant.kernels.protocol import Kernels
 from distquant.model.description import ModelDescription
 from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Multiplier, Float8Rows, float8_rows_matmul
@@ -177,7 +178,7 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
 
     # -- codec -----------------------------------------------------------------------------------------------------
 
-    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Any) -> None:
+    def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         stored, count = self.storage(name), len(rows)
         args, tile = stored.weights, stored.tile
         if args.scope == "tensor":
@@ -205,7 +206,7 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         if stored.packed:
             out["weight_packed"].copy_(to_words(codes, args.num_bits).view(-1))
 
-    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Any) -> dict[str, Tensor]:
+    def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Kernels) -> dict[str, Tensor]:
         stored, (rows, columns) = self.storage(shard.name), shard.local_shape
         args = stored.weights
         if args.scope == "tensor":
@@ -244,7 +245,7 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
             components[SHAPE] = torch.tensor(shard.local_shape, dtype=torch.int64, device=device)
         return components
 
-    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Any) -> Tensor:
+    def dequantize(self, shard: Shard, components: Mapping[str, Tensor], dtype: torch.dtype, ops: Kernels) -> Tensor:
         stored, shape = self.storage(shard.name), shard.local_shape
         codes, scale, zero = unpacked(stored, shape, components)
         rows, columns = (None if side == ALL else side for side in stored.tile)
