@@ -73,7 +73,7 @@ def test_tiles_of_128_move_a_cut(ranks, model_of, width):
     assert became["down_proj"] == {2: "rowwise 256+96", 3: "rowwise 128+128+96"}[width]
     assert became["o_proj"] == "replicate"
     (reason,) = {rule.reason for rule in plan.rules if rule.pattern.endswith("o_proj")}
-    assert "multiples of 128" in reason
+    assert "aligned to 128" in reason
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -6,13 +6,13 @@ import inspect
 import re
 
 import pytest
-from distquant.quantization.methods.delegated import DelegatedScheme
 from packaging.version import Version
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import import_utils
 
 from distquant.config.requirements import REQUIREMENTS
+from distquant.quantization.delegated import DelegatedScheme
 from distquant.quantization.registry import discover
 
 
