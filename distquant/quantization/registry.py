@@ -61,14 +61,19 @@ def discover() -> dict[str, type[Scheme]]:
         _discovered = True
         for module in BUILT_IN:
             importlib.import_module(module)
-        place = {module: number for number, module in enumerate(BUILT_IN)}
         # One order in messages, whichever method was imported first.
-        for name in sorted(SCHEMES, key=lambda name: place.get(SCHEMES[name].__module__, len(place))):
+        for name in sorted(SCHEMES, key=lambda name: (_place(SCHEMES[name].__module__), name)):
             SCHEMES[name] = SCHEMES.pop(name)
         for group in (ENTRY_POINTS, OLD_ENTRY_POINTS):
             for entry in entry_points(group=group):
                 _load(entry)
     return SCHEMES
+
+
+def _place(module: str) -> int:
+    """Returns the place of a scheme's module, or of the package around it, among the built-in ones."""
+    places = (number for number, known in enumerate(BUILT_IN) if f"{module}.".startswith(f"{known}."))
+    return next(places, len(BUILT_IN))
 
 
 def _load(entry: EntryPoint) -> None:
