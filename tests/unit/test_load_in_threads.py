@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from distquant.kernels import with_bitsandbytes
 from distquant.kernels.reference.fp8 import FP8_MAX, fbgemm_scales
 from distquant.kernels.reference.mxfp4 import e2m1_values
 from distquant.loading.finish import IncompleteModel, check_complete
-from distquant.quantization.algorithms.threads import one_thread, set_own_threads
+from distquant.quantization.algorithms.threads import on_one_thread, one_thread, set_own_threads
 
 LOADS = [
     ("llama-gqa", "nf4-dq", "bfloat16"),
@@ -133,6 +134,19 @@ def test_a_number_of_threads_is_the_calling_threads_own() -> None:
         with one_thread():
             assert (torch.get_num_threads(), in_a_new_thread(torch.get_num_threads)) == (1, before[1])
         assert torch.get_num_threads() == usual + 1
+    finally:
+        set_own_threads(usual)
+    assert process_state()["threads"] == before
+
+
+def test_a_sum_on_one_thread_leaves_the_numbers_of_threads_alone() -> None:
+    usual, before = torch.get_num_threads(), process_state()["threads"]
+    set_own_threads(usual + 1)
+    try:
+        assert on_one_thread(torch.get_num_threads) == 1
+        assert torch.get_num_threads() == usual + 1
+        with multiprocessing.get_context("fork").Pool(1) as pool:  # threads do not survive a fork
+            assert pool.apply_async(on_one_thread, (torch.get_num_threads,)).get(60) == 1
     finally:
         set_own_threads(usual)
     assert process_state()["threads"] == before

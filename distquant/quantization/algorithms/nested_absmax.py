@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distquant.kernels import reference
 from distquant.kernels.protocol import Kernels
-from distquant.quantization.algorithms.threads import one_thread
+from distquant.quantization.algorithms.threads import on_one_thread
 from distquant.sharding.shard import Shard
 
 BLOCK = 64
@@ -82,8 +82,7 @@ def quantize_absmax(absmax: Tensor, shard: Shard, ops: Kernels) -> Statistics:
     Of a shard of whole rows only the second-level blocks that it touches are quantized.
     """
     # The mean of all absmax, on the CPU and on one thread: its last bit depends on the order of the sum.
-    with one_thread():
-        offset = absmax.cpu().mean().to(absmax.device)
+    offset = on_one_thread(lambda: absmax.cpu().mean()).to(absmax.device)
     code_values = dynamic_map(absmax.device)
 
     def nested(first: int, last: int) -> tuple[Tensor, Tensor]:

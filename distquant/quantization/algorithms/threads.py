@@ -7,9 +7,12 @@ begins meanwhile (another load's, or autograd's) would stay on one core for ever
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -19,9 +22,23 @@ _LOCK = threading.Lock()
 T = TypeVar("T")
 
 
+def on_one_thread(function: Callable[[], T]) -> T:
+    """Calls a function where torch computes on one thread: the rounding of sums depends on the number of threads."""
+    if torch.get_num_threads() == 1:
+        return function()
+    # Changing this thread's number and back takes half a millisecond, and each nested weight would pay it.
+    return _worker(os.getpid()).submit(function).result()
+
+
+@cache
+def _worker(process: int) -> ThreadPoolExecutor:
+    """Returns a thread that computes on one thread for good. A forked process needs its own: threads do not survive."""
+    return ThreadPoolExecutor(1, "one-thread", initializer=set_own_threads, initargs=(1,))
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Computes on one thread: the rounding of sums depends on the number of threads."""
+    """Computes on one thread until the end of the block."""
     before = set_own_threads(1)
     try:
         yield
