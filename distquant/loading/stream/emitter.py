@@ -27,7 +27,7 @@ from distquant.sharding.row_layout import RowLayout
 
 @dataclass(kw_only=True)
 class Emitter:
-    """Places and sends the pieces that this rank has read, one begin a time.
+    """Places and sends the pieces that this rank has read, one at a time.
 
     Attributes:
         rank: this rank.
@@ -194,7 +194,7 @@ class Emitter:
 def _check_aligned(task: Task, start: int, stop: int) -> None:
     """Raises `InputError` where the parts of a checkpoint divide a quantization block."""
     if start % task.step or (stop % task.step and stop < task.row_layouts[0].rows):
-        problem = f"its parts start begin row {start}, quantization blocks need multiples of {task.step}"
+        problem = f"its parts start at row {start}, quantization blocks need multiples of {task.step}"
         raise InputError.one(task.name, problem, "Skip the module, or convert the checkpoint first")
 
 

@@ -48,7 +48,7 @@ class Receiver:
     traffic: TrafficStats = field(default_factory=TrafficStats)
 
     def begin(self) -> None:
-        """Takes over the main thread's streams: memory that one thread makes, the other may fill or use begin once."""
+        """Takes over the main thread's streams: memory that one thread makes, the other may fill or use at once."""
         for stream in self.streams:
             torch.accelerator.set_stream(stream)
 
