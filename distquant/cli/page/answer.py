@@ -19,7 +19,7 @@ WARNINGS = ("SKIPPED", "DELEGATED", "dropped", "left out")
 def answer_section(plan: LoadPlan, limit: Limit | None) -> Html:
     """Returns the answer to "does it fit", and model, method, mesh and weights in a line."""
     kind, verdict, numbers = answer(plan, limit)
-    stored = "as the checkpoint stores it" if plan.prequantized else f"from {plan.dtype}"
+    stored = "as the checkpoint stores it" if plan.prequantized else f"quantized from {plan.dtype}"
     ranks = "1 rank" if plan.mesh.size == 1 else f"{plan.mesh.size} ranks"
     nodes = len(set(plan.nodes))
     mark = {"yes": "\N{CHECK MARK}", "no": "\N{MULTIPLICATION X}", "unknown": "?"}[kind]
@@ -71,9 +71,9 @@ def _details(precision: Precision | None) -> tuple[str, ...]:
         return ()
     group = precision.group
     if isinstance(group, tuple):
-        words = f"a scale for each {group[0]} × {group[1]}"
+        words = f"a scale for {group[0]} × {group[1]} weights"
     elif isinstance(group, int):
-        words = f"a scale for each {group}"
+        words = f"a scale for {group} weights"
     else:
         words = f"a scale for each {group}" if group else ""
     return words, "double quantization" if precision.double_quant else ""
