@@ -24,23 +24,24 @@ from distquant.cli.page import plan_html
 DOCS = Path(__file__).resolve().parent
 SHAPES = DOCS.parent / "benchmarks" / "shapes.py"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+WIDTH, SCALE = 1240, 0.7
+"""Pixels of the window's width, and of the picture for each of them: the page that shows it is narrower."""
 LARGEST = 200_000
 """Bytes of a picture: it is part of the repository."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A shape of `benchmarks/shapes.py`, the options of its plan, and the window in pixels."""
+    """A shape of `benchmarks/shapes.py`, the options of its plan, and the height of the window in pixels."""
 
     shape: str
     options: dict[str, Any]
-    width: int
     height: int
 
 
 PICTURES = (
-    Picture("llama-70b", {"quantization_config": "nf4-dq", "mesh": "tp=8", "max_memory": "24GiB"}, 1140, 1500),
-    Picture("deepseek-v3", {"mesh": "ep=8,tp=2", "max_memory": "80GiB"}, 1140, 1980),
+    Picture("llama-70b", {"quantization_config": "nf4-dq", "mesh": "tp=8", "max_memory": "24GiB"}, 1500),
+    Picture("deepseek-v3", {"mesh": "ep=8,tp=2", "max_memory": "80GiB"}, 1970),
 )
 
 
@@ -52,8 +53,8 @@ def draw(browser: str, picture: Picture, folder: Path) -> None:
     # The folder is a temporary one, and its path would be another in each picture.
     page.write_text(plan_html(dataclasses.replace(plan, model=picture.shape)), "utf-8")
     target = DOCS / "assets" / f"plan-{picture.shape}.png"
-    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")
-    window = f"--window-size={picture.width},{picture.height}"
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--force-device-scale-factor={SCALE}")
+    window = f"--window-size={WIDTH},{picture.height}"
     command = [browser, *flags, f"--user-data-dir={folder / 'profile'}", window, f"--screenshot={target}"]
     subprocess.run([*command, page.as_uri()], check=True, capture_output=True, timeout=300)
     size = target.stat().st_size

@@ -40,9 +40,10 @@ def plan_html(plan: LoadPlan) -> str:
         tag("style", style),
     ]
     layers = layers_section(stacks)
+    path = tag("p", tag("code", plan.model)) if plan.model != short_name(plan) else ""
     body = [
         tag("a", "Skip to the answer", href="#answer", class_="skip"),
-        tag("header", tag("h1", short_name(plan)), tag("p", tag("code", plan.model))),
+        tag("header", tag("h1", short_name(plan)), path),
         tag(
             "main",
             answer_section(plan, limit),

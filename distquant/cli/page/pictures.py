@@ -111,7 +111,7 @@ def weight_picture(plan: LoadPlan, tensor: TensorPlan, matrix: Matrix, descripti
     if matrix.experts and tensor.experts is not None:
         bottom += 30 if matrix.sharded == "columns" else 20
         parts += _strip(plan.partitions[tensor.experts], bottom)
-        bottom += STRIP
+        bottom += STRIP if plan.mesh.ep > 1 else -8
     box_width, box_height = LEFT + WIDTH + RIGHT, bottom + 16
     size = {"width": _short(box_width), "height": _short(box_height)}
     return tag("svg", *parts, viewBox=f"0 0 {_short(box_width)} {_short(box_height)}", role="img", **size)
@@ -194,17 +194,18 @@ def _sizes(matrix: Matrix, top: float, width: float, height: float) -> Iterator[
 
 
 def _strip(partition: Partition, top: float) -> list[Html]:
-    """Returns all experts of a stack in a row, with the part of each rank of ep."""
-    drawn = []
-    for start, stop, positions in owners(partition):
-        left, width = LEFT + WIDTH * start / partition.size, WIDTH * (stop - start) / partition.size
+    """Returns the number of experts; over several ranks of ep, also all experts in a row with the part of each."""
+    size, last = partition.size, len(partition.parts) - 1
+    text = f"{size} experts, ep 0-{last}" if last else f"{size} experts"
+    drawn = [tag("text", text, class_="size", x=_short(LEFT), y=_short(top - 7))]
+    for start, stop, positions in owners(partition) if last else ():
+        left, width = LEFT + WIDTH * start / size, WIDTH * (stop - start) / size
         name = tag("title", f"ep {ranges(positions)}: experts {ranges(range(start, stop))}")
         drawn.append(_rect(left, top, width, STRIP, f"e{positions[0] % 2}", name))
-        text = f"ep {positions[0]}" if width >= 34 else str(positions[0])
-        if width >= 7.0 * len(text) + 4 and len(partition.parts) > 1:
-            drawn.append(_label(text, left + width / 2, top + STRIP / 2, "on"))
-    text = f"{partition.size} experts" + (", by ep" if len(partition.parts) > 1 else "")
-    return [tag("text", text, class_="size", x=_short(LEFT), y=_short(top - 7)), *drawn]
+        label = str(positions[0])
+        if width >= 7.0 * len(label) + 4:
+            drawn.append(_label(label, left + width / 2, top + STRIP / 2, "on"))
+    return drawn
 
 
 def mesh_picture(plan: LoadPlan) -> Html | None:
@@ -213,7 +214,7 @@ def mesh_picture(plan: LoadPlan) -> Html | None:
     if not 1 < mesh.size <= SHOWN_RANKS:
         return None
     step, low = (34, 24) if mesh.tp <= 32 else (22, 20)
-    left, top, parts = (76 if mesh.size > mesh.tp else 4), 22, []
+    left, top, parts = (4 if mesh.size == mesh.tp else 84 if mesh.dp > 1 and mesh.ep > 1 else 48), 22, []
     for tp in range(mesh.tp):
         parts.append(_label(f"tp {tp}" if mesh.tp <= 16 else str(tp), left + step * (tp + 0.5), 10, "size"))
     for rank in range(mesh.size):
