@@ -1,12 +1,13 @@
 """Writes a checkpoint of a large model's shape: its config and true safetensors headers, with no data behind them.
 
-    python benchmarks/shapes.py deepseek-v3|deepseek-v3-bf16|gpt-oss-120b FOLDER
+    python benchmarks/shapes.py deepseek-v3|deepseek-v3-bf16|gpt-oss-120b|llama-70b FOLDER
 
 The files are sparse: as long as the real ones, and empty on the disk. `distquant plan` reads nothing else, so that its
 tables are those of the real checkpoint; loading one gives a model of zeros.
 
 Shapes and configs are those of deepseek-ai/DeepSeek-V3 (without the layer for multi-token prediction, which
-transformers drops), as it is stored and in bfloat16, and openai/gpt-oss-120b on the Hugging Face hub.
+transformers drops), as it is stored and in bfloat16, openai/gpt-oss-120b, and meta-llama/Llama-3.1-70B (without its
+scaling of rotary embeddings) on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -155,10 +156,47 @@ def gpt_oss(config: dict[str, Any]) -> Iterator[Tensor]:
     yield from linear("lm_head", config["vocab_size"], hidden)
 
 
+LLAMA_70B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "head_dim": 128,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+
+
+def llama(config: dict[str, Any]) -> Iterator[Tensor]:
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    heads, kv = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
+    yield from linear("model.embed_tokens", config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}"
+        yield from linear(f"{name}.self_attn.q_proj", heads, hidden)
+        yield from linear(f"{name}.self_attn.k_proj", kv, hidden)
+        yield from linear(f"{name}.self_attn.v_proj", kv, hidden)
+        yield from linear(f"{name}.self_attn.o_proj", hidden, heads)
+        yield from linear(f"{name}.mlp.gate_proj", wide, hidden)
+        yield from linear(f"{name}.mlp.up_proj", wide, hidden)
+        yield from linear(f"{name}.mlp.down_proj", hidden, wide)
+        yield f"{name}.input_layernorm.weight", "BF16", [hidden]
+        yield f"{name}.post_attention_layernorm.weight", "BF16", [hidden]
+    yield "model.norm.weight", "BF16", [hidden]
+    yield from linear("lm_head", config["vocab_size"], hidden)
+
+
 SHAPES: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Iterator[Tensor]]]] = {
     "deepseek-v3": (DEEPSEEK, deepseek),
     "deepseek-v3-bf16": ({key: DEEPSEEK[key] for key in DEEPSEEK if key != "quantization_config"}, deepseek),
     "gpt-oss-120b": (GPT_OSS, gpt_oss),
+    "llama-70b": (LLAMA_70B, llama),
 }
 
 

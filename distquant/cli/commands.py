@@ -7,7 +7,7 @@ import os
 
 from distquant.api import plan as make
 from distquant.cli import launch, render
-from distquant.cli.html import plan_html
+from distquant.cli.page import plan_html
 from distquant.errors import CheckFailed, InputError
 from distquant.files import TEXT_BYTES, read_text
 from distquant.loading.report import write_report
