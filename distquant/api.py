@@ -6,6 +6,7 @@ Arguments are read and checked before torch is imported.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -136,15 +137,16 @@ def load(
     else:
         request, options = read_arguments("load", arguments)
         size = Mesh.parse(request.mesh).size
-    quiet_imports()
-    from distquant.runtime import local, torchrun
-
-    if torchrun.joined():
-        return torchrun.load(request, options, progress)
-    if size > 1:
+    joined = _joined()
+    if size > 1 and not joined:
         fault = f"needs {size} ranks, and this process is alone"
         fix = "Start it with torchrun, or use distquant.ray.load (command line: --runtime torchrun or ray)"
         raise InputError.one("mesh", fault, fix)
+    quiet_imports()
+    from distquant.runtime import local, torchrun
+
+    if joined:
+        return torchrun.load(request, options, progress)
     return local.load(request, options, progress)
 
 
@@ -153,8 +155,20 @@ from_pretrained = load
 
 
 def fingerprint(model: Any) -> str:
-    """Returns 32 hex digits that name the quantized weights, however many ranks hold them. All ranks must call it."""
+    """Returns 32 hex digits that name the quantized weights, however many ranks hold them. All ranks must call it.
+
+    Raises:
+        InputError: the model was not loaded by distquant.
+    """
     from distquant.verification.fingerprint import fingerprint as of
 
     return of(model)
 
+
+
+def _joined() -> bool:
+    """Returns True if this process is one of several ranks, or will be once the process group exists."""
+    distributed = sys.modules.get("torch.distributed")  # torch is not imported only to ask
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return True
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ

@@ -23,11 +23,6 @@ from distquant.sharding.mesh import Mesh
 NAME = "torchrun"
 
 
-def joined() -> bool:
-    """Returns True if this process is one of several ranks, or will be once the process group exists."""
-    return dist.is_initialized() or ("WORLD_SIZE" in os.environ and "RANK" in os.environ)
-
-
 def device() -> torch.device:
     """Returns this rank's device: the GPU of its local rank, or the CPU."""
     if not torch.cuda.is_available():
