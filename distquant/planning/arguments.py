@@ -123,30 +123,28 @@ def fold(options: MutableMapping[str, Any], aliases: Mapping[str, Any], problems
         problems.add("load_in_4bit", "load_in_4bit and load_in_8bit are both given", "Give one of them")
     elif bits:
         name = BITS[bits[0]]
-        if _set(options, "quantization_config", name, bits[0], given[bits[0]], problems):
+        if _set(options, "quantization_config", name, f"{bits[0]}=True", problems):
             notes.append(f"{bits[0]} is read as quantization_config={name!r} (--quant {name})")
     if "torch_dtype" in given:
-        _set(options, "dtype", given["torch_dtype"], "torch_dtype", given["torch_dtype"], problems)
+        _set(options, "dtype", given["torch_dtype"], f"torch_dtype={given['torch_dtype']}", problems)
     axes = {axis: given[axis] for axis in AXES if axis in given}
     if axes:
         text = ",".join(f"{axis}={size}" for axis, size in axes.items())
-        _set(options, "mesh", text, " and ".join(axes), text, problems)
+        _set(options, "mesh", text, text, problems)
     if "device" in given:
         if options.get("mesh") is not None:
             fault = f"{str(given['device'])!r} is given with a mesh, whose ranks have a device each"
             problems.add("device", fault, "Leave it out; CUDA_VISIBLE_DEVICES hides devices")
         else:
-            _set(options, "device_map", _device(given["device"]), "device", given["device"], problems)
+            _set(options, "device_map", _device(given["device"]), f"device={given['device']}", problems)
     return notes + [note for name in options for note in _notes(name, options[name])]
 
 
-def _set(
-    options: MutableMapping[str, Any], option: str, value: Any, alias: str, given: Any, problems: Problems
-) -> bool:
+def _set(options: MutableMapping[str, Any], option: str, value: Any, spelled: str, problems: Problems) -> bool:
     """Sets an option that an alias stands for, unless the option is given as well."""
     present = options.get(option)
     if present is not None and not (option == "dtype" and present == "auto"):
-        problems.add(option, f"{option}={present!r} is given, and {alias} ({given!r}) as well", "Give one of them")
+        problems.add(option, f"{present!r} is given, and {spelled} as well", "Give one of them")
         return False
     options[option] = value
     return True
