@@ -107,7 +107,8 @@ def load(
 ) -> PreTrainedModel:
     """Loads a model: all of it in one process, or this rank's part under torchrun and its like.
 
-    Arguments up to `cache_dir`, and `aliases`, are those of `plan`; `model` may also be a finished `LoadPlan`, and then stands alone.
+    Arguments up to `cache_dir`, and `aliases`, are those of `plan`; `model` may also be a finished `LoadPlan`, and then
+    stands alone.
 
     Args:
         kernel: Kernels that quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`. All give the same bits.
@@ -163,7 +164,6 @@ def fingerprint(model: Any) -> str:
     from distquant.verification.fingerprint import fingerprint as of
 
     return of(model)
-
 
 
 def _joined() -> bool:

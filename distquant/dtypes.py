@@ -50,9 +50,9 @@ LOAD_DTYPES = ("bfloat16", "float16", "float32")
 """Dtypes that a model can be loaded in."""
 
 DTYPE_SPELLINGS = {
-    **{name: "bfloat16" for name in ("bf16", "b16")},
-    **{name: "float16" for name in ("fp16", "f16", "half")},
-    **{name: "float32" for name in ("fp32", "f32", "float", "single")},
+    **dict.fromkeys(("bf16", "b16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    **dict.fromkeys(("fp32", "f32", "float", "single"), "float32"),
 }
 """Other names of these, in lower case."""
 

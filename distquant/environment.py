@@ -53,7 +53,9 @@ OLD_ENTRY_POINTS = "distquant.schemes"
 
 def offered_methods() -> list[importlib.metadata.EntryPoint]:
     """Returns the entry points of other packages' quantization methods, none of them loaded."""
-    return [entry for group in (ENTRY_POINTS, OLD_ENTRY_POINTS) for entry in importlib.metadata.entry_points(group=group)]
+    return [
+        entry for group in (ENTRY_POINTS, OLD_ENTRY_POINTS) for entry in importlib.metadata.entry_points(group=group)
+    ]
 
 
 CGROUPS = Path("/sys/fs/cgroup")

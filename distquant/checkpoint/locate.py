@@ -52,9 +52,7 @@ def locate(
     return _from_cache(name, revision, cache_dir)
 
 
-def _from_cache(
-    model: str, revision: str | None, cache_dir: str | os.PathLike[str] | None
-) -> tuple[Path, str]:
+def _from_cache(model: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> tuple[Path, str]:
     from huggingface_hub import constants
 
     if revision is not None and not is_inside(revision):

@@ -75,7 +75,8 @@ def run_perplexity(arguments: argparse.Namespace, argv: list[str]) -> int:
 def run_inspect(arguments: argparse.Namespace, argv: list[str]) -> int:
     from distquant.checkpoint import open_checkpoint
 
-    print(render.inspect_text(open_checkpoint(arguments.model, revision=arguments.revision, cache_dir=arguments.cache_dir)))
+    checkpoint = open_checkpoint(arguments.model, revision=arguments.revision, cache_dir=arguments.cache_dir)
+    print(render.inspect_text(checkpoint))
     return 0
 
 

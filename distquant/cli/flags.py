@@ -9,6 +9,7 @@ import argparse
 import ast
 import inspect
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -17,7 +18,7 @@ from typing import Any
 from distquant.config import parse
 from distquant.errors import InputError, Problems
 from distquant.options import DECLARED, DISPATCH, FORWARDS, IO_MODES, KERNELS, PlanOptions, RunOptions, select
-from distquant.planning.arguments import ALIASES, check_early, early_classes, fold
+from distquant.planning.arguments import ALIASES, check_early, check_world, early_classes, fold
 from distquant.planning.request import collected
 from distquant.sharding.mesh import AXES, Mesh
 
@@ -177,7 +178,7 @@ def read_flags(arguments: argparse.Namespace, kind: type[PlanOptions] | type[Run
     return options
 
 
-def settle(arguments: argparse.Namespace) -> list[str]:
+def prepare(arguments: argparse.Namespace) -> list[str]:
     """Reads the aliases among the flags of a command into its options, and checks all that needs no torch.
 
     Returns:
@@ -201,17 +202,20 @@ def settle(arguments: argparse.Namespace) -> list[str]:
     meshes = options["mesh"] if isinstance(options["mesh"], list) else [options["mesh"]]
     for mesh in meshes:
         with collected(problems):
-            _check_runtime(options.get("runtime"), mesh)
+            if "runtime" in options:
+                _check_runtime(options["runtime"], mesh)
     requests = [{**plan, "mesh": mesh} for mesh in meshes]
     check_early(arguments.model, requests, read_flags(arguments, RunOptions), problems)
     return notes
 
 
-def _check_runtime(runtime: str | None, mesh: str | None) -> None:
-    size = Mesh.parse(mesh).size
-    if runtime == "local" and size > 1:
-        fault = f"{mesh} needs {size} ranks, and the runtime 'local' is one process"
+def _check_runtime(runtime: str | None, given: str | None) -> None:
+    mesh = Mesh.parse(given)
+    if runtime == "local" and mesh.size > 1:
+        fault = f"{given} needs {mesh.size} ranks, and the runtime 'local' is one process"
         raise InputError.one("mesh", fault, "Use --runtime torchrun or --runtime ray")
+    if runtime in (None, "torchrun") and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "").isdigit():
+        check_world(mesh, int(os.environ["WORLD_SIZE"]))
 
 
 def _text_or_json(text: str | None, name: str) -> Any:

@@ -16,7 +16,7 @@ from distquant.cli.flags import SPELLINGS
 from distquant.config import parse
 from distquant.dtypes import dtype_name
 from distquant.errors import CheckFailed, DistquantError, InputError
-from distquant.options import DECLARED, Model, PlanOptions, RunOptions, select
+from distquant.options import DECLARED, Model, PlanOptions, RunOptions
 from distquant.planning.arguments import early_classes, read_arguments
 from distquant.planning.request import check_model
 from distquant.quiet import quiet_imports
@@ -30,9 +30,7 @@ class Text(str):
         return str(self)
 
 
-def inspect(
-    model: Model, *, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
-) -> Text:
+def inspect(model: Model, *, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None) -> Text:
     """Returns a text that describes a checkpoint: its tensors, and how it is quantized. Reads headers only.
 
     Args:

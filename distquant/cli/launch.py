@@ -119,19 +119,11 @@ def _here(arguments: argparse.Namespace, query: Query, mesh: str | None, runtime
     import torch
 
     from distquant.api import load
-    from distquant.runtime import torchrun
     from distquant.runtime.query import perform
 
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if runtime == "torchrun" else 1
     torch.set_num_threads(arguments.threads or rank_threads(ranks))
     rank = int(os.environ.get("RANK", "0")) if runtime == "torchrun" else 0
-    if runtime == "torchrun":
-        problems = Problems()
-        try:
-            torchrun.check_world(Mesh.parse(mesh))
-        except InputError as error:
-            problems.extend(error.problems)
-            raise all_problems(problems, arguments, mesh) from None
     with ProgressLine(ranks if rank == 0 else 0) as line:
         model = load(
             arguments.model,

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from distquant.cli.flags import add_flags, at_least, group, settle
+from distquant.cli.flags import add_flags, at_least, group, prepare
 from distquant.errors import CheckFailed, DistquantError, InputError
 from distquant.options import DECLARED, PlanOptions, RunOptions
 from distquant.planning.arguments import ELSEWHERE
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = parse(argv)
     try:
-        notes = settle(arguments)
+        notes = prepare(arguments)
     except InputError as error:
         _report_early(error)
         return 2

@@ -15,12 +15,12 @@ from typing import Any
 
 from distquant.checkpoint import open_checkpoint
 from distquant.config import CONFIG_CLASSES, QuantizationConfig
-from distquant.config.resolve import respelled
+from distquant.config.resolve import resolve, respelled
 from distquant.environment import offered_methods
 from distquant.errors import InputError, Problems
 from distquant.options import KERNELS, Aliases, PlanOptions, RunOptions, select
 from distquant.planning.request import Request, collected, read_request
-from distquant.sharding.mesh import AXES, is_number
+from distquant.sharding.mesh import AXES, Mesh, is_number
 
 ALIASES = tuple(Aliases.__annotations__)
 
@@ -83,14 +83,15 @@ def read_arguments(function: str, given: Mapping[str, Any], runs: bool = True) -
     """
     problems, arguments = Problems(), dict(given)
     aliases = arguments.pop("aliases")
-    known = [*arguments, *ALIASES]
+    readable = [name for name in ALIASES if name != "device" or "device_map" in arguments]
+    known = [*arguments, *readable]
     for name in aliases:
-        if name not in ALIASES or (name == "device" and "device_map" not in arguments):
+        if name not in readable:
             problems.add(name, f"{function} has no argument of this name", _advice(name, known))
-    notes = fold(arguments, {name: value for name, value in aliases.items() if name in ALIASES}, problems)
+    notes = fold(arguments, {name: value for name, value in aliases.items() if name in readable}, problems)
     options = select(RunOptions, arguments) if runs else {}
     check_early(arguments.pop("model"), [select(PlanOptions, arguments)], options, problems)
-    tell(notes)
+    log_notes(notes)
     return Request(model=given["model"], **select(PlanOptions, arguments)), RunOptions(**options)
 
 
@@ -171,11 +172,15 @@ def _notes(name: str, value: Any) -> list[str]:
     return []
 
 
-def tell(notes: list[str]) -> None:
-    """Logs notes as warnings, on one rank."""
-    if os.environ.get("RANK", "0") == "0":
-        for note in notes:
+def log_notes(notes: list[str]) -> None:
+    """Logs notes as warnings, on one rank, and each once."""
+    for note in notes:
+        if note not in _logged and os.environ.get("RANK", "0") == "0":
             log.warning(note)
+        _logged.add(note)
+
+
+_logged: set[str] = set()
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
@@ -193,16 +198,26 @@ def check_early(
         problems: what is known already.
     """
     problems = problems if problems is not None else Problems()
+    classes, config = early_classes(), None
     for options in requests:
-        read_request(Request(model=model, **options), problems, early_classes())
+        config = read_request(Request(model=model, **options), problems, classes).config
     with collected(problems):
         RunOptions(**run)
     if run.get("kernel", KERNELS[0]) not in KERNELS:
         problems.add("kernel", f"unknown kernels {run['kernel']!r}", f"Take one of {', '.join(KERNELS)}")
     if problems and isinstance(model, (str, os.PathLike)):
         with collected(problems):
-            open_checkpoint(model, revision=requests[0].get("revision"), cache_dir=requests[0].get("cache_dir"))
+            first = Request(model=model, **requests[0])
+            checkpoint = open_checkpoint(model, revision=first.revision, cache_dir=first.cache_dir)
+            resolve(checkpoint.config, config, classes, first.on_unsupported)
     problems.raise_if_any()
+
+
+def check_world(mesh: Mesh, world: int) -> None:
+    """Raises `InputError` if the mesh needs another number of ranks than the launcher has started."""
+    if mesh.size != world:
+        fault = f"{mesh} needs {mesh.size} ranks, the launcher started {world}"
+        raise InputError.one("mesh", fault, f"Start {mesh.size} ranks, or give a mesh of {world}")
 
 
 def early_classes() -> tuple[type[QuantizationConfig], ...]:
