@@ -16,7 +16,7 @@ from cli_runs import Command, tells
         (["load"], "arguments are required: MODEL"),
         (["load", "x", "--quantt", "nf4"], "unrecognized arguments: --quantt nf4. Did you mean --quant"),
         (["load", "x", "--tensor-parallel-size", "2"], "--tensor-parallel-size 2. Did you mean --tp"),
-        (["--quant", "nf4"], "unrecognized arguments: --quant nf4"),
+        (["--quant", "nf4"], "invalid choice: 'nf4'"),
         (["load", "x", "--qua", "nf4"], "unrecognized arguments: --qua nf4"),
         (["load", "x", "--runtime", "mpi"], "argument --runtime: invalid choice: 'mpi'"),
         (["load", "x", "--max-new-tokens", "0"], "argument --max-new-tokens: '0' is not an integer of at least 1"),

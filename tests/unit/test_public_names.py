@@ -1,4 +1,4 @@
-"""What the package offers: `dir`, `help`, and functions that are commands, too."""
+"""Names of the package: `dir`, `help`, and functions that are commands, too."""
 
 from __future__ import annotations
 
@@ -74,9 +74,7 @@ def test_attention_that_was_asked_for_is_in_force(kjv_tiny: str, attention: str)
 
 
 def test_attention_that_cannot_be_used(kjv_tiny: str) -> None:
-    with pytest.raises(
-        dq.InputError, match=r"^attn_implementation: transformers cannot use 'flash' \(.*\. Give 'sdpa'"
-    ):
+    with pytest.raises(dq.InputError, match=r"^attn_implementation: transformers cannot use 'flash' \(.*Give 'sdpa'"):
         dq.plan(kjv_tiny, attn_implementation="flash")
 
 

@@ -33,9 +33,8 @@ def read(**given: Any) -> Request:
     """What `load` makes of its arguments."""
     own = {"model": MODEL, "quantization_config": None, "mesh": None, "device_map": None, "dtype": "auto"}
     options = {name: given.pop(name, default) for name, default in own.items()}
-    return arguments.read_arguments("load", {**options, "max_memory": given.pop("max_memory", None), "aliases": given})[
-        0
-    ]
+    options["max_memory"] = given.pop("max_memory", None)
+    return arguments.read_arguments("load", {**options, "aliases": given})[0]
 
 
 @pytest.mark.parametrize(
