@@ -1,32 +1,37 @@
-"""The two entry points: `plan` decides, `load` does. Everything that the command line does is a call of these."""
+"""The entry points: `plan` decides, `load` does. Everything that the command line does is a call of these.
+
+Arguments are read and checked before torch is imported.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from distquant.environment import Environment
 from distquant.errors import InputError
-from distquant.options import Model, PlanOptions, Progress, RunOptions, select
+from distquant.options import Aliases, Model, Progress, RunOptions, select
 from distquant.planning import LoadPlan
-from distquant.planning.planner import make_plan
+from distquant.planning.arguments import read_arguments
 from distquant.planning.request import Request
 from distquant.quiet import quiet_imports
 from distquant.sharding.mesh import Mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from typing_extensions import Unpack
 
 
 def plan(
     model: Model,
-    *,
     quantization_config: Any = None,
-    mesh: str | Mesh | None = None,
+    *,
+    mesh: str | int | Mesh | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     max_memory: str | int | Mapping[Any, Any] | None = None,
     dtype: Any = "auto",
+    attn_implementation: str | None = None,
     staging: str | int = "512MiB",
     ranks_per_node: int | None = None,
     dispatch: str = "all_reduce",
@@ -34,20 +39,25 @@ def plan(
     capability: tuple[int, int] | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **aliases: Unpack[Aliases],
 ) -> LoadPlan:
     """Decides how a checkpoint would be loaded. Reads configs and headers only; needs no device.
 
     Args:
         model: Folder of a safetensors checkpoint, a GGUF file, or the id of a model in the Hugging Face cache.
-        quantization_config: Quantization: a short name (`nf4-dq`, `int8`, ...), a JSON file, or JSON text. Default:
-            that of the checkpoint. Also a `transformers` config object, a dict, or a dataclass of `distquant.config`.
-        mesh: Mesh of ranks, such as `tp=8` or `dp=2,tp=4`. Default: one rank.
+        quantization_config: Quantization: a short name (`nf4`, `nf4-dq`, `int8`, ...), a JSON file, or JSON text.
+            Default: that of the checkpoint. Also a `transformers` config object, a dict, or a dataclass of
+            `distquant.config`.
+        mesh: Mesh of ranks, such as `tp=8` or `dp=2,tp=4`; a number alone is that of tp. Default: one rank.
         device_map: `auto`, a device, or a dict (JSON) of module to device, for one process with many devices; excludes
             a mesh.
         max_memory: Bytes that each rank may fill, such as `24GiB`; with a device map also a dict (JSON) of device to
             size.
         dtype: Dtype that weights are loaded in and quantized from: `bfloat16`, `float16`, `float32`, or `auto` (as
             stored).
+        attn_implementation: Attention of the model, as in transformers: `eager`, `sdpa`, `flash_attention_2`, ...
+            Default: transformers' choice.
         staging: Bytes that weights may pass through, per rank.
         ranks_per_node: Ranks that share a node, and so read each byte once among them. Default: 8.
         dispatch: Route of tokens to experts on other ranks of ep: `all_reduce` if these ranks hold the same tokens (as
@@ -57,41 +67,48 @@ def plan(
         capability: CUDA compute capability of the devices, if known.
         trust_remote_code: Run model code that comes with the checkpoint.
         revision: Revision of a cached id.
+        cache_dir: Folder in which a cached id is looked up, in place of the Hugging Face cache.
+        aliases: Other spellings: `tp=2`, `dp=`, `ep=` in place of a mesh, `load_in_4bit=True` (nf4),
+            `load_in_8bit=True` (int8), `torch_dtype=`, `device=`.
 
     Raises:
         InputError: with every problem that can be known from configs and headers.
     """
-    arguments = locals()
+    request, _ = read_arguments("plan", locals(), runs=False)
     quiet_imports()
+    from distquant.planning.planner import make_plan
     from distquant.runtime.measure import declared
 
-    request = Request(model=model, **select(PlanOptions, arguments))
     return make_plan(request, declared(request))
 
 
 def load(
     model: Model | LoadPlan,
-    *,
     quantization_config: Any = None,
-    mesh: str | Mesh | None = None,
+    *,
+    mesh: str | int | Mesh | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     max_memory: str | int | Mapping[Any, Any] | None = None,
     dtype: Any = "auto",
+    attn_implementation: str | None = None,
     staging: str | int = "512MiB",
     dispatch: str = "all_reduce",
     on_unsupported: str = "error",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     kernel: str = "auto",
     forward: str = "auto",
     io: str = "auto",
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
     progress: Progress | None = None,
+    **aliases: Unpack[Aliases],
 ) -> PreTrainedModel:
     """Loads a model: all of it in one process, or this rank's part under torchrun and its like.
 
-    Arguments up to `revision` are those of `plan`; `model` may also be a finished `LoadPlan`, and then stands alone.
+    Arguments up to `cache_dir`, and `aliases`, are those of `plan`; `model` may also be a finished `LoadPlan`, and then
+    stands alone.
 
     Args:
         kernel: Kernels that quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`. All give the same bits.
@@ -114,35 +131,44 @@ def load(
         InputError: with every problem, before a weight byte is read.
     """
     arguments = locals()
-    quiet_imports()
-    from distquant.runtime import local, torchrun
-
+    request: Request | LoadPlan
     if isinstance(model, LoadPlan):
-        request: Request | LoadPlan = model
+        request, options = model, RunOptions(**select(RunOptions, arguments))
         size = model.mesh.size
     else:
-        request = Request(model=model, **select(PlanOptions, arguments))
-        size = _mesh_size(request)
-    options = RunOptions(**select(RunOptions, arguments))
-    if torchrun.joined():
-        return torchrun.load(request, options, progress)
-    if size > 1:
+        request, options = read_arguments("load", arguments)
+        size = Mesh.parse(request.mesh).size
+    joined = _joined()
+    if size > 1 and not joined:
         fault = f"needs {size} ranks, and this process is alone"
         fix = "Start it with torchrun, or use distquant.ray.load (command line: --runtime torchrun or ray)"
         raise InputError.one("mesh", fault, fix)
+    quiet_imports()
+    from distquant.runtime import local, torchrun
+
+    if joined:
+        return torchrun.load(request, options, progress)
     return local.load(request, options, progress)
 
 
+from_pretrained = load
+"""`load`, under the name that `transformers` has for it."""
+
+
 def fingerprint(model: Any) -> str:
-    """Returns 32 hex digits that name the quantized weights, however many ranks hold them. All ranks must call it."""
+    """Returns 32 hex digits that name the quantized weights, however many ranks hold them. All ranks must call it.
+
+    Raises:
+        InputError: the model was not loaded by distquant.
+    """
     from distquant.verification.fingerprint import fingerprint as of
 
     return of(model)
 
 
-def _mesh_size(request: Request) -> int:
-    try:
-        return Mesh.parse(request.mesh).size
-    except InputError:
-        make_plan(request, Environment())  # raises this and every other problem
-        raise
+def _joined() -> bool:
+    """Returns True if this process is one of several ranks, or will be once the process group exists."""
+    distributed = sys.modules.get("torch.distributed")  # torch is not imported only to ask
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return True
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ

@@ -48,3 +48,16 @@ DTYPE_BYTES = {name: DTYPE_BITS[stored] // 8 for stored, name in TORCH_NAMES.ite
 
 LOAD_DTYPES = ("bfloat16", "float16", "float32")
 """Dtypes that a model can be loaded in."""
+
+DTYPE_SPELLINGS = {
+    **dict.fromkeys(("bf16", "b16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    **dict.fromkeys(("fp32", "f32", "float", "single"), "float32"),
+}
+"""Other names of these, in lower case."""
+
+
+def dtype_name(dtype: object) -> str:
+    """Returns torch's name of a dtype that is given as an object or in one of its spellings, else the text itself."""
+    name = str(dtype).strip().lower().removeprefix("torch.")
+    return DTYPE_SPELLINGS.get(name, name)

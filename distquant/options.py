@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from distquant.errors import InputError, Problems
 from distquant.kernels.choice import Kernel
@@ -83,18 +83,22 @@ class PlanOptions:
     """Options that a plan depends on, beside the model and the devices."""
 
     quantization_config: Any = None
-    """Quantization: a short name (`nf4-dq`, `int8`, ...), a JSON file, or JSON text. Default: that of the checkpoint.
+    """Quantization: a short name (`nf4`, `nf4-dq`, `int8`, ...), a JSON file, or JSON text. Default: that of the
+    checkpoint.
 
     Also a `transformers` config object, a dict, or a dataclass of `distquant.config`.
     """
-    mesh: str | Mesh | None = None
-    """Mesh of ranks, such as `tp=8` or `dp=2,tp=4`. Default: one rank."""
+    mesh: str | int | Mesh | None = None
+    """Mesh of ranks, such as `tp=8` or `dp=2,tp=4`; a number alone is that of tp. Default: one rank."""
     device_map: str | Mapping[str, Any] | None = None
     """`auto`, a device, or a dict (JSON) of module to device, for one process with many devices; excludes a mesh."""
     max_memory: str | int | Mapping[Any, Any] | None = None
     """Bytes that each rank may fill, such as `24GiB`; with a device map also a dict (JSON) of device to size."""
     dtype: Any = "auto"
     """Dtype that weights are loaded in and quantized from: `bfloat16`, `float16`, `float32`, or `auto` (as stored)."""
+    attn_implementation: str | None = None
+    """Attention of the model, as in transformers: `eager`, `sdpa`, `flash_attention_2`, ... Default: transformers'
+    choice."""
     staging: str | int = "512MiB"
     """Bytes that weights may pass through, per rank."""
     ranks_per_node: int | None = None
@@ -114,6 +118,8 @@ class PlanOptions:
     """Run model code that comes with the checkpoint."""
     revision: str | None = None
     """Revision of a cached id."""
+    cache_dir: str | os.PathLike[str] | None = None
+    """Folder in which a cached id is looked up, in place of the Hugging Face cache."""
 
     def __post_init__(self) -> None:
         """Copies mappings, so that they are dicts of this object's own."""
@@ -167,6 +173,28 @@ class RunOptions:
         if self.timeout is not None and not self.timeout > 0:
             problems.add("timeout", f"invalid timeout {self.timeout}", "Give a number of seconds above 0")
         problems.raise_if_any()
+
+
+class Aliases(TypedDict, total=False):
+    """Other spellings of options, for people who know them from `transformers`, vLLM or torchrun.
+
+    Attributes:
+        tp: ranks over which every layer is divided: `tp=2` is `mesh="tp=2"`.
+        dp: replicas of the model, likewise.
+        ep: ranks over which experts are distributed, likewise.
+        load_in_4bit: True is `quantization_config="nf4"`.
+        load_in_8bit: True is `quantization_config="int8"`.
+        torch_dtype: as `dtype`.
+        device: one device, as `device_map`.
+    """
+
+    tp: int | None
+    dp: int | None
+    ep: int | None
+    load_in_4bit: bool
+    load_in_8bit: bool
+    torch_dtype: Any
+    device: Any
 
 
 def select(kind: type[PlanOptions] | type[RunOptions], arguments: Mapping[str, Any]) -> dict[str, Any]:

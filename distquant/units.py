@@ -11,24 +11,30 @@ from distquant.errors import InputError
 MOST_BYTES = 1 << 63
 """Limit of every size: offsets and lengths of files and memory are signed numbers of 64 bits."""
 
+LEAST_BYTES = 1024
+"""A smaller number without a unit is not taken for bytes: 24 may mean 24 GiB."""
+
 _SUFFIX = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGTP", 1):
-    _SUFFIX[_letter + "B"] = 1000**_power
-    _SUFFIX[_letter + "iB"] = 1024**_power
+    _SUFFIX[_letter] = _SUFFIX[_letter + "B"] = 1000**_power
+    _SUFFIX[_letter + "I"] = _SUFFIX[_letter + "IB"] = 1024**_power
 
 
 def parse_bytes(text: str | int, where: str = "size") -> int:
     """Returns the bytes that are meant by `24GiB`, `512MiB`, `80GB` or a plain number of bytes.
 
+    Units may be written in any case and without the `B`: `24g` and `24G` are 24 GB, `24Gi` is 24 GiB.
+
     Raises:
-        InputError: an invalid size.
+        InputError: an invalid size, or a small number without a unit.
     """
-    if isinstance(text, int) and not isinstance(text, bool) and 0 <= text < MOST_BYTES:
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?i?B?)\s*", str(text))
-    if not match or match.group(2) not in _SUFFIX:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", "" if isinstance(text, bool) else str(text))
+    if not match or match.group(2).upper() not in _SUFFIX:
         raise InputError.one(where, f"invalid size {text!r}", "Write it as 24GiB, 512MiB, 80GB or a number of bytes")
-    size = Decimal(match.group(1)) * _SUFFIX[match.group(2)]
+    number, unit = match.group(1), match.group(2).upper()
+    size = Decimal(number) * _SUFFIX[unit]
+    if not unit and 0 < size < LEAST_BYTES:
+        raise InputError.one(where, f"{number} has no unit", f"Write {number}GiB, {number}MiB, or {number}B for bytes")
     if size >= MOST_BYTES:
         fault = f"{reprlib.repr(str(text))} is more than any machine has: a size is below {MOST_BYTES} bytes"
         raise InputError.one(where, fault, "Write it as 24GiB, 512MiB, 80GB or a number of bytes")

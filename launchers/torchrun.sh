@@ -18,8 +18,9 @@ fi
 model=$1
 ranks=${2:-2}
 shift $(($# < 2 ? $# : 2))
-threads=$(($(getconf _NPROCESSORS_ONLN) / ranks))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+# torchrun itself would take 1. This keeps OMP_NUM_THREADS where it is set, and counts only the cores that may be used.
+OMP_NUM_THREADS=$(python -c "from distquant.environment import rank_threads; print(rank_threads($ranks))")
+export OMP_NUM_THREADS
 
 exec torchrun --standalone --nproc-per-node "$ranks" \
     -m distquant load "$model" --mesh "tp=$ranks" --runtime torchrun "$@"

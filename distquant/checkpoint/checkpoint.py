@@ -64,12 +64,18 @@ class Checkpoint:
         return {shard.name: (shard.digest, shard.size) for shard in self.shards}
 
 
-def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Checkpoint:
     """Reads a checkpoint's config.json and the headers of all its safetensors files.
 
     Args:
         model: a folder, a `.gguf` file, or a Hugging Face id ("org/name"), which is looked up in the local cache only.
         revision: branch, tag or commit of an id.
+        cache_dir: folder in which an id is looked up; None is the Hugging Face cache.
 
     As in transformers, `model.safetensors` takes precedence over an index beside it.
 
@@ -77,7 +83,7 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
         CheckpointError: lists every problem of every file.
         InputError: the revision is invalid.
     """
-    folder, damaged = locate(model, revision)
+    folder, damaged = locate(model, revision, cache_dir)
     faults = Faults(damaged)
     if folder.suffix == SUFFIX and not folder.is_dir():
         return _open_gguf(folder, faults)

@@ -20,8 +20,12 @@ from distquant.files import REFERENCE_BYTES, read_file
 _REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
-def locate(model: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
+def locate(
+    model: str | os.PathLike[str], revision: str | None, cache_dir: str | os.PathLike[str] | None = None
+) -> tuple[Path, str]:
     """Returns the checkpoint's folder (or `.gguf` file), and the advice for a damaged file in it.
+
+    An id is looked up in `cache_dir`, or in the Hugging Face cache.
 
     Raises:
         CheckpointError: NO_CHECKPOINT if nothing has that name, NOT_IN_CACHE for an id not downloaded yet.
@@ -45,26 +49,27 @@ def locate(model: str | os.PathLike[str], revision: str | None) -> tuple[Path, s
         fix = "Give an existing folder, or a Hugging Face id such as org/name"
         reason = "no folder has this path, and it is not a Hugging Face id"
         raise CheckpointError.one(name, reason, fix, HeaderFault.NO_CHECKPOINT)
-    return _from_cache(name, revision)
+    return _from_cache(name, revision, cache_dir)
 
 
-def _from_cache(model: str, revision: str | None) -> tuple[Path, str]:
+def _from_cache(model: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> tuple[Path, str]:
     from huggingface_hub import constants
 
     if revision is not None and not is_inside(revision):
         raise InputError.one("revision", f"{revision!r} is not a branch, tag or commit", "Give one, such as 'main'")
     wanted = revision or constants.DEFAULT_REVISION
-    cache = Path(constants.HF_HUB_CACHE)
+    cache = Path(constants.HF_HUB_CACHE if cache_dir is None else os.path.expanduser(cache_dir))
     repo = cache / f"models--{model.replace('/', '--')}"
     ref = repo / "refs" / wanted
     try:
         commit = read_file(ref, REFERENCE_BYTES).decode().strip() if os.path.exists(ref) else wanted
     except (OSError, UnicodeDecodeError) as error:
         reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
-        fix = f"Remove it, and run `hf download {model}`"
+        fix = f"Remove it, and run `hf download {model}`" if cache_dir is None else "Remove it, and download it again"
         raise CheckpointError.one(str(ref), reason, fix, HeaderFault.NOT_IN_CACHE) from error
     folder = repo / "snapshots" / commit
     download = f"hf download {model}" + (f" --revision {revision}" if revision else "")
+    download += f" --cache-dir {cache}" if cache_dir is not None else ""
     if not is_inside(commit) or not folder.is_dir():
         reason = f"revision {wanted!r} is not in the Hugging Face cache {cache}, and there is no folder of this name"
         raise CheckpointError.one(model, reason, f"Run `{download}` first", HeaderFault.NOT_IN_CACHE)

@@ -43,14 +43,17 @@ def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def run_verify(arguments: argparse.Namespace, argv: list[str]) -> int:
-    if len(arguments.mesh) < 2:
-        raise InputError.one("--mesh", "one mesh cannot be compared", "Give --mesh twice or more")
+    meshes = arguments.mesh or []
+    if len(meshes) < 2:
+        fault = "one mesh cannot be compared" if meshes else "no mesh is given"
+        raise InputError.one("--mesh", fault, "Give --mesh twice or more, such as --mesh tp=1 --mesh tp=2")
     if launch.is_launched() and launch.OUTCOME not in os.environ:
         fault = f"verify starts the ranks of each mesh itself, and this is rank {os.environ['RANK']} of a launcher"
         raise InputError.one("verify", fault, "Run it without a launcher")
     fingerprints = {}
-    for mesh in arguments.mesh:
-        outcome = _run(arguments, [*_without(argv, "--mesh"), "--mesh", mesh, "--mesh", mesh], Query(), mesh)
+    rest = _without(argv, ("--mesh", "--dp", "--ep", "--tp"))
+    for mesh in meshes:
+        outcome = _run(arguments, [*rest, "--mesh", mesh, "--mesh", mesh], Query(), mesh)
         if isinstance(outcome, int):
             return outcome
         fingerprints[mesh] = outcome.report["fingerprint"]
@@ -72,7 +75,8 @@ def run_perplexity(arguments: argparse.Namespace, argv: list[str]) -> int:
 def run_inspect(arguments: argparse.Namespace, argv: list[str]) -> int:
     from distquant.checkpoint import open_checkpoint
 
-    print(render.inspect_text(open_checkpoint(arguments.model, revision=arguments.revision)))
+    checkpoint = open_checkpoint(arguments.model, revision=arguments.revision, cache_dir=arguments.cache_dir)
+    print(render.inspect_text(checkpoint))
     return 0
 
 
@@ -99,15 +103,15 @@ def _run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str
     return 0 if outcome is None else outcome
 
 
-def _without(argv: list[str], option: str) -> list[str]:
-    """Returns the arguments without an option and its value."""
+def _without(argv: list[str], options: tuple[str, ...]) -> list[str]:
+    """Returns the arguments without some options and their values."""
     kept, skip = [], False
     for argument in argv:
         if skip:
             skip = False
-        elif argument == option:
+        elif argument in options:
             skip = True
-        elif not argument.startswith(option + "="):
+        elif argument.partition("=")[0] not in options:
             kept.append(argument)
     return kept
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 from collections.abc import Iterator
 
 from distquant.cli.render import table
 from distquant.config import QuantizationConfig
-from distquant.environment import Environment
+from distquant.environment import Environment, installed, usable_cores
 from distquant.quantization import Context, Scheme
 from distquant.units import format_bytes
 
 HEADER = ("method", "names", "pre-quantized", "on the fly", "tp", "ep", "experts", "train", "state")
 """`experts`: how they are held when they are distributed over ep or sharded over tp."""
-OPTIONAL = {"ray": "--runtime ray", "peft": "LoRA on loaded models"}
+OPTIONAL = {
+    "ray": "--runtime ray",
+    "peft": "LoRA on loaded models",
+    "compressed-tensors": "reading saved int4 and fp8-row models with transformers",
+    "gptqmodel": "--forward gptqmodel (for GPTQ and AWQ on GPUs)",
+}
 """Packages that no method needs, and the feature that needs each."""
 
 
@@ -27,36 +31,37 @@ def doctor_text(quant: str | None) -> str:
     from distquant.quantization import config_classes, scheme_for
     from distquant.quantization.registry import discover
     from distquant.runtime import local
-    from distquant.runtime.measure import host_memory, measure, packages, watched
+    from distquant.runtime.measure import host_memory, measure, watched
 
-    versions, environment = packages(), measure(local.device(), None)
+    names = list(dict.fromkeys((*watched(), *OPTIONAL)))
+    versions, environment = {name: installed(name) for name in names}, measure(local.device(), None)
     gpu = (
         f" {torch.cuda.get_device_name()}, capability {environment.capability}"
         if environment.device_type == "cuda"
         else ""
     )
     lines = [
-        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores, "
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {_cores()}, "
         f"{format_bytes(host_memory())} free",
         f"device: {environment.device_type}{gpu}",
         "",
-        table(("package", "version"), [(name, versions.get(name, "missing")) for name in watched()]),
+        table(("package", "version"), [(name, version or "missing") for name, version in versions.items()]),
         "",
     ]
     if quant:
         config = parse(quant, config_classes())
         assert config is not None
-        schemes = [scheme_for(config)]
+        methods = [{name_of(config): scheme_for(config)}]
     else:
-        schemes = [scheme(_example(scheme.config_class)) for scheme in discover().values()]
+        methods = [_by_name(scheme) for scheme in discover().values()]
     rows, missing = [], []
-    for scheme in schemes:
-        problems = dict.fromkeys(_problems(scheme, environment))
-        rows.append((*_abilities(scheme), "see below" if problems else "ready"))
-        missing += [f"{scheme.name}: {problem}" for problem in problems]
+    for schemes in methods:
+        problems = {name: list(dict.fromkeys(_problems(scheme, environment))) for name, scheme in schemes.items()}
+        rows.append((*_abilities(next(iter(schemes.values()))), _state(problems)))
+        missing += _grouped(next(iter(schemes.values())).name, problems)
     lines.append(table(HEADER, rows))
     lines += ["", *missing] if missing else []
-    absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    absent = [name for name in OPTIONAL if versions[name] is None]
     lines += [f"note: without {name}, {OPTIONAL[name]} is not available: pip install {name}" for name in absent]
     return "\n".join(lines)
 
@@ -78,9 +83,39 @@ def _abilities(scheme: Scheme) -> tuple[str, ...]:
     )
 
 
-def _example(kind: type[QuantizationConfig]) -> QuantizationConfig:
-    """Returns a configuration of a method: that of its first short name, or its defaults."""
-    return kind(**next(iter(kind.short_names.values()), {}))
+def _cores() -> str:
+    usable, all_of_them = usable_cores(), os.cpu_count() or 1
+    return f"{all_of_them} cores" + (f" ({usable} of them usable here)" if usable < all_of_them else "")
+
+
+def _by_name(scheme: type[Scheme]) -> dict[str, Scheme]:
+    """Returns a method with the configuration of each short name, or with its defaults where it has none."""
+    kind = scheme.config_class
+    return {name: scheme(kind(**values)) for name, values in (kind.short_names or {scheme.name: {}}).items()}
+
+
+def name_of(config: QuantizationConfig) -> str:
+    """Returns the short name of a configuration, or its method where no name means it."""
+    same = (name for name, values in config.short_names.items() if type(config)(**values) == config)
+    return next(same, config.quant_method)
+
+
+def _state(problems: dict[str, list[str]]) -> str:
+    """Returns the state of a method: some of its names may work where others do not."""
+    failing = [name for name, found in problems.items() if found]
+    if len(failing) == len(problems):
+        return "see below"
+    return f"ready, not {', '.join(failing)}" if failing else "ready"
+
+
+def _grouped(method: str, problems: dict[str, list[str]]) -> list[str]:
+    """Returns a line for each problem, under the names that have it, or the method's if all of several have it."""
+    names: dict[str, list[str]] = {}
+    for name, found in problems.items():
+        for problem in found:
+            names.setdefault(problem, []).append(name)
+    several = len(problems) if len(problems) > 1 else None
+    return [f"{method if len(having) == several else ', '.join(having)}: {each}" for each, having in names.items()]
 
 
 def _yes(value: bool) -> str:

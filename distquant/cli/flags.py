@@ -1,6 +1,6 @@
 """The flags of the command line that are options of `plan` and `load`: names, defaults and help are those of `options`.
 
-This module holds only the command line's spelling of them.
+This module holds only the command line's spelling of them, and needs no torch.
 """
 
 from __future__ import annotations
@@ -9,13 +9,18 @@ import argparse
 import ast
 import inspect
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from distquant.errors import InputError
+from distquant.config import parse
+from distquant.errors import InputError, Problems
 from distquant.options import DECLARED, DISPATCH, FORWARDS, IO_MODES, KERNELS, PlanOptions, RunOptions, select
+from distquant.planning.arguments import ALIASES, check_early, check_world, early_classes, fold
+from distquant.planning.request import collected
+from distquant.sharding.mesh import AXES, Mesh
 
 
 def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
@@ -36,7 +41,7 @@ def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
 _KINDS = {int: "an integer", float: "a number"}
 
 SPELLINGS: Mapping[str, dict[str, Any]] = {
-    "quantization_config": {"flag": "--quant", "metavar": "NAME"},
+    "quantization_config": {"flags": ("-q", "--quant"), "metavar": "NAME"},
     "mesh": {"metavar": "MESH"},
     "device_map": {"metavar": "MAP"},
     "max_memory": {"metavar": "SIZE"},
@@ -45,6 +50,8 @@ SPELLINGS: Mapping[str, dict[str, Any]] = {
     "dispatch": {"choices": tuple(DISPATCH)},
     "on_unsupported": {"metavar": "ACTION"},
     "capability": {"metavar": "X.Y"},
+    "attn_implementation": {"metavar": "NAME"},
+    "cache_dir": {"metavar": "FOLDER"},
     "trust_remote_code": {"action": "store_true"},
     "kernel": {"choices": KERNELS},
     "forward": {"choices": FORWARDS},
@@ -52,7 +59,19 @@ SPELLINGS: Mapping[str, dict[str, Any]] = {
     "trace": {"metavar": "FILE"},
     "timeout": {"metavar": "SECONDS", "type": at_least(0.1, float)},
 }
-"""Arguments of argparse by option; `flag` where it is not the option's name."""
+"""Arguments of argparse by option; `flags` where they are not the option's name."""
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "model": (
+        "quantization_config", "load_in_4bit", "load_in_8bit", "dtype", "torch_dtype", "attn_implementation",
+        "on_unsupported", "trust_remote_code", "revision", "cache_dir",
+    ),
+    "sharding": ("mesh", *AXES, "device_map", "device", "ranks_per_node", "dispatch"),
+    "memory": ("max_memory", "staging"),
+    "running": ("kernel", "forward", "io", "timeout", "capability"),
+    "output": ("trace",),
+}  # fmt: skip
+"""Groups in the help of a command, in this order, and the options in each."""
 
 JSON_EXAMPLES = {
     "device_map": '{"model.layers.0": 0, "lm_head": "cpu", ...}',
@@ -80,14 +99,69 @@ def add_flags(
     for option in fields(kind):
         if option.name in without:
             continue
-        how = {
+        how: dict[str, Any] = {
             "dest": option.name,
             "default": option.default,
             "help": help_text(documented.get(option.name, "")),
             **SPELLINGS.get(option.name, {}),
             **changes.get(option.name, {}),
         }
-        parser.add_argument(how.pop("flag", "--" + option.name.replace("_", "-")), **how)
+        flags = how.pop("flags", ("--" + option.name.replace("_", "-"),))
+        group(parser, _title(option.name)).add_argument(*flags, **how)
+    if kind is PlanOptions:
+        _add_aliases(parser, without, several=changes.get("mesh", {}).get("action") == "append")
+
+
+def group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """Returns a group of a command's help, one of `GROUPS`."""
+    if not any(known.title == title for known in parser._action_groups):
+        for each in GROUPS:  # all of them at once, so that they stand in one order
+            parser.add_argument_group(each)
+    return next(known for known in parser._action_groups if known.title == title)
+
+
+def _title(option: str) -> str:
+    return next(title for title, options in GROUPS.items() if option in options)
+
+
+def _add_aliases(parser: argparse.ArgumentParser, without: tuple[str, ...], several: bool) -> None:
+    """Adds the flags that are other spellings of options; where several meshes are compared, each is one more."""
+    for name in ALIASES:
+        how: dict[str, Any] = {"dest": name, "default": None, "help": ALIAS_HELP[name]}
+        if name in AXES:
+            how |= {"metavar": "N", "type": at_least(1)}
+            if several:
+                how |= {"dest": "mesh", "action": "append", "type": _one_axis(name)}
+        elif name in ("load_in_4bit", "load_in_8bit"):
+            how |= {"action": "store_true", "default": False}
+        elif name == "device":
+            if "device_map" in without:
+                continue
+            how["metavar"] = "DEVICE"
+        else:
+            how |= {"metavar": "DTYPE"}
+        group(parser, _title(name)).add_argument("--" + name.replace("_", "-"), **how)
+
+
+def _one_axis(axis: str) -> Callable[[str], str]:
+    """Returns a type for argparse: the mesh with this axis alone."""
+
+    def mesh(text: str) -> str:
+        return f"{axis}={at_least(1)(text)}"
+
+    return mesh
+
+
+ALIAS_HELP = {
+    "tp": "ranks over which every layer is divided: --tp 2 is --mesh tp=2",
+    "dp": "replicas of the model: --dp 2 --tp 4 is --mesh dp=2,tp=4",
+    "ep": "ranks over which experts are distributed",
+    "load_in_4bit": "the same as --quant nf4",
+    "load_in_8bit": "the same as --quant int8",
+    "torch_dtype": "the same as --dtype",
+    "device": "one device, such as cuda or cpu; the same as --device-map",
+}
+"""Help of aliases."""
 
 
 def read_flags(arguments: argparse.Namespace, kind: type[PlanOptions] | type[RunOptions]) -> dict[str, Any]:
@@ -102,6 +176,46 @@ def read_flags(arguments: argparse.Namespace, kind: type[PlanOptions] | type[Run
     if options.get("capability") is not None:
         options["capability"] = _capability(options["capability"])
     return options
+
+
+def prepare(arguments: argparse.Namespace) -> list[str]:
+    """Reads the aliases among the flags of a command into its options, and checks all that needs no torch.
+
+    Returns:
+        Notes on spellings, for the user.
+
+    Raises:
+        InputError: with every problem found.
+    """
+    options, problems = vars(arguments), Problems()
+    if "staging" not in options:  # a command without options of a plan
+        if options.get("quant") is not None:
+            parse(options["quant"], early_classes())
+        return []
+    notes = fold(options, {name: options.pop(name) for name in ALIASES if name in options}, problems)
+    default = options.pop("default_mesh", None)
+    if options["mesh"] is None:
+        options["mesh"] = default
+    plan: dict[str, Any] = {}
+    with collected(problems):
+        plan = read_flags(arguments, PlanOptions)
+    meshes = options["mesh"] if isinstance(options["mesh"], list) else [options["mesh"]]
+    for mesh in meshes:
+        with collected(problems):
+            if "runtime" in options:
+                _check_runtime(options["runtime"], mesh)
+    requests = [{**plan, "mesh": mesh} for mesh in meshes]
+    check_early(arguments.model, requests, read_flags(arguments, RunOptions), problems)
+    return notes
+
+
+def _check_runtime(runtime: str | None, given: str | None) -> None:
+    mesh = Mesh.parse(given)
+    if runtime == "local" and mesh.size > 1:
+        fault = f"{given} needs {mesh.size} ranks, and the runtime 'local' is one process"
+        raise InputError.one("mesh", fault, "Use --runtime torchrun or --runtime ray")
+    if runtime in (None, "torchrun") and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "").isdigit():
+        check_world(mesh, int(os.environ["WORLD_SIZE"]))
 
 
 def _text_or_json(text: str | None, name: str) -> Any:

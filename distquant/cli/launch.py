@@ -16,6 +16,7 @@ from typing import Any
 
 from distquant.cli.flags import read_flags
 from distquant.cli.progress import ProgressLine
+from distquant.environment import rank_threads
 from distquant.errors import DistquantError, InputError, Problem, Problems, RankError, one_line
 from distquant.model import source_of, tokenizer_file_problems
 from distquant.options import PlanOptions, RunOptions
@@ -46,15 +47,8 @@ def run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str 
     """Loads the model and runs the query; returns None on ranks whose outcome rank 0 prints."""
     from distquant.api import plan
 
-    launched, size, problems = is_launched(), 1, Problems()
-    try:
-        size = Mesh.parse(mesh).size
-    except InputError as error:
-        problems.extend(error.problems)
+    launched, size, problems = is_launched(), Mesh.parse(mesh).size, Problems()
     runtime = arguments.runtime or ("torchrun" if launched or size > 1 else "local")
-    if runtime == "local" and size > 1:
-        fault = f"{mesh} needs {size} ranks, and the runtime 'local' is one process"
-        problems.add("mesh", fault, "Use --runtime torchrun or --runtime ray")
     if OUTCOME not in os.environ:  # else the process that started this rank has checked it
         problems.extend(token_problems(arguments, query))
     if problems:
@@ -97,7 +91,7 @@ def token_problems(arguments: argparse.Namespace, query: Query) -> Iterator[Prob
     from distquant.checkpoint.locate import locate
 
     try:
-        folder, _ = locate(arguments.model, arguments.revision)
+        folder, _ = locate(arguments.model, arguments.revision, arguments.cache_dir)
     except InputError:
         return  # planning reports it
     if unreadable := list(tokenizer_file_problems(folder)):
@@ -125,19 +119,11 @@ def _here(arguments: argparse.Namespace, query: Query, mesh: str | None, runtime
     import torch
 
     from distquant.api import load
-    from distquant.runtime import torchrun
     from distquant.runtime.query import perform
 
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if runtime == "torchrun" else 1
-    torch.set_num_threads(arguments.threads or max((os.cpu_count() or 1) // ranks, 1))
+    torch.set_num_threads(arguments.threads or rank_threads(ranks))
     rank = int(os.environ.get("RANK", "0")) if runtime == "torchrun" else 0
-    if runtime == "torchrun":
-        problems = Problems()
-        try:
-            torchrun.check_world(Mesh.parse(mesh))
-        except InputError as error:
-            problems.extend(error.problems)
-            raise all_problems(problems, arguments, mesh) from None
     with ProgressLine(ranks if rank == 0 else 0) as line:
         model = load(
             arguments.model,
@@ -173,7 +159,7 @@ def _on_ray(arguments: argparse.Namespace, query: Query, mesh: str | None) -> Ou
         ray.load(
             arguments.model,
             **options,
-            threads=arguments.threads or 1,
+            threads=arguments.threads or None,
             progress=line.show,
         ) as sharded,
     ):
@@ -189,7 +175,7 @@ def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> O
     from distquant.cli import rendezvous
     from distquant.runtime.process_group import stay_on_this_machine
 
-    threads = arguments.threads or max((os.cpu_count() or 1) // size, 1)
+    threads = arguments.threads or rank_threads(size)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     stay_on_this_machine()
     config = LaunchConfig(

@@ -3,92 +3,172 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from distquant.cli.flags import add_flags, at_least
+from distquant.cli.flags import add_flags, at_least, group, prepare
 from distquant.errors import CheckFailed, DistquantError, InputError
 from distquant.options import DECLARED, PlanOptions, RunOptions
+from distquant.planning.arguments import ELSEWHERE
 from distquant.quiet import quiet_imports
 from distquant.version import __version__
 
 RUNTIMES = ("local", "torchrun", "ray")
 
 
+EXAMPLES = {
+    "plan": "distquant plan MODEL --quant nf4 --tp 2 --max-memory 24GiB",
+    "load": "distquant load MODEL --quant nf4 --prompt 'Once upon a time'",
+    "verify": "distquant verify MODEL --quant nf4 --tp 1 --tp 2",
+    "perplexity": "distquant perplexity MODEL --quant nf4 --text wiki.txt",
+    "inspect": "distquant inspect MODEL",
+    "doctor": "distquant doctor --quant nf4",
+    "demo": "distquant demo examples/models/kjv-tiny",
+}
+"""An example of each command."""
+
+FIRST = """first steps:
+  hf download HuggingFaceTB/SmolLM2-135M-Instruct          once: distquant itself downloads nothing
+  distquant plan HuggingFaceTB/SmolLM2-135M-Instruct -q nf4
+  distquant load HuggingFaceTB/SmolLM2-135M-Instruct -q nf4 --prompt 'What is gravity?'
+
+'distquant COMMAND --help' shows the options of a command."""
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, **kwargs)  # arguments are passed on to ranks by their full names
+        # Arguments are passed on to ranks by their full names.
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(2, f"distquant: {message}. See '{self.prog} --help'.\n")
 
+    def unknown(self, left: Sequence[str]) -> None:
+        """Ends with an error for arguments that the command does not have."""
+        options = [argument.partition("=")[0] for argument in left if argument.startswith("-")]
+        known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        hints = dict.fromkeys(hint for option in options if (hint := _meant(option, known)))
+        advice = f" Did you mean {' and '.join(hints)}?" if hints else ""
+        self.exit(2, f"distquant: unrecognized arguments: {' '.join(left)}.{advice} See '{self.prog} --help'.\n")
+
+
+def _meant(option: str, known: Sequence[str]) -> str | None:
+    name = option.strip("-").replace("-", "_")
+    other = ELSEWHERE.get(name, "")
+    flag = "--quant" if other == "quantization_config" else "--" + other.replace("_", "-")
+    if flag in known:
+        return flag
+    return next(iter(difflib.get_close_matches("--" + name.replace("_", "-"), known, 1)), None)
+
 
 def _model_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder of a safetensors checkpoint, GGUF file, or cached Hugging Face id")
+    text = "folder of a safetensors checkpoint, GGUF file, or id in the Hugging Face cache (nothing is downloaded)"
+    group(parser, "model").add_argument("model", metavar="MODEL", help=text)
 
 
 def _run_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runtime", choices=RUNTIMES, help="default: local for one rank, torchrun for more")
-    parser.add_argument("--threads", type=at_least(1), default=0, metavar="N", help="torch threads of a rank")
+    running = group(parser, "running")
+    running.add_argument("--runtime", choices=RUNTIMES, help="default: local for one rank, torchrun for more")
+    threads = "torch threads of a rank; default: OMP_NUM_THREADS, or an equal part of the cores"
+    running.add_argument("--threads", type=at_least(1), default=0, metavar="N", help=threads)
     add_flags(parser, RunOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="distquant", description="Load models across GPUs, quantized, with the same bits at every width."
+        prog="distquant",
+        description="Load models across GPUs, quantized, with the same bits at every width.",
+        epilog=FIRST,
     )
     parser.add_argument("--version", action="version", version=f"distquant {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
-    plan = commands.add_parser("plan", help="plan a load from configs and headers, and show the plan")
+    def command(name: str, text: str) -> _Parser:
+        added: _Parser = commands.add_parser(name, help=text, description=text, epilog=f"example:\n  {EXAMPLES[name]}")
+        added.set_defaults(parser=added)
+        return added
+
+    plan = command("plan", "plan a load from configs and headers, and show the plan")
     _model_argument(plan)
     add_flags(plan, PlanOptions, without=())
-    plan.add_argument("--json", metavar="FILE", help="write the whole plan")
-    plan.add_argument("--html", metavar="FILE", help="write the plan as a page")
+    group(plan, "output").add_argument("--json", metavar="FILE", help="write the whole plan")
+    group(plan, "output").add_argument("--html", metavar="FILE", help="write the plan as a page")
 
-    load = commands.add_parser("load", help="load, and answer a prompt")
+    load = command("load", "load, and answer a prompt")
     _model_argument(load)
     add_flags(load, PlanOptions)
     _run_flags(load)
-    load.add_argument("--prompt")
-    load.add_argument("--max-new-tokens", type=at_least(1), default=40)
-    load.add_argument("--report", metavar="FILE", help="write the JSON report")
+    output = group(load, "output")
+    output.add_argument("--prompt", metavar="TEXT", help="text that the model goes on from")
+    _new_tokens(output)
+    output.add_argument("--report", metavar="FILE", help="write the JSON report")
 
-    verify = commands.add_parser("verify", help="load at several widths and compare the bits; exit 1 if they differ")
+    verify = command("verify", "load at several widths and compare the bits; exit 1 if they differ")
     _model_argument(verify)
-    several = {"action": "append", "required": True, "help": "such as tp=2; give it twice or more"}
+    several = {"action": "append", "help": "such as tp=2; give it twice or more"}
     add_flags(verify, PlanOptions, without=(*DECLARED, "device_map"), mesh=several)
     _run_flags(verify)
 
-    perplexity = commands.add_parser("perplexity", help="measure the perplexity of a text")
+    perplexity = command("perplexity", "measure the perplexity of a text")
     _model_argument(perplexity)
     add_flags(perplexity, PlanOptions)
     _run_flags(perplexity)
-    perplexity.add_argument("--text", required=True, metavar="FILE")
-    perplexity.add_argument("--window", type=at_least(2), default=256, help="tokens seen at a time")
+    output = group(perplexity, "output")
+    output.add_argument("--text", required=True, metavar="FILE", help="text file in UTF-8")
+    output.add_argument("--window", type=at_least(2), default=256, metavar="N", help="tokens seen at a time")
 
-    inspect = commands.add_parser("inspect", help="show what a checkpoint stores, and how it is quantized")
-    inspect.add_argument("model")
-    inspect.add_argument("--revision")
+    inspect = command("inspect", "show what a checkpoint stores, and how it is quantized")
+    _model_argument(inspect)
+    model = group(inspect, "model")
+    model.add_argument("--revision", help="Revision of a cached id.")
+    model.add_argument("--cache-dir", metavar="FOLDER", help="folder in which a cached id is looked up")
 
-    doctor = commands.add_parser("doctor", help="show what this machine can run, and what is missing")
-    doctor.add_argument("--quant", metavar="NAME")
+    doctor = command("doctor", "show what this machine can run, and what is missing")
+    doctor.add_argument("-q", "--quant", metavar="NAME", help="one method alone")
 
-    demo = commands.add_parser("demo", help="run the main job from end to end, on a small trained model")
+    demo = command("demo", "run the main job from end to end, on a small trained model")
     _model_argument(demo)
-    add_flags(demo, PlanOptions, without=(*DECLARED, "device_map"), mesh={"default": "tp=2"})
-    demo.add_argument("--prompt", default="In the beginning")
-    demo.add_argument("--max-new-tokens", type=at_least(1), default=40)
+    add_flags(demo, PlanOptions, without=(*DECLARED, "device_map"))
+    demo.set_defaults(default_mesh="tp=2")
+    output = group(demo, "output")
+    output.add_argument("--prompt", default="In the beginning", metavar="TEXT", help="text that the model goes on from")
+    _new_tokens(output)
     return parser
+
+
+def _new_tokens(output: argparse._ArgumentGroup) -> None:
+    output.add_argument("--max-new-tokens", type=at_least(1), default=40, metavar="N", help="tokens of the answer")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the arguments of a command; prints help or one error, and exits, where there is none."""
+    parser = build_parser()
+    arguments, left = parser.parse_known_args(argv)
+    if arguments.command is None and not left:
+        parser.print_help()
+        parser.exit()
+    of_command: _Parser = vars(arguments).pop("parser", parser)
+    if left:
+        of_command.unknown(left)
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0 done, 1 a check failed, 2 the input cannot work."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(argv)
+    try:
+        notes = prepare(arguments)
+    except InputError as error:
+        _report_early(error)
+        return 2
+    if os.environ.get("RANK", "0") == "0" and "DISTQUANT_OUTCOME" not in os.environ:
+        for note in notes:
+            print(f"distquant: {note}", file=sys.stderr)
     _quiet()
     from distquant.cli import commands, launch
 
@@ -118,6 +198,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+
+
+def _report_early(error: InputError) -> None:
+    """Prints an error that was found before torch is imported; among ranks, each has found it, and one tells it."""
+    if os.environ.get("RANK", "0") != "0":
+        from distquant.cli import launch
+
+        launch.report_once(error)
+    else:
+        print(f"distquant: {error}", file=sys.stderr)
 
 
 def _quiet() -> None:

@@ -30,12 +30,12 @@ from distquant.config.values import torch_dtype
 from distquant.config.vocabulary import Precision
 
 CONFIG_CLASSES: tuple[type[QuantizationConfig], ...] = (
-    NoneConfig, Bnb4bitConfig, Bnb8bitConfig, GptqConfig, AwqConfig, AutoRoundConfig, Fp8Config, Mxfp8Config,
-    FbgemmFp8Config, CompressedTensorsConfig, TorchaoConfig, HqqConfig, QuantoConfig, GgufConfig, Mxfp4Config,
-    Nvfp4Config, EetqConfig, BitnetConfig, AqlmConfig, VptqConfig, SpqrConfig, HiggsConfig, FpQuantConfig,
-    FouroversixConfig, QuarkConfig, SinqConfig, MetalConfig, GemmaConfig,
+    NoneConfig, Bnb4bitConfig, Bnb8bitConfig, GptqConfig, AwqConfig, AutoRoundConfig, CompressedTensorsConfig,
+    Fp8Config, Mxfp8Config, Mxfp4Config, FbgemmFp8Config, QuantoConfig, TorchaoConfig, HqqConfig, GgufConfig,
+    AqlmConfig, BitnetConfig, EetqConfig, FouroversixConfig, FpQuantConfig, GemmaConfig, HiggsConfig, MetalConfig,
+    Nvfp4Config, QuarkConfig, SinqConfig, SpqrConfig, VptqConfig,
 )  # fmt: skip
-"""Every method that has a configuration here; those that can be loaded have a scheme (`schemes.registry`)."""
+"""Every method that has a configuration here, in the order of the schemes that load them (`quantization.registry`)."""
 
 __all__ = [
     "CONFIG_CLASSES",

@@ -6,7 +6,7 @@ that names both values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import Field, fields, replace
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from distquant.config.checks import where
 from distquant.config.none import NoneConfig
 from distquant.config.plain import plain
 from distquant.config.values import did_you_mean, is_json_source, read_json
+from distquant.dtypes import LOAD_DTYPES, dtype_name
 from distquant.errors import InputError, Problems
 
 _OPTION = "quantization_config"
@@ -22,6 +23,20 @@ _OPTION = "quantization_config"
 
 ON_UNSUPPORTED = ("error", "skip")
 """The choices for a checkpoint with an unknown method."""
+
+
+SPELLINGS: Mapping[str, str] = {
+    **dict.fromkeys(("4bit", "4-bit", "bnb", "bitsandbytes", "bnb-4bit", "bnb-nf4", "load-in-4bit"), "nf4"),
+    **dict.fromkeys(("8bit", "8-bit", "bnb-8bit", "bnb-int8", "llm.int8", "llm-int8", "load-in-8bit"), "int8"),
+    "w4a16": "int4",
+    "fp8-dynamic": "fp8-row",
+    **dict.fromkeys(("no", "off", "unquantized"), "none"),
+}
+"""Other spellings of short names, in lower case and with `-` for `_`.
+
+4 bits of bitsandbytes are `nf4`, the code book that QLoRA and vLLM take. `fp8-dynamic` and `w4a16` are llm-compressor's
+names of these schemes.
+"""
 
 
 class Merged(NamedTuple):
@@ -110,13 +125,39 @@ def parse(given: Any, classes: Iterable[type[QuantizationConfig]]) -> Quantizati
     return _class_for(given, classes).from_dict(given)
 
 
-def _from_short_name(name: str, classes: tuple[type[QuantizationConfig], ...]) -> QuantizationConfig:
+def _from_short_name(given: str, classes: tuple[type[QuantizationConfig], ...]) -> QuantizationConfig:
     known = {short: (cls, values) for cls in classes for short, values in cls.short_names.items()}
-    if name not in known:
-        fix = f"{did_you_mean(name, known)} Known names: {', '.join(known)}.".strip()
-        raise InputError.one(_OPTION, f"unknown quantization {name!r}", fix)
+    name = short_name(given, known)
+    if name is None:
+        dtype = dtype_name(given)
+        if dtype in LOAD_DTYPES:
+            fix = f"That is a dtype: give dtype={dtype!r} (--dtype {dtype}), without quantization or with 'none'."
+        else:
+            fix = f"{did_you_mean(given, known)} Known names: {', '.join(known)}.".strip()
+        raise InputError.one(_OPTION, f"unknown quantization {given!r}", fix)
     cls, values = known[name]
     return cls(**values)
+
+
+def short_name(given: str, known: Collection[str]) -> str | None:
+    """Returns the short name among `known` that is meant: in any case, with `_` for `-`, or by another spelling."""
+    if given in known:
+        return given
+    folded = _folded(given)
+    names = {_folded(name): name for name in known}
+    return names.get(folded) or names.get(SPELLINGS.get(folded, ""))
+
+
+def respelled(given: Any, known: Collection[str]) -> str | None:
+    """Returns the short name that another spelling stands for, or None where a name, or no text at all, is given."""
+    if not isinstance(given, str) or is_json_source(given):
+        return None
+    name = short_name(given, known)
+    return None if name is None or _folded(name) == _folded(given) else name
+
+
+def _folded(name: str) -> str:
+    return "-".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
 def _class_for(given: Mapping[str, Any], classes: tuple[type[QuantizationConfig], ...]) -> type[QuantizationConfig]:

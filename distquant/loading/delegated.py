@@ -34,6 +34,8 @@ def load(plan: LoadPlan, scheme: Scheme, device: torch.device) -> Any:
     source: dict[str, Any] = {"trust_remote_code": plan.trust_remote_code, "local_files_only": True}
     device_map = plan.device_map or {"": str(device)}
     config = transformers.AutoConfig.from_pretrained(plan.model, **source)
+    if plan.attn_implementation is not None:
+        source["attn_implementation"] = plan.attn_implementation
     extra = _accepted(plan, scheme, config, device_map)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         plan.model, dtype=getattr(torch, plan.dtype), device_map=device_map, **source, **extra

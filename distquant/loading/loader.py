@@ -178,7 +178,12 @@ class _Loading:
         plan = self.plan
         model, self.model = self.model, None
         if model is None:
-            model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)
+            model = build(
+                self.checkpoint.path,
+                plan.dtype,
+                trust_remote_code=plan.trust_remote_code,
+                attn_implementation=plan.attn_implementation,
+            )
         with changing_process_state():
             shard_experts(model, plan, self.scheme, self.coordinates["tp"], self.coordinates["ep"])
         files = Files(self.checkpoint.folder, self.options.io)

@@ -34,11 +34,15 @@ def _strict_error() -> type[Exception]:
 
 
 @changing_process_state()
-def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build(
+    path: Path, dtype: str | None, *, trust_remote_code: bool = False, attn_implementation: str | None = None
+) -> PreTrainedModel:
     """Builds the model of a checkpoint folder or GGUF file on `meta`, in `dtype` (None: the config's, else float32).
 
+    `attn_implementation` is that of transformers; None leaves the choice to it.
+
     Raises:
-        InputError: transformers does not know the model, or it needs code from the checkpoint.
+        InputError: transformers does not know the model or this attention, or it needs code from the checkpoint.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -47,6 +51,7 @@ def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> 
 
     if problems := list(model_file_problems(path)):
         raise InputError(problems)
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         folder, gguf = source_of(path)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
@@ -57,11 +62,14 @@ def build(path: Path, dtype: str | None, *, trust_remote_code: bool = False) -> 
         with torch.device("meta"), Uninitialized(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, wanted), trust_remote_code=trust_remote_code
+                config, dtype=getattr(torch, wanted), trust_remote_code=trust_remote_code, **attention
             )
         if model.can_generate() and (path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(path)
     except (*UNBUILDABLE, _strict_error()) as error:
+        if attention and re.search("attn_implementation|attention", str(error), re.IGNORECASE):
+            fault = f"transformers cannot use {attn_implementation!r} ({one_line(error)})"
+            raise InputError.one("attn_implementation", fault, "Give 'sdpa' or 'eager', or leave it out") from error
         raise InputError.one(str(path), one_line(error), _how_to_build(error, trust_remote_code)) from error
     return model.eval()
 

@@ -173,6 +173,8 @@ class LoadPlan:
     check_at_load: tuple[str, ...]
     environment: Environment = field(default_factory=Environment)
     trust_remote_code: bool = False
+    attn_implementation: str | None = None
+    """Attention that was asked for; None = transformers' choice, and then the JSON does not name it."""
 
     cuts = _renamed("cuts", "partitions")
 
@@ -192,6 +194,8 @@ class LoadPlan:
     def _json(self, without: str | None = None) -> str:
         fields = {"format": PLAN_FORMAT, **_plain(self)}
         fields.pop(without, None)
+        if self.attn_implementation is None:
+            del fields["attn_implementation"]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), default=_plain)
 
     @classmethod

@@ -32,7 +32,9 @@ def plan_memory(partitioned: Partitioned) -> Planned:
     return Planned(**fields_of(partitioned), memory=tuple(partitioned.memory_rows()))
 
 
-def freeze(planned: Planned, dtype: str, environment: Environment, trust_remote_code: bool) -> LoadPlan:
+def freeze(
+    planned: Planned, dtype: str, environment: Environment, trust_remote_code: bool, attn_implementation: str | None
+) -> LoadPlan:
     """Returns the plan that every rank gets.
 
     Args:
@@ -40,6 +42,7 @@ def freeze(planned: Planned, dtype: str, environment: Environment, trust_remote_
         dtype: torch's name of the dtype that the model is loaded in.
         environment: what the plan was made for.
         trust_remote_code: True if ranks may run the checkpoint's code.
+        attn_implementation: the attention that was asked for.
     """
     config, parallel = planned.scheme.config, planned.parallel
     # A skipped method's weights stay as it stores them, so the plan names that method and not `none`.
@@ -73,6 +76,7 @@ def freeze(planned: Planned, dtype: str, environment: Environment, trust_remote_
         check_at_load=tuple(_unknown(planned, environment)),
         environment=environment,
         trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
     )
 
 

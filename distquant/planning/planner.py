@@ -28,7 +28,7 @@ from distquant.planning.plan_builder import Partitioned
 from distquant.planning.planned import freeze, plan_memory
 from distquant.planning.prepared import Prepared
 from distquant.planning.read_strategy import read_strategy
-from distquant.planning.request import Request, collected, read_request
+from distquant.planning.request import Request, check_model, collected, read_request
 from distquant.planning.tensor_parallel import (
     COLWISE,
     COLWISE_GATHER,
@@ -60,9 +60,11 @@ def plan_and_open(request: Request, environment: Environment) -> tuple[LoadPlan,
     problems = Problems()
     given = read_request(request, problems)
     with _with_earlier(problems):
-        checkpoint = open_checkpoint(request.model, revision=request.revision)
+        check_model(request.model)
+        checkpoint = open_checkpoint(request.model, revision=request.revision, cache_dir=request.cache_dir)
         merged, skipped = resolve(checkpoint.config, given.config, config_classes(), request.on_unsupported)
-        model = build(checkpoint.path, given.dtype, trust_remote_code=request.trust_remote_code)
+        attention, trusted = request.attn_implementation, request.trust_remote_code
+        model = build(checkpoint.path, given.dtype, trust_remote_code=trusted, attn_implementation=attention)
     prepared = Prepared(checkpoint, model)
     described = describe(request, given, environment, prepared, merged, skipped, problems)
     has_device_map = request.device_map is not None
@@ -77,7 +79,7 @@ def plan_and_open(request: Request, environment: Environment) -> tuple[LoadPlan,
             check_device_memory(partitioned, described.device_map, request.max_memory, problems)
     problems.raise_if_any()  # also if `plan_memory` raised, so from here on there is a planned load
     dtype = str(model.dtype).removeprefix("torch.")
-    return freeze(planned, dtype, environment, request.trust_remote_code), prepared
+    return freeze(planned, dtype, environment, trusted, attention), prepared
 
 
 @contextmanager

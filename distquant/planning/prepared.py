@@ -30,6 +30,8 @@ class Prepared:
         """Returns True if this is what was planned; it is not if rank 0 was given another request than this rank."""
         if request.trust_remote_code != plan.trust_remote_code or str(self.model.dtype) != f"torch.{plan.dtype}":
             return False
+        if request.attn_implementation != plan.attn_implementation:
+            return False
         return os.path.abspath(request.model) == os.path.abspath(plan.model)
 
 
@@ -40,7 +42,12 @@ def open_early(request: Request) -> Prepared | None:
         return None
     given = read_request(request, Problems())
     try:
-        model = build(Path(request.model), given.dtype, trust_remote_code=request.trust_remote_code)
+        model = build(
+            Path(request.model),
+            given.dtype,
+            trust_remote_code=request.trust_remote_code,
+            attn_implementation=request.attn_implementation,
+        )
         return Prepared(open_checkpoint(request.model, revision=request.revision), model)
     except (InputError, OSError):
         # Invalid input (also what transformers raises at it) or unreadable files. Rank 0 opens the same and reports it

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from distquant.config import QuantizationConfig, parse
 from distquant.config.resolve import ON_UNSUPPORTED
-from distquant.dtypes import LOAD_DTYPES
+from distquant.dtypes import LOAD_DTYPES, dtype_name
 from distquant.errors import InputError, Problems
 from distquant.options import DISPATCH, Model, PlanOptions
-from distquant.quantization import config_classes
 from distquant.sharding.mesh import Mesh
 from distquant.units import parse_bytes
 
@@ -44,9 +45,19 @@ def collected(problems: Problems) -> Iterator[None]:
         problems.extend(error.problems)
 
 
-def read_request(request: Request, problems: Problems) -> Given:
-    """Reads the options that can be judged without a checkpoint; adds the others to `problems`."""
+def read_request(
+    request: Request, problems: Problems, classes: Iterable[type[QuantizationConfig]] | None = None
+) -> Given:
+    """Reads the options that can be judged without a checkpoint; adds the others to `problems`.
+
+    Args:
+        request: as the user gave it.
+        problems: gets what is invalid.
+        classes: the known configuration classes; None = those of all schemes, for which torch is imported.
+    """
     mesh, staging, dtype, config = Mesh(), 0, None, None
+    with collected(problems):
+        check_model(request.model)
     with collected(problems):
         mesh = Mesh.parse(request.mesh)
     with collected(problems):
@@ -58,10 +69,24 @@ def read_request(request: Request, problems: Problems) -> Given:
     with collected(problems):
         _check_on_unsupported(request.on_unsupported)
     with collected(problems):
-        config = parse(request.quantization_config, config_classes())
+        config = parse(request.quantization_config, classes if classes is not None else _of_all_schemes())
     if request.dispatch not in DISPATCH:
         problems.add("dispatch", f"unknown value {request.dispatch!r}", f"Give one of {', '.join(map(repr, DISPATCH))}")
     return Given(mesh, staging, dtype, config, request.dispatch)
+
+
+def _of_all_schemes() -> list[type[QuantizationConfig]]:
+    from distquant.quantization import config_classes
+
+    return config_classes()
+
+
+def check_model(model: Any) -> None:
+    """Raises `InputError` if a model is given as neither path nor id."""
+    if isinstance(model, (str, PathLike)):
+        return
+    fix = "Give the folder of a checkpoint, a GGUF file, or the id of a model in the Hugging Face cache"
+    raise InputError.one("model", f"{reprlib.repr(model)} ({type(model).__name__}) is neither a path nor an id", fix)
 
 
 def _check_sizes(request: Request) -> None:
@@ -83,9 +108,9 @@ def _check_on_unsupported(value: Any) -> None:
 
 
 def _dtype_name(dtype: Any) -> str | None:
-    if dtype is None or dtype == "auto":
+    if dtype is None or (isinstance(dtype, str) and dtype.strip().lower() == "auto"):
         return None
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in LOAD_DTYPES:
         raise InputError.one("dtype", f"cannot load in {dtype!r}", f"Use {', '.join(LOAD_DTYPES)} or auto")
     return name

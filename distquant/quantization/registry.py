@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import TypeVar
 
 from distquant.config import QuantizationConfig
+from distquant.environment import ENTRY_POINTS, OLD_ENTRY_POINTS, offered_methods
 from distquant.errors import InputError
 from distquant.old_names import warn_old_name
 from distquant.process_state import changing_process_state
 from distquant.quantization.scheme import Scheme
 
-ENTRY_POINTS = "distquant.quantization"
-OLD_ENTRY_POINTS = "distquant.schemes"
-"""The group's name up to 0.1; still read, with a warning."""
 METHODS = (
     "none",
     "bitsandbytes_4bit",
@@ -64,9 +62,8 @@ def discover() -> dict[str, type[Scheme]]:
         # One order in messages, whichever method was imported first.
         for name in sorted(SCHEMES, key=lambda name: (_place(SCHEMES[name].__module__), name)):
             SCHEMES[name] = SCHEMES.pop(name)
-        for group in (ENTRY_POINTS, OLD_ENTRY_POINTS):
-            for entry in entry_points(group=group):
-                _load(entry)
+        for entry in offered_methods():
+            _load(entry)
     return SCHEMES
 
 

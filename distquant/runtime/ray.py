@@ -19,10 +19,11 @@ from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from distquant.environment import Environment
+from distquant.environment import Environment, rank_threads
 from distquant.errors import InputError, LostPeerError
-from distquant.options import LoadProgress, Model, PlanOptions, RunOptions, select
+from distquant.options import Aliases, LoadProgress, Model, RunOptions
 from distquant.planning import LoadPlan
+from distquant.planning.arguments import read_arguments
 from distquant.planning.planner import make_plan
 from distquant.planning.request import Request
 from distquant.planning.validation import check_supported
@@ -34,6 +35,7 @@ from distquant.sharding.mesh import Mesh
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
+    from typing_extensions import Unpack
 
 NAME = "ray"
 
@@ -135,18 +137,20 @@ class Worker:
 
 def load(
     model: Model,
-    *,
     quantization_config: Any = None,
-    mesh: str | Mesh | None = None,
+    *,
+    mesh: str | int | Mesh | None = None,
     max_memory: str | int | None = None,
     dtype: Any = "auto",
+    attn_implementation: str | None = None,
     staging: str | int = "512MiB",
     dispatch: str = "all_reduce",
     on_unsupported: str = "error",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     resources: Resources | None = None,
-    threads: int = 1,
+    threads: int | None = None,
     schedule_timeout: float = SCHEDULE_TIMEOUT,
     kernel: str = "auto",
     forward: str = "auto",
@@ -154,6 +158,7 @@ def load(
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
     progress: Progress | None = None,
+    **aliases: Unpack[Aliases],
 ) -> Sharded:
     """Loads a model onto Ray workers, one for each rank of the mesh.
 
@@ -163,7 +168,8 @@ def load(
 
     Args:
         resources: What one worker asks for; None: one CPU, and one GPU where the cluster has any.
-        threads: Torch threads of a worker.
+        threads: Torch threads of a worker. Default: on a Ray that is started here, OMP_NUM_THREADS or an equal part of
+            the cores; else as many as the CPUs of a worker.
         schedule_timeout: Seconds until a placement group that cannot be scheduled is given up.
         progress: Called with the progress of every rank.
 
@@ -174,12 +180,11 @@ def load(
     arguments = {
         **locals(),
         # Workers run in folders of their own.
-        "model": os.path.abspath(model) if os.path.isdir(model) else model,
+        "model": os.path.abspath(model) if isinstance(model, (str, os.PathLike)) and os.path.isdir(model) else model,
         "trace": None if trace is None else os.path.abspath(trace),
     }
     quiet_imports()
-    request = Request(model=arguments["model"], **select(PlanOptions, arguments))
-    options = RunOptions(**select(RunOptions, arguments))
+    request, options = read_arguments("ray.load", arguments)
     first = make_plan(request, declared(request))
     check_supported(first)
     world = first.mesh.size
@@ -189,6 +194,8 @@ def load(
     try:
         resources = resources or Resources(gpus=1 if ray.cluster_resources().get("GPU") else 0)
         group = _reserve(world, resources, schedule_timeout)
+        own_machine = started_ray and not os.environ.get("RAY_ADDRESS")
+        threads = threads or (rank_threads(world) if own_machine else max(int(resources.cpus), 1))
         workers = _workers(world, resources, group, threads)
         plan = _plan(request, workers)
         alone = len(set(gather([worker.ray_node.remote() for worker in workers]))) == 1

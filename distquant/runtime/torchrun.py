@@ -13,19 +13,14 @@ from distquant.garbage_collection import without_collector
 from distquant.loading.loader import load_shard
 from distquant.options import Progress, RunOptions
 from distquant.planning import LoadPlan
+from distquant.planning.arguments import check_world
 from distquant.planning.planner import plan_and_open
 from distquant.planning.prepared import Prepared, open_early
 from distquant.planning.request import Request
 from distquant.runtime import process_group
 from distquant.runtime.measure import measure, node_name, numbered
-from distquant.sharding.mesh import Mesh
 
 NAME = "torchrun"
-
-
-def joined() -> bool:
-    """Returns True if this process is one of several ranks, or will be once the process group exists."""
-    return dist.is_initialized() or ("WORLD_SIZE" in os.environ and "RANK" in os.environ)
 
 
 def device() -> torch.device:
@@ -76,11 +71,3 @@ def agree(request: Request, own: torch.device) -> tuple[LoadPlan, Prepared | Non
         raise outcome
     plan = LoadPlan.from_json(outcome)
     return plan, prepared if prepared is not None and prepared.fits(plan, request) else None
-
-
-def check_world(mesh: Mesh, world: int | None = None) -> None:
-    """Raises `InputError` if the mesh needs another number of ranks than the launcher has started."""
-    world = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world
-    if mesh.size != world:
-        fault = f"{mesh} needs {mesh.size} ranks, the launcher started {world}"
-        raise InputError.one("mesh", fault, f"Start {mesh.size} ranks, or give a mesh of {world}")

@@ -68,12 +68,14 @@ class Mesh:
         return ",".join(named) or "tp=1"
 
     @classmethod
-    def parse(cls, text: str | Mesh | None) -> Mesh:
-        """Reads `dp=2,tp=4`; None is one rank. Raises `InputError` for anything else."""
+    def parse(cls, text: str | int | Mesh | None) -> Mesh:
+        """Reads `dp=2,tp=4`; None is one rank, and a number alone means tp. Raises `InputError` for anything else."""
         if text is None:
             return cls()
         if isinstance(text, cls):
             return text
+        if is_number(text):
+            text = f"tp={str(text).strip()}"
         sizes: dict[str, int] = {}
         for part in str(text).split(","):
             match = re.fullmatch(r"\s*([a-z]+)\s*=\s*0*(\d+)\s*", part)
@@ -88,6 +90,11 @@ class Mesh:
                 )
             sizes[axis] = int(match.group(2)[:DIGITS])  # more digits are too many ranks all the same
         return cls(**sizes)
+
+
+def is_number(mesh: object) -> bool:
+    """Returns True for a mesh that is given as a number of ranks alone: `2` or `"2"`."""
+    return type(mesh) is int or (isinstance(mesh, str) and re.fullmatch(r"\s*\d+\s*", mesh) is not None)
 
 
 def _short(size: int) -> str:

@@ -29,7 +29,11 @@ def fingerprint(model: Any) -> str:
         model: as `distquant.load` returned it, also after `generate`, training steps of adapters, or PEFT's wrapping.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    loaded = model.distquant
+    loaded = getattr(model, "distquant", None)
+    if loaded is None:
+        fault = f"{type(model).__name__} was not loaded by distquant, so the layout of its weights is not known"
+        fix = "Give the model that distquant.load returns; of a checkpoint: distquant.fingerprint(distquant.load(path))"
+        raise InputError.one("model", fault, fix)
     plan, scheme, comm = loaded.plan, loaded.scheme, loaded.comm
     position = plan.mesh.coordinates(comm.rank)
     if scheme.delegated:

@@ -12,10 +12,11 @@ from cli_runs import Command, tells
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        ([], "arguments are required: COMMAND"),
         (["laod", "x"], "invalid choice: 'laod'"),
-        (["load"], "arguments are required: model"),
-        (["load", "x", "--quantt", "nf4"], "unrecognized arguments: --quantt nf4"),
+        (["load"], "arguments are required: MODEL"),
+        (["load", "x", "--quantt", "nf4"], "unrecognized arguments: --quantt nf4. Did you mean --quant"),
+        (["load", "x", "--tensor-parallel-size", "2"], "--tensor-parallel-size 2. Did you mean --tp"),
+        (["--quant", "nf4"], "invalid choice: 'nf4'"),
         (["load", "x", "--qua", "nf4"], "unrecognized arguments: --qua nf4"),
         (["load", "x", "--runtime", "mpi"], "argument --runtime: invalid choice: 'mpi'"),
         (["load", "x", "--max-new-tokens", "0"], "argument --max-new-tokens: '0' is not an integer of at least 1"),
@@ -23,15 +24,29 @@ from cli_runs import Command, tells
         (["load", "x", "--timeout", "nan"], "argument --timeout: 'nan' is not a number of at least 0.1"),
         (["perplexity", "x"], "arguments are required: --text"),
         (["perplexity", "x", "--text", "y", "--window", "1"], "argument --window: '1' is not an integer of at least 2"),
-        (["verify", "x"], "arguments are required: --mesh"),
     ],
     ids=lambda value: "_".join(value) or "nothing" if isinstance(value, list) else "",
 )
 def test_arguments_that_cannot_be(arguments: list[str], pattern: str, command: Command, workdir: Path) -> None:
     done = command(*arguments)
     assert done.code == 2
-    assert re.search(re.escape(pattern) + r".*\. See 'distquant.* --help'\.$", done.message)
+    assert re.search(re.escape(pattern) + r".*[.?] See 'distquant.* --help'\.$", done.message)
     assert list(workdir.iterdir()) == []
+
+
+def test_an_unknown_option_points_to_the_help_of_the_command(command: Command, workdir: Path) -> None:
+    assert command("load", "x", "--zzz").message.endswith("--zzz. See 'distquant load --help'.")
+    assert command("plan", "x", "y").message.endswith("arguments: y. See 'distquant plan --help'.")
+
+
+def test_no_command_prints_help(command: Command, workdir: Path) -> None:
+    done = command()
+    assert (done.code, done.err) == (0, "")
+    assert "distquant load" in done.out
+
+
+def test_verify_without_a_mesh(kjv_tiny: str, refused: Command) -> None:
+    tells(refused("verify", kjv_tiny), r"^--mesh: no mesh is given\. Give --mesh twice or more, such as --mesh tp=1")
 
 
 def test_verify_with_one_mesh(kjv_tiny: str, refused: Command) -> None:

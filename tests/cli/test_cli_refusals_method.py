@@ -15,7 +15,7 @@ from cli_runs import COMMANDS, Command, tells
     ("quant", "pattern"),
     [
         ("nf5", r"^quantization_config: unknown quantization 'nf5'\. Did you mean 'nf4'.*Known names: none, nf4, "),
-        ("NF4-DQ", r"^quantization_config: unknown quantization 'NF4-DQ'\. Did you mean 'nf4-dq'"),
+        ("FP16", r"^quantization_config: unknown quantization 'FP16'\. That is a dtype: give dtype='float16'"),
         ("zzz", r"^quantization_config: unknown quantization 'zzz'\. Known names: none, "),
         (
             '{"quant_method": "bitsandbites", "load_in_4bit": true}',
@@ -43,7 +43,7 @@ from cli_runs import COMMANDS, Command, tells
         ('{"load_in_8bit": true, "layers": "2-9"}', r"^layers: 2-9 reaches beyond the model\. .* layers are 0 to 3"),
     ],
     ids=[
-        "unknown-short-name", "short-name-in-capitals", "nothing-near", "unknown-method", "kind-not-said",
+        "unknown-short-name", "dtype", "nothing-near", "unknown-method", "kind-not-said",
         "exclusive-options", "unknown-field", "value-not-allowed", "broken-json", "missing-json-file",
         "skip-pattern-matches-nothing", "layers-beyond-the-model",
     ],

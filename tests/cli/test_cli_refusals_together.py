@@ -43,5 +43,5 @@ def test_a_guess_after_a_typo_adds_no_problem(kjv_tiny: str, refused: Command) -
 
 
 def test_mesh_that_fits_no_runtime_is_told_with_the_rest(kjv_tiny: str, refused: Command) -> None:
-    done = refused("load", kjv_tiny, "--mesh", "tp=2", "--runtime", "local", "--quant", "nf5", "--prompt", "")
-    assert [problem.split(":")[0] for problem in done.problems] == ["mesh", "--prompt", "quantization_config"]
+    done = refused("load", kjv_tiny, "--mesh", "tp=2", "--runtime", "local", "--quant", "nf5")
+    assert [problem.split(":")[0] for problem in done.problems] == ["mesh", "quantization_config"]

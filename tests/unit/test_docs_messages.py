@@ -27,9 +27,9 @@ def page(name: str) -> str:
         {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4", "bnb_4bit_compute_dtype": "bf16"}},
         {"quantization_config": {"load_in_4bit": True, "load_in_8bit": True}},
         {
-            "quantization_config": {**NF4, "llm_int8_skip_modules": ["lm_haed"]},
+            "quantization_config": {**NF4, "bnb_4bit_quant_storage": "int4"},
             "mesh": "tp=2,pp=2",
-            "dtype": "int4",
+            "max_memory": 24,
         },
         {"model": "no/such-model"},
     ],

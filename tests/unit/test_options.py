@@ -15,7 +15,7 @@ import distquant as dq
 from distquant.cli import flags
 from distquant.cli.main import build_parser
 from distquant.errors import InputError
-from distquant.options import DECLARED, DISPATCH, FORWARDS, IO_MODES, KERNELS, PlanOptions, RunOptions
+from distquant.options import DECLARED, DISPATCH, FORWARDS, IO_MODES, KERNELS, Aliases, PlanOptions, RunOptions
 from distquant.planning.request import Request
 
 PLAN = {option.name: option for option in fields(PlanOptions)}
@@ -54,9 +54,11 @@ def entries(function: Callable[..., Any]) -> dict[str, str]:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_signatures_are_the_options(name: str) -> None:
     function, options, others = FUNCTIONS[name]
-    first, *parameters = inspect.signature(function()).parameters.values()
-    assert first.name == "model"
-    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters)
+    first, *parameters, last = inspect.signature(function()).parameters.values()
+    assert (first.name, parameters[0].name) == ("model", "quantization_config")
+    assert parameters[0].kind is first.kind is first.POSITIONAL_OR_KEYWORD
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters[1:])
+    assert (last.kind, last.annotation) == (last.VAR_KEYWORD, "Unpack[Aliases]")
     assert [parameter.name for parameter in parameters if parameter.name not in others] == list(options)
     assert {parameter.name for parameter in parameters} == {*options, *others}
     for parameter in parameters:
@@ -73,7 +75,7 @@ def test_arguments_are_documented_as_the_options_are(name: str) -> None:
     expected = {key: " ".join(DOCUMENTED[key].split()) for key in options if key in found}
     assert {key: text for key, text in found.items() if key in options} == expected
     assert [key for key in found if key in options] == list(expected), "in the order of the options"
-    assert found.keys() - options.keys() <= {"model", *others}
+    assert found.keys() - options.keys() <= {"model", "aliases", *others}
     if name != "ray.load":  # which refers to the other two
         documented = options if name == "plan" else RUN
         assert documented.keys() <= found.keys()
@@ -92,9 +94,14 @@ COMMANDS = {
 }
 
 
-def actions(command: str) -> dict[str, argparse.Action]:
+def parser_of(command: str) -> argparse.ArgumentParser:
     (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return {action.dest: action for action in commands.choices[command]._actions}
+    return commands.choices[command]
+
+
+def actions(command: str) -> dict[str, argparse.Action]:
+    """The first action of each name: `verify` has aliases of the mesh under the mesh's own."""
+    return {action.dest: action for action in reversed(parser_of(command)._actions)}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -103,12 +110,37 @@ def test_flags_are_the_options(command: str) -> None:
     assert found.keys() & (PLAN.keys() | RUN.keys()) == options.keys()
     for name, option in options.items():
         action = found[name]
-        own = "--quant" if name == "quantization_config" else "--" + name.replace("_", "-")
-        assert action.option_strings == [own]
-        if (command, name) in (("verify", "mesh"), ("demo", "mesh")):  # several; a default of its own
+        own = ["-q", "--quant"] if name == "quantization_config" else ["--" + name.replace("_", "-")]
+        assert action.option_strings == own
+        if (command, name) == ("verify", "mesh"):  # several
             continue
         assert action.default == option.default
         assert action.help and action.help == flags.help_text(DOCUMENTED[name])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_aliases_are_flags(command: str) -> None:
+    found = {string for action in actions(command).values() for string in action.option_strings}
+    several = {string for action in parser_of(command)._actions for string in action.option_strings}
+    wanted = {"--" + name.replace("_", "-") for name in Aliases.__annotations__}
+    without = set() if "device_map" in COMMANDS[command] else {"--device"}
+    assert wanted - without <= (several if command == "verify" else found)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_groups_and_an_example(command: str) -> None:
+    text = parser_of(command).format_help()
+    titles = re.findall(r"^(\w+):$", text, re.MULTILINE)
+    groups = [title for title in titles if title in flags.GROUPS]
+    assert groups == [title for title in flags.GROUPS if title in groups]
+    assert {"model", "sharding", "memory"} <= set(groups)
+    assert f"example:\n  distquant {command} " in text
+
+
+def test_every_option_is_in_one_group() -> None:
+    grouped = [option for options in flags.GROUPS.values() for option in options]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == PLAN.keys() | RUN.keys() | Aliases.__annotations__.keys()
 
 
 def test_nothing_is_spelled_that_is_no_option() -> None:
@@ -137,6 +169,6 @@ def test_mappings_are_copied() -> None:
     assert request.rank_memory() is None
 
 
-@pytest.mark.parametrize(("size", "count"), [("1KiB", 1024), (17, 17), (None, None), ("many", None)])
+@pytest.mark.parametrize(("size", "count"), [("1KiB", 1024), (1700, 1700), (None, None), ("many", None)])
 def test_memory_of_a_rank(size: Any, count: int | None) -> None:
     assert PlanOptions(max_memory=size).rank_memory() == count

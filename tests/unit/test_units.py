@@ -21,8 +21,14 @@ PROPERTY = settings(deadline=None, derandomize=True, max_examples=200)
         (" 1.5 KiB ", 1536),
         ("1TB", 10**12),
         ("2PiB", 2**51),
-        ("17", 17),
+        ("24gb", 24 * 10**9),
+        ("24G", 24 * 10**9),
+        ("24g", 24 * 10**9),
+        ("24gib", 24 * 2**30),
+        ("24Gi", 24 * 2**30),
+        ("1024", 1024),
         ("17B", 17),
+        ("17b", 17),
         ("0", 0),
         (0, 0),
         (12345678901234567, 12345678901234567),
@@ -33,11 +39,18 @@ def test_parse_bytes(text, count):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "24G", "24gib", "-1", -1, "1,5GiB", "1e3", "24 GiB free", "24iB", "nan", ".5GiB", None, "1_000"]
+    "text", ["", "GiB", "24 gigs", "-1", -1, "1,5GiB", "1e3", "24 GiB free", "24iB", "nan", ".5GiB", None, "1_000"]
 )
 def test_what_is_no_size(text):
     with pytest.raises(InputError, match=r"^--max-memory: invalid size .*\. Write it as 24GiB"):
         parse_bytes(text, "--max-memory")
+
+
+@pytest.mark.parametrize("size", ["24", 24, "1023", " 8 ", "1.5", 1])
+def test_a_small_number_without_a_unit_asks_for_one(size):
+    number = str(size).strip()
+    with pytest.raises(InputError, match=rf"^--max-memory: {number} has no unit\. Write {number}GiB, .* or {number}B"):
+        parse_bytes(size, "--max-memory")
 
 
 @PROPERTY
@@ -49,7 +62,7 @@ def test_decimal_sizes_lose_nothing(whole, thousandths, unit):
 
 
 @PROPERTY
-@given(st.integers(0, 2**63 - 1))
+@given(st.integers(1024, 2**63 - 1))
 def test_plain_numbers_are_read_exactly(count):
     assert parse_bytes(str(count)) == count
 

@@ -34,7 +34,7 @@ def test_other_forms():
     ("given", "message"),
     [
         ("nf4dq", r"unknown quantization 'nf4dq'\. Did you mean 'nf4-dq'.* Known names: none, nf4, nf4-dq, fp4, "),
-        ("NF4", r"unknown quantization 'NF4'\. Did you mean 'nf4'"),
+        ("bf16", r"unknown quantization 'bf16'\. That is a dtype: give dtype='bfloat16' \(--dtype bfloat16\)"),
         ("qqq", r"unknown quantization 'qqq'\. Known names: none, nf4, nf4-dq, fp4, fp4-dq, int8\."),
         (
             {"quant_method": "bitsnbytes"},

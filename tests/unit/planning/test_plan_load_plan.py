@@ -106,6 +106,7 @@ CHANGES = {
         device_type="cuda", device_count=6, capability=(9, 0), memory=24 << 30, packages={"torch": "2.11"}
     ),
     "trust_remote_code": False,
+    "attn_implementation": "eager",
 }
 
 TENSOR_CHANGES = {
@@ -129,6 +130,11 @@ def test_round_trip():
     assert again == plan
     assert again.digest == plan.digest
     assert again.to_json() == plan.to_json()
+
+
+def test_attention_that_nobody_asked_for_is_not_in_the_json():
+    """Plans from before it could be asked for keep their digests."""
+    assert "attn_implementation" not in json.loads(small_plan().to_json())
 
 
 def test_round_trip_restores_types():

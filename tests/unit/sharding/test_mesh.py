@@ -64,7 +64,8 @@ def test_parse(text, mesh, words):
     [
         ("", r"^mesh: '' in '' is not axis=size"),
         ("tp", r"'tp' in 'tp' is not axis=size"),
-        ("8", r"'8' in '8' is not axis=size"),
+        ("0", r"'tp=0' in 'tp=0' is not axis=size of at least 1"),
+        ("8,2", r"'8' in '8,2' is not axis=size"),
         ("tp=0", r"'tp=0' in 'tp=0' is not axis=size of at least 1"),
         ("tp=-1", r"'tp=-1'"),
         ("tp=2,", r"'' in 'tp=2,'"),
@@ -80,6 +81,12 @@ def test_what_is_no_mesh(text, message):
         Mesh.parse(text)
 
 
-def test_a_bare_number_is_no_mesh():
-    with pytest.raises(InputError, match="'8'"):
-        Mesh.parse(8)
+@pytest.mark.parametrize("given", [8, "8", " 8 ", "08"])
+def test_a_number_alone_is_that_of_tp(given):
+    assert Mesh.parse(given) == Mesh(tp=8)
+
+
+@pytest.mark.parametrize("given", [True, 8.0, "-8", -8])
+def test_other_numbers_are_no_mesh(given):
+    with pytest.raises(InputError, match="is not axis=size"):
+        Mesh.parse(given)
