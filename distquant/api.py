@@ -32,6 +32,8 @@ def plan(
     dispatch: str = "all_reduce",
     on_unsupported: str = "error",
     capability: tuple[int, int] | None = None,
+    context: int | None = None,
+    batch: int = 1,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> LoadPlan:
@@ -55,8 +57,14 @@ def plan(
         on_unsupported: Treatment of a checkpoint whose quantization method is not supported: `error`, or `skip` to plan
             its tensors as they are stored. A plan made with `skip` is to be read only: `load` rejects it.
         capability: CUDA compute capability of the devices, if known.
+        context: Tokens of a sequence, prompt and answer together, that memory is planned for. Default: 4096, or the
+            model's most if that is less.
+        batch: Sequences that each replica generates at once, that memory is planned for.
         trust_remote_code: Run model code that comes with the checkpoint.
         revision: Revision of a cached id.
+
+    Returns:
+        The plan. Printed, it says in three lines if it fits; `fits` and `memory_for` answer for other contexts.
 
     Raises:
         InputError: with every problem that can be known from configs and headers.

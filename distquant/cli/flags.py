@@ -45,6 +45,8 @@ SPELLINGS: Mapping[str, dict[str, Any]] = {
     "dispatch": {"choices": tuple(DISPATCH)},
     "on_unsupported": {"metavar": "ACTION"},
     "capability": {"metavar": "X.Y"},
+    "context": {"metavar": "N", "type": at_least(1)},
+    "batch": {"metavar": "N", "type": at_least(1)},
     "trust_remote_code": {"action": "store_true"},
     "kernel": {"choices": KERNELS},
     "forward": {"choices": FORWARDS},

@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from distquant.cli.render import heads_of
 from distquant.planning import LoadPlan
+from distquant.planning.summary import heads_of
 from distquant.units import format_bytes
 
 STYLE = """

@@ -153,21 +153,35 @@ def _offloadable(place: str) -> str:
     return ", ".join(name for name in names if not name.startswith("bitsandbytes"))
 
 
-def check_rank_memory(planned: Planned, environment: Environment, problems: Problems) -> None:
-    """Checks that the finished shard and the staging of every rank fit; reports the arithmetic of the worst rank."""
+def check_rank_memory(planned: Planned, environment: Environment, problems: Problems, changes: str = "") -> None:
+    """Checks that every rank can load; reports the arithmetic of the worst rank.
+
+    Args:
+        planned: the load.
+        environment: the devices, as far as they are known.
+        problems: gets the arithmetic.
+        changes: of the request that make it fit, in words.
+    """
     if environment.memory is None:
         return
     limit = planned.scheme.adjust_max_memory(environment.memory)
-    short = [row for row in planned.memory if row.peak > limit]
+    beside = planned.load_buffer + planned.load_workspace
+    short = [row for row in planned.memory if row.finished + beside > limit]
     if short:
-        worst = max(short, key=lambda row: row.peak)
+        worst = max(short, key=lambda row: row.finished)
+        terms = {
+            "quantized": worst.quantized,
+            "unquantized": worst.unquantized,
+            "load buffer": planned.load_buffer,
+            "for tensors in progress": planned.load_workspace,
+        }
+        shown = [f"{format_bytes(n)} {name}" for name, n in terms.items() if n or "quantized" in name]
         problem = (
-            f"needs {format_bytes(worst.quantized)} quantized + {format_bytes(worst.unquantized)} unquantized "
-            f"+ {format_bytes(worst.staging)} staging = {format_bytes(worst.peak)}, and "
+            f"needs {' + '.join(shown)} = {format_bytes(worst.finished + beside)}, and "
             f"{format_bytes(limit)} of {format_bytes(environment.memory)} ({environment.memory_source}) may be used"
         )
         others = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
-        fix = "Use more ranks, a smaller staging, fewer bits, or more memory"
+        fix = changes or "Use more ranks, a smaller staging, fewer bits, or more memory"
         problems.add(f"rank {worst.rank}{others}", problem, fix)
 
 
