@@ -18,6 +18,7 @@ from distquant.model import EXPECTED, STAR, ModelDescription
 from distquant.options import ALL_REDUCE
 from distquant.planning.described import Described
 from distquant.planning.device_map import check_memory, memory_limits
+from distquant.planning.group_checks import check_groups
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.plan_builder import Partitioned
 from distquant.planning.planned import Planned
@@ -56,6 +57,7 @@ def check_described(described: Described, environment: Environment, has_device_m
     _check_missing(described, problems)
     _check_devices(described, environment.device_type, problems)
     _check_offloaded(described, problems)
+    check_groups(described, problems)
     check_sources(described, problems)
 
 
