@@ -8,7 +8,6 @@ from typing import Any
 
 from distquant.planning.generation_memory import Alternative, Estimates
 from distquant.planning.planned import Planned
-from distquant.units import format_bytes
 
 TP_SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Sizes of tp that are tried: what machines have."""
@@ -33,19 +32,13 @@ def with_changes(planned: Planned, estimates: Estimates, replan: Replan) -> Esti
     """Returns the estimates with the changes that make it fit; as they are if it fits, or no limit is known."""
     if all(device.fits is not False for device in estimates.memory()):
         return estimates
-    found = [_context(estimates)]
+    changes = [_context(estimates)]
     if planned.device_map is None:
-        found.append(_first(_buffers(estimates), estimates, replan))
-        found.append(_first(_meshes(planned, estimates), estimates, replan))
+        changes.append(_first(_buffers(estimates), estimates, replan))
+        changes.append(_first(_meshes(planned, estimates), estimates, replan))
         if not planned.prequantized:
-            found.append(_first(_methods(), estimates, replan))
-    return replace(estimates, alternatives=tuple(change for change in found if change is not None))
-
-
-def advice(estimates: Estimates) -> str:
-    """Returns the changes that make it fit as advice; empty if none is known."""
-    found = [f"{each.change} (needs {format_bytes(each.needed)})" for each in estimates.alternatives]
-    return f"Smallest change that fits: {', or '.join(found)}" if found else ""
+            changes.append(_first(_methods(), estimates, replan))
+    return replace(estimates, alternatives=tuple(change for change in changes if change is not None))
 
 
 def _context(estimates: Estimates) -> Alternative | None:
@@ -87,7 +80,7 @@ def _first(
 ) -> Alternative | None:
     """Returns the first change with which every device fits; None if there is none."""
     for text, change in candidates:
-        found = replan(change)
-        if found is not None and all(device.fits for device in found.memory(estimates.context, estimates.batch)):
-            return Alternative(text, found.worst(estimates.context, estimates.batch).needed)
+        other = replan(change)
+        if other is not None and all(device.fits for device in other.memory(estimates.context, estimates.batch)):
+            return Alternative(text, other.worst(estimates.context, estimates.batch).needed)
     return None

@@ -13,7 +13,7 @@ from distquant.model import CacheLayer, Decoder
 from distquant.model.cache import FLOAT32
 from distquant.planning.device_map import memory_limits
 from distquant.planning.expert_parallel import first_expert
-from distquant.planning.generation_memory import USUAL_CONTEXT, CacheGroup, Estimates, Holder
+from distquant.planning.generation_memory import USUAL_CONTEXT, CacheGroup, Device, Estimates
 from distquant.planning.load_plan import TensorPlan
 from distquant.planning.planned import Planned
 from distquant.sharding.device_map import is_offloaded, main_place, place_of
@@ -46,13 +46,13 @@ def estimate(
     longest = decoder.longest if decoder else None
     usual = min(longest or USUAL_CONTEXT, USUAL_CONTEXT)
     if planned.device_map is None:
-        holders = _ranks(planned, item, decoder, environment.memory)
+        devices = _ranks(planned, item, decoder, environment.memory)
     else:
         limits = memory_limits(max_memory, planned.device_map)
-        holders = tuple(_devices(planned, item, decoder, planned.device_map, limits))
+        devices = tuple(_devices(planned, item, decoder, planned.device_map, limits))
     source = environment.memory_source if planned.device_map is None else "max_memory"
     return Estimates(
-        holders=holders,
+        devices=devices,
         load_buffer=planned.load_buffer,
         load_workspace=planned.load_workspace,
         limit_source=source,
@@ -71,18 +71,18 @@ def estimate(
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
 
-def _ranks(planned: Planned, item: int, decoder: Decoder | None, limit: int | None) -> tuple[Holder, ...]:
+def _ranks(planned: Planned, item: int, decoder: Decoder | None, limit: int | None) -> tuple[Device, ...]:
     """Returns the ranks, those that take the same as one."""
     load_limit = None if limit is None else planned.scheme.adjust_max_memory(limit)
-    kinds, found = planned.kinds(), dict[tuple[int, int], Holder]()
-    alike: dict[Holder, list[int]] = {}
+    kinds, found = planned.kinds(), dict[tuple[int, int], Device]()
+    alike: dict[Device, list[int]] = {}
     for row in planned.memory:
         coordinates = planned.mesh.coordinates(row.rank)
         tp, ep = coordinates["tp"], coordinates["ep"]
         if (tp, ep) not in found:
             layers = decoder.layers if decoder else ()
             widest, dequantized = _widest(planned, item, kinds, decoder, tp)
-            found[tp, ep] = Holder(
+            found[tp, ep] = Device(
                 name="",
                 ranks=(),
                 weights=row.finished,
@@ -132,7 +132,7 @@ def _widest(
 
 def _devices(
     planned: Planned, item: int, decoder: Decoder | None, device_map: Mapping[str, str], limits: Mapping[str, int]
-) -> Iterator[Holder]:
+) -> Iterator[Device]:
     """Yields the devices of a device map. What is offloaded runs, and has its cache, on the main device."""
     weights = dict.fromkeys(device_map.values(), 0)
     for tensor in planned.tensors:
@@ -148,7 +148,7 @@ def _devices(
     widest, dequantized = _widest(planned, item, planned.kinds(), decoder, 0)
     for device, nbytes in weights.items():
         runs = device in layers
-        yield Holder(
+        yield Device(
             name=device,
             ranks=(),
             weights=nbytes,

@@ -46,7 +46,7 @@ class CacheGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
+class Device:
     """A device of a device map, or all ranks that take the same.
 
     Attributes:
@@ -135,7 +135,7 @@ class Estimates:
     """All that the memory of a plan follows from; `LoadPlan.memory_for` does the sums.
 
     Attributes:
-        holders: the devices.
+        devices: all of them, equal ranks as one.
         load_buffer: bytes of the load buffer of a rank.
         load_workspace: bytes that tensors in progress take beside it.
         limit_source: source of the limits: `max_memory`, or a measurement.
@@ -149,7 +149,7 @@ class Estimates:
         alternatives: changes that make it fit, where it does not; smallest first.
     """
 
-    holders: tuple[Holder, ...]
+    devices: tuple[Device, ...]
     load_buffer: int
     load_workspace: int
     limit_source: str
@@ -175,7 +175,7 @@ class Estimates:
         for name, value in (("context", context), ("batch", batch)):
             if value < 1:
                 raise InputError.one(name, f"invalid number {value}", "Give 1 or more")
-        return tuple(self._device(holder, context, batch) for holder in self.holders)
+        return tuple(self._memory(device, context, batch) for device in self.devices)
 
     def worst(self, context: int | None = None, batch: int | None = None) -> DeviceMemory:
         """Returns the device that is farthest beyond its limit, or nearest to it."""
@@ -194,24 +194,24 @@ class Estimates:
     def _fits(self, context: int, batch: int) -> bool:
         return all(device.fits is not False for device in self.memory(context, batch))
 
-    def _device(self, holder: Holder, context: int, batch: int) -> DeviceMemory:
-        cache = sum(group.layers * group.layer_bytes(context, batch) for group in holder.cache)
+    def _memory(self, device: Device, context: int, batch: int) -> DeviceMemory:
+        cache = sum(group.layers * group.layer_bytes(context, batch) for group in device.cache)
         return DeviceMemory(
-            name=holder.name,
-            ranks=holder.ranks,
-            weights=holder.weights,
-            load_buffer=self.load_buffer if holder.ranks else 0,
-            load_workspace=self.load_workspace if holder.ranks else 0,
+            name=device.name,
+            ranks=device.ranks,
+            weights=device.weights,
+            load_buffer=self.load_buffer if device.ranks else 0,
+            load_workspace=self.load_workspace if device.ranks else 0,
             cache=cache,
-            activations=self._activations(holder, context, batch),
-            limit=holder.limit,
-            load_limit=holder.load_limit,
+            activations=self._activations(device, context, batch),
+            limit=device.limit,
+            load_limit=device.load_limit,
         )
 
-    def _activations(self, holder: Holder, context: int, batch: int) -> int:
-        if not self.decoded or not holder.widest:
+    def _activations(self, device: Device, context: int, batch: int) -> int:
+        if not self.decoded or not device.widest:
             return 0
-        token = (HIDDEN_COPIES * self.hidden_size + WIDE_COPIES * holder.widest) * self.item_bytes
+        token = (HIDDEN_COPIES * self.hidden_size + WIDE_COPIES * device.widest) * self.item_bytes
         logits = batch * self.vocab_size * (self.item_bytes + LOGITS_BYTES)
-        copied = max((group.layer_bytes(context, batch) for group in holder.cache), default=0)
-        return batch * context * token + logits + holder.dequantized + copied
+        copied = max((group.layer_bytes(context, batch) for group in device.cache), default=0)
+        return batch * context * token + logits + device.dequantized + copied

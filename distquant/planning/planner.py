@@ -24,7 +24,7 @@ from distquant.environment import Environment
 from distquant.errors import InputError, Problems
 from distquant.garbage_collection import without_collector
 from distquant.model import STAR, Decoder, Linear, build, describe_decoder
-from distquant.planning.changes import advice, with_changes
+from distquant.planning.changes import with_changes
 from distquant.planning.described import Described, describe, fields_of
 from distquant.planning.estimates import estimate
 from distquant.planning.expert_parallel import expert_rules, plan_experts
@@ -93,12 +93,12 @@ def _plan(request: Request, environment: Environment, advise: bool) -> tuple[Loa
         planned = plan_memory(partitioned)
         decoder = describe_decoder(model)
         estimates = _estimate(request, planned, dtype, decoder, environment)
+        loads = all(device.loads is not False for device in estimates.memory())
+        if not problems and (advise or not loads):
+            replan = partial(_replan, request, prepared, decoder, environment)
+            estimates = with_changes(planned, estimates, replan)
         if described.sizes_known and not has_device_map:
-            loads = all(device.loads is not False for device in estimates.memory())
-            if not problems and (advise or not loads):
-                replan = partial(_replan, request, prepared, decoder, environment)
-                estimates = with_changes(planned, estimates, replan)
-            check_rank_memory(planned, environment, problems, advice(estimates))
+            check_rank_memory(planned, environment, problems, estimates)
     if described.sizes_known and described.device_map is not None:
         with collected(problems):
             check_device_memory(partitioned, described.device_map, request.max_memory, problems)

@@ -157,7 +157,8 @@ def _named(devices: Sequence[DeviceMemory], amount: Any) -> str:
 
 
 def _weights(plan: Plan, estimates: Estimates, devices: Sequence[DeviceMemory]) -> str:
-    buffer = f"; load buffer {format_bytes(estimates.load_buffer)}, given back when loading ends"
+    host = " of host memory" if plan.device_map is not None else ""
+    buffer = f"; load buffer {format_bytes(estimates.load_buffer)}{host}, given back when loading ends"
     if not estimates.load_buffer:
         buffer = ""
     if plan.device_map is not None:
@@ -187,28 +188,28 @@ def _generation(plan: Plan, estimates: Estimates, devices: Sequence[DeviceMemory
 
 def _fits(plan: Plan, estimates: Estimates, devices: Sequence[DeviceMemory]) -> str:
     if plan.device_map is not None and any(device.limit is not None for device in devices):
-        return _fits_map(devices)
+        return _fits_map(estimates, devices)
     worst = estimates.worst()
     if worst.limit is None:
         if plan.device_map is not None:
             return f"needs {_named(devices, lambda device: device.needed)}; give max_memory to compare"
         needed = int(max(worst.loading / estimates.reserve, worst.generating))
         return f"needs {format_bytes(needed)} on each device{_sold_as(needed)}; give max_memory to compare"
-    of = f"{format_bytes(worst.needed)} of {format_bytes(worst.limit)} ({estimates.limit_source})"
+    limit = f"{format_bytes(worst.limit)} ({estimates.limit_source})"
     if worst.fits:
-        return f"yes: {of}"
-    return f"no: {of}; {change_text(estimates)}"
+        return f"yes: {format_bytes(worst.needed)} of {limit}"
+    return f"no: needs {format_bytes(worst.needed)}, the limit is {limit}. {change_text(estimates)}"
 
 
 def change_text(estimates: Estimates) -> str:
     """Returns the changes that make it fit, in words."""
     if not estimates.alternatives:
-        return "no shorter context, larger tp or smaller method was found that fits"
+        return "No shorter context, larger tp or smaller method was found that fits"
     changes = [f"{each.change} (needs {format_bytes(each.needed)})" for each in estimates.alternatives]
-    return f"smallest change that fits: {', or '.join(changes)}"
+    return f"Smallest change that fits: {', or '.join(changes)}"
 
 
-def _fits_map(devices: Sequence[DeviceMemory]) -> str:
+def _fits_map(estimates: Estimates, devices: Sequence[DeviceMemory]) -> str:
     full = [device for device in devices if device.fits is False]
     texts = [
         f"{device.name} {format_bytes(device.needed)}"
@@ -216,7 +217,8 @@ def _fits_map(devices: Sequence[DeviceMemory]) -> str:
         for device in (full or devices)[:SHOWN_DEVICES]
     ]
     if full:
-        return f"no: {', '.join(texts)}; move modules to other devices, or shorten the context"
+        changes = change_text(estimates) if estimates.alternatives else "Move modules to other devices"
+        return f"no: needs {', '.join(texts)}. {changes}"
     return f"yes: {', '.join(texts)}"
 
 

@@ -18,11 +18,13 @@ from distquant.model import EXPECTED, STAR, ModelDescription
 from distquant.options import ALL_REDUCE
 from distquant.planning.described import Described
 from distquant.planning.device_map import check_memory, memory_limits
+from distquant.planning.generation_memory import Estimates
 from distquant.planning.group_checks import check_groups
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.plan_builder import Partitioned
 from distquant.planning.planned import Planned
 from distquant.planning.source_checks import LISTED, check_sources
+from distquant.planning.summary import change_text
 from distquant.quantization import Context, Scheme, config_classes
 from distquant.quantization.registry import discover
 from distquant.sharding.device_map import is_offloaded, main_place, place_of
@@ -155,14 +157,16 @@ def _offloadable(place: str) -> str:
     return ", ".join(name for name in names if not name.startswith("bitsandbytes"))
 
 
-def check_rank_memory(planned: Planned, environment: Environment, problems: Problems, changes: str = "") -> None:
+def check_rank_memory(
+    planned: Planned, environment: Environment, problems: Problems, estimates: Estimates | None = None
+) -> None:
     """Checks that every rank can load; reports the arithmetic of the worst rank.
 
     Args:
         planned: the load.
         environment: the devices, as far as they are known.
         problems: gets the arithmetic.
-        changes: of the request that make it fit, in words.
+        estimates: with the changes of the request that make it fit.
     """
     if environment.memory is None:
         return
@@ -183,7 +187,9 @@ def check_rank_memory(planned: Planned, environment: Environment, problems: Prob
             f"{format_bytes(limit)} of {format_bytes(environment.memory)} ({environment.memory_source}) may be used"
         )
         others = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
-        fix = changes or "Use more ranks, a smaller staging, fewer bits, or more memory"
+        fix = "Use more ranks, a smaller load buffer (staging), fewer bits, or more memory"
+        if estimates is not None and estimates.alternatives:
+            fix = change_text(estimates)
         problems.add(f"rank {worst.rank}{others}", problem, fix)
 
 

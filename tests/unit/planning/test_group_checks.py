@@ -38,7 +38,7 @@ def test_the_size_fits_all_modules(model_of) -> None:
     assert dq.plan(path, quantization_config=name).converted
 
 
-def test_a_size_without_a_name_is_told_as_a_number(model_of) -> None:
+def test_a_size_without_a_short_name_is_a_number(model_of) -> None:
     (problem,) = problems(model_of("llama-gqa"), {"quant_method": "awq", "bits": 4, "group_size": 80})
     assert problem.fix.startswith("Use group_size=64; or leave them")
     config = {"quant_method": "awq", "bits": 4, "group_size": 64}

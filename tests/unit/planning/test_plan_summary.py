@@ -44,9 +44,9 @@ def test_without_a_limit_nobody_knows(kjv_tiny: str) -> None:
 
 def test_a_shorter_context_that_is_offered_fits_and_a_longer_one_does_not(kjv_tiny: str) -> None:
     plan = dq.plan(kjv_tiny, max_memory="100MiB", batch=64, quantization_config="none")
-    found = re.search(r"fits        no: .*smallest change that fits: context (\d+) \(needs", lines(plan)[2])
-    assert found is not None, lines(plan)
-    context = int(found.group(1))
+    offer = re.search(r"fits        no: needs .*Smallest change that fits: context (\d+) \(needs", lines(plan)[2])
+    assert offer is not None, lines(plan)
+    context = int(offer.group(1))
     assert plan.fits(context) is True
     assert plan.fits(context + 256) is False
 
@@ -60,9 +60,9 @@ def refusal(model: str, **options: Any) -> str:
 
 def change(text: str, kind: str) -> tuple[str, int]:
     """Returns the offered change of a kind, and the bytes that it says a device needs."""
-    found = re.search(rf"{kind} (\S+) \(needs ([\d.]+) ([KMG]iB)\)", text)
-    assert found is not None, text
-    return found.group(1), parse_bytes(found.group(2) + found.group(3))
+    offer = re.search(rf"{kind} (\S+) \(needs ([\d.]+) ([KMG]iB)\)", text)
+    assert offer is not None, text
+    return offer.group(1), parse_bytes(offer.group(2) + offer.group(3))
 
 
 def needed(plan: dq.LoadPlan) -> int:
@@ -70,7 +70,7 @@ def needed(plan: dq.LoadPlan) -> int:
 
 
 def test_larger_tp_and_other_methods_that_are_offered_fit(model_of) -> None:
-    """What is announced is what planning with the change gives, but for the digits that are shown."""
+    """Planning with the change gives the bytes that were announced, but for the digits that are shown."""
     path, options = model_of("llama-352"), {"staging": "1KiB", "context": 8}
     limit = dq.plan(path, **options).memory_for()[0].weights * 4 // 5
     options["max_memory"] = limit
@@ -85,7 +85,7 @@ def test_larger_tp_and_other_methods_that_are_offered_fit(model_of) -> None:
     assert needed(smaller) == pytest.approx(bytes_there, rel=0.01)
 
 
-def test_a_load_buffer_that_is_too_large_is_told_with_one_that_fits(kjv_tiny: str) -> None:
+def test_a_smaller_load_buffer_that_is_offered_fits(kjv_tiny: str) -> None:
     text = refusal(kjv_tiny, max_memory="40MiB", context=8)
     assert "load buffer" in text
     staging, _ = change(text, "staging")
@@ -114,7 +114,7 @@ def test_estimates_are_neither_in_the_json_nor_in_the_digest(kjv_tiny: str) -> N
 def test_a_plan_from_json_says_what_it_lacks(kjv_tiny: str) -> None:
     plan = dq.LoadPlan.from_json(dq.plan(kjv_tiny, mesh="tp=2").to_json())
     assert "read from JSON" in str(plan)
-    with pytest.raises(dq.InputError, match="read from JSON, which holds no estimates of memory. Plan again"):
+    with pytest.raises(dq.InputError, match="read from JSON, which holds no estimates of memory"):
         plan.memory_for()
 
 
