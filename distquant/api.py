@@ -37,6 +37,8 @@ def plan(
     dispatch: str = "all_reduce",
     on_unsupported: str = "error",
     capability: tuple[int, int] | None = None,
+    context: int | None = None,
+    batch: int = 1,
     trust_remote_code: bool = False,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -65,11 +67,17 @@ def plan(
         on_unsupported: Treatment of a checkpoint whose quantization method is not supported: `error`, or `skip` to plan
             its tensors as they are stored. A plan made with `skip` is to be read only: `load` rejects it.
         capability: CUDA compute capability of the devices, if known.
+        context: Tokens of a sequence, prompt and answer together, that memory is planned for. Default: 4096, or the
+            model's most if that is less.
+        batch: Sequences that each replica generates at once, that memory is planned for.
         trust_remote_code: Run model code that comes with the checkpoint.
         revision: Revision of a cached id.
         cache_dir: Folder in which a cached id is looked up, in place of the Hugging Face cache.
         aliases: Other spellings: `tp=2`, `dp=`, `ep=` in place of a mesh, `load_in_4bit=True` (nf4),
             `load_in_8bit=True` (int8), `torch_dtype=`, `device=`.
+
+    Returns:
+        The plan. Printed, it says in three lines if it fits; `fits` and `memory_for` answer for other contexts.
 
     Raises:
         InputError: with every problem that can be known from configs and headers.

@@ -74,8 +74,8 @@ Progress = Callable[[LoadProgress], None]
 """Called as rows arrive."""
 
 
-DECLARED = ("ranks_per_node", "capability")
-"""Options of `plan` alone: facts about devices, which a load measures."""
+DECLARED = ("ranks_per_node", "capability", "context", "batch")
+"""Options of `plan` alone: facts about devices, which a load measures, and what is to be generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +114,11 @@ class PlanOptions:
     """
     capability: tuple[int, int] | None = None
     """CUDA compute capability of the devices, if known."""
+    context: int | None = None
+    """Tokens of a sequence, prompt and answer together, that memory is planned for. Default: 4096, or the model's most
+    if that is less."""
+    batch: int = 1
+    """Sequences that each replica generates at once, that memory is planned for."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
     revision: str | None = None

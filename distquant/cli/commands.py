@@ -18,7 +18,7 @@ def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
     _check_output("--json", arguments.json)
     _check_output("--html", arguments.html)
     plan = make(arguments.model, **launch.load_options(arguments, arguments.mesh))
-    print(render.plan_text(plan))
+    print(plan)
     if arguments.json:
         with open(arguments.json, "w") as file:
             file.write(plan.to_json() + "\n")

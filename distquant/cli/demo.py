@@ -11,6 +11,7 @@ from distquant.cli.progress import ProgressLine
 from distquant.errors import CheckFailed, InputError
 from distquant.files import TEXT_BYTES, read_text
 from distquant.sharding.mesh import Mesh
+from distquant.tables import table
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -21,7 +22,7 @@ def demo(arguments: argparse.Namespace) -> None:
     quant = arguments.quantization_config = arguments.quantization_config or "nf4-dq"
     options = launch.load_options(arguments, arguments.mesh)
     print(f"== the plan: {quant} at {arguments.mesh}\n")
-    print(render.plan_text(plan(arguments.model, **options)))
+    print(plan(arguments.model, **options))
 
     print(f"\n== loading onto {Mesh.parse(arguments.mesh).size} Ray workers\n", flush=True)
     text = _validation(arguments.model)
@@ -45,7 +46,7 @@ def demo(arguments: argparse.Namespace) -> None:
         baseline = perplexity(unquantized, tokenizer, text)
         rows = [(str(unquantized.dtype).removeprefix("torch."), "tp=1", f"{baseline:.3f}")]
         rows += [(quant, arguments.mesh, f"{quantized:.3f}")]
-        print(render.table(("weights", "mesh", "perplexity on validation.txt"), rows))
+        print(table(("weights", "mesh", "perplexity on validation.txt"), rows))
     print(f"\nfingerprint at tp=1  {reference}")
     print(f"fingerprint at {arguments.mesh}  {report['fingerprint']}")
     if report["fingerprint"] != reference:

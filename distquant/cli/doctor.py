@@ -6,10 +6,10 @@ import os
 import platform
 from collections.abc import Iterator
 
-from distquant.cli.render import table
 from distquant.config import QuantizationConfig
 from distquant.environment import Environment, installed, usable_cores
 from distquant.quantization import Context, Scheme
+from distquant.tables import table
 from distquant.units import format_bytes
 
 HEADER = ("method", "names", "pre-quantized", "on the fly", "tp", "ep", "experts", "train", "state")

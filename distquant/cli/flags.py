@@ -52,6 +52,8 @@ SPELLINGS: Mapping[str, dict[str, Any]] = {
     "capability": {"metavar": "X.Y"},
     "attn_implementation": {"metavar": "NAME"},
     "cache_dir": {"metavar": "FOLDER"},
+    "context": {"metavar": "N", "type": at_least(1)},
+    "batch": {"metavar": "N", "type": at_least(1)},
     "trust_remote_code": {"action": "store_true"},
     "kernel": {"choices": KERNELS},
     "forward": {"choices": FORWARDS},

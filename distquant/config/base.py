@@ -138,6 +138,11 @@ class QuantizationConfig:
         """Returns the precisions of the weights in terms that all methods share; empty if nothing is quantized."""
         return ()
 
+    def with_group_size(self, size: int) -> str | None:
+        """Returns the short name of this configuration with another group size; None if there is none."""
+        own = next((name for name in self.short_names if type(self)(**self.short_names[name]) == self), None)
+        return f"{own}-g{size}" if f"{own}-g{size}" in self.short_names else None
+
     @classmethod
     def matches(cls, given: Mapping[str, Any]) -> bool:
         """Returns True if a dict is meant for this class; without a `quant_method` the marker alone decides."""

@@ -37,6 +37,12 @@ def _group(weights: Mapping[str, Any], file_format: str, inputs: Mapping[str, An
     }
 
 
+def _int4(size: int) -> Mapping[str, Any]:
+    """Returns the fields of symmetric int4 in groups of `size` inputs."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": size}
+    return _group(weights, "pack-quantized")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompressedTensorsConfig(QuantizationConfig):
     """Several precisions in one checkpoint (the format of vLLM and llm-compressor).
@@ -55,9 +61,9 @@ class CompressedTensorsConfig(QuantizationConfig):
     )
     skip_field: ClassVar[str | None] = "ignore"
     short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "int4": _group(
-            {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}, "pack-quantized"
-        ),
+        "int4": _int4(128),
+        "int4-g64": _int4(64),
+        "int4-g32": _int4(32),
         "fp8-row": _group(
             {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
             "float-quantized",

@@ -31,6 +31,11 @@ _LOADING = frozenset({"max_input_length", "backend"})
 _OLD_KERNELS = {"use_exllama", "disable_exllama", "exllama_config", "use_cuda_fp16"}
 
 
+def _round_to_nearest(name: str) -> dict[str, dict[str, Any]]:
+    """Returns the short names of 4 bits that need no calibration: of groups of 128, 64 and 32."""
+    return {name: {"bits": 4}, **{f"{name}-g{size}": {"bits": 4, "group_size": size} for size in (64, 32)}}
+
+
 def _lowered(given: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     """Returns the dict with the strings under some keys in lower case."""
     values = {key: plain(given[key]) for key in keys if key in given}
@@ -138,7 +143,7 @@ class GptqConfig(CalibratedConfig):
             "awq_gemm_checkpoint", "hessian", "mock_quantization", "modules_to_not_convert", *_OLD_KERNELS,
         }
     )  # fmt: skip
-    short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {"gptq-rtn": {"bits": 4}}
+    short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = _round_to_nearest("gptq-rtn")
 
     bits: int
     """Bits of a weight: 2, 3, 4 or 8."""
@@ -179,7 +184,7 @@ class AwqConfig(CalibratedConfig):
         {"do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config", "checkpoint_format", "pack_dtype"}
     )
     skip_field: ClassVar[str | None] = "modules_to_not_convert"
-    short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {"awq-rtn": {"bits": 4}}
+    short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = _round_to_nearest("awq-rtn")
 
     zero_point: bool = True
     """True if groups have a zero point; otherwise the range is symmetric."""

@@ -77,7 +77,10 @@ class HqqConfig(QuantizationConfig):
     aliases: ClassVar[Mapping[str, str]] = {"modules_to_not_convert": "skip_modules"}
     none_is_default: ClassVar[frozenset[str]] = frozenset({"axis"})
     skip_field: ClassVar[str | None] = "skip_modules"
-    short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {"hqq": {"nbits": 4, "group_size": 64, "axis": 1}}
+    short_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "hqq": {"nbits": 4, "group_size": 64, "axis": 1},
+        **{f"hqq-g{size}": {"nbits": 4, "group_size": size, "axis": 1} for size in (128, 32)},
+    }
 
     nbits: int = 4
     """Bits of a weight: 8, 4, 3, 2 or 1."""

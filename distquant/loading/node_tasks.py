@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial as bind
 from typing import Any
 
@@ -11,13 +10,13 @@ import torch
 
 from distquant.checkpoint import TensorInfo
 from distquant.loading.shard_buffer import Allocator, ShardBuffer
-from distquant.loading.stream.tasks import TORCH_DTYPE, Encode, Task
+from distquant.loading.stream.tasks import Encode, Task
 from distquant.planning.load_plan import LoadPlan
+from distquant.planning.node_rows import node_rows
 from distquant.planning.read_assignment import NodeReads, reads_of_node
-from distquant.planning.row_map import RowMap, column_segments, row_segments, rows_and_width
+from distquant.planning.row_map import column_segments, row_segments, rows_and_width
 from distquant.planning.transfers import Transfer, transfers_of
 from distquant.quantization import Encoder, PlainDecoder, Scheme
-from distquant.sharding.row_layout import RowLayout, row_layout_of
 
 
 def tasks_of(
@@ -61,34 +60,19 @@ def _task(
     index: int, assigned: NodeReads, infos: Mapping[str, TensorInfo], device: torch.device, encode: Encode | None
 ) -> Task:
     transfer, owners, columns, reads = assigned
-    kind, first = transfer.kind, infos[transfer.sources[0].tensor]
-    shape = first.shape if kind.decoded else kind.shape
-    rows = RowMap(shape[::-1] if transfer.transposed else shape, transfer.sources, infos)
-    dtype = getattr(torch, kind.dtype) if kind.dtype else TORCH_DTYPE[first.dtype]
-    # Rows of another form are read with all their columns: the node's columns count logical ones.
-    stored_columns = (0, rows.width) if transfer.transposed or kind.decoded else columns
+    found = node_rows(transfer, columns, infos)
     return Task(
         index=index,
         transfer=transfer,
-        rows=rows,
-        columns=stored_columns,
+        rows=found.rows,
+        columns=found.columns,
         reads=reads,
-        row_layouts=_row_layouts(transfer, columns, dtype),
-        dtype=dtype,
+        row_layouts=found.row_layouts,
+        dtype=found.dtype,
         encode=encode,
         device=device,
         owners=owners,
     )
-
-
-def _row_layouts(transfer: Transfer, columns: tuple[int, int], dtype: torch.dtype) -> tuple[RowLayout, ...]:
-    """Returns the components of a transfer in the columns that the node reads."""
-    kind = transfer.kind
-    shape = (rows_and_width(kind.shape)[0], columns[1] - columns[0])
-    if kind.component is not None:
-        # Sharded or not, every owner gets its rows of a stored component: none is marked as replicated beside them.
-        return tuple(replace(row_layout_of(component, shape), dtype=dtype) for component in kind.components)
-    return tuple(row_layout_of(component, shape, component.name in kind.replicated) for component in kind.components)
 
 
 def buffer_for(task: Task, tp: int, partial: bool, allocator: Allocator | None) -> ShardBuffer:

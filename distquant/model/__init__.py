@@ -5,6 +5,7 @@ Everything that depends on the version of `transformers` lives in this package.
 
 from distquant.model.as_stored import PLAIN_FLOATS, QuantizedTensors, as_stored
 from distquant.model.build import build, describe_model
+from distquant.model.cache import CacheLayer, Decoder, describe_decoder
 from distquant.model.description import (
     ROWS,
     STAR,
@@ -28,6 +29,8 @@ __all__ = [
     "ROWS",
     "STAR",
     "Attention",
+    "CacheLayer",
+    "Decoder",
     "ExpertsDescription",
     "GgufNames",
     "Linear",
@@ -39,6 +42,7 @@ __all__ = [
     "as_stored",
     "build",
     "check_merged_components",
+    "describe_decoder",
     "describe_model",
     "gguf_names",
     "model_file_problems",

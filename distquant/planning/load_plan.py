@@ -14,7 +14,9 @@ from typing import Any
 from distquant.environment import Environment
 from distquant.errors import InputError
 from distquant.model.description import Source
+from distquant.planning.generation_memory import DeviceMemory, Estimates
 from distquant.planning.read_strategy import OWN
+from distquant.planning.summary import plan_html_fragment, plan_repr, plan_text
 from distquant.sharding.heads import HeadPartition
 from distquant.sharding.mesh import Mesh
 from distquant.sharding.partition import Partition
@@ -132,7 +134,7 @@ class RankMemory:
         return self.finished + self.staging
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LoadPlan:
     """All decisions that are made before a weight moves. `digest` identifies it; `to_json` and `from_json` carry it."""
 
@@ -175,6 +177,8 @@ class LoadPlan:
     trust_remote_code: bool = False
     attn_implementation: str | None = None
     """Attention that was asked for; None = transformers' choice, and then the JSON does not name it."""
+    estimates: Estimates | None = field(default=None, compare=False)
+    """Facts that `memory_for` and the printed text need; neither in the JSON nor in the digest."""
 
     cuts = _renamed("cuts", "partitions")
 
@@ -187,6 +191,39 @@ class LoadPlan:
     def checkpoint_bytes(self) -> int:
         return sum(size for _, size in self.shards.values())
 
+    def memory_for(self, context: int | None = None, batch: int | None = None) -> tuple[DeviceMemory, ...]:
+        """Returns the memory of each device, for a context and batch: weights, load buffer, cache and activations.
+
+        Args:
+            context: tokens of each sequence, prompt and answer together. Default: those that the plan was made with.
+            batch: sequences that each replica generates at once. Default: as the plan was made with.
+
+        Raises:
+            InputError: fewer than one token or sequence; or the plan was read from JSON, which has no estimates.
+        """
+        if self.estimates is None:
+            fault = "was read from JSON, which holds no estimates of memory"
+            raise InputError.one("plan", fault, "Plan again from the checkpoint")
+        return self.estimates.memory(context, batch)
+
+    def fits(self, context: int | None = None, batch: int | None = None) -> bool | None:
+        """Returns True if every device has the memory to load and to generate; None where no limit is known.
+
+        Arguments and errors are those of `memory_for`.
+        """
+        found = [device.fits for device in self.memory_for(context, batch)]
+        return False if False in found else None if None in found else True
+
+    def __str__(self) -> str:
+        return plan_text(self)
+
+    def __repr__(self) -> str:
+        return plan_repr(self)
+
+    def _repr_html_(self) -> str:
+        """Returns HTML for notebooks."""
+        return plan_html_fragment(self)
+
     def to_json(self) -> str:
         """Returns canonical JSON (sorted keys, no spaces)."""
         return self._json()
@@ -196,6 +233,7 @@ class LoadPlan:
         fields.pop(without, None)
         if self.attn_implementation is None:
             del fields["attn_implementation"]
+        del fields["estimates"]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), default=_plain)
 
     @classmethod

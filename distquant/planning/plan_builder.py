@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from distquant.model import Source
 from distquant.planning.described import Described
 from distquant.planning.expert_parallel import experts_of, first_expert
 from distquant.planning.load_plan import RankMemory, TensorPlan
-from distquant.planning.read_assignment import bytes_read
+from distquant.planning.read_assignment import NodeReads, bytes_read
 from distquant.planning.slots import READ_SLOTS, SEND_SLOTS, SLACK
 from distquant.planning.tensor_parallel import ParallelPlan
 from distquant.planning.transfers import transfers_of
@@ -77,13 +77,13 @@ class Partitioned(Described):
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
-    def memory_rows(self) -> Iterator[RankMemory]:
-        """Yields the memory table, a row a rank."""
+    def memory_rows(self, observe: Callable[[list[NodeReads]], None]) -> Iterator[RankMemory]:
+        """Yields the memory table, a row a rank; `observe` is called with what each node reads."""
         kinds, infos = self.kinds(), self.checkpoint.tensors
         transfers = transfers_of(self.tensors, self.parallel.partitions, self.scheme, self.prequantized, infos)
-        read = bytes_read(transfers, self.mesh, self.nodes)
+        read = bytes_read(transfers, self.mesh, self.nodes, observe)
         # Tensors pass one at a time, so the largest need of any is added once.
-        beside = max([n for _, n in self.whole_weight_workspace()] + self._encoded_buffers(kinds), default=0)
+        beside = max([n for _, n in self.whole_weight_workspace()] + self.encoded_buffers(kinds), default=0)
         rows: dict[tuple[int, int], RankMemory] = {}
         for rank in range(self.mesh.size):
             coordinates = self.mesh.coordinates(rank)
@@ -107,23 +107,29 @@ class Partitioned(Described):
             rank=0, parameters=parameters, read=0, quantized=quantized, unquantized=unquantized, staging=staging
         )
 
-    def whole_weight_workspace(self) -> list[tuple[TensorPlan, int]]:
-        """Returns the tensors that one rank quantizes as one, with the bytes that this takes beside the staging."""
-        needs = []
+    def whole_weights(self) -> Iterator[tuple[TensorPlan, int]]:
+        """Yields the tensors that one rank quantizes as one, with the bytes that `encode` takes for that."""
         for tensor in self.tensors:
             if tensor.scheme == "none" or self.prequantized:
                 continue
+            one = first_expert(tensor)
+            workspace = self.scheme.whole_weight_workspace(one.name, (one.shape[0], one.shape[1]))
+            if workspace:
+                yield tensor, workspace
+
+    def whole_weight_workspace(self) -> list[tuple[TensorPlan, int]]:
+        """Returns the tensors that one rank quantizes as one, with the bytes that this takes beside the staging."""
+        needs = []
+        for tensor, workspace in self.whole_weights():
             if tensor.experts is not None:
                 tensor = next(experts_of(tensor, self.shapes))
             shape = (tensor.shape[0], tensor.shape[1])
-            workspace = self.scheme.whole_weight_workspace(tensor.name, shape)
-            if workspace:
-                read = sum(self.taken(source) * self._item_bytes(source) for source in tensor.sources)
-                encoded = self.scheme.encoded_components(tensor.name, shape, tensor.dtype)
-                # All slots grow to the largest piece, which is then this weight, stored or encoded.
-                slot = max(read, sum(component.nbytes(shape) for component in encoded)) + 2 * SLACK
-                beyond_staging = max((READ_SLOTS + SEND_SLOTS) * slot - self.staging, 0)
-                needs.append((tensor, beyond_staging + workspace))
+            read = sum(self.taken(source) * self._item_bytes(source) for source in tensor.sources)
+            encoded = self.scheme.encoded_components(tensor.name, shape, tensor.dtype)
+            # All slots grow to the largest piece, which is then this weight, stored or encoded.
+            slot = max(read, sum(component.nbytes(shape) for component in encoded)) + 2 * SLACK
+            beyond_staging = max((READ_SLOTS + SEND_SLOTS) * slot - self.staging, 0)
+            needs.append((tensor, beyond_staging + workspace))
         return needs
 
     def _item_bytes(self, source: Source) -> int:
@@ -131,7 +137,7 @@ class Partitioned(Described):
         info = self.checkpoint.tensors[source.tensor]
         return info.nbytes // max(math.prod(info.shape), 1)
 
-    def _encoded_buffers(self, kinds: list[tuple[TensorPlan, int]]) -> list[int]:
+    def encoded_buffers(self, kinds: list[tuple[TensorPlan, int]]) -> list[int]:
         """Returns the bytes of buffers for components that the finished weight stores in another form.
 
         They stand beside the finished weight until all its rows have come.

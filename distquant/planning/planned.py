@@ -10,9 +10,12 @@ from typing import Any
 from distquant.config import QuantizationConfig
 from distquant.environment import Environment
 from distquant.planning.described import fields_of
+from distquant.planning.generation_memory import Estimates
 from distquant.planning.load_plan import LoadPlan, RankMemory
+from distquant.planning.node_rows import PieceSizes
 from distquant.planning.notes import notes_on
 from distquant.planning.plan_builder import Partitioned
+from distquant.planning.slots import load_buffer_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,10 @@ class Planned(Partitioned):
 
     memory: tuple[RankMemory, ...]
     """A row a rank."""
+    load_buffer: int
+    """Bytes of all slots that weights pass through on a rank, as the engine makes them."""
+    load_workspace: int
+    """Bytes that a rank needs beside these slots, until the tensors that take them are finished."""
 
 
 def plan_memory(partitioned: Partitioned) -> Planned:
@@ -29,11 +36,25 @@ def plan_memory(partitioned: Partitioned) -> Planned:
     Raises:
         InputError: a checkpoint stores a component in another size than its method's layout has.
     """
-    return Planned(**fields_of(partitioned), memory=tuple(partitioned.memory_rows()))
+    sizes = PieceSizes(partitioned.checkpoint.tensors)
+    memory = tuple(partitioned.memory_rows(sizes.add_node))
+    buffer = workspace = 0
+    if not partitioned.scheme.delegated:  # else transformers loads, and has no slots
+        buffer = load_buffer_bytes(partitioned.staging, sizes.smallest)
+        # Tensors pass one at a time, so the largest need of any counts once.
+        needs = [nbytes for _, nbytes in partitioned.whole_weights()]
+        needs += partitioned.encoded_buffers(partitioned.kinds())
+        workspace = max(needs, default=0) + sizes.statistics(partitioned.staging)
+    return Planned(**fields_of(partitioned), memory=memory, load_buffer=buffer, load_workspace=workspace)
 
 
 def freeze(
-    planned: Planned, dtype: str, environment: Environment, trust_remote_code: bool, attn_implementation: str | None
+    planned: Planned,
+    dtype: str,
+    environment: Environment,
+    trust_remote_code: bool,
+    attn_implementation: str | None,
+    estimates: Estimates,
 ) -> LoadPlan:
     """Returns the plan that every rank gets.
 
@@ -43,6 +64,7 @@ def freeze(
         environment: what the plan was made for.
         trust_remote_code: True if ranks may run the checkpoint's code.
         attn_implementation: the attention that was asked for.
+        estimates: of the memory of each device.
     """
     config, parallel = planned.scheme.config, planned.parallel
     # A skipped method's weights stay as it stores them, so the plan names that method and not `none`.
@@ -77,6 +99,7 @@ def freeze(
         environment=environment,
         trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
+        estimates=estimates,
     )
 
 

@@ -12,20 +12,26 @@ them is raised together, before a weight byte moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from distquant.checkpoint import open_checkpoint
 from distquant.config.resolve import resolve
 from distquant.environment import Environment
 from distquant.errors import InputError, Problems
 from distquant.garbage_collection import without_collector
-from distquant.model import STAR, Linear, build
+from distquant.model import STAR, Decoder, Linear, build, describe_decoder
+from distquant.planning.changes import with_changes
 from distquant.planning.described import Described, describe, fields_of
+from distquant.planning.estimates import estimate
 from distquant.planning.expert_parallel import expert_rules, plan_experts
+from distquant.planning.generation_memory import Estimates
 from distquant.planning.load_plan import LoadPlan, ModuleShard, TensorPlan
 from distquant.planning.plan_builder import Partitioned
-from distquant.planning.planned import freeze, plan_memory
+from distquant.planning.planned import Planned, freeze, plan_memory
 from distquant.planning.prepared import Prepared
 from distquant.planning.read_strategy import read_strategy
 from distquant.planning.request import Request, check_model, collected, read_request
@@ -49,14 +55,28 @@ SHARD_DIM = {COLWISE: 0, COLWISE_GATHER: 0, VOCAB_EMBEDDING: 0, ROWWISE: 1, ROWW
 
 
 def make_plan(request: Request, environment: Environment) -> LoadPlan:
-    """Plans a load; raises `InputError` with every problem."""
-    return plan_and_open(request, environment)[0]
+    """Plans a load; raises `InputError` with every problem.
+
+    Where the devices have too little memory to generate, the plan has the changes of the request that make it fit.
+    """
+    return _plan(request, environment, advise=True)[0]
+
+
+def plan_and_open(request: Request, environment: Environment) -> tuple[LoadPlan, Prepared]:
+    """Plans a load as `make_plan` does; also returns what was opened for it, for a load that follows at once."""
+    return _plan(request, environment, advise=False)
 
 
 @without_collector()
 @changing_process_state()
-def plan_and_open(request: Request, environment: Environment) -> tuple[LoadPlan, Prepared]:
-    """Plans a load as `make_plan` does; also returns what was opened for it, for a load that follows at once."""
+def _plan(request: Request, environment: Environment, advise: bool) -> tuple[LoadPlan, Prepared]:
+    """Plans a load.
+
+    Args:
+        request: as the user gave it.
+        environment: the devices, as far as they are known.
+        advise: True to look for changes also where it loads, but would have too little memory to generate.
+    """
     problems = Problems()
     given = read_request(request, problems)
     with _with_earlier(problems):
@@ -70,16 +90,50 @@ def plan_and_open(request: Request, environment: Environment) -> tuple[LoadPlan,
     has_device_map = request.device_map is not None
     check_described(described, environment, has_device_map, problems)
     partitioned = partition(described)
+    dtype = str(model.dtype).removeprefix("torch.")
     with collected(problems):
         planned = plan_memory(partitioned)
+        decoder = describe_decoder(model)
+        estimates = _estimate(request, planned, dtype, decoder, environment)
+        loads = all(device.loads is not False for device in estimates.memory())
+        if not problems and (advise or not loads):
+            replan = partial(_replan, request, prepared, decoder, environment)
+            estimates = with_changes(planned, estimates, replan)
         if described.sizes_known and not has_device_map:
-            check_rank_memory(planned, environment, problems)
+            check_rank_memory(planned, environment, problems, estimates)
     if described.sizes_known and described.device_map is not None:
         with collected(problems):
             check_device_memory(partitioned, described.device_map, request.max_memory, problems)
     problems.raise_if_any()  # also if `plan_memory` raised, so from here on there is a planned load
-    dtype = str(model.dtype).removeprefix("torch.")
-    return freeze(planned, dtype, environment, trusted, attention), prepared
+    return freeze(planned, dtype, environment, trusted, attention, estimates), prepared
+
+
+def _estimate(
+    request: Request, planned: Planned, dtype: str, decoder: Decoder | None, environment: Environment
+) -> Estimates:
+    return estimate(planned, dtype, decoder, environment, request.max_memory, request.context, request.batch)
+
+
+def _replan(
+    request: Request,
+    prepared: Prepared,
+    decoder: Decoder | None,
+    environment: Environment,
+    change: Mapping[str, Any],
+) -> Estimates | None:
+    """Returns the estimates with some options changed; None where such a load cannot work."""
+    changed, problems = replace(request, **change), Problems()
+    # Which ranks share a node, and how many there are, was known for the request's own mesh.
+    environment = replace(environment, nodes=(), device_count=None)
+    checkpoint, dtype = prepared.checkpoint, str(prepared.model.dtype).removeprefix("torch.")
+    with collected(problems):
+        given = read_request(changed, problems)
+        merged, skipped = resolve(checkpoint.config, given.config, config_classes(), request.on_unsupported)
+        described = describe(changed, given, environment, prepared, merged, skipped, problems)
+        check_described(described, environment, changed.device_map is not None, problems)
+        if not problems:
+            return _estimate(changed, plan_memory(partition(described)), dtype, decoder, environment)
+    return None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ makes. Pure arithmetic, the same on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
@@ -85,7 +85,12 @@ def reads_of_node(transfers: Iterable[Transfer], mesh: Mesh, node: tuple[int, ..
             yield NodeReads(transfer, owners, columns, tuple(reads))
 
 
-def bytes_read(transfers: Iterable[Transfer], mesh: Mesh, nodes: Sequence[int]) -> list[int]:
+def bytes_read(
+    transfers: Iterable[Transfer],
+    mesh: Mesh,
+    nodes: Sequence[int],
+    observe: Callable[[list[NodeReads]], None] | None = None,
+) -> list[int]:
     """Returns the bytes that each rank reads.
 
     Nodes with the same positions that read transfers of the same kinds read the same bytes, so they are summed once:
@@ -95,6 +100,7 @@ def bytes_read(transfers: Iterable[Transfer], mesh: Mesh, nodes: Sequence[int]) 
         transfers: of the whole plan, in the order of loading.
         mesh: of the plan.
         nodes: node of each rank.
+        observe: called with what a node reads, once for nodes that read the same.
     """
     by_ep: dict[int | None, list[tuple[int, Transfer]]] = {None: []}
     for index, transfer in enumerate(transfers):
@@ -112,7 +118,10 @@ def bytes_read(transfers: Iterable[Transfer], mesh: Mesh, nodes: Sequence[int]) 
             work = tuple((number, transfer.kind) for _, number, transfer in here)
             if (places, work) not in known:
                 loads = dict.fromkeys(node, 0)
-                for assigned in reads_of_node([transfer for *_, transfer in here], mesh, node):
+                assignments = list(reads_of_node([transfer for *_, transfer in here], mesh, node))
+                if observe is not None:
+                    observe(assignments)
+                for assigned in assignments:
                     for item in assigned.reads:
                         loads[item.reader] += item.nbytes
                 known[places, work] = list(loads.values())

@@ -90,9 +90,12 @@ def check_model(model: Any) -> None:
 
 
 def _check_sizes(request: Request) -> None:
-    """Raises `InputError` if `max_memory` or `ranks_per_node` is invalid, or would be ignored."""
+    """Raises `InputError` if a size or number is invalid, or would be ignored."""
     if request.ranks_per_node is not None and request.ranks_per_node < 1:
         raise InputError.one("ranks_per_node", f"invalid number {request.ranks_per_node}", "Give 1 or more")
+    for name, value in (("context", request.context), ("batch", request.batch)):
+        if value is not None and value < 1:
+            raise InputError.one(name, f"invalid number {value}", "Give 1 or more")
     if not isinstance(request.max_memory, Mapping):
         if request.max_memory is not None:
             parse_bytes(request.max_memory, "max_memory")

@@ -18,10 +18,13 @@ from distquant.model import EXPECTED, STAR, ModelDescription
 from distquant.options import ALL_REDUCE
 from distquant.planning.described import Described
 from distquant.planning.device_map import check_memory, memory_limits
+from distquant.planning.generation_memory import Estimates
+from distquant.planning.group_checks import check_groups
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.plan_builder import Partitioned
 from distquant.planning.planned import Planned
 from distquant.planning.source_checks import LISTED, check_sources
+from distquant.planning.summary import change_text
 from distquant.quantization import Context, Scheme, config_classes
 from distquant.quantization.registry import discover
 from distquant.sharding.device_map import is_offloaded, main_place, place_of
@@ -56,6 +59,7 @@ def check_described(described: Described, environment: Environment, has_device_m
     _check_missing(described, problems)
     _check_devices(described, environment.device_type, problems)
     _check_offloaded(described, problems)
+    check_groups(described, problems)
     check_sources(described, problems)
 
 
@@ -153,21 +157,39 @@ def _offloadable(place: str) -> str:
     return ", ".join(name for name in names if not name.startswith("bitsandbytes"))
 
 
-def check_rank_memory(planned: Planned, environment: Environment, problems: Problems) -> None:
-    """Checks that the finished shard and the staging of every rank fit; reports the arithmetic of the worst rank."""
+def check_rank_memory(
+    planned: Planned, environment: Environment, problems: Problems, estimates: Estimates | None = None
+) -> None:
+    """Checks that every rank can load; reports the arithmetic of the worst rank.
+
+    Args:
+        planned: the load.
+        environment: the devices, as far as they are known.
+        problems: gets the arithmetic.
+        estimates: with the changes of the request that make it fit.
+    """
     if environment.memory is None:
         return
     limit = planned.scheme.adjust_max_memory(environment.memory)
-    short = [row for row in planned.memory if row.peak > limit]
+    beside = planned.load_buffer + planned.load_workspace
+    short = [row for row in planned.memory if row.finished + beside > limit]
     if short:
-        worst = max(short, key=lambda row: row.peak)
+        worst = max(short, key=lambda row: row.finished)
+        terms = {
+            "quantized": worst.quantized,
+            "unquantized": worst.unquantized,
+            "load buffer": planned.load_buffer,
+            "for tensors in progress": planned.load_workspace,
+        }
+        shown = [f"{format_bytes(n)} {name}" for name, n in terms.items() if n or "quantized" in name]
         problem = (
-            f"needs {format_bytes(worst.quantized)} quantized + {format_bytes(worst.unquantized)} unquantized "
-            f"+ {format_bytes(worst.staging)} staging = {format_bytes(worst.peak)}, and "
+            f"needs {' + '.join(shown)} = {format_bytes(worst.finished + beside)}, and "
             f"{format_bytes(limit)} of {format_bytes(environment.memory)} ({environment.memory_source}) may be used"
         )
         others = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
-        fix = "Use more ranks, a smaller staging, fewer bits, or more memory"
+        fix = "Use more ranks, a smaller load buffer (staging), fewer bits, or more memory"
+        if estimates is not None and estimates.alternatives:
+            fix = change_text(estimates)
         problems.add(f"rank {worst.rank}{others}", problem, fix)
 
 

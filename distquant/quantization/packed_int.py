@@ -93,15 +93,20 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
         if packing.kind != "awq" and columns % per:
             fault = f"{columns} inputs; {per} codes of {packing.bits} bits are packed into {words} word(s)"
             problems.append(Problem(name, fault, fix))
-        group = packing.group(columns)
-        if packing.kind == "awq" and group != ALL and columns % group:
-            fault = f"{columns} inputs are not a multiple of the group size {group}"
-            problems.append(Problem(name, fault, f"Give another group_size. {fix}"))
         return problems
+
+    def group_size(self, name: str, shape: tuple[int, ...]) -> int | None:
+        """AWQ's, whose kernels take whole groups only; the last group of GPTQ may be short."""
+        packing = self.packing(name)
+        group = packing.group(shape[1])
+        return group if packing.kind == "awq" and group != ALL else None
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         problems = self.check_weight(name, shape)
-        packing = self.packing(name)
+        packing, group = self.packing(name), self.group_size(name, shape)
+        if group and shape[1] % group:
+            fault = f"in_features {shape[1]} is not a multiple of group_size={group}"
+            problems.append(Problem(name, fault, OTHER_CHECKPOINT))
         if "" in stored:
             fault = "is stored unquantized, and the config has it quantized"
             return [*problems, Problem(name, fault, "Correct which modules config.json says are quantized")]

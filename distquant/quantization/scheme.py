@@ -136,6 +136,10 @@ class Scheme(ABC):
 
     # -- checks of one weight --------------------------------------------------------------------------------------
 
+    def group_size(self, name: str, shape: tuple[int, ...]) -> int | None:
+        """Inputs of the parameter of this name that share a scale, if all inputs must be a multiple of that."""
+        return None
+
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         """Reasons why the parameter of this name and shape cannot be quantized."""
         return []

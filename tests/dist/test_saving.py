@@ -13,10 +13,11 @@ import distquant as dq
 from distquant.quantization import config_classes
 
 READ = {"none": 0, "fp4": 0, "fp4-dq": 0, "nf4": 0, "nf4-dq": 0, "int8": 0, "fp8": 0, "fp8-tensor": 0, "mxfp8": 0}
-READ |= {"int4": 0, "torchao-fp8": 0, "torchao-int8": 0, "fp8-row": 0.1}
+READ |= {"int4": 0, "int4-g64": 0, "int4-g32": 0, "torchao-fp8": 0, "torchao-int8": 0, "fp8-row": 0.1}
 """Methods whose saved models transformers reads here -> by how much logits may differ (fp8-row: it rounds activations)."""
-REFUSED = ("hqq", "quanto-int4", "quanto-int8", "mxfp4")
-ELSEWHERE = {"gptq-rtn", "awq-rtn", "fbgemm_fp8", "torchao-int4", "nvfp4"}
+REFUSED = ("hqq", "hqq-g128", "hqq-g32", "quanto-int4", "quanto-int8", "mxfp4")
+OF_GROUPS = {f"{name}-g{size}" for name in ("gptq-rtn", "awq-rtn") for size in (64, 32)}
+ELSEWHERE = {"gptq-rtn", "awq-rtn", "fbgemm_fp8", "torchao-int4", "nvfp4"} | OF_GROUPS
 """Methods whose saved models transformers reads with other packages or a GPU only (or that need one to be made)."""
 TRAINED = sorted({*READ, *REFUSED, "gptq-rtn", "awq-rtn", "fbgemm_fp8"} - {"none"})
 

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.constants import HF_HUB_CACHE
 
 import distquant as dq
-from distquant.cli.render import plan_text
+from distquant.planning.summary import plan_text
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -22,7 +22,7 @@ PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
     ["errors", "version", "dtypes", "old_names", "garbage_collection", "quiet", "files", "process_state", "memory"],
-    ["environment", "units"],
+    ["environment", "units", "tables"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],
     ["model"],

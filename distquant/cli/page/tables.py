@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from distquant.cli.page.folding import TensorGroup
 from distquant.cli.page.markup import Html, cell, table, tag
 from distquant.cli.page.weights import division, storage
-from distquant.cli.render import heads_of
+from distquant.planning.summary import heads_of
 from distquant.planning import LoadPlan
 from distquant.units import format_bytes
 

@@ -12,15 +12,13 @@ from torch import Tensor
 from distquant.dtypes import TORCH_NAMES
 from distquant.planning.read_assignment import ReadItem
 from distquant.planning.row_map import RowMap, RowRange
+from distquant.planning.slots import ALIGN, statistics_bytes
 from distquant.planning.transfers import Transfer
 from distquant.sharding.partition import Segment
 from distquant.sharding.row_layout import RowLayout
 
 TORCH_DTYPE = {stored: getattr(torch, name) for stored, name in TORCH_NAMES.items()}
 """torch's dtype by safetensors' name."""
-
-ALIGN = 64
-"""Components of a piece start at multiples of this many bytes."""
 
 PLACED = 32 << 20
 """Bytes that are read directly into place at once, beside what goes through a slot."""
@@ -77,9 +75,8 @@ class Task:
     row_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        replicated = [row_layout for row_layout in self.row_layouts if row_layout.replicated]
-        self.replicated = bool(replicated)
-        self.statistics_bytes = sum(row_layout.nbytes(0, row_layout.rows) for row_layout in replicated)
+        self.replicated = any(row_layout.replicated for row_layout in self.row_layouts)
+        self.statistics_bytes = statistics_bytes(self.row_layouts)
         width = self.columns[1] - self.columns[0]
         self.row_bytes = self.rows.row_bytes() // max(self.rows.width, 1) * width
 

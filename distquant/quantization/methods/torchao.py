@@ -176,11 +176,8 @@ class TorchaoScheme(WeightOnlyScheme, Encoder):
             components.append(Component(name=ZERO, dtype="int8", block_shape=block_shape))
         return Layout(tuple(components))
 
-    def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
-        if isinstance(self.group, int) and shape[-1] % self.group:
-            fault = f"its {shape[-1]} inputs are not a multiple of torchao's group of {self.group}"
-            return [Problem(name, fault, "Give a group that divides them, PerRow(), or skip the module")]
-        return []
+    def group_size(self, name: str, shape: tuple[int, ...]) -> int | None:
+        return self.group if isinstance(self.group, int) else None
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         problems = super().check_stored(name, shape, stored)

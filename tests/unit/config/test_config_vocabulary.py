@@ -24,8 +24,9 @@ SHORT = [name for cls in CONFIG_CLASSES for name in cls.short_names]
 
 def test_the_short_names_that_the_design_lists():
     assert SHORT == [
-        "none", "nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "gptq-rtn", "awq-rtn", "fp8", "fp8-tensor", "mxfp8",
-        "fbgemm_fp8", "int4", "fp8-row", "torchao-int8", "torchao-int4", "torchao-fp8", "hqq", "quanto-int8",
+        "none", "nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "gptq-rtn", "gptq-rtn-g64", "gptq-rtn-g32", "awq-rtn",
+        "awq-rtn-g64", "awq-rtn-g32", "fp8", "fp8-tensor", "mxfp8", "fbgemm_fp8", "int4", "int4-g64", "int4-g32",
+        "fp8-row", "torchao-int8", "torchao-int4", "torchao-fp8", "hqq", "hqq-g128", "hqq-g32", "quanto-int8",
         "quanto-int4", "mxfp4", "nvfp4",
     ]  # fmt: skip
 
@@ -37,6 +38,10 @@ def test_the_short_names_that_the_design_lists():
         ("fp4-dq", "fp4", 4, 64, True, "uint8", True, None),
         ("int8", "int8", 8, "row", True, "float32", False, "dynamic"),
         ("gptq-rtn", "int4", 4, 128, True, "float16", False, None),
+        ("gptq-rtn-g64", "int4", 4, 64, True, "float16", False, None),
+        ("awq-rtn-g32", "uint4", 4, 32, False, "float16", False, None),
+        ("int4-g64", "int4", 4, 64, True, None, False, None),
+        ("hqq-g128", "uint4", 4, 128, False, None, False, None),
         ("awq-rtn", "uint4", 4, 128, False, "float16", False, None),
         ("fp8", "float8_e4m3fn", 8, (128, 128), True, "float32", False, "dynamic"),
         ("fp8-tensor", "float8_e4m3fn", 8, "tensor", True, "float32", False, "dynamic"),

@@ -162,7 +162,7 @@ def test_json_is_canonical():
 
 
 def test_changes_cover_every_field():
-    assert set(CHANGES) == {field.name for field in dataclasses.fields(LoadPlan)}
+    assert set(CHANGES) == {field.name for field in dataclasses.fields(LoadPlan)} - {"estimates"}
     assert set(TENSOR_CHANGES) == {field.name for field in dataclasses.fields(TensorPlan)}
     assert set(SOURCE_CHANGES) == {field.name for field in dataclasses.fields(Source)}
 

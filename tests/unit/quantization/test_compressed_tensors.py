@@ -220,7 +220,7 @@ def refusal(model: Any, quant: Any = None, **kwargs: Any) -> str:
          "transform_config: transforms"),
         ("pack-quantized", {**INT, "num_bits": 3, "strategy": "channel"}, {}, "3 bits: weights are quantized to"),
         ("pack-quantized", {**INT, "num_bits": 4, "strategy": "group", "group_size": 48}, {},
-         "128 inputs are not a multiple of group_size=48"),
+         "group_size: 48 does not fit 12 of 14 modules"),
         ("pack-quantized", {**INT, "num_bits": 4, "strategy": "group", "group_size": 32, "actorder": "group"}, {},
          "weights.actorder: 'group' gives each column a group"),
         ("pack-quantized", {**FLOAT, "strategy": "channel"}, {}, "only symmetric FP8, not packed"),

@@ -130,13 +130,14 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         if with_activations:
             yield f"not applied: quantization of activations, in {len(with_activations)} linear modules"
 
+    def group_size(self, name: str, shape: tuple[int, ...]) -> int | None:
+        stored = self.storage(name)
+        width = stored.tile[1]
+        return width if stored.weights.scope == "group" and width != ALL else None
+
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         stored = self.storage(name)
-        (_, width), bits = stored.tile, stored.weights.num_bits
-        problems = []
-        if stored.weights.scope == "group" and shape[1] % width:
-            fault = f"{shape[1]} inputs are not a multiple of group_size={width}, which the format demands"
-            problems.append(Problem(name, fault, "Add the module to ignore, or use another group_size"))
+        bits, problems = stored.weights.num_bits, []
         if stored.packed and WORD % bits:
             rows = stored.packed_zero and not stored.weights.symmetric and shape[0] % WORD
             if shape[1] % WORD or rows:
@@ -150,7 +151,10 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         problems = [*self.check_weight(name, shape), *super().check_stored(name, shape, stored)]
-        storage = self.storage(name)
+        storage, group = self.storage(name), self.group_size(name, shape)
+        if group and shape[1] % group:
+            fault = f"in_features {shape[1]} is not a multiple of group_size={group}"
+            problems.append(Problem(name, fault, OTHER_CHECKPOINT))
         known = {component.name for component in storage.components("float32")}.union(BESIDE)
         if self.config.kv_cache_scheme is not None:  # older files keep the cache's scales at k_proj and v_proj
             known.update(ACTIVATIONS[2:])

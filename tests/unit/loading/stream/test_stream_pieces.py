@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 import distquant.loading.stream.tasks as tasks_module
 from distquant.checkpoint import TensorInfo
 from distquant.errors import RankError
-from distquant.loading.stream.budget import SLOT, Budget
+from distquant.loading.stream.budget import Budget
 from distquant.loading.stream.engine import cores_of_a_rank
 from distquant.loading.stream.files import Files, ReadError
 from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.reader import AHEAD, Reader
 from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.staging_buffer import Slots, StagingBuffer
-from distquant.loading.stream.tasks import ALIGN, Chunk, Task, batches, chunks_of
+from distquant.loading.stream.tasks import Chunk, Task, batches, chunks_of
 from distquant.model.description import Source
 from distquant.planning.load_plan import TensorPlan
 from distquant.planning.read_assignment import ReadItem
 from distquant.planning.row_map import RowMap
-from distquant.planning.slots import PAGE, READ_SLOTS, SEND_SLOTS, SLACK
+from distquant.planning.slots import ALIGN, PAGE, READ_SLOTS, SEND_SLOTS, SLACK, SLOT
 from distquant.planning.transfers import Transfer, TransferKind
 from distquant.sharding.layout import ALL, Component
 from distquant.sharding.row_layout import row_layout_of, row_step
