@@ -163,11 +163,11 @@ def check_rank_memory(planned: Planned, environment: Environment, problems: Prob
         worst = max(short, key=lambda row: row.peak)
         problem = (
             f"needs {format_bytes(worst.quantized)} quantized + {format_bytes(worst.unquantized)} unquantized "
-            f"+ {format_bytes(worst.staging)} staging = {format_bytes(worst.peak)}, and "
+            f"+ {format_bytes(worst.staging)} load buffer = {format_bytes(worst.peak)}, and "
             f"{format_bytes(limit)} of {format_bytes(environment.memory)} ({environment.memory_source}) may be used"
         )
         others = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
-        fix = "Use more ranks, a smaller staging, fewer bits, or more memory"
+        fix = "Use more ranks, a smaller load buffer (staging), fewer bits, or more memory"
         problems.add(f"rank {worst.rank}{others}", problem, fix)
 
 

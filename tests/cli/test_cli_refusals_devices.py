@@ -45,7 +45,7 @@ def test_model_without_a_parallel_plan(name: str, gpt2: str, refused: Command) -
 def test_too_little_memory(name: str, kjv_tiny: str, refused: Command) -> None:
     done = refused(name, kjv_tiny, "--quant", "nf4", "--max-memory", "1MiB", "--staging", "4MiB")
     pattern = (
-        r"^rank 0: needs 432\.00 KiB quantized \+ 1\.00 MiB unquantized \+ 4\.00 MiB staging = 5\.42 MiB, "
+        r"^rank 0: needs 432\.00 KiB quantized \+ 1\.00 MiB unquantized \+ 4\.00 MiB load buffer = 5\.42 MiB, "
         r"and 921\.60 KiB of 1\.00 MiB \(max_memory\) may be used\. Use more ranks"
     )
     tells(done, pattern)
@@ -53,7 +53,7 @@ def test_too_little_memory(name: str, kjv_tiny: str, refused: Command) -> None:
 
 def test_too_little_memory_on_many_ranks(kjv_tiny: str, refused: Command) -> None:
     done = refused("load", kjv_tiny, "--max-memory", "1MiB", "--mesh", "tp=2")
-    tells(done, r"^rank \d \(and 1 more\): needs 0 B quantized \+ 1\.25 MiB unquantized \+ 512\.00 MiB staging = ")
+    tells(done, r"^rank \d \(and 1 more\): needs 0 B quantized \+ 1\.25 MiB unquantized \+ 512\.00 MiB load buffer = ")
 
 
 @pytest.mark.parametrize("memory", ["1MiB", '{"cpu": "1MiB"}'])
