@@ -53,6 +53,10 @@ def test_every_block_has_a_language_and_a_known_mark(page: str) -> None:
     assert text.count("<!-- run:") == sum(bool(block.mark) for block in blocks_of(text, page)), "a mark without block"
 
 
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
 def test_blocks_that_are_not_run_are_few_and_say_why() -> None:
     assert len(NOT_RUN) <= MOST_NOT_RUN, "\n" + listed(NOT_RUN)
     assert all((ROOT / page).is_file() for page in LEFT_OUT)
