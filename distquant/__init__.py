@@ -1,8 +1,8 @@
 """distquant: a distributed multi-GPU model loader with sharding-aware quantization.
 
     import distquant as dq
-    plan = dq.plan("MODEL", quantization_config="nf4-dq", mesh="tp=8", max_memory="24GiB")
-    model = dq.load("MODEL", quantization_config="nf4-dq", mesh="tp=8")
+    plan = dq.plan("path-or-hub-id", quantization_config="nf4-dq", mesh="tp=8", max_memory="24GiB")
+    model = dq.load("path-or-hub-id", quantization_config="nf4-dq", mesh="tp=8")
 
 Importing it imports neither torch nor Ray and uses no GPU; names are loaded when they are first used.
 """
