@@ -155,7 +155,7 @@ def loading_steps(found: Facts) -> Iterator[Step]:
     yield Step(
         "read",
         "loading/stream/reader.py",
-        ("a thread fills a slot of the", "staging buffer:", f"{found.info.nbytes:,} bytes"),
+        ("a thread fills a slot of the", "load buffer:", f"{found.info.nbytes:,} bytes"),
         _slots(written=True),
     )
     yield Step(
@@ -171,7 +171,7 @@ def loading_steps(found: Facts) -> Iterator[Step]:
         _slots(written=False),
     )
     yield Step(
-        "place",
+        "fill",
         "loading/shard_buffer.py",
         ("each rank copies its columns", "of the codes, and all absmax:", "the mean goes over all of them"),
         _encoded(*COLOURS),
@@ -238,7 +238,7 @@ def _matrix(found: Facts, fills: tuple[str, ...], blocks: bool = False, boundary
 
 
 def _slots(written: bool) -> str:
-    """Draws the slots of a staging buffer: one is written from a file, or read by both ranks."""
+    """Draws the slots of the load buffer: one is written from a file, or read by both ranks."""
     drawn = "".join(_rect(x, 0, 18, 22, STAGING if x == 22 else PAPER) for x in (0, 22, 44, 66))
     if written:
         drawn += f'<path d="M31 42V26" stroke="{INK}" marker-end="url(#arrow)"/>'

@@ -19,15 +19,18 @@ from distquant.cli.render import report_text
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "models" / "kjv-tiny"
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="A load on Ray workers.")
     parser.add_argument("model", nargs="?", default=str(EXAMPLE), help="folder of a checkpoint, or a cached id")
     parser.add_argument("--quant", default="nf4-dq", help="short name or JSON file; 'checkpoint' takes its own")
     parser.add_argument("--mesh", default="tp=2")
     parser.add_argument("--prompt", default="In the beginning")
     parser.add_argument("--max-new-tokens", type=int, default=40)
-    arguments = parser.parse_args()
+    return parser
 
+
+def main() -> None:
+    arguments = parser().parse_args()
     quant = None if arguments.quant == "checkpoint" else arguments.quant
     with dq.ray.load(arguments.model, quantization_config=quant, mesh=arguments.mesh) as sharded:
         print(sharded.generate(arguments.prompt, max_new_tokens=arguments.max_new_tokens, do_sample=False))

@@ -118,12 +118,12 @@ TURNED = ("gpt-oss", "llama4")
 """Families that hold `[expert, in, out]`; their hub form is the fused one."""
 
 
-def make_model(family: str, seed: int = 0) -> Any:
-    """A family's model in bfloat16, with values at which every parameter matters."""
+def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A family's model in bfloat16, with values at which every parameter matters; `changes` go to its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, differs = FAMILIES[family]
-    config = AutoConfig.for_model(model_type, **{**SMALL, **differs})
+    config = AutoConfig.for_model(model_type, **{**SMALL, **differs, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     values = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in model.state_dict())]

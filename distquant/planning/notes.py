@@ -135,7 +135,7 @@ def _whole_weights(partitioned: Partitioned) -> Iterator[str]:
     if workspaces:
         tensor, nbytes = max(workspaces, key=lambda pair: pair[1])
         weights = f"{len(workspaces)} weights; the largest ({tensor.name}) takes {format_bytes(nbytes)}"
-        yield f"quantized whole by one rank of a node: {weights} while it is quantized, counted as staging"
+        yield f"quantized whole by one rank of a node: {weights} while it is quantized, counted with the load buffer"
     if partitioned.prequantized:
         divided = [tensor for tensor in partitioned.tensors if tensor.scheme != "none" and tensor.partition]
         unsliced = [tensor for tensor in divided if _is_unsliced(partitioned, tensor)]

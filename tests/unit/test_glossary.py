@@ -93,6 +93,15 @@ RETIRED_PHRASES = {
 }
 """Phrases of docstrings, comments, messages and pages -> the words for it now."""
 
+RETIRED_FOR_USERS = {
+    r"(?<![.\w(])staging\b": "load buffer; the option is `staging`",
+    r"\bbusy\b": "time by stage",
+    r"\blimited by place\b|\bplace \d+\.\d": "filling the model",
+    r"\b(?:final|own|right) places?\b|(?:read|copied|directly) (?:in|into) (?:its |their )?place\b": "memory",
+    r"\blies? (?:in|on|between|beside)\b": "is in",
+}
+"""Phrases of messages and pages -> words that users of transformers and vLLM know. Code may have its own for these."""
+
 QUESTIONS = ("What", "Whether", "Who", "Whom", "Whose", "Which", "How", "Where", "Why", "When", "Tells", "Says")
 """First words that a docstring must not have: it starts with a verb or a noun."""
 
@@ -194,10 +203,10 @@ def strings(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield text, node.lineno
 
 
-def phrases(text: str) -> Iterator[tuple[str, str]]:
+def phrases(text: str, *, for_users: bool = False) -> Iterator[tuple[str, str]]:
     """Yields retired phrases of a text, and the words for it now. Quoted code is left out."""
     prose = re.sub(r"``.+?``|`[^`\n]+`", "``", text)
-    for pattern, remedy in RETIRED_PHRASES.items():
+    for pattern, remedy in {**RETIRED_PHRASES, **(RETIRED_FOR_USERS if for_users else {})}.items():
         for match in re.finditer(pattern, prose, re.IGNORECASE):
             yield match.group(), remedy
 
@@ -225,7 +234,8 @@ def offences_of_module(source: str, path: str) -> Iterator[Offence]:
         yield from (Offence(path, line, "docstring", *each) for each in phrases(text) if each[0].lower() not in exempt)
     for kind, texts in (("comment", comments(source)), ("message", strings(tree))):
         for text, line in texts:
-            yield from (Offence(path, line, kind, *each) for each in phrases(text) if each[0].lower() not in exempt)
+            found = phrases(text, for_users=kind == "message")
+            yield from (Offence(path, line, kind, *each) for each in found if each[0].lower() not in exempt)
 
 
 def modules(name: str) -> list[Path]:
@@ -247,7 +257,8 @@ def offences_of_page(text: str, path: str) -> Iterator[Offence]:
     exempt = EXEMPT.get(path, frozenset())
     prose = FENCE.sub(lambda match: "\n" * match.group().count("\n"), text)
     for number, line in enumerate(prose.splitlines(), 1):
-        yield from (Offence(path, number, "page", *each) for each in phrases(line) if each[0].lower() not in exempt)
+        found = phrases(line, for_users=True)
+        yield from (Offence(path, number, "page", *each) for each in found if each[0].lower() not in exempt)
     for sentence, number in sentences(prose):
         count = len(re.findall(r"[\w`'’/=.-]*\w[\w`'’/=.-]*", sentence))
         if count > LONGEST:
@@ -324,6 +335,10 @@ PLANTED = {
     "x = 1  # dealt out over ranks": ("comment", "dealt out"),
     "raise ValueError(f'{x!r} is no known method')": ("message", "is no"),
     "raise ValueError('rows ' f'in units of {x}')": ("message", "units of {"),
+    "print(f'{x} of staging memory')": ("message", "staging"),
+    "print('loaded; limited by place')": ("message", "limited by place"),
+    "print('rank', 'busy (s)')": ("message", "busy"),
+    "print('copied into place')": ("message", "copied into place"),
 }
 
 
@@ -339,7 +354,8 @@ def test_a_planted_word_is_found(source: str) -> None:
         "partition = shard_dim = 1",
         "execute = shortcut = 1",
         "found = look_at(whole, library.cut, problem.what)",
-        '"""Returns how many rows there are."""',
+        '"""Returns how many rows there are, in the staging memory of a busy rank."""',
+        "print('a smaller load buffer (staging)', '`staging` is too small')",
         "print('it is no longer there, and there is no other')",
         "print('`cut` is quoted code')",
         "key = 'cut'",
@@ -355,6 +371,8 @@ def test_other_words_are_left_alone(source: str) -> None:
         ("A row-parallel cut is exact.", "cut"),
         ("Rows are dealt out.", "dealt out"),
         ("- this is no multiple of 64", "is no"),
+        ("The boundary lies in a block.", "lies in"),
+        ("It passes through the staging memory.", "staging"),
     ],
 )
 def test_a_planted_phrase_on_a_page_is_found(text: str, word: str) -> None:

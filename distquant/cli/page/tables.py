@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from distquant.cli.page.folding import TensorGroup
 from distquant.cli.page.markup import Html, cell, table, tag
 from distquant.cli.page.weights import division, storage
-from distquant.planning.summary import heads_of
 from distquant.planning import LoadPlan
+from distquant.planning.summary import heads_of
 from distquant.units import format_bytes
 
 MOST_RANKS, MOST_TENSORS = 1024, 4096

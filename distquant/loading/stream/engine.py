@@ -122,7 +122,7 @@ class Engine:
             self.staging_buffer.keep()
             size = format_bytes(self.staging_buffer.slot_bytes * self.staging_buffer.slots)
             cause = f"rank {self.rank}: a device still copies {self.load_state.timeout:g} s after the load ended"
-            warnings.warn(f"{cause}; {size} of staging memory stay in use", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{cause}; {size} of the load buffer stay in use", RuntimeWarning, stacklevel=2)
 
     def start(self) -> None:
         """Begins to listen and, where threads read ahead, to read; `run` goes on."""

@@ -225,9 +225,9 @@ def test_every_dtype_lies_on_disk(dtype: torch.dtype, shape: tuple[int, ...]) ->
     assert torch.equal(found.view(-1).view(torch.uint8), value.view(-1).view(torch.uint8))
 
 
-def test_table_of_the_readme_says_what_the_schemes_do() -> None:
-    """Compares the README's columns on experts and device maps with the schemes, a row a method."""
-    lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+def test_the_table_of_methods_says_what_the_schemes_do() -> None:
+    """Compares the columns of docs/methods.md on experts and device maps with the schemes, a row a method."""
+    lines = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("| `quant_method` |"))
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start : lines.index("", start)]]
     head, _, *rows = table
