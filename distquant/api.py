@@ -12,6 +12,7 @@ from distquant.options import Model, PlanOptions, Progress, RunOptions, select
 from distquant.planning import LoadPlan
 from distquant.planning.planner import make_plan
 from distquant.planning.request import Request
+from distquant.progress import first_rank, showing
 from distquant.quiet import quiet_imports
 from distquant.sharding.mesh import Mesh
 
@@ -87,7 +88,7 @@ def load(
     io: str = "auto",
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> PreTrainedModel:
     """Loads a model: all of it in one process, or this rank's part under torchrun and its like.
 
@@ -104,7 +105,9 @@ def load(
             it, the rest past it).
         trace: File to write a trace of all ranks' stages to, for Perfetto.
         timeout: Seconds that a rank waits for the others before it gives up.
-        progress: Called with `LoadProgress` (bytes taken, bytes in all, stage that limits) as rows arrive.
+        progress: False shows nothing, True shows progress on standard error. Default: only if that is a terminal, or
+            this is a notebook. A function is called instead, with this rank's `LoadProgress` (bytes taken, bytes in
+            all, stage that limits), as rows arrive.
 
     Returns:
         A `transformers.PreTrainedModel` in eval mode whose quantized modules are the ecosystem's own, of local size.
@@ -115,22 +118,24 @@ def load(
     """
     arguments = locals()
     quiet_imports()
-    from distquant.runtime import local, torchrun
+    with showing(progress, here=first_rank()) as board:
+        from distquant.runtime import local, torchrun
 
-    if isinstance(model, LoadPlan):
-        request: Request | LoadPlan = model
-        size = model.mesh.size
-    else:
-        request = Request(model=model, **select(PlanOptions, arguments))
-        size = _mesh_size(request)
-    options = RunOptions(**select(RunOptions, arguments))
-    if torchrun.joined():
-        return torchrun.load(request, options, progress)
-    if size > 1:
-        fault = f"needs {size} ranks, and this process is alone"
-        fix = "Start it with torchrun, or use distquant.ray.load (command line: --runtime torchrun or ray)"
-        raise InputError.one("mesh", fault, fix)
-    return local.load(request, options, progress)
+        if isinstance(model, LoadPlan):
+            request: Request | LoadPlan = model
+            size = model.mesh.size
+        else:
+            request = Request(model=model, **select(PlanOptions, arguments))
+            size = _mesh_size(request)
+        options = RunOptions(**select(RunOptions, arguments))
+        called = progress if callable(progress) else None
+        if torchrun.joined():
+            return torchrun.load(request, options, called, board)
+        if size > 1:
+            fault = f"needs {size} ranks, and this process is alone"
+            fix = "Start it with torchrun, or use distquant.ray.load (command line: --runtime torchrun or ray)"
+            raise InputError.one("mesh", fault, fix)
+        return local.load(request, options, called, board)
 
 
 def fingerprint(model: Any) -> str:

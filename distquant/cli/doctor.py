@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Iterator
 
-from distquant.cli.render import table
+from distquant.cli.terminal import table
 from distquant.config import QuantizationConfig
 from distquant.environment import Environment
 from distquant.quantization import Context, Scheme
@@ -19,8 +19,8 @@ OPTIONAL = {"ray": "--runtime ray", "peft": "LoRA on loaded models"}
 """Packages that no method needs, and the feature that needs each."""
 
 
-def doctor_text(quant: str | None) -> str:
-    """Returns the whole text, or that of one method, where `quant` names one."""
+def doctor_parts(quant: str | None) -> list[str]:
+    """Returns the lines and tables, for all methods or the one that `quant` names."""
     import torch
 
     from distquant.config import parse
@@ -58,7 +58,7 @@ def doctor_text(quant: str | None) -> str:
     lines += ["", *missing] if missing else []
     absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
     lines += [f"note: without {name}, {OPTIONAL[name]} is not available: pip install {name}" for name in absent]
-    return "\n".join(lines)
+    return lines
 
 
 def _abilities(scheme: Scheme) -> tuple[str, ...]:

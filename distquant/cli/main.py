@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from distquant.cli.flags import add_flags, at_least
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model_argument(load)
     add_flags(load, PlanOptions)
     _run_flags(load)
+    load.add_argument("-v", "--verbose", action="store_true", help="also show each rank, its stages, and kernels")
     load.add_argument("--prompt")
     load.add_argument("--max-new-tokens", type=at_least(1), default=40)
     load.add_argument("--report", metavar="FILE", help="write the JSON report")
@@ -90,12 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(argv)
     _quiet()
-    from distquant.cli import commands, launch
+    from distquant.progress import first_rank, working
+
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    text = "importing torch and transformers" if ranks == "1" else f"starting {ranks} ranks"
+    with working(text) if first_rank() else nullcontext():
+        from distquant.cli import commands, launch
 
     try:
         return getattr(commands, f"run_{arguments.command}")(arguments, argv)
     except CheckFailed as error:
-        print(f"distquant: {error}", file=sys.stderr)
+        launch.report(error)
         return 1
     except InputError as error:
         launch.report_once(error)
@@ -104,14 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launch.of_another_rank(error):
             launch.wait_for_the_end()
         prefix = "" if str(error).startswith("rank ") else launch.rank_prefix()
-        print(f"distquant: {prefix}{error}", file=sys.stderr)
+        launch.report(error, prefix)
         return 2
     except RuntimeError as error:
         if not launch.lost_peer(error):
             raise
         launch.wait_for_the_end()
         first = str(error).splitlines()[0]
-        print(f"distquant: {launch.rank_prefix()}the connection to another rank was lost ({first})", file=sys.stderr)
+        launch.report(f"the connection to another rank was lost ({first})", launch.rank_prefix())
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

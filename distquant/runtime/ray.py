@@ -26,6 +26,7 @@ from distquant.planning import LoadPlan
 from distquant.planning.planner import make_plan
 from distquant.planning.request import Request
 from distquant.planning.validation import check_supported
+from distquant.progress import showing, status
 from distquant.quiet import quiet_imports
 from distquant.runtime.measure import check_rank_count, declared, numbered
 from distquant.runtime.query import Outcome, Query
@@ -153,7 +154,7 @@ def load(
     io: str = "auto",
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Sharded:
     """Loads a model onto Ray workers, one for each rank of the mesh.
 
@@ -165,7 +166,7 @@ def load(
         resources: What one worker asks for; None: one CPU, and one GPU where the cluster has any.
         threads: Torch threads of a worker.
         schedule_timeout: Seconds until a placement group that cannot be scheduled is given up.
-        progress: Called with the progress of every rank.
+        progress: As in `distquant.load`; a function is called with the progress of every rank.
 
     Raises:
         InputError: with every problem; also if the cluster lacks resources that the mesh needs.
@@ -180,18 +181,36 @@ def load(
     quiet_imports()
     request = Request(model=arguments["model"], **select(PlanOptions, arguments))
     options = RunOptions(**select(RunOptions, arguments))
+    with showing(progress) as board:
+        called = progress if callable(progress) else board
+        return _load(request, options, called, resources, threads, schedule_timeout)
+
+
+def _load(
+    request: Request,
+    options: RunOptions,
+    progress: Callable[[list[LoadProgress]], None] | None,
+    resources: Resources | None,
+    threads: int,
+    schedule_timeout: float,
+) -> Sharded:
+    """Plans, starts the workers and loads."""
+    status("planning")
     first = make_plan(request, declared(request))
     check_supported(first)
     world = first.mesh.size
+    status("starting Ray")
     started_ray = _start(world)
     workers: list[Any] = []
     group = None
     try:
         resources = resources or Resources(gpus=1 if ray.cluster_resources().get("GPU") else 0)
+        status(f"starting {world} workers")
         group = _reserve(world, resources, schedule_timeout)
         workers = _workers(world, resources, group, threads)
         plan = _plan(request, workers)
         alone = len(set(gather([worker.ray_node.remote() for worker in workers]))) == 1
+        status("loading")
         address = ray.get(workers[0].serve.remote(alone))
         text = plan.to_json()
         tick = (lambda: progress(_progress_of(workers))) if progress is not None else None

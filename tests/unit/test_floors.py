@@ -28,6 +28,7 @@ FLOORS = [
     ["model"],
     ["kernels"],
     ["options"],
+    ["progress"],
     ["quantization"],
     ["planning"],
     ["parallel", "loading.stream"],
