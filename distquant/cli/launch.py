@@ -22,7 +22,7 @@ from distquant.errors import DistquantError, InputError, Problem, Problems, Rank
 from distquant.model import source_of, tokenizer_file_problems
 from distquant.options import PlanOptions, RunOptions
 from distquant.planning.validation import check_supported
-from distquant.progress import handed_over, status
+from distquant.progress import give_back, handed_over, status
 from distquant.runtime.measure import check_rank_count
 from distquant.runtime.query import Outcome, Query
 from distquant.sharding.mesh import Mesh
@@ -147,6 +147,7 @@ def _here(arguments: argparse.Namespace, query: Query, mesh: str | None, runtime
             raise all_problems(problems, arguments, mesh) from None
     model = load(arguments.model, **load_options(arguments, mesh), **read_flags(arguments, RunOptions))
     outcome = perform(model, query, runtime)
+    status("ending the ranks")
     if runtime == "torchrun":
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -155,6 +156,7 @@ def _here(arguments: argparse.Namespace, query: Query, mesh: str | None, runtime
     if OUTCOME in os.environ:
         with open(os.environ[OUTCOME], "w") as file:
             json.dump(outcome.to_dict(), file)
+        give_back()
         return None
     return outcome
 

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ranks = os.environ.get("WORLD_SIZE", "1")
     text = "importing torch and transformers" if ranks == "1" else f"starting {ranks} ranks"
-    with working(text) if first_rank() else nullcontext():
+    with working(text, at_once=True) if first_rank() else nullcontext():
         from distquant.cli import commands, launch
 
     try:

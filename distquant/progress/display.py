@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distquant.errors import InputError
@@ -39,7 +40,7 @@ PATIENCE = 5.0
 class Target(Protocol):
     """A place to draw on. It decides how often it does."""
 
-    def draw(self, view: View) -> None: ...
+    def draw(self, view: View, at_once: bool = False) -> None: ...
 
     def end_load(self, view: View) -> None: ...
 
@@ -56,10 +57,14 @@ class Display:
         self._changed, self._first_bytes = self._opened, 0.0
         self._ranks: tuple[LoadProgress, ...] = ()
         self._source: Source | None = None
+        self._taken: Callable[[], bool] | None = None
         self._asked = 0.0
         self._thread = threading.Thread(target=self._run, name="distquant-progress", daemon=True)
 
-    def start(self) -> None:
+    def start(self, at_once: bool = False) -> None:
+        """Starts the thread; draws `at_once` if what comes now may hold up all threads for a while."""
+        if at_once:
+            self._target.draw(self.view(), at_once=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -104,19 +109,25 @@ class Display:
             snapshot = Snapshot(self._ranks, now - self._first_bytes) if any(r.total for r in self._ranks) else None
             return View(self._status, now - self._changed, now - self._opened, snapshot)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Draws nothing meanwhile."""
+    def hand_over(self, taken: Callable[[], bool] | None) -> None:
+        """Draws nothing once `taken` returns True, until it is set to None again."""
         with self._drawing:
-            self._target.close()
-            yield
+            self._taken = taken
+            if taken is not None and taken():
+                self._target.close()
 
     def _run(self) -> None:
         while not self._ended.wait(EVERY):
             if self._source is not None and self._clock() - self._asked >= ASK_EVERY:
                 self._asked = self._clock()
                 self._ask(self._source)
-            with self._drawing:
+            self._draw()
+
+    def _draw(self) -> None:
+        with self._drawing:
+            if self._taken is not None and self._taken():
+                self._target.close()
+            else:
                 self._target.draw(self.view())
 
     def _ask(self, source: Source) -> None:
@@ -135,7 +146,10 @@ def alone(board: Board) -> Callable[[LoadProgress], None]:
 
 
 def first_rank() -> bool:
-    """Returns True unless a launcher has started this process as another rank than 0: only that one shows anything."""
+    """Returns True unless this process is another rank than 0: only that one shows anything."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return bool(dist.get_rank() == 0)
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -150,27 +164,60 @@ def status(text: str) -> None:
         _open[0].set_status(text)
 
 
+TAKEN = "DISTQUANT_PROGRESS_TAKEN"
+"""Environment variable: the file that the first rank makes when it shows its own progress."""
+
+
 @contextmanager
 def handed_over() -> Iterator[None]:
-    """Leaves the terminal to other processes meanwhile, which show their own progress there."""
-    with _open[0].paused() if _open else nullcontext():
+    """Leaves the terminal, meanwhile, to a process that is started now, as soon as that shows its own progress."""
+    if not _open:
         yield
+        return
+    display = _open[0]
+    with tempfile.TemporaryDirectory(prefix="distquant-") as folder:
+        os.environ[TAKEN] = path = os.path.join(folder, "taken")
+
+        def taken() -> bool:
+            exists = os.path.exists(path)
+            if exists:  # for the time after
+                display.set_status("waiting for the ranks to end")
+            return exists
+
+        display.hand_over(taken)
+        try:
+            yield
+        finally:
+            display.hand_over(None)
+            del os.environ[TAKEN]
+
+
+def give_back() -> None:
+    """Leaves the terminal to the process that has started this one, if it showed progress before."""
+    if TAKEN in os.environ and first_rank():
+        if _open:
+            _open[0].hand_over(lambda: True)
+        with suppress(FileNotFoundError):
+            os.unlink(os.environ[TAKEN])
 
 
 @contextmanager
-def working(text: str, *, only_where_seen: bool = False) -> Iterator[None]:
+def working(text: str, *, only_where_seen: bool = False, at_once: bool = False) -> Iterator[None]:
     """Shows meanwhile what is being done: on standard error, unless a display is open already.
 
     Args:
         text: the status to begin with.
         only_where_seen: show nothing unless standard error is a terminal, or this is a notebook.
+        at_once: begin to show it before the work begins. Loading a large library holds up all threads for seconds.
     """
     target = None if _open else target_of(sys.stderr, only_where_seen)
     display = None
     if target is not None and _OPENING.acquire(blocking=False):  # another thread's display may be open by now
         display = Display(target, text)
+        if TAKEN in os.environ and first_rank():
+            open(os.environ[TAKEN], "w").close()
         _open.append(display)
-        display.start()
+        display.start(at_once)
     else:
         status(text)
     try:
@@ -200,7 +247,8 @@ def showing(progress: Any, here: bool = True) -> Iterator[Board | None]:
     if not here or callable(progress) or progress is False:
         yield None
         return
-    with working("importing torch and transformers", only_where_seen=progress is None):
+    fresh = "torch" not in sys.modules
+    with working("importing torch and transformers", only_where_seen=progress is None, at_once=fresh):
         if not _open:
             yield None
             return

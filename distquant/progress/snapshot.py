@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distquant.options import LoadProgress
@@ -118,7 +119,7 @@ class Snapshot:
         """Returns a rate; nothing in the first moments, when it means nothing."""
         return f"{format_bytes(rate)}/s" if self.seconds >= SURE else ""
 
-    def _left(self, speeds: list[tuple[float, float]]) -> str:
+    def _left(self, speeds: Sequence[tuple[float, float]]) -> str:
         """Returns the time left until the last of ranks is done, from the bytes that are left and the rate of each."""
         if all(not left for left, _ in speeds):
             return "done"

@@ -20,6 +20,9 @@ AFTER = 0.5
 LOG_EVERY, LOG_LATER, LOG_EARLY = 2.0, 10.0, 60.0
 """Seconds between lines of a log: in the first minute, and after it."""
 
+COLUMNS = ("name", "percent", "size", "rate", "limit", "left")
+"""Cells of a row; the bar stands after the first."""
+
 LESS_NEEDED = ("size", "rate", "limit")
 """Columns that a narrow terminal does without, in this order."""
 
@@ -48,7 +51,7 @@ class Lines:
         self._stream, self._last, self._wrote = stream, 0.0, False
         self._status = ""
 
-    def draw(self, view: View) -> None:
+    def draw(self, view: View, at_once: bool = False) -> None:
         every = LOG_EVERY if view.age < LOG_EARLY else LOG_LATER
         waited = view.age - self._last
         if view.snapshot is not None:
@@ -77,14 +80,18 @@ class Lines:
 class LiveTerminal:
     """A terminal: the status, and a bar for each rank, drawn over in place and gone at the end."""
 
+    drawn = False
+    """True if something has been drawn: what comes next is shown without a gap."""
+
     def __init__(self, stream: TextIO):
         self._stream = stream
         self._live: Live | None = None
 
-    def draw(self, view: View) -> None:
+    def draw(self, view: View, at_once: bool = False) -> None:
         if self._live is None:
-            if view.age < AFTER:
+            if view.age < AFTER and not at_once and not LiveTerminal.drawn:
                 return
+            LiveTerminal.drawn = True
             self._live = self._begin()
         self._live.update(rendered(view, self._live.console.width), refresh=True)
 
@@ -93,7 +100,14 @@ class LiveTerminal:
         from rich.live import Live
 
         console = Console(file=self._stream, highlight=False, markup=False, emoji=False)
-        live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+        live = Live(
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            # What others print meanwhile goes above the rows; what goes to a file or pipe stays there.
+            redirect_stdout=is_terminal(sys.stdout),
+            redirect_stderr=is_terminal(sys.stderr),
+        )
         live.start()
         console.show_cursor(True)  # a rank may be killed while it draws, and nobody would bring the cursor back
         return live
@@ -114,8 +128,8 @@ class Notebook:
         self._handle: Any = None
         self._last = 0.0
 
-    def draw(self, view: View) -> None:
-        if view.age < AFTER or view.age - self._last < AFTER:
+    def draw(self, view: View, at_once: bool = False) -> None:
+        if not at_once and (view.age < AFTER or view.age - self._last < AFTER):
             return
         self._last = view.age
         self._replace(view)
@@ -167,10 +181,7 @@ def _table(rows: list[Row], width: int) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    columns = {
-        name: [getattr(row, name) for row in rows] for name in ("name", "percent", "size", "rate", "limit", "left")
-    }
-    widths = {name: max(map(len, cells)) for name, cells in columns.items()}
+    widths = {name: max(len(getattr(row, name)) for row in rows) for name in COLUMNS}
     for name in LESS_NEEDED:
         if sum(widths.values()) + GAP * len(widths) > width:
             del widths[name]

@@ -21,8 +21,8 @@ import distquant
 PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
-    ["errors", "version", "dtypes", "old_names", "garbage_collection", "quiet", "files", "process_state", "memory"],
-    ["environment", "units"],
+    ["errors", "version", "dtypes", "old_names", "garbage_collection", "files", "process_state", "memory"],
+    ["environment", "units", "quiet"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],
     ["model"],
