@@ -13,6 +13,8 @@ PREFIXES = {
     "torch.utils._pytree": "<enum ",  # torch's advice to torchao's authors
     # How Ray protects the cluster that distquant has started, on this machine alone, for the time of the load.
     "ray._private.authentication.authentication_token_setup": "Token authentication is enabled ",
+    # On each call of a layer, though LLM.int8() is defined in float16, and models of our day are not.
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast from ",
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # distquant does not use that kernel
 }
 """Beginning of such messages, by the logger's name."""

@@ -131,6 +131,6 @@ def _quiet() -> None:
     """Keeps the messages of libraries out of the output; their errors still reach the user."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("bitsandbytes", "torch.distributed.elastic", "torch.distributed.run"):
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     quiet_imports()
