@@ -118,7 +118,7 @@ def load(
     """
     arguments = locals()
     quiet_imports()
-    with showing(progress, here=first_rank()) as board:
+    with showing(progress, here=first_rank()) as viewer:
         from distquant.runtime import local, torchrun
 
         if isinstance(model, LoadPlan):
@@ -130,12 +130,12 @@ def load(
         options = RunOptions(**select(RunOptions, arguments))
         called = progress if callable(progress) else None
         if torchrun.joined():
-            return torchrun.load(request, options, called, board)
+            return torchrun.load(request, options, called, viewer)
         if size > 1:
             fault = f"needs {size} ranks, and this process is alone"
             fix = "Start it with torchrun, or use distquant.ray.load (command line: --runtime torchrun or ray)"
             raise InputError.one("mesh", fault, fix)
-        return local.load(request, options, called, board)
+        return local.load(request, options, called, viewer)
 
 
 def fingerprint(model: Any) -> str:

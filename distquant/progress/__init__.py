@@ -3,6 +3,6 @@
 A process has one display at a time. `working` and `showing` open it, `status` says what is being done now.
 """
 
-from distquant.progress.display import Board, alone, first_rank, give_back, handed_over, showing, status, working
+from distquant.progress.display import Viewer, alone, first_rank, give_back, handed_over, showing, status, working
 
-__all__ = ["Board", "alone", "first_rank", "give_back", "handed_over", "showing", "status", "working"]
+__all__ = ["Viewer", "alone", "first_rank", "give_back", "handed_over", "showing", "status", "working"]

@@ -22,7 +22,7 @@ Source = Callable[[], Sequence[LoadProgress]]
 """Returns the progress of every rank; raises `RuntimeError` when it cannot any more."""
 
 
-class Board(Protocol):
+class Viewer(Protocol):
     """Shows the progress of every rank: that which it is called with, or that of a source that it asks."""
 
     def __call__(self, ranks: Sequence[LoadProgress]) -> None: ...
@@ -140,9 +140,9 @@ class Display:
             self(ranks)
 
 
-def alone(board: Board) -> Callable[[LoadProgress], None]:
+def alone(viewer: Viewer) -> Callable[[LoadProgress], None]:
     """Returns a function that shows the progress of the only rank."""
-    return lambda seen: board([seen])
+    return lambda seen: viewer([seen])
 
 
 def first_rank() -> bool:
@@ -159,7 +159,7 @@ _open: list[Display] = []
 
 
 def status(text: str) -> None:
-    """Says what is being done now, if a display is open."""
+    """Shows what is being done now, if a display is open."""
     if _open:
         _open[0].set_status(text)
 
@@ -230,7 +230,7 @@ def working(text: str, *, only_where_seen: bool = False, at_once: bool = False) 
 
 
 @contextmanager
-def showing(progress: Any, here: bool = True) -> Iterator[Board | None]:
+def showing(progress: Any, here: bool = True) -> Iterator[Viewer | None]:
     """Shows a load, as the argument `progress` of the Python API says; yields what takes the progress of its ranks.
 
     Args:

@@ -181,8 +181,8 @@ def load(
     quiet_imports()
     request = Request(model=arguments["model"], **select(PlanOptions, arguments))
     options = RunOptions(**select(RunOptions, arguments))
-    with showing(progress) as board:
-        called = progress if callable(progress) else board
+    with showing(progress) as viewer:
+        called = progress if callable(progress) else viewer
         return _load(request, options, called, resources, threads, schedule_timeout)
 
 

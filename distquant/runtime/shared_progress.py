@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from distquant.options import LoadProgress
-from distquant.progress import Board
+from distquant.progress import Viewer
 
 EVERY = 0.5
 """Seconds between two messages of a rank."""
@@ -26,19 +26,19 @@ class SharedProgress:
     Nothing is written unless rank 0 shows it.
 
     Args:
-        board: on rank 0, shows the progress of all ranks; None elsewhere, and where nothing is shown.
+        viewer: on rank 0, shows the progress of all ranks; None elsewhere, and where nothing is shown.
     """
 
-    def __init__(self, board: Board | None):
+    def __init__(self, viewer: Viewer | None):
         self.rank, self._world = dist.get_rank(), dist.get_world_size()
         self._store = dist.PrefixStore(f"distquant/progress/{next(_loads)}", _get_default_store())
-        self._last, self._shown = 0.0, board is not None
+        self._last, self._shown = 0.0, viewer is not None
         self._asked = self._shown
-        if board is not None:
+        if viewer is not None:
             # Before the others ask: they load after a collective that this rank takes part in.
             for rank in range(self._world):
                 self._store.set(str(rank), json.dumps(LoadProgress()))
-            board.follow(self.everyone)
+            viewer.follow(self.everyone)
 
     def __call__(self, seen: LoadProgress) -> None:
         now = time.monotonic()

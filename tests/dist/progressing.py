@@ -10,7 +10,7 @@ from distquant.options import LoadProgress
 from distquant.runtime.shared_progress import SharedProgress
 
 
-class Board:
+class Viewer:
     """Keeps the source that it is to follow."""
 
     source: Callable[[], Sequence[LoadProgress]]
@@ -27,16 +27,16 @@ def share(seen: list[list[tuple[int, int, str]]]) -> list[list[LoadProgress]]:
     before and after."""
     found, rank = [], dist.get_rank()
     for each in seen:
-        board = Board() if rank == 0 else None
-        progress = SharedProgress(board)
+        viewer = Viewer() if rank == 0 else None
+        progress = SharedProgress(viewer)
         dist.barrier()
-        if board is not None:
-            found.append(list(board.source()))
+        if viewer is not None:
+            found.append(list(viewer.source()))
         dist.barrier()
         progress(LoadProgress(*each[rank]))
         dist.barrier()
-        if board is not None:
-            found.append(list(board.source()))
+        if viewer is not None:
+            found.append(list(viewer.source()))
     return found
 
 

@@ -194,23 +194,23 @@ def test_a_source_is_asked_at_the_end_and_given_up_when_it_fails() -> None:
 
 
 def test_one_display_takes_all(log: io.StringIO) -> None:
-    with working("planning"), showing(None) as board, working("reading"):
-        assert board is not None
+    with working("planning"), showing(None) as viewer, working("reading"):
+        assert viewer is not None
         status("loading")
-        assert isinstance(board, Display)
-        assert board.view().status == "loading"
+        assert isinstance(viewer, Display)
+        assert viewer.view().status == "loading"
         with showing(False) as none, showing(len) as called:
             assert none is None and called is None
     assert not [thread for thread in threading.enumerate() if thread.name == "distquant-progress"]
 
 
 def test_nothing_is_shown_where_nobody_sees_it_unless_asked_for(log: io.StringIO) -> None:
-    with showing(None) as board:
-        assert board is None
-    with showing(True) as board:
-        assert board is not None
-    with showing(True, here=False) as board:
-        assert board is None
+    with showing(None) as viewer:
+        assert viewer is None
+    with showing(True) as viewer:
+        assert viewer is not None
+    with showing(True, here=False) as viewer:
+        assert viewer is None
 
 
 def test_other_values_are_refused() -> None:
