@@ -15,6 +15,7 @@ from distquant.options import Aliases, Model, Progress, RunOptions, select
 from distquant.planning import LoadPlan
 from distquant.planning.arguments import read_arguments
 from distquant.planning.request import Request
+from distquant.progress import first_rank, showing
 from distquant.quiet import quiet_imports
 from distquant.sharding.mesh import Mesh
 
@@ -110,7 +111,7 @@ def load(
     io: str = "auto",
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **aliases: Unpack[Aliases],
 ) -> PreTrainedModel:
     """Loads a model: all of it in one process, or this rank's part under torchrun and its like.
@@ -129,7 +130,9 @@ def load(
             it, the rest past it).
         trace: File to write a trace of all ranks' stages to, for Perfetto.
         timeout: Seconds that a rank waits for the others before it gives up.
-        progress: Called with `LoadProgress` (bytes taken, bytes in all, stage that limits) as rows arrive.
+        progress: False shows nothing, True shows progress on standard error. Default: only if that is a terminal, or
+            this is a notebook. A function is called instead, with this rank's `LoadProgress` (bytes taken, bytes in
+            all, stage that limits), as rows arrive.
 
     Returns:
         A `transformers.PreTrainedModel` in eval mode whose quantized modules are the ecosystem's own, of local size.
@@ -152,11 +155,13 @@ def load(
         fix = "Start it with torchrun, or use distquant.ray.load (command line: --runtime torchrun or ray)"
         raise InputError.one("mesh", fault, fix)
     quiet_imports()
-    from distquant.runtime import local, torchrun
+    called = progress if callable(progress) else None
+    with showing(progress, here=first_rank()) as viewer:
+        from distquant.runtime import local, torchrun
 
-    if joined:
-        return torchrun.load(request, options, progress)
-    return local.load(request, options, progress)
+        if joined:
+            return torchrun.load(request, options, called, viewer)
+        return local.load(request, options, called, viewer)
 
 
 from_pretrained = load

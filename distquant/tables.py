@@ -1,18 +1,45 @@
-"""Tables of plain text."""
+"""Tables of plain text, in which control characters are spelled out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+class Table(str):
+    """A table as plain text, which knows its cells: a terminal gets them in another form."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Returns columns aligned by spaces; numbers to the right."""
-    every = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in every) for i in range(len(header))]
-    right = [all(row[i][:1].isdigit() for row in rows) if rows else False for i in range(len(header))]
+    names = tuple(map(printable, header))
+    cells = tuple(tuple(map(printable, row)) for row in rows)
+    widths = [max(len(row[i]) for row in (names, *cells)) for i in range(len(names))]
+    right = columns_of_numbers(cells, len(names))
 
     def line(row: Sequence[str]) -> str:
-        cells = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
-        return "  ".join(cells).rstrip()
+        aligned = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        return "  ".join(aligned).rstrip()
 
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+    made = Table("\n".join([line(names), "  ".join("-" * width for width in widths), *map(line, cells)]))
+    made.header, made.rows = names, cells
+    return made
+
+
+def columns_of_numbers(rows: Sequence[Sequence[str]], columns: int) -> list[bool]:
+    """Returns, for each column, True if it holds numbers."""
+    return [all(row[i][:1].isdigit() for row in rows) if rows else False for i in range(columns)]
+
+
+def printable(text: str) -> str:
+    """Returns a name or value with its control characters and other invisible ones spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """Returns a text of several lines with its control characters spelled out, except ends of lines."""
+    return "\n".join(map(printable, text.split("\n")))

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import nullcontext
 
 from distquant.api import plan as make
-from distquant.cli import launch, render
+from distquant.cli import launch, render, terminal
 from distquant.cli.page import plan_html
 from distquant.errors import CheckFailed, InputError
 from distquant.files import TEXT_BYTES, read_text
 from distquant.loading.report import write_report
+from distquant.progress import first_rank, working
 from distquant.runtime.query import Outcome, Query
 
 
 def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
     _check_output("--json", arguments.json)
     _check_output("--html", arguments.html)
-    plan = make(arguments.model, **launch.load_options(arguments, arguments.mesh))
+    with working("planning"):
+        plan = make(arguments.model, **launch.load_options(arguments, arguments.mesh))
     print(plan)
     if arguments.json:
         with open(arguments.json, "w") as file:
@@ -34,7 +37,7 @@ def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
     outcome = _run(arguments, argv, query, arguments.mesh)
     if isinstance(outcome, int):
         return outcome
-    print(render.report_text(outcome.report))
+    terminal.show(*render.report_parts(outcome.report, arguments.model, arguments.verbose))
     if outcome.answer is not None:
         print(f"\n{outcome.answer}")
     if arguments.report:
@@ -75,15 +78,18 @@ def run_perplexity(arguments: argparse.Namespace, argv: list[str]) -> int:
 def run_inspect(arguments: argparse.Namespace, argv: list[str]) -> int:
     from distquant.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(arguments.model, revision=arguments.revision, cache_dir=arguments.cache_dir)
-    print(render.inspect_text(checkpoint))
+    with working("reading headers"):
+        checkpoint = open_checkpoint(arguments.model, revision=arguments.revision, cache_dir=arguments.cache_dir)
+    terminal.show(*render.inspect_parts(checkpoint))
     return 0
 
 
 def run_doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from distquant.cli.doctor import doctor_text
+    from distquant.cli.doctor import doctor_parts
 
-    print(doctor_text(arguments.quant))
+    with working("importing torch and looking at devices"):
+        parts = doctor_parts(arguments.quant)
+    terminal.show(*parts)
     return 0
 
 
@@ -97,7 +103,8 @@ def run_demo(arguments: argparse.Namespace, argv: list[str]) -> int:
 def _run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str | None) -> Outcome | int:
     """Returns the outcome, or the exit code where another process reports it."""
     try:
-        outcome = launch.run(arguments, argv, query, mesh)
+        with working("planning") if first_rank() else nullcontext():
+            outcome = launch.run(arguments, argv, query, mesh)
     except launch.Handled as handled:
         return handled.code
     return 0 if outcome is None else outcome

@@ -6,12 +6,10 @@ import argparse
 from pathlib import Path
 
 from distquant.api import fingerprint, load, plan
-from distquant.cli import launch, render
-from distquant.cli.progress import ProgressLine
+from distquant.cli import launch, render, terminal
 from distquant.errors import CheckFailed, InputError
 from distquant.files import TEXT_BYTES, read_text
 from distquant.sharding.mesh import Mesh
-from distquant.tables import table
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -26,11 +24,10 @@ def demo(arguments: argparse.Namespace) -> None:
 
     print(f"\n== loading onto {Mesh.parse(arguments.mesh).size} Ray workers\n", flush=True)
     text = _validation(arguments.model)
-    with ProgressLine(Mesh.parse(arguments.mesh).size) as line:
-        sharded = ray.load(arguments.model, **options, progress=line.show)
+    sharded = ray.load(arguments.model, **options, progress=True)
     with sharded:
         report = sharded.report()
-        print(render.report_text(report))
+        terminal.show(*render.report_parts(report, arguments.model, verbose=True))
         print(f"\n== {arguments.prompt!r} goes on\n", flush=True)
         print(sharded.generate(arguments.prompt, max_new_tokens=arguments.max_new_tokens, do_sample=False))
         quantized = sharded.perplexity(text) if text else None
@@ -46,7 +43,7 @@ def demo(arguments: argparse.Namespace) -> None:
         baseline = perplexity(unquantized, tokenizer, text)
         rows = [(str(unquantized.dtype).removeprefix("torch."), "tp=1", f"{baseline:.3f}")]
         rows += [(quant, arguments.mesh, f"{quantized:.3f}")]
-        print(table(("weights", "mesh", "perplexity on validation.txt"), rows))
+        terminal.show(terminal.table(("weights", "mesh", "perplexity on validation.txt"), rows))
     print(f"\nfingerprint at tp=1  {reference}")
     print(f"fingerprint at {arguments.mesh}  {report['fingerprint']}")
     if report["fingerprint"] != reference:

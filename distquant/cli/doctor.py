@@ -23,8 +23,8 @@ OPTIONAL = {
 """Packages that no method needs, and the feature that needs each."""
 
 
-def doctor_text(quant: str | None) -> str:
-    """Returns the whole text, or that of one method, where `quant` names one."""
+def doctor_parts(quant: str | None) -> list[str]:
+    """Returns the lines and tables, for all methods or the one that `quant` names."""
     import torch
 
     from distquant.config import parse
@@ -63,7 +63,7 @@ def doctor_text(quant: str | None) -> str:
     lines += ["", *missing] if missing else []
     absent = [name for name in OPTIONAL if versions[name] is None]
     lines += [f"note: without {name}, {OPTIONAL[name]} is not available: pip install {name}" for name in absent]
-    return "\n".join(lines)
+    return lines
 
 
 def _abilities(scheme: Scheme) -> tuple[str, ...]:

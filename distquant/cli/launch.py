@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import glob
 import json
 import os
 import signal
@@ -14,13 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from distquant.cli import terminal
 from distquant.cli.flags import read_flags
-from distquant.cli.progress import ProgressLine
 from distquant.environment import rank_threads
 from distquant.errors import DistquantError, InputError, Problem, Problems, RankError, one_line
 from distquant.model import source_of, tokenizer_file_problems
 from distquant.options import PlanOptions, RunOptions
 from distquant.planning.validation import check_supported
+from distquant.progress import give_back, handed_over, status
 from distquant.runtime.measure import check_rank_count
 from distquant.runtime.query import Outcome, Query
 from distquant.sharding.mesh import Mesh
@@ -33,6 +36,10 @@ PATIENCE = 30.0
 
 Ranks that share few cores meet the same error many seconds apart.
 """
+
+
+LAST_DRAWING = 1.0
+"""Seconds after which rank 0 has learned of another rank's failure, and draws no more."""
 
 
 class Handled(DistquantError):
@@ -124,14 +131,9 @@ def _here(arguments: argparse.Namespace, query: Query, mesh: str | None, runtime
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if runtime == "torchrun" else 1
     torch.set_num_threads(arguments.threads or rank_threads(ranks))
     rank = int(os.environ.get("RANK", "0")) if runtime == "torchrun" else 0
-    with ProgressLine(ranks if rank == 0 else 0) as line:
-        model = load(
-            arguments.model,
-            **load_options(arguments, mesh),
-            **read_flags(arguments, RunOptions),
-            progress=lambda seen: line.show([seen]),
-        )
+    model = load(arguments.model, **load_options(arguments, mesh), **read_flags(arguments, RunOptions))
     outcome = perform(model, query, runtime)
+    status("ending the ranks")
     if runtime == "torchrun":
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -140,12 +142,14 @@ def _here(arguments: argparse.Namespace, query: Query, mesh: str | None, runtime
     if OUTCOME in os.environ:
         with open(os.environ[OUTCOME], "w") as file:
             json.dump(outcome.to_dict(), file)
+        give_back()
         return None
     return outcome
 
 
 def _on_ray(arguments: argparse.Namespace, query: Query, mesh: str | None) -> Outcome:
     try:
+        status("importing Ray")
         from distquant.runtime import ray
     except ImportError as error:
         raise InputError.one(
@@ -154,21 +158,14 @@ def _on_ray(arguments: argparse.Namespace, query: Query, mesh: str | None) -> Ou
     options = {**load_options(arguments, mesh), **read_flags(arguments, RunOptions)}
     if options.pop("device_map", None) is not None:
         raise InputError.one("device_map", "Ray workers hold one device each", "Use --mesh, or --runtime local")
-    with (
-        ProgressLine(Mesh.parse(mesh).size) as line,
-        ray.load(
-            arguments.model,
-            **options,
-            threads=arguments.threads or None,
-            progress=line.show,
-        ) as sharded,
-    ):
-        line.end()
+    with ray.load(arguments.model, **options, threads=arguments.threads or None) as sharded:
+        status("computing the fingerprint")
         return sharded.perform(query)
 
 
 def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> Outcome:
     """Starts the ranks with torch's elastic launcher, and reads the outcome that rank 0 writes."""
+    status(f"starting {size} ranks")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -190,9 +187,10 @@ def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> O
     with tempfile.TemporaryDirectory(prefix="distquant-") as folder:
         os.environ[OUTCOME] = path = os.path.join(folder, "outcome.json")
         try:
-            with _own_handlers_afterwards():
+            with _own_handlers_afterwards(), handed_over():
                 elastic_launch(config, sys.executable)("-m", "distquant", *argv)
         except ChildFailedError as error:
+            _show_errors_of_ranks(path)
             rank, failure = error.get_first_failure()
             if failure.exitcode in (1, 2):
                 raise Handled(failure.exitcode) from None
@@ -248,4 +246,28 @@ def report_once(error: InputError) -> None:
     if os.environ.get("RANK", "0") != "0":
         wait_for_the_end()
         prefix = rank_prefix()
-    print(f"distquant: {prefix}{error}", file=sys.stderr)
+    report(error, prefix)
+
+
+def report(error: DistquantError | str, prefix: str = "") -> None:
+    """Prints an error, or leaves that to the process that has started this rank.
+
+    Ranks share a terminal, and rank 0 draws over its last lines as long as it loads.
+    """
+    if OUTCOME in os.environ and is_launched():
+        problems = [dataclasses.astuple(problem) for problem in getattr(error, "problems", ())]
+        with open(f"{os.environ[OUTCOME]}.{int(os.environ['RANK']):06}", "w") as file:
+            json.dump({"prefix": prefix, "problems": problems, "text": str(error)}, file)
+        return
+    if is_launched() and os.environ["RANK"] != "0" and sys.stderr.isatty():
+        time.sleep(LAST_DRAWING)
+    terminal.show_error(error, prefix)
+
+
+def _show_errors_of_ranks(path: str) -> None:
+    """Prints the errors that ranks have left beside the file of the outcome."""
+    for name in sorted(glob.glob(f"{glob.escape(path)}.*")):
+        with open(name) as file:
+            left = json.load(file)
+        problems = [Problem(*problem) for problem in left["problems"]]
+        terminal.show_error(InputError(problems) if problems else left["text"], left["prefix"])

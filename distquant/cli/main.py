@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from distquant.cli.flags import add_flags, at_least, group, prepare
@@ -103,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(load, PlanOptions)
     _run_flags(load)
     output = group(load, "output")
+    output.add_argument("-v", "--verbose", action="store_true", help="also show each rank, its stages, and kernels")
     output.add_argument("--prompt", metavar="TEXT", help="text that the model goes on from")
     _new_tokens(output)
     output.add_argument("--report", metavar="FILE", help="write the JSON report")
@@ -170,12 +172,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in notes:
             print(f"distquant: {note}", file=sys.stderr)
     _quiet()
-    from distquant.cli import commands, launch
+    from distquant.progress import first_rank, working
+
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    text = "importing torch and transformers" if ranks == "1" else f"starting {ranks} ranks"
+    with working(text, at_once=True) if first_rank() else nullcontext():
+        from distquant.cli import commands, launch
 
     try:
         return getattr(commands, f"run_{arguments.command}")(arguments, argv)
     except CheckFailed as error:
-        print(f"distquant: {error}", file=sys.stderr)
+        launch.report(error)
         return 1
     except InputError as error:
         launch.report_once(error)
@@ -184,14 +191,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launch.of_another_rank(error):
             launch.wait_for_the_end()
         prefix = "" if str(error).startswith("rank ") else launch.rank_prefix()
-        print(f"distquant: {prefix}{error}", file=sys.stderr)
+        launch.report(error, prefix)
         return 2
     except RuntimeError as error:
         if not launch.lost_peer(error):
             raise
         launch.wait_for_the_end()
         first = str(error).splitlines()[0]
-        print(f"distquant: {launch.rank_prefix()}the connection to another rank was lost ({first})", file=sys.stderr)
+        launch.report(f"the connection to another rank was lost ({first})", launch.rank_prefix())
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -214,6 +221,6 @@ def _quiet() -> None:
     """Keeps the messages of libraries out of the output; their errors still reach the user."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("bitsandbytes", "torch.distributed.elastic", "torch.distributed.run"):
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     quiet_imports()

@@ -44,6 +44,7 @@ from distquant.planning.prepared import Prepared
 from distquant.planning.read_assignment import node_ranks
 from distquant.planning.validation import check_kernel, check_supported
 from distquant.process_state import changing_process_state
+from distquant.progress import status
 from distquant.quantization import ModuleFactory, Scheme, config_classes, scheme_for
 from distquant.quantization.linear.state import state_of
 from distquant.sharding.mesh import REPLICA
@@ -102,11 +103,15 @@ def load_shard(
     if scheme_of(plan).delegated:
         return _delegate(plan, comm, device)
     # Whatever cannot run here fails before anything is read.
+    status("importing libraries of the method")
     with changing_process_state():
         check_kernel(plan, scheme_of(plan), choose(options.kernel, device).kernel)
         check_forward(plan, scheme_of(plan), Forward(options.forward), device)
         _import_libraries(plan)
+    if comm.world_size > 1:
+        status("waiting for the other ranks")
     comm.collect(None)  # ranks that import slowly are not counted as loading
+    status("loading")
     start = time.perf_counter()
     checkpoint = open_planned(plan, comm, prepared)
     loading = _Loading(
@@ -128,6 +133,7 @@ def load_shard(
 def _delegate(plan: LoadPlan, comm: Comm, device: torch.device) -> Any:
     """Lets transformers load the model; the report says so, and has no stages."""
     scheme, start = scheme_of(plan), time.perf_counter()
+    status("loading with transformers")
     report = RankReport(rank=comm.rank, kernel=f"transformers: its own quantizer for {scheme.config.quant_method!r}")
     model = delegated.load(plan, scheme, device)
     report.seconds = time.perf_counter() - start

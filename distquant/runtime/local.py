@@ -13,6 +13,7 @@ from distquant.parallel.comm import SoloComm
 from distquant.planning import LoadPlan
 from distquant.planning.planner import plan_and_open
 from distquant.planning.request import Request
+from distquant.progress import Viewer, alone, status
 from distquant.runtime.measure import measure
 
 NAME = "local"
@@ -28,11 +29,15 @@ def load(
     request: Request | LoadPlan,
     options: RunOptions | None = None,
     progress: Progress | None = None,
+    viewer: Viewer | None = None,
 ) -> Any:
-    """Plans, unless given a plan, and loads in this process."""
+    """Plans, unless given a plan, and loads in this process. `viewer`, if given, shows the progress."""
+    status("planning")
     own, prepared = device(), None
     if isinstance(request, LoadPlan):
         plan = request
     else:
         plan, prepared = plan_and_open(request, measure(own, request.rank_memory()))
+    if viewer is not None:
+        progress = alone(viewer)
     return load_shard(plan, SoloComm(), own, options, progress, prepared)

@@ -11,6 +11,7 @@ from distquant.errors import InputError
 from distquant.loading.report import RankReport, make_report
 from distquant.model import source_of, tokenizer_file_problems
 from distquant.planning import LoadPlan
+from distquant.progress import status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +73,18 @@ def perform(model: Any, query: Query, runtime: str) -> Outcome:
     from distquant.verification.fingerprint import fingerprint
     from distquant.verification.perplexity import perplexity
 
+    status("computing the fingerprint")
     loaded = model.distquant
     plan: LoadPlan = loaded.plan
     digest = fingerprint(model) if query.fingerprint and not loaded.scheme.delegated else None
     ranks: list[RankReport] = loaded.comm.collect(loaded.report)
     outcome = Outcome(report=make_report(plan, runtime, ranks, digest))
     if query.prompt is not None:
+        status("generating")
         answer = generate(model, query.prompt, **query.generate)
         outcome.answer = answer if isinstance(answer, str) else "\n".join(answer)
     if query.text is not None:
+        status("measuring perplexity")
         outcome.perplexity = perplexity(model, _tokenizer(model), query.text, query.window)
     return outcome
 

@@ -27,6 +27,7 @@ from distquant.planning.arguments import read_arguments
 from distquant.planning.planner import make_plan
 from distquant.planning.request import Request
 from distquant.planning.validation import check_supported
+from distquant.progress import showing, status
 from distquant.quiet import quiet_imports
 from distquant.runtime.measure import check_rank_count, declared, numbered
 from distquant.runtime.query import Outcome, Query
@@ -157,7 +158,7 @@ def load(
     io: str = "auto",
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **aliases: Unpack[Aliases],
 ) -> Sharded:
     """Loads a model onto Ray workers, one for each rank of the mesh.
@@ -171,7 +172,7 @@ def load(
         threads: Torch threads of a worker. Default: on a Ray that is started here, OMP_NUM_THREADS or an equal part of
             the cores; else as many as the CPUs of a worker.
         schedule_timeout: Seconds until a placement group that cannot be scheduled is given up.
-        progress: Called with the progress of every rank.
+        progress: As in `distquant.load`; a function is called with the progress of every rank.
 
     Raises:
         InputError: with every problem; also if the cluster lacks resources that the mesh needs.
@@ -185,20 +186,38 @@ def load(
     }
     quiet_imports()
     request, options = read_arguments("ray.load", arguments)
+    with showing(progress) as viewer:
+        called = progress if callable(progress) else viewer
+        return _load(request, options, called, resources, threads, schedule_timeout)
+
+
+def _load(
+    request: Request,
+    options: RunOptions,
+    progress: Callable[[list[LoadProgress]], None] | None,
+    resources: Resources | None,
+    threads: int | None,
+    schedule_timeout: float,
+) -> Sharded:
+    """Plans, starts the workers and loads."""
+    status("planning")
     first = make_plan(request, declared(request))
     check_supported(first)
     world = first.mesh.size
+    status("starting Ray")
     started_ray = _start(world)
     workers: list[Any] = []
     group = None
     try:
         resources = resources or Resources(gpus=1 if ray.cluster_resources().get("GPU") else 0)
+        status(f"starting {world} workers")
         group = _reserve(world, resources, schedule_timeout)
         own_machine = started_ray and not os.environ.get("RAY_ADDRESS")
         threads = threads or (rank_threads(world) if own_machine else max(int(resources.cpus), 1))
         workers = _workers(world, resources, group, threads)
         plan = _plan(request, workers)
         alone = len(set(gather([worker.ray_node.remote() for worker in workers]))) == 1
+        status("loading")
         address = ray.get(workers[0].serve.remote(alone))
         text = plan.to_json()
         tick = (lambda: progress(_progress_of(workers))) if progress is not None else None

@@ -17,8 +17,10 @@ from distquant.planning.arguments import check_world
 from distquant.planning.planner import plan_and_open
 from distquant.planning.prepared import Prepared, open_early
 from distquant.planning.request import Request
+from distquant.progress import Viewer, status
 from distquant.runtime import process_group
 from distquant.runtime.measure import measure, node_name, numbered
+from distquant.runtime.shared_progress import SharedProgress
 
 NAME = "torchrun"
 
@@ -37,18 +39,22 @@ def load(
     request: Request | LoadPlan,
     options: RunOptions | None = None,
     progress: Progress | None = None,
+    viewer: Viewer | None = None,
 ) -> Any:
     """Plans on rank 0, shares the plan or its problems, and loads this rank's part.
 
-    Initializes the default process group unless it exists.
+    Initializes the default process group unless it exists. A `viewer` of rank 0 shows the progress of all ranks.
     """
+    status("waiting for the other ranks")
     own, timeout = device(), options.timeout if options else None
     if not dist.is_initialized():
         process_group.init(timeout=timeout)
+    shared = SharedProgress(viewer)  # on every rank, so that ranks count their loads alike
+    status("planning")
     plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own)
     check_world(plan.mesh, dist.get_world_size())
     comm = process_group.GroupComm(plan.mesh, timeout)
-    return load_shard(plan, comm, own, options, progress, prepared)
+    return load_shard(plan, comm, own, options, progress or shared, prepared)
 
 
 def agree(request: Request, own: torch.device) -> tuple[LoadPlan, Prepared | None]:

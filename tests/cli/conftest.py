@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cli_runs import Command, Run
+
+STATUS = re.compile(r"^status: [^\n]*\n", re.MULTILINE)
+"""What a command says on standard error about work that takes more than two seconds, which it may here."""
 
 
 @pytest.fixture
@@ -24,7 +28,8 @@ def command(capfd: pytest.CaptureFixture[str], workdir: Path) -> Command:
         except SystemExit as end:  # argparse ends so
             assert isinstance(end.code, int)
             code = end.code
-        return Run(code, *capfd.readouterr())
+        out, err = capfd.readouterr()
+        return Run(code, out, STATUS.sub("", err))
 
     return run
 

@@ -139,7 +139,10 @@ def test_load_answers_and_reports(kjv_tiny: str, command: Command, workdir: Path
     answer = generate(model, "In the beginning", max_new_tokens=8)
     assert done.out.endswith(f"\n\n{answer}\n")
     assert len(answer) > len("In the beginning")
-    assert "loading: rank 0 100%" in done.err
+    assert done.err == "" or done.err.startswith("loading: rank 0 ")
+    # What and where, how fast, and the fingerprint.
+    told = re.search(r"^loaded (\S+) as nf4: .*; local, mesh tp=1\ntook .*\nfingerprint (\w{32})\n\n", done.out)
+    assert told and told.groups() == (kjv_tiny, report["fingerprint"])
 
 
 def test_load_of_a_prequantized_checkpoint(llama_nf4: str, model_of, command: Command, workdir: Path) -> None:

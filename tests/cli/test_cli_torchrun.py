@@ -48,7 +48,7 @@ def spoil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def last_words(run: Run) -> Run:
     """The run without the progress that came before its failure, which must be all that it wrote."""
-    lines = [line for line in run.err.splitlines() if not line.startswith("loading: rank 0 ")]
+    lines = [line for line in run.err.splitlines() if not line.startswith(("loading: rank 0 ", "status: "))]
     return Run(run.code, run.out, "\n".join(lines) + "\n")
 
 

@@ -21,13 +21,14 @@ import distquant
 PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
-    ["errors", "version", "dtypes", "old_names", "garbage_collection", "quiet", "files", "process_state", "memory"],
-    ["environment", "units", "tables"],
+    ["errors", "version", "dtypes", "old_names", "garbage_collection", "files", "process_state", "memory"],
+    ["environment", "units", "tables", "quiet"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],
     ["model"],
     ["kernels"],
     ["options"],
+    ["progress"],
     ["quantization"],
     ["planning"],
     ["parallel", "loading.stream"],

@@ -123,6 +123,7 @@ CHECKED: dict[str, frozenset[str]] = {
     "model": KINDS,
     "parallel": KINDS,
     "planning": KINDS,
+    "progress": KINDS,
     "quantization": KINDS,
     "runtime": KINDS,
     "sharding": KINDS,
