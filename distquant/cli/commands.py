@@ -8,6 +8,7 @@ import os
 from distquant.api import plan as make
 from distquant.cli import launch, render
 from distquant.cli.html import plan_html
+from distquant.cli.ranks import Handled
 from distquant.errors import CheckFailed, InputError
 from distquant.files import TEXT_BYTES, read_text
 from distquant.loading.report import write_report
@@ -30,22 +31,33 @@ def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
     _check_output("--report", arguments.report)
-    query = Query(prompt=arguments.prompt, generate={"max_new_tokens": arguments.max_new_tokens})
+    limit = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
+    query = Query(prompt=arguments.prompt, raw=arguments.raw, generate=limit)
     outcome = _run(arguments, argv, query, arguments.mesh)
     if isinstance(outcome, int):
         return outcome
     print(render.report_text(outcome.report))
     if outcome.answer is not None:
-        print(f"\n{outcome.answer}")
+        print(f"\n{render.answer_text(outcome)}")
     if arguments.report:
         write_report(outcome.report, arguments.report)
+    return 0
+
+
+def run_chat(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from distquant.cli.chat import chat
+
+    try:
+        chat(arguments, argv)
+    except Handled as handled:
+        return handled.code
     return 0
 
 
 def run_verify(arguments: argparse.Namespace, argv: list[str]) -> int:
     if len(arguments.mesh) < 2:
         raise InputError.one("--mesh", "one mesh cannot be compared", "Give --mesh twice or more")
-    if launch.is_launched() and launch.OUTCOME not in os.environ:
+    if launch.is_launched() and not launch.started_here():
         fault = f"verify starts the ranks of each mesh itself, and this is rank {os.environ['RANK']} of a launcher"
         raise InputError.one("verify", fault, "Run it without a launcher")
     fingerprints = {}
@@ -94,7 +106,7 @@ def _run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str
     """Returns the outcome, or the exit code where another process reports it."""
     try:
         outcome = launch.run(arguments, argv, query, mesh)
-    except launch.Handled as handled:
+    except Handled as handled:
         return handled.code
     return 0 if outcome is None else outcome
 

@@ -49,13 +49,37 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", metavar="FILE", help="write the whole plan")
     plan.add_argument("--html", metavar="FILE", help="write the plan as a page")
 
-    load = commands.add_parser("load", help="load, and answer a prompt")
+    load = commands.add_parser("load", help="load, and answer one prompt")
     _model_argument(load)
     add_flags(load, PlanOptions)
     _run_flags(load)
-    load.add_argument("--prompt")
-    load.add_argument("--max-new-tokens", type=at_least(1), default=40)
+    load.add_argument(
+        "--prompt", metavar="TEXT", help="a question, where the model has a chat template; else text to be continued"
+    )
+    load.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    load.add_argument(
+        "--max-new-tokens", type=at_least(1), metavar="N", help="default: 40; of an answer, as in 'distquant chat'"
+    )
     load.add_argument("--report", metavar="FILE", help="write the JSON report")
+
+    chat = commands.add_parser("chat", help="load a chat model, and talk with it line by line")
+    _model_argument(chat)
+    add_flags(chat, PlanOptions)
+    _run_flags(chat)
+    chat.add_argument("--system", metavar="TEXT", help="system prompt, in place of the chat template's own")
+    chat.add_argument(
+        "--max-new-tokens",
+        type=at_least(1),
+        metavar="N",
+        help="tokens of an answer, at most; default: those of the model's generation config, or 512",
+    )
+    chat.add_argument(
+        "--temperature",
+        type=at_least(0, float),
+        metavar="T",
+        help="0: always the likeliest token; default: as the model's generation config says",
+    )
+    chat.add_argument("--top-p", type=at_least(0, float), metavar="P", help="sample from the likeliest, of this share")
 
     verify = commands.add_parser("verify", help="load at several widths and compare the bits; exit 1 if they differ")
     _model_argument(verify)

@@ -12,6 +12,8 @@ from distquant.config.vocabulary import columns
 from distquant.errors import InputError
 from distquant.planning import LoadPlan
 from distquant.planning.read_strategy import REASONS
+from distquant.runtime.answer import End
+from distquant.runtime.query import Outcome
 from distquant.units import format_bytes
 
 SHOWN_RANKS = 16
@@ -105,6 +107,15 @@ def report_text(report: dict[str, Any]) -> str:
     summary = f"{report['runtime']}, mesh {report['mesh']}, fingerprint {report['fingerprint']}"
     limits = ", ".join(dict.fromkeys(r["limit"] for r in report["ranks"]))
     return "\n".join([table(header, rows), *choices, f"limited by {limits}", summary])
+
+
+def answer_text(outcome: Outcome) -> str:
+    """Returns the answer to a prompt, after a line that says how it was asked if a chat template was applied."""
+    answer = outcome.answer or ""
+    if not outcome.template:
+        return answer
+    cut = "; cut by --max-new-tokens" if outcome.end == End.LENGTH else ""
+    return f"answer (the model's chat template was applied, --raw leaves it out{cut}):\n{answer}"
 
 
 def inspect_text(checkpoint: Checkpoint) -> str:
