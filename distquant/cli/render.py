@@ -114,8 +114,8 @@ def answer_text(outcome: Outcome) -> str:
     answer = outcome.answer or ""
     if not outcome.template:
         return answer
-    cut = "; cut by --max-new-tokens" if outcome.end == End.LENGTH else ""
-    return f"answer (the model's chat template was applied, --raw leaves it out{cut}):\n{answer}"
+    limited = "; ended by --max-new-tokens" if outcome.end == End.LENGTH else ""
+    return f"answer (the model's chat template was applied, --raw leaves it out{limited}):\n{answer}"
 
 
 def inspect_text(checkpoint: Checkpoint) -> str:
