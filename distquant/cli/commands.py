@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from distquant.api import plan as make
 from distquant.cli import launch, render, terminal
 from distquant.cli.page import plan_html
+from distquant.cli.ranks import Handled
 from distquant.errors import CheckFailed, InputError
 from distquant.files import TEXT_BYTES, read_text
 from distquant.loading.report import write_report
@@ -33,15 +34,26 @@ def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
     _check_output("--report", arguments.report)
-    query = Query(prompt=arguments.prompt, generate={"max_new_tokens": arguments.max_new_tokens})
+    limit = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
+    query = Query(prompt=arguments.prompt, raw=arguments.raw, generate=limit)
     outcome = _run(arguments, argv, query, arguments.mesh)
     if isinstance(outcome, int):
         return outcome
     terminal.show(*render.report_parts(outcome.report, arguments.model, arguments.verbose))
     if outcome.answer is not None:
-        print(f"\n{outcome.answer}")
+        print(f"\n{render.answer_text(outcome)}")
     if arguments.report:
         write_report(outcome.report, arguments.report)
+    return 0
+
+
+def run_chat(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from distquant.cli.chat import chat
+
+    try:
+        chat(arguments, argv)
+    except Handled as handled:
+        return handled.code
     return 0
 
 
@@ -50,7 +62,7 @@ def run_verify(arguments: argparse.Namespace, argv: list[str]) -> int:
     if len(meshes) < 2:
         fault = "one mesh cannot be compared" if meshes else "no mesh is given"
         raise InputError.one("--mesh", fault, "Give --mesh twice or more, such as --mesh tp=1 --mesh tp=2")
-    if launch.is_launched() and launch.OUTCOME not in os.environ:
+    if launch.is_launched() and not launch.started_here():
         fault = f"verify starts the ranks of each mesh itself, and this is rank {os.environ['RANK']} of a launcher"
         raise InputError.one("verify", fault, "Run it without a launcher")
     fingerprints = {}
@@ -105,7 +117,7 @@ def _run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str
     try:
         with working("planning") if first_rank() else nullcontext():
             outcome = launch.run(arguments, argv, query, mesh)
-    except launch.Handled as handled:
+    except Handled as handled:
         return handled.code
     return 0 if outcome is None else outcome
 

@@ -10,6 +10,7 @@ from distquant.cli import launch, render, terminal
 from distquant.errors import CheckFailed, InputError
 from distquant.files import TEXT_BYTES, read_text
 from distquant.sharding.mesh import Mesh
+from distquant.tables import table
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -43,7 +44,7 @@ def demo(arguments: argparse.Namespace) -> None:
         baseline = perplexity(unquantized, tokenizer, text)
         rows = [(str(unquantized.dtype).removeprefix("torch."), "tp=1", f"{baseline:.3f}")]
         rows += [(quant, arguments.mesh, f"{quantized:.3f}")]
-        terminal.show(terminal.table(("weights", "mesh", "perplexity on validation.txt"), rows))
+        terminal.show(table(("weights", "mesh", "perplexity on validation.txt"), rows))
     print(f"\nfingerprint at tp=1  {reference}")
     print(f"fingerprint at {arguments.mesh}  {report['fingerprint']}")
     if report["fingerprint"] != reference:

@@ -44,9 +44,10 @@ def inspect(model: Model, *, revision: str | None = None, cache_dir: str | os.Pa
     check_model(model)
     quiet_imports()
     from distquant.checkpoint import open_checkpoint
-    from distquant.cli.render import inspect_text
+    from distquant.cli.render import inspect_parts
 
-    return Text(inspect_text(open_checkpoint(model, revision=revision, cache_dir=cache_dir)))
+    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir)
+    return Text("\n".join(inspect_parts(checkpoint)))
 
 
 def doctor(quant: str | None = None) -> Text:
@@ -60,9 +61,9 @@ def doctor(quant: str | None = None) -> Text:
     """
     parse(quant, early_classes())
     quiet_imports()
-    from distquant.cli.doctor import doctor_text
+    from distquant.cli.doctor import doctor_parts
 
-    return Text(doctor_text(quant))
+    return Text("\n".join(doctor_parts(quant)))
 
 
 def verify(

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import glob
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distquant.cli import terminal
+from distquant.cli import ranks, terminal
 from distquant.cli.flags import read_flags
+from distquant.cli.ranks import STARTED_HERE
 from distquant.environment import rank_threads
-from distquant.errors import DistquantError, InputError, Problem, Problems, RankError, one_line
-from distquant.model import source_of, tokenizer_file_problems
+from distquant.errors import DistquantError, InputError, Problem, Problems, RankError
 from distquant.options import PlanOptions, RunOptions
 from distquant.planning.validation import check_supported
 from distquant.progress import give_back, handed_over, status
 from distquant.runtime.measure import check_rank_count
-from distquant.runtime.query import Outcome, Query
+from distquant.runtime.query import Outcome, Query, perform
 from distquant.sharding.mesh import Mesh
+
+if TYPE_CHECKING:
+    from distquant.runtime.ray_model import Sharded
 
 OUTCOME = "DISTQUANT_OUTCOME"
 """Environment variable: the file that rank 0 writes the outcome to, if the command line has started the ranks."""
+
+TALK = "DISTQUANT_TALK"
+"""Environment variable: the socket at which rank 0 finds the command line that has started the ranks for a chat."""
 
 PATIENCE = 30.0
 """Seconds that a rank waits for another to report the error, and for the launcher to stop this one.
@@ -42,33 +45,48 @@ LAST_DRAWING = 1.0
 """Seconds after which rank 0 has learned of another rank's failure, and draws no more."""
 
 
-class Handled(DistquantError):
-    """A rank has already reported the error; `code` is the exit code."""
-
-    def __init__(self, code: int):
-        self.code = code
-        super().__init__(f"exit code {code}")
-
-
 def run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str | None) -> Outcome | None:
     """Loads the model and runs the query; returns None on ranks whose outcome rank 0 prints."""
-    from distquant.api import plan
+    runtime, size = choose(arguments, mesh, token_problems(arguments, query))
+    if runtime == "ray":
+        with on_ray(arguments, mesh) as sharded:
+            status("computing the fingerprint")
+            return sharded.perform(query)
+    if runtime == "local":
+        return perform(load_here(arguments, mesh, "local"), query, "local")
+    if is_launched():
+        return _as_rank(arguments, query, mesh)
+    with tempfile.TemporaryDirectory(prefix="distquant-") as folder:
+        path = os.path.join(folder, "outcome.json")
+        with handed_over(), started_ranks(arguments, argv, mesh, size, {OUTCOME: path}) as started:
+            started.wait()
+        with open(path) as file:
+            return Outcome(**json.load(file))
 
+
+def choose(arguments: argparse.Namespace, mesh: str | None, found: Iterable[Problem]) -> tuple[str, int]:
+    """Returns the runtime, and the number of ranks.
+
+    Args:
+        arguments: of the command.
+        mesh: its mesh.
+        found: further problems; those of a rank that the command line has started are known already.
+
+    Raises:
+        InputError: with all problems, also those of the plan if there are any.
+    """
     launched, size, problems = is_launched(), Mesh.parse(mesh).size, Problems()
     runtime = arguments.runtime or ("torchrun" if launched or size > 1 else "local")
-    if OUTCOME not in os.environ:  # else the process that started this rank has checked it
-        problems.extend(token_problems(arguments, query))
+    if not started_here():
+        problems.extend(found)
     if problems:
         raise all_problems(problems, arguments, mesh)
-    if runtime == "ray":
-        return _on_ray(arguments, query, mesh)
-    if runtime == "local":
-        return _here(arguments, query, mesh, "local")
-    if launched:
-        return _here(arguments, query, mesh, "torchrun")
-    check_supported(plan(arguments.model, **load_options(arguments, mesh)))  # before ranks are started
-    check_rank_count(size)
-    return _start_ranks(arguments, argv, size)
+    return runtime, size
+
+
+def started_here() -> bool:
+    """Returns True if the command line has started this process as a rank."""
+    return STARTED_HERE in os.environ
 
 
 def is_launched() -> bool:
@@ -93,28 +111,29 @@ def token_problems(arguments: argparse.Namespace, query: Query) -> Iterator[Prob
     texts = [(option, text, least) for option, text, least in texts if text is not None]
     if not texts:
         return
-    from transformers import AutoTokenizer
-
-    from distquant.checkpoint.locate import locate
-
-    try:
-        folder, _ = locate(arguments.model, arguments.revision, arguments.cache_dir)
-    except InputError:
-        return  # planning reports it
-    if unreadable := list(tokenizer_file_problems(folder)):
-        yield from unreadable
-        return
     for option, text, least in texts:
-        try:
-            source, gguf = source_of(folder)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code, **gguf)
-        except (ValueError, OSError, KeyError, ImportError) as error:
-            fault = f"transformers cannot load a tokenizer from {folder} ({one_line(error)})"
-            yield Problem(option, fault, "Put the model's tokenizer.json there")
+        tokenizer = yield from tokenizer_or_problems(arguments, option)
+        if tokenizer is None:
             continue
         count = len(tokenizer(text).input_ids)
         if count < least:
             yield Problem(option, f"has {count} tokens, {least} are needed", "Give a longer text")
+
+
+def tokenizer_or_problems(arguments: argparse.Namespace, option: str) -> Generator[Problem, None, Any]:
+    """Yields why the model's tokenizer, which an option needs, cannot be read; returns it if it can."""
+    from distquant.checkpoint.locate import locate
+    from distquant.runtime.answer import read_tokenizer
+
+    try:
+        folder, _ = locate(arguments.model, arguments.revision, arguments.cache_dir)
+    except InputError:
+        return None  # planning reports it
+    try:
+        return read_tokenizer(folder, arguments.trust_remote_code, option)
+    except InputError as error:
+        yield from error.problems
+        return None
 
 
 def load_options(arguments: argparse.Namespace, mesh: str | None) -> dict[str, Any]:
@@ -122,22 +141,24 @@ def load_options(arguments: argparse.Namespace, mesh: str | None) -> dict[str, A
     return {**read_flags(arguments, PlanOptions), "mesh": mesh}
 
 
-def _here(arguments: argparse.Namespace, query: Query, mesh: str | None, runtime: str) -> Outcome | None:
+def load_here(arguments: argparse.Namespace, mesh: str | None, runtime: str) -> Any:
+    """Loads the model in this process, or its part if this is a rank, and shows rank 0's progress."""
     import torch
 
     from distquant.api import load
-    from distquant.runtime.query import perform
 
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if runtime == "torchrun" else 1
-    torch.set_num_threads(arguments.threads or rank_threads(ranks))
-    rank = int(os.environ.get("RANK", "0")) if runtime == "torchrun" else 0
-    model = load(arguments.model, **load_options(arguments, mesh), **read_flags(arguments, RunOptions))
-    outcome = perform(model, query, runtime)
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if runtime == "torchrun" else 1
+    torch.set_num_threads(arguments.threads or rank_threads(beside))
+    return load(arguments.model, **load_options(arguments, mesh), **read_flags(arguments, RunOptions))
+
+
+def _as_rank(arguments: argparse.Namespace, query: Query, mesh: str | None) -> Outcome | None:
+    """Loads this rank's part and runs the query; the outcome is printed by one process, or None is returned."""
+    model = load_here(arguments, mesh, "torchrun")
+    outcome = perform(model, query, "torchrun")
     status("ending the ranks")
-    if runtime == "torchrun":
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if rank != 0:
+    leave()
+    if os.environ["RANK"] != "0":
         return None
     if OUTCOME in os.environ:
         with open(os.environ[OUTCOME], "w") as file:
@@ -147,7 +168,17 @@ def _here(arguments: argparse.Namespace, query: Query, mesh: str | None, runtime
     return outcome
 
 
-def _on_ray(arguments: argparse.Namespace, query: Query, mesh: str | None) -> Outcome:
+def leave() -> None:
+    """Ends this rank's process group when all ranks have come here."""
+    import torch.distributed
+
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def on_ray(arguments: argparse.Namespace, mesh: str | None) -> Iterator[Sharded]:
+    """Loads the model onto Ray workers, and ends them afterwards."""
     try:
         status("importing Ray")
         from distquant.runtime import ray
@@ -159,61 +190,29 @@ def _on_ray(arguments: argparse.Namespace, query: Query, mesh: str | None) -> Ou
     if options.pop("device_map", None) is not None:
         raise InputError.one("device_map", "Ray workers hold one device each", "Use --mesh, or --runtime local")
     with ray.load(arguments.model, **options, threads=arguments.threads or None) as sharded:
-        status("computing the fingerprint")
-        return sharded.perform(query)
-
-
-def _start_ranks(arguments: argparse.Namespace, argv: list[str], size: int) -> Outcome:
-    """Starts the ranks with torch's elastic launcher, and reads the outcome that rank 0 writes."""
-    status(f"starting {size} ranks")
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    from distquant.cli import rendezvous
-    from distquant.runtime.process_group import stay_on_this_machine
-
-    threads = arguments.threads or rank_threads(size)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    stay_on_this_machine()
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=size,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend=rendezvous.register(),
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    with tempfile.TemporaryDirectory(prefix="distquant-") as folder:
-        os.environ[OUTCOME] = path = os.path.join(folder, "outcome.json")
-        try:
-            with _own_handlers_afterwards(), handed_over():
-                elastic_launch(config, sys.executable)("-m", "distquant", *argv)
-        except ChildFailedError as error:
-            _show_errors_of_ranks(path)
-            rank, failure = error.get_first_failure()
-            if failure.exitcode in (1, 2):
-                raise Handled(failure.exitcode) from None
-            how, fix = f"ended with exit code {failure.exitcode}", "See its output above"
-            if failure.exitcode < 0:
-                how, fix = f"was killed by signal {-failure.exitcode}", "If memory ran out (signal 9), use more ranks"
-            raise InputError.one(f"rank {rank}", f"{how}, and the other ranks were stopped", fix) from None
-        finally:
-            del os.environ[OUTCOME]
-        with open(path) as file:
-            return Outcome(**json.load(file))
+        yield sharded
 
 
 @contextmanager
-def _own_handlers_afterwards() -> Iterator[None]:
-    """Restores the signal handlers that torch's launcher replaces and does not restore (`PContext.start`)."""
-    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None and signal.getsignal(number) != handler:  # None: not set from Python
-                signal.signal(number, handler)
+def started_ranks(
+    arguments: argparse.Namespace, argv: list[str], mesh: str | None, size: int, environment: dict[str, str]
+) -> Iterator[ranks.Ranks]:
+    """Starts ranks that run this command, after a plan that says that they can; ends them afterwards."""
+    from distquant.api import plan
+
+    check_supported(plan(arguments.model, **load_options(arguments, mesh)))
+    check_rank_count(size)
+    status(f"starting {size} ranks")
+    threads = arguments.threads or rank_threads(size)
+    own = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryDirectory(prefix="distquant-") as folder:
+        own[STARTED_HERE] = folder
+        try:
+            with ranks.started(argv, size, {**own, **environment}) as started:
+                yield started
+        except DistquantError:
+            _show_errors_of_ranks(folder)
+            raise
 
 
 def lost_peer(error: RuntimeError) -> bool:
@@ -254,9 +253,9 @@ def report(error: DistquantError | str, prefix: str = "") -> None:
 
     Ranks share a terminal, and rank 0 draws over its last lines as long as it loads.
     """
-    if OUTCOME in os.environ and is_launched():
+    if started_here():
         problems = [dataclasses.astuple(problem) for problem in getattr(error, "problems", ())]
-        with open(f"{os.environ[OUTCOME]}.{int(os.environ['RANK']):06}", "w") as file:
+        with open(os.path.join(os.environ[STARTED_HERE], f"{int(os.environ['RANK']):06}.json"), "w") as file:
             json.dump({"prefix": prefix, "problems": problems, "text": str(error)}, file)
         return
     if is_launched() and os.environ["RANK"] != "0" and sys.stderr.isatty():
@@ -264,10 +263,10 @@ def report(error: DistquantError | str, prefix: str = "") -> None:
     terminal.show_error(error, prefix)
 
 
-def _show_errors_of_ranks(path: str) -> None:
-    """Prints the errors that ranks have left beside the file of the outcome."""
-    for name in sorted(glob.glob(f"{glob.escape(path)}.*")):
-        with open(name) as file:
+def _show_errors_of_ranks(folder: str) -> None:
+    """Prints the errors that ranks have left."""
+    for name in sorted(os.listdir(folder)):
+        with open(os.path.join(folder, name)) as file:
             left = json.load(file)
         problems = [Problem(*problem) for problem in left["problems"]]
         terminal.show_error(InputError(problems) if problems else left["text"], left["prefix"])

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from distquant.cli.flags import add_flags, at_least, group, prepare
+from distquant.cli.ranks import STARTED_HERE
 from distquant.errors import CheckFailed, DistquantError, InputError
 from distquant.options import DECLARED, PlanOptions, RunOptions
 from distquant.planning.arguments import ELSEWHERE
@@ -24,6 +25,7 @@ RUNTIMES = ("local", "torchrun", "ray")
 EXAMPLES = {
     "plan": "distquant plan MODEL --quant nf4 --tp 2 --max-memory 24GiB",
     "load": "distquant load MODEL --quant nf4 --prompt 'Once upon a time'",
+    "chat": "distquant chat MODEL --quant nf4 --tp 2",
     "verify": "distquant verify MODEL --quant nf4 --tp 1 --tp 2",
     "perplexity": "distquant perplexity MODEL --quant nf4 --text wiki.txt",
     "inspect": "distquant inspect MODEL",
@@ -99,15 +101,20 @@ def build_parser() -> argparse.ArgumentParser:
     group(plan, "output").add_argument("--json", metavar="FILE", help="write the whole plan")
     group(plan, "output").add_argument("--html", metavar="FILE", help="write the plan as a page")
 
-    load = command("load", "load, and answer a prompt")
+    load = command("load", "load, and answer one prompt")
     _model_argument(load)
     add_flags(load, PlanOptions)
     _run_flags(load)
     output = group(load, "output")
     output.add_argument("-v", "--verbose", action="store_true", help="also show each rank, its stages, and kernels")
-    output.add_argument("--prompt", metavar="TEXT", help="text that the model goes on from")
-    _new_tokens(output)
+    output.add_argument(
+        "--prompt", metavar="TEXT", help="a question, where the model has a chat template; else text to be continued"
+    )
+    output.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    _new_tokens(output, "tokens of the answer; default: as in 'distquant chat', and 40 for continued text")
     output.add_argument("--report", metavar="FILE", help="write the JSON report")
+
+    _chat_flags(command("chat", "load a chat model, and talk with it line by line"))
 
     verify = command("verify", "load at several widths and compare the bits; exit 1 if they differ")
     _model_argument(verify)
@@ -138,12 +145,30 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(default_mesh="tp=2")
     output = group(demo, "output")
     output.add_argument("--prompt", default="In the beginning", metavar="TEXT", help="text that the model goes on from")
-    _new_tokens(output)
+    output.add_argument("--max-new-tokens", type=at_least(1), default=40, metavar="N", help="tokens of the answer")
     return parser
 
 
-def _new_tokens(output: argparse._ArgumentGroup) -> None:
-    output.add_argument("--max-new-tokens", type=at_least(1), default=40, metavar="N", help="tokens of the answer")
+def _chat_flags(chat: _Parser) -> None:
+    _model_argument(chat)
+    add_flags(chat, PlanOptions)
+    _run_flags(chat)
+    output = group(chat, "output")
+    output.add_argument("--system", metavar="TEXT", help="system prompt, in place of the chat template's own")
+    _new_tokens(output, "tokens of an answer, at most; default: those of the model's generation config, or 512")
+    output.add_argument(
+        "--temperature",
+        type=at_least(0, float),
+        metavar="T",
+        help="0: always the likeliest token; default: as the model's generation config says",
+    )
+    output.add_argument(
+        "--top-p", type=at_least(0, float), metavar="P", help="sample from the likeliest, of this share"
+    )
+
+
+def _new_tokens(output: argparse._ArgumentGroup, text: str) -> None:
+    output.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help=text)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -168,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         _report_early(error)
         return 2
-    if os.environ.get("RANK", "0") == "0" and "DISTQUANT_OUTCOME" not in os.environ:
+    if os.environ.get("RANK", "0") == "0" and STARTED_HERE not in os.environ:
         for note in notes:
             print(f"distquant: {note}", file=sys.stderr)
     _quiet()

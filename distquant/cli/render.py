@@ -12,6 +12,8 @@ from distquant.config import QuantizationConfig
 from distquant.config.vocabulary import columns
 from distquant.errors import InputError
 from distquant.progress.snapshot import FEW, STAGE_WORDS, stage_word
+from distquant.runtime.answer import End
+from distquant.runtime.query import Outcome
 from distquant.tables import printable, table
 from distquant.units import format_bytes
 
@@ -114,6 +116,15 @@ def _rank_tables(ranks: Sequence[dict[str, Any]]) -> list[str]:
         "",
         *choices,
     ]
+
+
+def answer_text(outcome: Outcome) -> str:
+    """Returns the answer to a prompt, after a line that says how it was asked if a chat template was applied."""
+    answer = outcome.answer or ""
+    if not outcome.template:
+        return answer
+    limited = "; ended by --max-new-tokens" if outcome.end == End.LENGTH else ""
+    return f"answer (the model's chat template was applied, --raw leaves it out{limited}):\n{answer}"
 
 
 def inspect_parts(checkpoint: Checkpoint) -> list[str]:

@@ -61,6 +61,8 @@ class Loaded:
     scheme: Scheme
     comm: Comm
     report: RankReport
+    tokenizer: Any = None
+    """The model's tokenizer, once something has needed it."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Loaded:
         return self

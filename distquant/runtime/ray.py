@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,7 @@ from distquant.planning.request import Request
 from distquant.planning.validation import check_supported
 from distquant.progress import showing, status
 from distquant.quiet import quiet_imports
+from distquant.runtime.answer import Answer, Messages
 from distquant.runtime.measure import check_rank_count, declared, numbered
 from distquant.runtime.query import Outcome, Query
 from distquant.runtime.ray_model import POLL, Sharded, gather, stop
@@ -70,6 +72,10 @@ class Worker:
         self.rank, self.world, self.seen, self.model = rank, world, LoadProgress(), None
         self.store: TCPStore | None = None
         """On rank 0: the store at which ranks meet."""
+        self.text: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        """On rank 0: pieces of answers that nobody has taken, each with its stream's number."""
+        self.stopped = 0
+        """The last stream that was ended early. Numbers only grow, so that an end cannot come too late or too soon."""
 
     def serve(self, alone: bool) -> tuple[str, int]:
         """Opens rank 0's store and returns its address; if all ranks are `alone` on a machine, no other reaches it."""
@@ -122,6 +128,33 @@ class Worker:
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._lost_peers_named():
             return function(self.model, *args, **kwargs)
+
+    def answer(self, stream: int, prompt: str | Messages, kwargs: dict[str, Any]) -> Answer:
+        from distquant.runtime.answer import answer
+
+        def on_text(piece: str) -> None:
+            self.text.put((stream, piece))
+
+        with self._lost_peers_named():
+            return answer(
+                self.model, prompt, on_text if self.rank == 0 else None, lambda: self.stopped >= stream, **kwargs
+            )
+
+    @ray.method(concurrency_group="progress")
+    def pieces(self, stream: int, seconds: float) -> list[str]:
+        """Returns the text that has come since; waits for some for a moment."""
+        found = []
+        try:
+            found.append(self.text.get(timeout=seconds) if seconds else self.text.get_nowait())
+            while True:
+                found.append(self.text.get_nowait())
+        except queue.Empty:
+            return [piece for number, piece in found if number == stream]
+
+    @ray.method(concurrency_group="progress")
+    def stop(self, stream: int) -> None:
+        """Ends an answer after the token that it is at."""
+        self.stopped = stream
 
     @contextmanager
     def _lost_peers_named(self) -> Iterator[None]:

@@ -134,7 +134,7 @@ def test_load_answers_and_reports(kjv_tiny: str, command: Command, workdir: Path
     assert rank["bytes_sent"] == rank["bytes_received"] == 0
     model = dq.load(kjv_tiny, quantization_config="nf4")
     assert report["fingerprint"] == dq.fingerprint(model)
-    from distquant.runtime.query import generate
+    from distquant.runtime.answer import generate
 
     answer = generate(model, "In the beginning", max_new_tokens=8)
     assert done.out.endswith(f"\n\n{answer}\n")

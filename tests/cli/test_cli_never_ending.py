@@ -82,7 +82,7 @@ def test_a_file_of_a_tokenizer(file, make, kind, model: Path, refused: Command) 
     replaced(model / file, make)
     tells(refused("load", model, "--prompt", "In"), pattern)
     if loaded is not None:
-        from distquant.runtime.query import generate
+        from distquant.runtime.answer import generate
 
         with pytest.raises(InputError, match=pattern):
             generate(loaded, "In")

@@ -44,7 +44,7 @@ def free_cpus() -> float:
 @pytest.mark.parametrize("cluster", [2], indirect=True)
 def test_two_workers_have_the_bits_and_the_answer_of_one_process(cluster, kjv_tiny):
     """And at last one of them dies, and is named."""
-    from distquant.runtime.query import generate
+    from distquant.runtime.answer import generate
 
     whole = work.exact(kjv_tiny, "nf4-dq")
     seen: list = []

@@ -13,6 +13,7 @@ import pytest
 
 from distquant.cli import terminal
 from distquant.cli.render import report_parts
+from distquant.tables import table
 
 EVIL = "\x1b[31mred\x1b]0;title\x07[bold]not bold[/bold]:smile:\r"
 
@@ -79,7 +80,8 @@ def test_errors_elsewhere_are_as_they_are() -> None:
 
 
 TABLES = f"""
-from distquant.cli.terminal import show, table
+from distquant.cli.terminal import show
+from distquant.tables import table
 show("a [red]line[/red]", table(("file", "bytes"), [({EVIL!r}, "12 B"), ("model.safetensors", "1,234 B")]), "", "end")
 """
 
@@ -97,7 +99,7 @@ def test_tables_on_a_terminal(columns: int) -> None:
 
 
 def test_tables_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.show("first", terminal.table(("name", "n"), [("a\x1b[0m", "1"), ("b", "12")]))
+    terminal.show("first", table(("name", "n"), [("a\x1b[0m", "1"), ("b", "12")]))
     assert capsys.readouterr().out == "first\nname       n\n--------  --\na\\x1b[0m   1\nb         12\n"
 
 

@@ -1,0 +1,145 @@
+"""Ranks that the command line starts on this machine: processes that meet at a store on loopback.
+
+The launchers of torch listen on all interfaces, and keep the main thread until the ranks have ended. One machine needs
+neither: the number of ranks is known, and the main thread, which owns the terminal, stays free to talk with them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from distquant.errors import DistquantError, InputError
+
+STARTED_HERE = "DISTQUANT_STARTED_HERE"
+"""Environment variable of ranks that the command line has started: the folder in which they leave their errors."""
+
+POLL = 0.05
+"""Seconds between looks at the ranks."""
+
+MERCY = 10.0
+"""Seconds that a rank gets to end after SIGTERM."""
+
+
+class Handled(DistquantError):
+    """A rank has already reported the error; `code` is the exit code."""
+
+    def __init__(self, code: int):
+        self.code = code
+        super().__init__(f"exit code {code}")
+
+
+class Ranks:
+    """Ranks that run a command; `started` makes them and ends them."""
+
+    def __init__(self, processes: list[subprocess.Popen[bytes]]):
+        self._processes = processes
+
+    def ended(self) -> bool:
+        """Returns True if all ranks have ended well. Does not wait.
+
+        Raises:
+            Handled: a rank has failed, and has reported why.
+            InputError: a rank was ended otherwise.
+        """
+        codes = [process.poll() for process in self._processes]
+        for rank, code in enumerate(codes):
+            if code:
+                raise _failure(rank, code)
+        return None not in codes
+
+    def wait(self) -> None:
+        """Returns when all ranks have ended well; raises as `ended` does."""
+        while not self.ended():
+            time.sleep(POLL)
+
+    def end(self) -> None:
+        """Ends the ranks that still run."""
+        for process in self._running():
+            process.terminate()
+        deadline = time.monotonic() + MERCY
+        while self._running() and time.monotonic() < deadline:
+            time.sleep(POLL)
+        for process in self._running():
+            process.kill()
+            process.wait()
+
+    def _running(self) -> list[subprocess.Popen[bytes]]:
+        return [process for process in self._processes if process.poll() is None]
+
+
+@contextmanager
+def started(arguments: Iterable[str], size: int, environment: Mapping[str, str]) -> Iterator[Ranks]:
+    """Starts ranks that run `distquant ARGUMENTS`; none is left afterwards, whatever ends this process meanwhile.
+
+    Args:
+        arguments: of the command line, the same for every rank.
+        size: the number of ranks.
+        environment: variables that they get beside this process's own.
+    """
+    from distquant.runtime import process_group
+
+    process_group.stay_on_this_machine()
+    store = process_group.serve(process_group.LOOPBACK)
+    command = [sys.executable, "-m", "distquant", *arguments]
+    ranks = Ranks([])
+    with _ended_by_signals():
+        try:
+            for rank in range(size):
+                own = _variables(rank, size, process_group.LOOPBACK, store.port)
+                ranks._processes.append(
+                    subprocess.Popen(
+                        command,
+                        env={**os.environ, **environment, **own},
+                        stdin=subprocess.DEVNULL,
+                        start_new_session=True,  # Ctrl-C is for this process, which then decides about them
+                    )
+                )
+            yield ranks
+        finally:
+            ranks.end()
+
+
+def _variables(rank: int, size: int, address: str, port: int) -> dict[str, str]:
+    """Returns the variables by which torch joins ranks at a store that another process serves."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
+def _failure(rank: int, code: int) -> DistquantError:
+    if code in (1, 2):
+        return Handled(code)
+    how, fix = f"ended with exit code {code}", "See its output above"
+    if code < 0:
+        how, fix = f"was killed by signal {-code}", "If memory ran out (signal 9), use more ranks"
+    return InputError.one(f"rank {rank}", f"{how}, and the other ranks were stopped", fix)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Turns signals that would end this process at once into an exit, so that the ranks are ended first."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,168 @@
+"""`distquant chat` from end to end: lines from a pipe, answers piece by piece, Ctrl-C, and wrong input."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from chat_models import TEMPLATE, save_chat_model
+from cli_runs import Command, tells
+
+import distquant as dq
+from distquant.runtime.answer import answer
+
+GREEDY = ("--quant", "nf4", "--temperature", "0")
+
+
+@pytest.fixture(scope="module")
+def model(kjv_tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_chat_model(kjv_tiny, tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.fixture
+def chat(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs `distquant chat` in this process with these bytes as standard input."""
+
+    def run(lines: bytes, *arguments: object) -> Any:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+        return command("chat", *arguments, "--threads", "1")
+
+    return run
+
+
+def said(loaded: Any, conversation: list[dict[str, str]], line: str, tokens: int) -> str:
+    """The answer to a line after a conversation, which both become part of."""
+    conversation.append({"role": "user", "content": line})
+    text = answer(loaded, conversation, max_new_tokens=tokens, do_sample=False).text
+    conversation.append({"role": "assistant", "content": text})
+    return text
+
+
+def test_a_conversation_and_its_commands(model: str, chat: Command) -> None:
+    lines = b"Who is there?\n\n  \nAnd then?\n/help\n/answer\n/reset\nWho is there?\n/exit\nnobody hears this\n"
+    done = chat(lines, model, *GREEDY, "--max-new-tokens", "8", "--system", "Be brief")
+    assert done.code == 0
+    loaded = dq.load(model, quantization_config="nf4")
+    conversation = [{"role": "system", "content": "Be brief"}]
+    first, second = (said(loaded, conversation, line, 8) for line in ("Who is there?", "And then?"))
+    assert done.out == f"{first}\n{second}\n{first}\n"
+    assert "(ended after 8 tokens, the limit: see --max-new-tokens)" in done.err
+    assert "/reset   begin a new conversation" in done.err
+    assert "unknown command /answer. There are /reset, /exit and /help" in done.err
+
+
+@pytest.mark.parametrize("runtime", ["local", "torchrun", "ray"])
+def test_answers_stream_and_interrupts_end_them_and_then_the_chat(model: str, runtime: str) -> None:
+    """Every wait here is for what the chat writes: an answer is interrupted while it is on its way."""
+    where = [] if runtime == "local" else ["--mesh", "tp=2", "--runtime", runtime]
+    command = [sys.executable, "-m", "distquant", "chat", model, *GREEDY, "--threads", "1", *where]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, "--max-new-tokens", "900"], env=environment, bufsize=0, **pipes) as run:  # type: ignore[call-overload]
+        try:
+            seen = talk_and_interrupt(run)
+            errors = run.stderr.read().decode()
+            assert run.wait(120) == 0, errors
+        finally:
+            run.kill()
+    assert "Traceback" not in seen[1] + errors
+    loaded = dq.load(model, quantization_config="nf4")
+    whole = said(loaded, [], "Who is there?", 900)
+    assert whole.startswith(seen[0].rstrip("\n"))
+    assert len(seen[0]) < len(whole) / 2, "the answer was interrupted"
+
+
+def talk_and_interrupt(run: subprocess.Popen[bytes]) -> tuple[str, str]:
+    """Output and remarks up to the end of a chat: an interrupt while an answer comes, and one after it."""
+    assert run.stdin is not None and run.stdout is not None and run.stderr is not None
+    run.stdin.write(b"Who is there?\n")
+    text = run.stdout.read(1)  # the first piece has come, and hundreds have not
+    children = psutil.Process(run.pid).children(recursive=True)
+    run.send_signal(signal.SIGINT)
+    remarks = b""
+    while b"(stopped)\n" not in remarks:
+        remarks += run.stderr.readline()
+    while not text.endswith(b"\n"):
+        text += run.stdout.read(1)
+    run.send_signal(signal.SIGINT)
+    _, alive = psutil.wait_procs(children, timeout=120)
+    assert not alive
+    return text.decode(), remarks.decode()
+
+
+@pytest.mark.parametrize("runtime", ["torchrun", "ray"])
+def test_every_runtime_gives_the_answers_of_one_process(model: str, runtime: str, workdir: Path) -> None:
+    command = [sys.executable, "-m", "distquant", "chat", model, *GREEDY, "--mesh", "tp=2", "--runtime", runtime]
+    more = ["--max-new-tokens", "12", "--threads", "1"]
+    lines = "Who is there?\nAnd then?\n/reset\nWho is there?\n"
+    done = subprocess.run([*command, *more], input=lines, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    loaded, conversation = dq.load(model, quantization_config="nf4"), []
+    first, second = (said(loaded, conversation, line, 12) for line in lines.splitlines()[:2])
+    assert done.stdout == f"{first}\n{second}\n{first}\n"
+
+
+def test_ranks_of_the_users_own_launcher_talk_through_rank_0(model: str, workdir: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = ["distquant", "chat", model, *GREEDY, "--mesh", "tp=2", "--max-new-tokens", "12", "--threads", "1"]
+    done = subprocess.run([*launcher, *command], input="Who is there?\n", capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == said(dq.load(model, quantization_config="nf4"), [], "Who is there?", 12) + "\n"
+
+
+@pytest.mark.parametrize("where", [(), ("--mesh", "tp=2")], ids=["local", "torchrun"])
+def test_a_long_conversation_ends_with_one_message(kjv_tiny: str, chat: Command, tmp_path: Path, where: Any) -> None:
+    model = save_chat_model(kjv_tiny, tmp_path / "model", context=48)
+    done = chat(b"And what came to pass?\n" * 20, model, *GREEDY, "--max-new-tokens", "90", *where)
+    assert done.code == 2
+    assert done.out
+    assert "(ended, because the model's context is full: /reset begins a new conversation)" in done.err
+    (last,) = [line for line in done.err.splitlines() if line.startswith("distquant: ")]
+    assert last.startswith("distquant: context: the conversation has ")
+    assert last.endswith("and the model's context ends at 48. Begin a new conversation with /reset")
+
+
+def test_a_base_model_is_told_how_to_be_asked(kjv_tiny: str, chat: Command) -> None:
+    tells(chat(b"", kjv_tiny), rf"^chat: {kjv_tiny} has no chat template: .*\. Use: distquant load {kjv_tiny} --prompt")
+
+
+def test_all_problems_are_told_before_the_load(model: str, kjv_tiny: str, chat: Command) -> None:
+    wrong = ("--mesh", "dp=2", "--runtime", "local", "--top-p", "2", "--quant", "nf5")
+    done = chat(b"", kjv_tiny, *wrong)
+    assert [each.split(":")[0] for each in done.problems] == ["mesh", "--top-p", "mesh", "chat", "quantization_config"]
+    tells(chat(b"", model, "--temperature", "0", "--top-p", "0.5"), "^--top-p: means nothing at --temperature 0")
+    assert "'-1' is not a number of at least 0" in chat(b"", model, "--temperature", "-1").err
+
+
+def test_a_template_that_refuses_the_system_prompt(model: str, chat: Command, tmp_path: Path) -> None:
+    strict = TEMPLATE.replace("['system', ", "[")
+    folder = save_chat_model(model, tmp_path / "strict", template=strict)
+    tells(
+        chat(b"", folder, "--system", "Be brief"), r"^messages: the model's chat template does not take them \(Unknown"
+    )
+
+
+def test_lines_that_are_not_text(model: str, chat: Command) -> None:
+    done = chat(b"Who is there?\n\xff\xfe\n", model, *GREEDY, "--max-new-tokens", "4")
+    assert done.code == 2
+    assert "distquant: standard input: after line " in done.err
+    assert "Give UTF-8 text, one message a line" in done.err
+
+
+def test_a_prompt_is_a_question_to_a_chat_model(model: str, kjv_tiny: str, command: Command) -> None:
+    loaded = dq.load(model, quantization_config="nf4")
+    limit = ("--quant", "nf4", "--max-new-tokens", "12")
+    text = said(loaded, [], "In the beginning", 12)
+    line = "answer (the model's chat template was applied, --raw leaves it out; ended by --max-new-tokens):"
+    assert command("load", model, "--prompt", "In the beginning", *limit).out.endswith(f"\n\n{line}\n{text}\n")
+    raw = command("load", model, "--prompt", "In the beginning", "--raw", *limit)
+    base = command("load", kjv_tiny, "--prompt", "In the beginning", *limit)
+    assert raw.out.partition("\n\n")[2] == base.out.partition("\n\n")[2]
+    assert raw.out.partition("\n\n")[2].startswith("In the beginning")
