@@ -48,7 +48,7 @@ def load(
 ) -> Any:
     """Plans on rank 0, shares the plan or its problems, and loads this rank's part.
 
-    Initializes the default process group unless it exists. If rank 0 has a `viewer`, it shows the progress of all ranks.
+    Initializes the default process group unless it exists. A `viewer` on rank 0 shows all ranks' progress.
     """
     status("waiting for the other ranks")
     own, timeout = device(), options.timeout if options else None
