@@ -76,15 +76,17 @@ def test_quantized_weights_have_one_fingerprint_in_every_version_of_transformers
 
 @pytest.mark.parametrize("quant", ["nf4", "fp8"])
 def test_fingerprint_of_quantized_weights_does_not_depend_on_the_dtype_of_others(moe_of, monkeypatch, quant):
-    """Of the same checkpoint with routers as they were before transformers 5.24, and as they are since."""
+    """Of the same checkpoint, where transformers forces float32 on norms as well, and where it does not."""
     from transformers import DeepseekV3PreTrainedModel
 
     found = []
-    for forced in (["e_score_correction_bias"], ["e_score_correction_bias", "gate.weight"]):
+    for forced in (["e_score_correction_bias"], ["e_score_correction_bias", "input_layernorm"]):
         plan = dict.fromkeys(forced, torch.float32)
         monkeypatch.setattr(DeepseekV3PreTrainedModel, "_get_dtype_plan", lambda self, dtype, plan=plan: plan)
         model = dq.load(moe_of("deepseek-v3"), quantization_config=quant)
-        assert model.model.layers[1].mlp.gate.weight.dtype == (torch.float32 if len(forced) > 1 else torch.bfloat16)
+        assert model.model.layers[1].input_layernorm.weight.dtype == (
+            torch.float32 if len(forced) > 1 else torch.bfloat16
+        )
         found.append((dq.fingerprint(model, quantized_only=True), dq.fingerprint(model)))
     (first, whole), (second, other) = found
     assert first == second

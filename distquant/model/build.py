@@ -122,7 +122,8 @@ def describe_model(
 def _params(model: PreTrainedModel) -> tuple[dict[str, Param], dict[str, str]]:
     """Returns all parameters and persistent buffers with the dtype in which they are loaded, and why some have another.
 
-    transformers forces a dtype on modules that lose too much in 16 bits; which ones depends on its version.
+    transformers forces a dtype on what loses too much in 16 bits, by a list of patterns or where a module makes it.
+    Both depend on its version.
     """
     plan = model._get_dtype_plan(model.dtype)
     tensors = model.state_dict(keep_vars=True)
@@ -132,8 +133,10 @@ def _params(model: PreTrainedModel) -> tuple[dict[str, Param], dict[str, str]]:
         pattern = next((pattern for pattern in plan if re.search(rf"(^|\.){pattern}(\.|$)", name)), None)
         dtype = _name(tensor.dtype if pattern is None else plan[pattern]) or "float32"
         params[name] = Param(name, tuple(tensor.shape), dtype, name in buffers)
-        if pattern is not None and dtype != _name(model.dtype):
-            forced[name] = f"as transformers {_release()} does ({_attribute(model, pattern)})"
+        if tensor.is_floating_point() and dtype != _name(model.dtype):
+            module = model.get_submodule(name.rpartition(".")[0])
+            decides = type(module).__name__ if pattern is None else _attribute(model, pattern)
+            forced[name] = f"as transformers {_release()} does ({decides})"
     return params, forced
 
 

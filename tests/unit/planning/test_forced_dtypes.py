@@ -33,6 +33,23 @@ def test_plan_says_what_is_kept_in_float32_and_why(moe_of, quant):
     assert sorted(t.name for t in plan.tensors if t.dtype == "float32") == sorted(layers)
 
 
+def test_a_module_that_makes_its_parameters_in_float32_is_named(moe_of, monkeypatch):
+    """Many a router does since 5.24, listed or not; this one is made so here for every version."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
+
+    made = DeepseekV3RMSNorm.__init__
+
+    def make(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.weight = torch.nn.Parameter(self.weight.float())
+
+    monkeypatch.setattr(DeepseekV3RMSNorm, "__init__", make)
+    why = f"as transformers {RELEASE[0]}.{RELEASE[1]} does (DeepseekV3RMSNorm)"
+    notes = kept(dq.plan(moe_of("deepseek-v3")))
+    assert f"kept in float32: 3 tensors (model.layers.*.input_layernorm.weight), {why}" in notes
+    assert f"kept in float32: 1 tensor (model.norm.weight), {why}" in notes
+
+
 def test_nothing_is_said_where_all_is_float32(moe_of):
     assert kept(dq.plan(moe_of("deepseek-v3"), dtype="float32")) == []
 
