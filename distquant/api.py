@@ -168,15 +168,20 @@ from_pretrained = load
 """`load`, under the name that `transformers` has for it."""
 
 
-def fingerprint(model: Any) -> str:
-    """Returns 32 hex digits that name the quantized weights, however many ranks hold them. All ranks must call it.
+def fingerprint(model: Any, *, quantized_only: bool = False) -> str:
+    """Returns 32 hex digits that name the loaded weights, however many ranks hold them. All ranks must call it.
+
+    Args:
+        model: as `load` returned it.
+        quantized_only: True to count quantized weights alone. Their digits do not depend on transformers' version,
+            which decides the dtype of some others.
 
     Raises:
         InputError: the model was not loaded by distquant.
     """
     from distquant.verification.fingerprint import fingerprint as of
 
-    return of(model)
+    return of(model, quantized_only=quantized_only)
 
 
 def _joined() -> bool:

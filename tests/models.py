@@ -41,12 +41,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Family -> (model type, what differs from `SMALL`)."""
 
+_GPT = {"num_key_value_heads": None, "rotary_dim": 16, "n_inner": None}
+LATER: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptj": ("gptj", _GPT),
+    "codegen": ("codegen", {**_GPT, "num_attention_heads": 8}),
+    "exaone": ("exaone", {}),
+    "sarvam-moe": (
+        "sarvam_moe",
+        {"head_dim": 32, "moe_intermediate_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "gpt-oss": ("gpt_oss", {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "bamba": ("bamba", {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 16}),
+    "falcon-h1": ("falcon_h1", {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+}
+"""Families whose tensor-parallel plan, or rule for the embedding, came with transformers 5.24, as `FAMILIES`."""
+
 
 def save_model(family: str, folder: Path, seed: int = 0) -> Path:
     """Writes a bf16 checkpoint of a family into `folder`, with values at which every parameter matters."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, differs = FAMILIES[family]
+    model_type, differs = {**FAMILIES, **LATER}[family]
     fields = {
         name: value for name, value in {**SMALL, **differs}.items() if value is not None or name == "eos_token_id"
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -88,7 +89,7 @@ def describe_model(
         suffixes: checkpoint suffix -> component, as the quantization method stores them.
         problems: collects the tensors that cannot be placed.
     """
-    params = _params(model)
+    params, forced = _params(model)
     shapes = {name: param.shape for name, param in params.items()}
     sources, parts, unexpected = map_names(model, shapes, tensors, suffixes, problems)
     known, unknown = experts_of(model)
@@ -98,6 +99,8 @@ def describe_model(
     params = {name: param for name, param in params.items() if name not in tied}
     sources = {name: each for name, each in sources.items() if name in params}
     _, missing = ignorable([n for n in params if n not in sources], model._keys_to_ignore_on_load_missing)
+    unconverted = tuple(name for name, each in sources.items() if not each)
+    sources = {name: each for name, each in sources.items() if each}
     return ModelDescription(
         model_type=model.config.model_type,
         architecture=type(model).__name__,
@@ -106,6 +109,8 @@ def describe_model(
         sources=sources,
         unexpected=tuple(left),
         missing=tuple(missing),
+        unconverted=unconverted,
+        forced={name: reason for name, reason in forced.items() if name in params},
         linears=_linears(model),
         attentions=_attentions(model),
         embeddings=tuple(_modules_of(model, "Embedding")),
@@ -122,16 +127,38 @@ def describe_model(
     )
 
 
-def _params(model: PreTrainedModel) -> dict[str, Param]:
-    """Returns all parameters and persistent buffers, with the dtype in which they are loaded."""
+def _params(model: PreTrainedModel) -> tuple[dict[str, Param], dict[str, str]]:
+    """Returns all parameters and persistent buffers with the dtype in which they are loaded, and why some have another.
+
+    transformers forces a dtype on what loses too much in 16 bits, by a list of patterns or where a module makes it.
+    Both depend on its version.
+    """
     plan = model._get_dtype_plan(model.dtype)
     tensors = model.state_dict(keep_vars=True)
     buffers = {name for name, _ in model.named_buffers()}
-    params = {}
+    params, forced = {}, {}
     for name, tensor in tensors.items():
-        forced = next((_name(d) for pattern, d in plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name)), None)
-        params[name] = Param(name, tuple(tensor.shape), forced or _name(tensor.dtype) or "float32", name in buffers)
-    return params
+        pattern = next((pattern for pattern in plan if re.search(rf"(^|\.){pattern}(\.|$)", name)), None)
+        dtype = _name(tensor.dtype if pattern is None else plan[pattern]) or "float32"
+        params[name] = Param(name, tuple(tensor.shape), dtype, name in buffers)
+        if tensor.is_floating_point() and dtype != _name(model.dtype):
+            module = model.get_submodule(name.rpartition(".")[0])
+            decides = type(module).__name__ if pattern is None else _attribute(model, pattern)
+            forced[name] = f"as transformers {_release()} does ({decides})"
+    return params, forced
+
+
+def _release() -> str:
+    """Returns the release of transformers without the number of its patch."""
+    import transformers
+
+    return ".".join(transformers.__version__.split(".")[:2])
+
+
+def _attribute(model: PreTrainedModel, pattern: str) -> str:
+    """Returns the attribute of transformers' class that asks for a dtype."""
+    strict = "_keep_in_fp32_modules_strict"
+    return strict if pattern in (getattr(model, strict, None) or ()) else "_keep_in_fp32_modules"
 
 
 def _ties(model: PreTrainedModel, sources: Mapping[str, tuple[Source, ...]]) -> dict[str, str]:
@@ -172,7 +199,9 @@ def _attentions(model: PreTrainedModel) -> dict[str, Attention]:
             kv = getattr(module, "num_key_value_heads", None) or getattr(config, "num_key_value_heads", None) or heads
             groups = getattr(module, "num_key_value_groups", None)
             kv = heads // groups if isinstance(groups, int) and groups > 0 else kv
-            attentions[name] = Attention(name, heads, kv, head_dim)
+            blocks = getattr(module, "mp_num", None)  # CodeGen packs q, v and k of a few heads into each of its blocks
+            together = heads // math.gcd(heads, blocks) if isinstance(blocks, int) and blocks > 0 else 1
+            attentions[name] = Attention(name, heads, kv, head_dim, together)
     return attentions
 
 

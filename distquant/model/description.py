@@ -135,12 +135,20 @@ class MergedComponent:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """An attention module whose heads can be distributed over ranks."""
+    """An attention module whose heads can be distributed over ranks.
+
+    Attributes:
+        name: path of the module.
+        heads, kv_heads: number of query heads and of kv heads.
+        head_dim: features of a head.
+        together: query heads that stay on one rank, because their q, k and v are one block of a packed projection.
+    """
 
     name: str
     heads: int
     kv_heads: int
     head_dim: int
+    together: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +167,10 @@ class ModelDescription:
     """Checkpoint tensors without a place in the model."""
     missing: tuple[str, ...]
     """Parameters that the checkpoint lacks."""
+    unconverted: tuple[str, ...] = ()
+    """Parameters that the checkpoint has in a form that cannot be converted, which has been reported."""
+    forced: dict[str, str] = field(default_factory=dict)
+    """Parameter that is not loaded in the model's dtype -> what decides that, as a clause for a note."""
     linears: dict[str, Linear]
     attentions: dict[str, Attention]
     embeddings: tuple[str, ...]

@@ -129,6 +129,7 @@ def split_experts(
             lacking = set(range(experts.count)).difference(*(_experts_in(source, experts.count) for source in own))
             # A stack without any source is one missing weight. In others each lacking expert is named.
             numbers = [STAR] if len(lacking) == experts.count else sorted(lacking)
+            numbers = [] if fused in description.unconverted else numbers
             missing += [f"{name}.weight".replace(STAR, str(number)) for number in numbers]
             if experts.bias:
                 plain = description.params[f"{fused}_bias"]

@@ -56,8 +56,8 @@ def map_names(
         problems: collects the tensors that cannot be placed (an unknown conversion).
 
     Returns:
-        the sources of each parameter, the components of quantized weights that are merged into one parameter, and the
-        checkpoint names without a place in the model.
+        the sources of each parameter (none where a conversion is unknown), the components of quantized weights that
+        are merged into one parameter, and the checkpoint names without a place in the model.
     """
     rename = _Renamer(model, params)
     placed: dict[str, list[Source]] = {}
@@ -82,11 +82,18 @@ def map_names(
         else:
             collected.setdefault(target, {}).setdefault(pattern, []).append(name)
             converter_of[target] = rename.converters[pattern]
+    unsupported: dict[tuple[str, str], list[str]] = {}
     for target, names_of in collected.items():
         groups = {pattern: sorted(names, key=natural) for pattern, names in names_of.items()}
-        for param, sources in _follow(converter_of[target], target, groups, params, tensors, problems).items():
+        followed = _follow(converter_of[target], target, groups, params, tensors)
+        if followed is None:
+            steps = " then ".join(type(op).__name__ for op in converter_of[target].operations)
+            unsupported.setdefault((steps, re.sub(r"\d+", STAR, target)), []).append(target)
+            followed = {param: [] for param in _targets(converter_of[target], target) if param in params}
+        for param, sources in followed.items():
             _check_bounds(param, params[param], sources, tensors, problems)
             placed.setdefault(param, []).extend(sources)
+    _report_unsupported(unsupported, problems)
     return _tuples(placed), _tuples(merged), tuple(unexpected)
 
 
@@ -179,9 +186,11 @@ def _follow(
     groups: dict[str, list[str]],
     params: Shapes,
     tensors: Shapes,
-    problems: Problems,
-) -> dict[str, list[Source]]:
-    """Follows a converter's operations on shapes; returns the sources of each parameter that it fills."""
+) -> dict[str, list[Source]] | None:
+    """Follows a converter's operations on shapes; returns the sources of each parameter that it fills.
+
+    None for operations that place elements in another way than side by side.
+    """
     steps = [type(op).__name__ for op in converter.operations]
     # The order of the patterns is the order in which the converter concatenates: gate before up, q before k before v.
     patterns = [p for p in converter.source_patterns if p in groups]
@@ -209,12 +218,23 @@ def _follow(
         return {target: sources}
     if steps == ["Chunk"] and converter.operations[0].num_shards_attribute is None:
         return _chunk(converter, target, groups[patterns[0]][0], params, tensors)
-    problems.add(
-        target,
-        f"unsupported conversion from the checkpoint's form: {' then '.join(steps)}",
-        "Only merging, concatenating and chunking are supported; convert the checkpoint with save_pretrained first",
-    )
-    return {}
+    if steps == ["Split"]:
+        return _split(converter, target, groups[patterns[0]][0], params, tensors)
+    if steps == ["Inkling2UnpadVocab"]:  # the rows after the vocabulary only fill the checkpoint's tensor up
+        (name,) = groups[patterns[0]]
+        return {target: [Source(name, "", None, (0, 0, min(params[target][0], tensors[name][0])))]}
+    return None
+
+
+def _report_unsupported(kinds: Mapping[tuple[str, str], list[str]], problems: Problems) -> None:
+    """Adds a problem for each kind of parameters that operations lead to which are not followed here."""
+    for (steps, _), targets in kinds.items():
+        others = f" (and {len(targets) - 1:,} more of its kind)" if len(targets) > 1 else ""
+        fix = (
+            "Only merging, concatenating, splitting and chunking are supported: load the checkpoint with transformers, "
+            "and save it with save_pretrained(..., save_original_format=False)"
+        )
+        problems.add(targets[0], f"unsupported conversion from the checkpoint's form: {steps}{others}", fix)
 
 
 def _numbered(names: list[str]) -> list[tuple[int, str]]:
@@ -238,12 +258,31 @@ def _check_bounds(
 
 def _chunk(converter: Any, target: str, name: str, params: Shapes, tensors: Shapes) -> dict[str, list[Source]]:
     """Splits one checkpoint tensor into equal parts for several parameters."""
-    first, dim = converter.target_patterns[0], converter.operations[0].dim
-    targets = [target.replace(first, pattern, 1) for pattern in converter.target_patterns]
+    dim, targets = converter.operations[0].dim, _targets(converter, target)
     size = tensors[name][dim]
     step = -(-size // len(targets))  # rounded up, as torch.chunk does: the last part may be smaller
     takes = [(dim, i * step, min((i + 1) * step, size)) for i in range(len(targets))]
     return {t: [Source(name, "", None, take)] for t, take in zip(targets, takes, strict=True) if t in params}
+
+
+def _split(converter: Any, target: str, name: str, params: Shapes, tensors: Shapes) -> dict[str, list[Source]] | None:
+    """Splits one checkpoint tensor into parts of the sizes of several parameters; None if the model lacks one."""
+    dim, sources, start = converter.operations[0].dim, dict[str, list[Source]](), 0
+    targets = _targets(converter, target)
+    if not all(param in params for param in targets):
+        return None
+    for param in targets:
+        # Of a tensor that is too short, the last parts are short; the check of shapes reports them.
+        stop = min(start + params[param][dim], tensors[name][dim])
+        sources[param] = [Source(name, "", None, (dim, start, stop))]
+        start = stop
+    return sources
+
+
+def _targets(converter: Any, target: str) -> list[str]:
+    """Returns all parameters that a converter fills, from the first one's name."""
+    first, *_ = converter.target_patterns
+    return [target.replace(first, pattern, 1) for pattern in converter.target_patterns]
 
 
 def ignorable(names: Iterable[str], patterns: Iterable[str] | None) -> tuple[set[str], list[str]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from distquant.config.resolve import is_known
 from distquant.dtypes import DTYPE_BYTES
+from distquant.model.description import wildcard
 from distquant.options import ALL_REDUCE, DISPATCH
 from distquant.planning.expert_parallel import first_expert
 from distquant.planning.load_plan import TensorPlan
@@ -34,6 +35,7 @@ def notes_on(partitioned: Partitioned) -> Iterator[str]:
     if scheme.name != "none":
         yield from _left_unquantized(partitioned)
     yield from scheme.notes(partitioned.converted)
+    yield from _forced_dtypes(partitioned)
     yield from _experts(partitioned)
     yield from _replicated(partitioned)
     if scheme.name != "none" and not partitioned.dequantize:
@@ -82,6 +84,17 @@ def _left_unquantized(partitioned: Partitioned) -> Iterator[str]:
     tied = [name for name in rest if f"{name}.weight" in description.tied]
     if tied:
         yield f"left unquantized: {_first(tied)}, tied to an embedding"
+
+
+def _forced_dtypes(partitioned: Partitioned) -> Iterator[str]:
+    """Yields the unquantized tensors that are loaded in another dtype than the model's, and why; one note a kind."""
+    forced = partitioned.description.forced
+    kinds: Counter[tuple[str, str, str]] = Counter()
+    for tensor in partitioned.tensors:
+        if tensor.name in forced and (tensor.scheme == "none" or partitioned.dequantize):
+            kinds[wildcard(tensor.name), tensor.dtype, forced[tensor.name]] += 1
+    for (name, dtype, reason), count in kinds.items():
+        yield f"kept in {dtype}: {count} tensor{'s' * (count > 1)} ({name}), {reason}"
 
 
 def _experts(partitioned: Partitioned) -> Iterator[str]:

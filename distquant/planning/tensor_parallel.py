@@ -148,8 +148,8 @@ class _Rewriter:
         if "own" in roles.values():
             self._each_alone(columns, [row], asked)
             return
-        key = ("attention", attention.heads, attention.kv_heads, attention.head_dim, *self._signature(columns, row))
-        key = (*key, *roles.values())
+        sizes = (attention.heads, attention.kv_heads, attention.head_dim, attention.together)
+        key = ("attention", *sizes, *self._signature(columns, row), *roles.values())
         if key not in self._solved_heads:
             self._solved_heads[key] = self._solve_attention(attention, columns, row, roles)
         heads, by_role = self._solved_heads[key]
@@ -175,8 +175,10 @@ class _Rewriter:
     def _solve_attention(
         self, attention: Attention, columns: list[Linear], row: Linear, roles: dict[str, str]
     ) -> tuple[HeadPartition, dict[str, Partition]]:
-        if self.ranks > attention.heads:
-            raise NotSharded(f"{attention.heads} query heads are fewer than {self.ranks} ranks")
+        blocks, together = attention.heads // attention.together, attention.together
+        if self.ranks > blocks:
+            few = f"{attention.heads} query heads are" + (f" packed in {blocks} blocks," if together > 1 else "")
+            raise NotSharded(f"{few} fewer than {self.ranks} ranks")
         size = attention.head_dim
         # Preferred alignments first (they keep kernels fast), then finer ones that are still exact.
         for level in range(self._levels([*columns, row])):
@@ -191,7 +193,7 @@ class _Rewriter:
                 used = [(partitions[roles[c.name]], alignments[c.name]) for c in columns] + [
                     (query, alignments[row.name])
                 ]
-                if all(partition.legal(alignment) for partition, alignment in used):
+                if heads.query.legal(together) and all(partition.legal(alignment) for partition, alignment in used):
                     return heads, partitions
         smallest = math.lcm(*(self._alignment(c, 0, -1) for c in columns), self._alignment(row, 1, -1))
         fault = f"no partition of {attention.heads} heads of {size} over {self.ranks} ranks"

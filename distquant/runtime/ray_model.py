@@ -138,8 +138,12 @@ class Sharded:
         assert value is not None
         return value
 
-    def fingerprint(self) -> str:
-        """The fingerprint of the whole model."""
+    def fingerprint(self, *, quantized_only: bool = False) -> str:
+        """The fingerprint of the whole model, see `distquant.fingerprint`."""
+        if quantized_only:
+            from distquant.verification.fingerprint import fingerprint
+
+            return self.call(fingerprint, quantized_only=True)[0]
         return self.report()["fingerprint"]
 
     def report(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,20 @@ from distquant.quantization import QuantizedScheme, Scheme
 from distquant.sharding.tally import LANES, Tally, combine
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: Any, *, quantized_only: bool = False) -> str:
     """Returns 32 hex digits that are equal exactly if all codes and scales are; see `distquant.sharding.tally`.
+
+    Unquantized tensors count by their bits and dtype, and transformers' version decides the dtype of some: routers are
+    float32 in more families since 5.24. The digits of quantized weights alone do not depend on that.
 
     On a sharded model all ranks must call it, and all get the same digits. Replicas (dp) and repeated rows count once.
 
     Args:
         model: as `distquant.load` returned it, also after `generate`, training steps of adapters, or PEFT's wrapping.
+        quantized_only: True to count quantized weights alone.
+
+    Raises:
+        InputError: transformers quantized the model, or only quantized weights are to count and there are none.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     loaded = getattr(model, "distquant", None)
@@ -40,16 +47,34 @@ def fingerprint(model: Any) -> str:
         problem = f"transformers loaded the model with its own quantizer for {scheme.config.quant_method!r}"
         fix = "Only weights that distquant quantizes or shards have a fingerprint"
         raise InputError.one("fingerprint", problem, fix)
+    tensors = plan.tensors
+    if quantized_only:
+        tensors = tuple(tensor for tensor in tensors if tensor.scheme != "none" and not plan.dequantize)
+        if not tensors:
+            raise InputError.one("quantized_only", "the model has no quantized weights", "Leave quantized_only out")
+    facts = _facts_without_dtype if quantized_only else _facts
     lanes = [0] * LANES
     if position["dp"] == 0:
-        for tensor in plan.tensors:
-            for tally in _tallies(model, tensor, plan, scheme, position):
+        for tensor in tensors:
+            for tally in _tallies(model, tensor, plan, scheme, position, facts):
                 lanes = [a + b for a, b in zip(lanes, tally.lanes, strict=True)]
     return combine(comm.collect(lanes))
 
 
+Facts = Callable[[TensorPlan], str]
+
+
+def _facts(tensor: TensorPlan) -> str:
+    return f"{tensor.scheme} {list(tensor.shape)} {tensor.dtype}"
+
+
+def _facts_without_dtype(tensor: TensorPlan) -> str:
+    """Describes a quantized weight. A family may keep it in float32, as transformers' version has it."""
+    return f"{tensor.scheme} {list(tensor.shape)}"
+
+
 def _tallies(
-    model: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, position: dict[str, int]
+    model: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, position: dict[str, int], facts: Facts
 ) -> Iterator[Tally]:
     """Yields this rank's tallies of one entry of the plan. Each expert counts by itself, however it is stored."""
     owner = tensor.name.rpartition(".")[0]
@@ -59,17 +84,17 @@ def _tallies(
         with present(module):
             if not isinstance(module, LocalExperts):  # the model's own again, after `dequantize`
                 module = _experts_around(owner, module)
-            yield from _experts(module, tensor, path, plan, position)
+            yield from _experts(module, tensor, path, plan, position, facts)
         return
     if position["ep"] > 0:
         return
     module = _original(model, owner)
     with present(module):
-        yield from _of_module(module, tensor, plan, scheme, position)
+        yield from _of_module(module, tensor, plan, scheme, position, facts)
 
 
 def _of_module(
-    module: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, position: dict[str, int]
+    module: Any, tensor: TensorPlan, plan: LoadPlan, scheme: Scheme, position: dict[str, int], facts: Facts
 ) -> Iterator[Tally]:
     """Yields this rank's tallies of an entry that is one parameter of a module, or of the experts in it."""
     owner, _, leaf = tensor.name.rpartition(".")
@@ -81,11 +106,11 @@ def _of_module(
                 path = f"{projection.name}.{'bias' if suffix else 'weight'}"
                 shape = (experts.form.count, *experts.plain_value(path, 0).shape)
                 stack = TensorPlan(f"{owner}.{STAR}.{path}", shape, tensor.dtype, "none", (), experts="")
-                yield from _experts(experts, stack, path, plan, position)
+                yield from _experts(experts, stack, path, plan, position, facts)
         return
     tally = Tally(tensor.name)
     if position["tp"] == 0:
-        tally.constant(f"{tensor.scheme} {list(tensor.shape)} {tensor.dtype}")
+        tally.constant(facts(tensor))
     if tensor.scheme != "none" and not plan.dequantize:
         assert isinstance(scheme, QuantizedScheme), "no other scheme converts modules"
         scheme.tally(module, shard_of(tensor, plan, position["tp"]), tally)
@@ -102,7 +127,7 @@ def _experts_around(owner: str, module: Any) -> LocalExperts | None:
 
 
 def _experts(
-    module: LocalExperts, stack: TensorPlan, path: str, plan: LoadPlan, position: dict[str, int]
+    module: LocalExperts, stack: TensorPlan, path: str, plan: LoadPlan, position: dict[str, int], facts: Facts
 ) -> Iterator[Tally]:
     """Yields the tallies of this rank's experts of one stack."""
     one = first_expert(stack)
@@ -110,7 +135,7 @@ def _experts(
         tensor = replace(one, name=expert_name(stack.name, number))
         tally = Tally(tensor.name)
         if position["tp"] == 0:
-            tally.constant(f"{tensor.scheme} {list(tensor.shape)} {tensor.dtype}")
+            tally.constant(facts(tensor))
         if path in module.plain:
             owned = plan.partitions[tensor.partition].owned(position["tp"]) if tensor.partition else None
             _tally_value(

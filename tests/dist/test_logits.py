@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import work
-from models import FAMILIES
-from transformers import AutoTokenizer
+from models import FAMILIES, LATER
+from transformers import CONFIG_MAPPING, AutoTokenizer
 from upstream import their_model
 
 import distquant as dq
@@ -56,6 +56,17 @@ def test_logits_equal_those_of_one_rank(ranks, model_of, whole_logits, family, n
     found = ranks.run(width, work.logits, model_of(family), name, f"tp={width}")
     assert all(torch.equal(one, found[0]) for one in found)
     assert distance(found[0], whole_logits(family, name)) < ROUNDING
+
+
+@pytest.mark.parametrize(("family", "width"), [*((family, 2) for family in LATER), ("codegen", 3)])
+def test_logits_under_plans_of_later_versions(ranks, model_of, whole_logits, family, width):
+    """With a version that has no such plan the layers are replicated, and logits are equal all the same."""
+    if LATER[family][0] not in CONFIG_MAPPING:
+        pytest.skip(f"{family} comes with a later transformers")
+    for name in ("none", "nf4"):
+        found = ranks.run(width, work.logits, model_of(family), name, f"tp={width}")
+        assert all(torch.equal(one, found[0]) for one in found)
+        assert distance(found[0], whole_logits(family, name)) < ROUNDING
 
 
 @pytest.mark.parametrize("family", FAMILIES)

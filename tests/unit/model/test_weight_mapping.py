@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,15 +33,15 @@ SMALL = {
 BNB = {"weight.absmax": "absmax", "weight.quant_map": "quant_map", "SCB": "SCB"}
 
 
-def saved(folder: Path, name: str, **more) -> dict[str, torch.Tensor]:
+def saved(folder: Path, name: str, *, original: bool = True, **more) -> dict[str, torch.Tensor]:
     """Saves a random tiny model as transformers does, and returns the checkpoint's tensors."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SMALL, **more)
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **more})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for param in model.parameters():
             param.uniform_(-1, 1)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=original)
     return load_file(folder / "model.safetensors")
 
 
@@ -71,6 +72,17 @@ def rebuilt(description: ModelDescription, tensors: dict[str, torch.Tensor], nam
     return value
 
 
+INKLING = {
+    "head_dim": 4,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 4,
+    "d_rel": 4,
+    "rel_extent": 16,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
 MODELS = {
     "mixtral": ("Mixtral", {"num_local_experts": 12, "num_experts_per_tok": 2}),
     "phimoe": ("Phimoe", {"num_local_experts": 3}),
@@ -90,10 +102,42 @@ MODELS = {
     "phi3": ("Phi3", {}),
     "gpt_neox": ("GPTNeoX", {}),
     "gpt2": ("GPT2", {}),
+    "exaone": ("Exaone", {}),
+    "inkling": (
+        "InklingText",
+        {
+            **INKLING,
+            "intermediate_size": 24,
+            "n_shared_experts": 1,
+            "layer_types": ["hybrid_sliding", "hybrid"],
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+    ),
+    "sarvam_moe": (  # q, k and v of unequal sizes in one tensor
+        "SarvamMoE",
+        {"head_dim": 4, "moe_intermediate_size": 8, "n_routed_experts": 3, "num_experts_per_tok": 2},
+    ),
+    "lara_mini": (  # four projections of unequal sizes in one tensor
+        "LaraMini",
+        {
+            "head_dim": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 8,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 12,
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
+KNOWN = sorted(case for case, (name, _) in MODELS.items() if hasattr(transformers, f"{name}Config"))
+"""Families of this version of transformers."""
 
 
-@pytest.mark.parametrize("case", sorted(MODELS))
+@pytest.mark.parametrize("case", KNOWN)
 def test_sources_rebuild_what_from_pretrained_loads(tmp_path, case):
     name, more = MODELS[case]
     tensors = saved(tmp_path, name, **more)
@@ -196,12 +240,73 @@ def test_concatenated_tensors_follow_the_order_of_the_patterns(tmp_path, monkeyp
 def test_unknown_conversion_is_a_problem(tmp_path, monkeypatch):
     description, _, problems = concatenating(tmp_path, monkeypatch, [Transpose(0, 1)], 0)
     reported = [str(problem) for problem in problems]
-    assert len(reported) == 2
-    assert reported[0].startswith(
-        "model.layers.0.self_attn.q_proj.weight: unsupported conversion from the checkpoint's form: "
+    assert reported == [
+        "model.layers.0.self_attn.q_proj.weight: unsupported conversion from the checkpoint's form: Transpose (and 1 "
+        "more of its kind). Only merging, concatenating, splitting and chunking are supported: load the checkpoint "
+        "with transformers, and save it with save_pretrained(..., save_original_format=False)"
+    ]
+    targets = tuple(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))
+    assert description.unconverted == targets
+    assert description.missing == (), "the checkpoint has them, so one cause would be told twice"
+    assert not set(targets) & set(description.sources)
+
+
+needs_dory = pytest.mark.skipif(not hasattr(transformers, "DoryConfig"), reason="Dory comes with transformers 5.24")
+
+
+@needs_dory
+def test_pairs_of_blocks_collapse_into_layers(tmp_path):
+    """Dory's checkpoints have attention and mlp of a layer as two blocks; transformers does not save that form."""
+    parts = {
+        "self_attn": (0, "mixer"),
+        "mlp": (1, "mixer"),
+        "lambda_1": (0, "attn_alpha"),
+        "lambda_2": (1, "mlp_alpha"),
+    }
+    own = saved(
+        tmp_path, "Dory", head_dim=4, n_input_layers=1, n_output_layers=1, num_hidden_layers=4, sliding_window=8
     )
-    assert "Transpose" in reported[0]
-    assert description.missing == tuple(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+
+    def paired(found: re.Match[str]) -> str:
+        block, part = parts[found[2]]
+        return f"layers.{2 * int(found[1]) + block}.{part}"
+
+    pairs = {re.sub(rf"layers\.(\d+)\.({'|'.join(parts)})\b", paired, name): tensor for name, tensor in own.items()}
+    assert {"backbone.layers.7.mixer.up_proj.weight", "backbone.layers.6.attn_alpha"} <= set(pairs)
+    save_file(pairs, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], whole[name]) for name in whole), "this form is not what transformers reads"
+    problems = Problems()
+    description = described(tmp_path, pairs, problems)
+    assert not problems
+    assert (description.unexpected, description.missing) == ((), ())
+    for name in description.params:
+        assert torch.equal(rebuilt(description, pairs, name), loaded[name]), name
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("name", ["Inkling2Text", "Inkling2LoopText"])
+def test_inkling_is_taken_as_it_is_or_refused(tmp_path, name, original):
+    """Its experts have interleaved rows, or codes, in the original form. The padded head is cut to the vocabulary."""
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"{name} comes with a later transformers")
+    more = {**INKLING, "unpadded_vocab_size": 30, "n_layers_per_attn_res_block": 1}
+    tensors = saved(tmp_path, name, original=original, **more)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    problems = Problems()
+    description = described(tmp_path, tensors, problems)
+    assert (description.unexpected, description.missing) == ((), ())
+    refused = {name for name in description.params if "experts" in name or name.endswith("message_input.query")}
+    if name == "Inkling2Text":
+        refused = {name for name in refused if name.endswith("gate_up_proj")}
+    assert set(description.unconverted) == (refused if original else set())
+    kinds = {problem.where.rpartition(".")[2] for problem in problems}
+    assert kinds == {name.rpartition(".")[2] for name in description.unconverted}
+    assert len(list(problems)) == len(kinds), "a kind is told once"
+    assert set(description.sources) == set(description.params) - set(description.unconverted)
+    for param in description.sources:
+        assert torch.equal(rebuilt(description, tensors, param), loaded[param]), param
 
 
 def test_base_model_prefix_is_added(tmp_path):

@@ -41,6 +41,7 @@ MODELS = {
     "gpt_neox": ("GPTNeoX", {"num_key_value_heads": HEADS}),
     "olmo2": ("Olmo2", {"num_key_value_heads": 4}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "codegen": ("CodeGen", {"num_key_value_heads": HEADS, "rotary_dim": DIM}),
 }
 
 

@@ -54,6 +54,41 @@ def test_gpt_neox_keeps_each_heads_qkv_together(make):
     assert lengths(plan, "gpt_neox.layers.1.mlp.dense_4h_to_h") == [240, 240, 224]
 
 
+@pytest.fixture
+def codegen(make):
+    """CodeGen with a number of heads; before transformers 5.24 it has no plan, and its attention no known heads."""
+
+    def description(heads: int):
+        made = make("codegen", num_attention_heads=heads, num_key_value_heads=heads, hidden_size=heads * DIM)
+        if "transformer.h.*.attn.qkv_proj" not in made.tp_plan:
+            pytest.skip("CodeGen's plan comes with transformers 5.24")
+        return made
+
+    return description
+
+
+@pytest.mark.parametrize(
+    ("heads", "ranks", "queries"),
+    [(8, 2, [4, 4]), (8, 3, [4, 2, 2]), (8, 4, [2, 2, 2, 2]), (16, 3, [8, 4, 4]), (6, 2, [3, 3])],
+)
+def test_codegen_keeps_its_packed_blocks_whole(codegen, heads, ranks, queries):
+    """Each of 4 blocks has q, v and k of a quarter of the heads: a boundary inside one would mix them up."""
+    plan = rewrite(codegen(heads), ranks, "int8")
+    qkv = partition_of(plan, "transformer.h.0.attn.qkv_proj")
+    assert qkv.lengths == [3 * DIM * count for count in queries]
+    assert lengths(plan, "transformer.h.0.attn.out_proj") == [DIM * count for count in queries]
+    block = 3 * heads * DIM // 4
+    if heads % 4 == 0:
+        assert all(start % block == 0 for rank in range(ranks) for start, _ in qkv.segments(rank))
+
+
+def test_codegen_is_replicated_over_more_ranks_than_blocks(codegen):
+    plan = rewrite(codegen(8), 5, "int8")
+    reason = "8 query heads are packed in 4 blocks, fewer than 5 ranks"
+    assert told(plan, "qkv_proj") == [("colwise", "replicate", reason, 2)]
+    assert told(plan, "out_proj") == [("rowwise", "replicate", reason, 2)]
+
+
 def test_olmo2_gathers_q_and_k_for_their_norms(make):
     plan = rewrite(make("olmo2"), 2)
     assert plan.attentions == {}
