@@ -70,6 +70,7 @@ def test_plan_as_a_page(kjv_tiny: str, command: Command, workdir: Path) -> None:
         assert shown in text
     assert "layers 0-3, all alike" in text
     assert "ranks 0-1" in text
+    assert "in shares" in text and "scattered" in text and "dealt" not in text
 
 
 def test_the_answer_comes_first(kjv_tiny: str) -> None:
@@ -116,6 +117,18 @@ def test_more_tensors_than_a_table_holds_are_in_groups(tiny: LoadPlan, monkeypat
     text = Parsed(plan_html(tiny)).text
     assert f"{len(tiny.tensors)} in groups" in text
     assert "model.layers.*.mlp.down_proj.weightlayers 0-3" in text
+
+
+def test_many_nodes_are_counted_and_few_are_listed(kjv_tiny: str) -> None:
+    assert "node 0: ranks 0-7; node 1: ranks 8-15" in plan_html(dq.plan(kjv_tiny, mesh="dp=16"))
+    assert "<li>9 nodes of 8 ranks each</li>" in plan_html(dq.plan(kjv_tiny, mesh="dp=72"))
+
+
+def test_layers_that_differ_in_everything_name_no_tensor(kjv_tiny: str) -> None:
+    plan = dq.plan(kjv_tiny, device_map={"": "cuda:0", "model.layers.3": "cuda:1"})
+    assert "layer 3: 9 tensors and 0.2 million parameters each; differs from other layers in all tensors" in (
+        Parsed(plan_html(plan)).text
+    )
 
 
 def test_pages_of_skipped_methods_warn(tiny: LoadPlan) -> None:

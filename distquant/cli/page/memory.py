@@ -42,10 +42,8 @@ def limit_of(plan: LoadPlan) -> Limit | None:
 def answer(plan: LoadPlan, limit: Limit | None) -> tuple[str, str, str]:
     """Returns the answer to "does it fit": a kind (`yes`, `no`, `unknown`), the answer, and its numbers."""
     worst = max(plan.memory, key=lambda row: row.peak)
-    least = min(row.peak for row in plan.memory)
-    between = (
-        format_bytes(worst.peak) if least == worst.peak else f"{format_bytes(least)} to {format_bytes(worst.peak)}"
-    )
+    least, most = format_bytes(min(row.peak for row in plan.memory)), format_bytes(worst.peak)
+    between = most if least == most else f"{least} to {most}"
     needs = f"{'The rank' if plan.mesh.size == 1 else 'Each rank'} needs {between}"
     if limit is None:
         asked = "A device map has limits of its own." if plan.device_map else "Declare its memory with max_memory."

@@ -65,6 +65,8 @@ def plan_html(plan: LoadPlan) -> str:
     return f"<!doctype html>\n{tag('html', tag('head', *head), tag('body', *body), lang='en')}\n"
 
 
+SHOWN_NODES = 8
+"""Nodes whose ranks are listed above the tables."""
 WEIGHTS_TEXT = (
     "Each kind of weight once: rows (out) downwards, columns (in) to the right, in proportion. "
     "A colour is a position on tp, as in the mesh above."
@@ -95,11 +97,19 @@ def _mesh_text(plan: LoadPlan) -> Html:
     lines: list[str] = [text for axis, text in axes.items() if getattr(mesh, axis) > 1]
     if not lines:
         return tag("p", "One rank holds the whole model.")
+    lines.append(_nodes_text(plan))
+    return tag("ul", *(tag("li", line) for line in (*lines, *_reading(plan))))
+
+
+def _nodes_text(plan: LoadPlan) -> str:
+    """Returns the ranks of each node; the table of ranks has them too, so many nodes are counted."""
     members: dict[int, list[int]] = {}
     for rank, node in enumerate(plan.nodes):
         members.setdefault(node, []).append(rank)
-    lines.append("; ".join(f"node {node}: {numbered('ranks', ranks)}" for node, ranks in members.items()))
-    return tag("ul", *(tag("li", line) for line in (*lines, *_reading(plan))))
+    if len(members) <= SHOWN_NODES:
+        return "; ".join(f"node {node}: {numbered('ranks', ranks)}" for node, ranks in members.items())
+    counts = sorted({len(ranks) for ranks in members.values()})
+    return f"{len(members)} nodes of {' to '.join(map(str, (counts[0], counts[-1])[: len(counts)]))} ranks each"
 
 
 def _reading(plan: LoadPlan) -> Iterator[str]:

@@ -21,6 +21,8 @@ LEFT, RIGHT, TOP, STRIP = 20.0, 40.0, 20.0, 16.0
 """Pixels: around a matrix for its sizes and labels, and the height of the strip of experts."""
 BACK = 8.0
 """Pixels by which further experts of a stack are drawn behind the first."""
+THIN = 4.0
+"""Pixels below which a part is drawn without an edge."""
 LABEL_ROW, LABEL_COLUMN = 11.0, 15.0
 """Pixels that a label needs in a part that is a row, and in one that is a column."""
 SHOWN_RANKS = 256
@@ -161,7 +163,9 @@ def _striped(
     """Yields a part in its colour; in as many stripes, across the part, as there are ranks that hold it."""
     left, top, width, height = where
     if len(positions) == 1:
-        yield _rect(left, top, width, height, f"c{positions[0] % COLOURS}", name)
+        # Edges would hide the colours of thin parts.
+        edge = "" if min(width, height) >= THIN else " s"
+        yield _rect(left, top, width, height, f"c{positions[0] % COLOURS}{edge}", name)
         return
     stripes = 4 * len(positions)
     for stripe in range(stripes):

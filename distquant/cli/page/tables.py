@@ -9,6 +9,7 @@ from distquant.cli.page.folding import TensorGroup
 from distquant.cli.page.markup import Html, cell, table, tag
 from distquant.cli.page.weights import division, storage
 from distquant.planning import LoadPlan
+from distquant.planning.read_strategy import OWN, SCATTER, SHARED
 from distquant.planning.summary import heads_of
 from distquant.units import format_bytes
 
@@ -16,6 +17,8 @@ MOST_RANKS, MOST_TENSORS = 1024, 4096
 """Rows that a table has of these; of more, there is a row for each group, which names all its members."""
 SHOWN = ("shape", "dtype", "scheme", "shard_dim", "partition", "experts")
 """Facts of a tensor that its texts depend on."""
+READ = {OWN: "own slices", SHARED: "in shares", SCATTER: "scattered"}
+"""Ways of reading in words, those of `REASONS`, by the name of the strategy."""
 MOST_PARTS = 64
 """Ranks whose segments a row of a partition lists."""
 
@@ -91,7 +94,7 @@ def _tensors(plan: LoadPlan, groups: Sequence[TensorGroup]) -> Html:
             texts[alike] = storage(plan, tensor), division(plan, tensor)
         shape = " × ".join(f"{size:,}" for size in tensor.shape)
         rows.append(
-            (name, *([] if is_whole else [label]), shape, *texts[alike], tensor.partition or "", tensor.reading)
+            (name, *([] if is_whole else [label]), shape, *texts[alike], tensor.partition or "", READ[tensor.reading])
         )
     header = ("name", *([] if is_whole else ["where"]), "shape", "stored", "division", "partition", "read")
     title = "Tensors" if is_whole else f"Tensors: {len(plan.tensors):,} in groups"

@@ -39,7 +39,7 @@ def _strip(stack: LayerStack) -> Html:
             tag("title", f"{_word(stack)} {layer}"),
             class_=f"k{kinds[layer] % KINDS}",
             x=f"{position * step:.3f}%",
-            width=f"{step * 0.88:.3f}%",
+            width=f"{step:.3f}%",
             height=18,
         )
         for position, layer in enumerate(sorted(kinds))
@@ -62,7 +62,8 @@ def _kinds(stack: LayerStack) -> Iterator[Html]:
         own = [_within(group, stack) for group in kind.groups if group not in common]
         named = join((tag("code", name) for name in own[:NAMED]), ", ")
         more = f" and {len(own) - NAMED} more" if len(own) > NAMED else ""
-        differs = join(["; differs from other layers in ", named, more]) if own else ""
+        named = Html("all tensors") if len(own) == len(kind.groups) else join([named, more])
+        differs = join(["; differs from other layers in ", named]) if own else ""
         swatch = tag("svg", tag("rect", class_=f"k{number % KINDS}", width=14, height=14), class_="swatch")
         yield tag("p", swatch, tag("b", numbered(f"{_word(stack)}s", kind.layers)), alike, ": ", size, differs)
 
