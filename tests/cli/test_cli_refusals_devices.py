@@ -9,7 +9,7 @@ from distquant.runtime import measure
 
 
 @COMMANDS
-@pytest.mark.parametrize("mesh", ["pt=2", "tp=0", "tp", "tp=2,tp=2", "2"])
+@pytest.mark.parametrize("mesh", ["pt=2", "tp=0", "tp", "tp=2,tp=2", "2,2"])
 def test_mesh_that_is_none(mesh: str, name: str, kjv_tiny: str, refused: Command) -> None:
     pattern = rf"^mesh: '.+' in '{mesh}' is not axis=size.*\. Write it as 'tp=2' or 'dp=2,tp=4'; axes are dp, ep, tp"
     tells(refused(name, kjv_tiny, "--mesh", mesh), pattern)
