@@ -69,7 +69,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "on_unsupported", "trust_remote_code", "revision", "cache_dir",
     ),
     "sharding": ("mesh", *AXES, "device_map", "device", "ranks_per_node", "dispatch"),
-    "memory": ("max_memory", "staging"),
+    "memory": ("max_memory", "staging", "context", "batch"),
     "running": ("kernel", "forward", "io", "timeout", "capability"),
     "output": ("trace",),
 }  # fmt: skip

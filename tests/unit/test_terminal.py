@@ -161,7 +161,7 @@ def test_all_of_a_load(report: Callable[[int], dict]) -> None:
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True,
           "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}, "nf4-dq"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]}, "int8"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "gptq"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 48}, "gptq"),
         ({"quant_method": "none"}, "stored"),
         ({"quant_method": "unheard-of"}, "unheard-of"),
     ],
