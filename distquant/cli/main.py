@@ -13,7 +13,7 @@ from typing import Any
 from distquant.cli.flags import add_flags, at_least, group, prepare
 from distquant.errors import CheckFailed, DistquantError, InputError
 from distquant.options import DECLARED, PlanOptions, RunOptions
-from distquant.planning.arguments import ELSEWHERE
+from distquant.planning.arguments import ELSEWHERE, unreported
 from distquant.quiet import quiet_imports
 from distquant.version import __version__
 
@@ -166,8 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         _report_early(error)
         return 2
-    if os.environ.get("RANK", "0") == "0" and "DISTQUANT_OUTCOME" not in os.environ:
-        for note in notes:
+    for note in unreported(notes):
+        # Ranks that the command line has started read the same arguments again.
+        if os.environ.get("RANK", "0") == "0" and "DISTQUANT_OUTCOME" not in os.environ:
             print(f"distquant: {note}", file=sys.stderr)
     _quiet()
     from distquant.cli import commands, launch
