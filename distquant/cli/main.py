@@ -15,7 +15,7 @@ from distquant.cli.flags import add_flags, at_least, group, prepare
 from distquant.cli.ranks import STARTED_HERE
 from distquant.errors import CheckFailed, DistquantError, InputError
 from distquant.options import DECLARED, PlanOptions, RunOptions
-from distquant.planning.arguments import ELSEWHERE
+from distquant.planning.arguments import ELSEWHERE, unreported
 from distquant.quiet import quiet_imports
 from distquant.version import __version__
 
@@ -193,8 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         _report_early(error)
         return 2
-    if os.environ.get("RANK", "0") == "0" and STARTED_HERE not in os.environ:
-        for note in notes:
+    for note in unreported(notes):
+        # Ranks that the command line has started read the same arguments again.
+        if os.environ.get("RANK", "0") == "0" and STARTED_HERE not in os.environ:
             print(f"distquant: {note}", file=sys.stderr)
     _quiet()
     from distquant.progress import first_rank, working
@@ -239,7 +240,9 @@ def _report_early(error: InputError) -> None:
 
         launch.report_once(error)
     else:
-        print(f"distquant: {error}", file=sys.stderr)
+        from distquant.cli.terminal import show_error
+
+        show_error(error)
 
 
 def _quiet() -> None:

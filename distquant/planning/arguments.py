@@ -174,10 +174,16 @@ def _notes(name: str, value: Any) -> list[str]:
 
 def log_notes(notes: list[str]) -> None:
     """Logs notes as warnings, on one rank, and each once."""
-    for note in notes:
-        if note not in _logged and os.environ.get("RANK", "0") == "0":
+    for note in unreported(notes):
+        if os.environ.get("RANK", "0") == "0":
             log.warning(note)
-        _logged.add(note)
+
+
+def unreported(notes: list[str]) -> list[str]:
+    """Returns the notes that this process has not reported yet, and counts them as reported."""
+    new = [note for note in notes if note not in _logged]
+    _logged.update(new)
+    return new
 
 
 _logged: set[str] = set()

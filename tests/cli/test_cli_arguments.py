@@ -45,6 +45,18 @@ def test_no_command_prints_help(command: Command, workdir: Path) -> None:
     assert "distquant load" in done.out
 
 
+def test_what_a_spelling_became_is_told_once(
+    kjv_tiny: str, command: Command, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distquant.planning.arguments._logged", set())
+    done = command("plan", kjv_tiny, "-q", "4bit", "--mesh", "2", "--dtype", "bf16")
+    assert done.code == 0
+    assert done.err.splitlines() == [
+        "distquant: '4bit' is read as quantization_config='nf4' (--quant nf4)",
+        "distquant: '2' is read as mesh='tp=2' (--mesh tp=2)",
+    ]
+
+
 def test_verify_without_a_mesh(kjv_tiny: str, refused: Command) -> None:
     tells(refused("verify", kjv_tiny), r"^--mesh: no mesh is given\. Give --mesh twice or more, such as --mesh tp=1")
 
