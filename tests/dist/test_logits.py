@@ -60,9 +60,13 @@ def test_logits_equal_those_of_one_rank(ranks, model_of, whole_logits, family, n
 
 @pytest.mark.parametrize(("family", "width"), [*((family, 2) for family in LATER), ("codegen", 3)])
 def test_logits_under_plans_of_later_versions(ranks, model_of, whole_logits, family, width):
-    """With a version that has no such plan the layers are replicated, and logits are equal all the same."""
+    """With a version without such rules the layers are replicated and logits equal; without any plan it is refused."""
     if LATER[family][0] not in CONFIG_MAPPING:
         pytest.skip(f"{family} comes with a later transformers")
+    if family in ("gptj", "codegen") and CONFIG_MAPPING[LATER[family][0]].base_model_tp_plan is None:
+        with pytest.raises(dq.InputError, match="has no tensor-parallel plan"):
+            dq.plan(model_of(family), mesh=f"tp={width}")
+        return
     for name in ("none", "nf4"):
         found = ranks.run(width, work.logits, model_of(family), name, f"tp={width}")
         assert all(torch.equal(one, found[0]) for one in found)
