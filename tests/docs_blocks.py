@@ -31,6 +31,7 @@ LEFT_OUT = ("docs/benchmarks.md",)
 
 PLACEHOLDERS = {
     "MODEL": "the trained example in the repository",
+    "CHAT_MODEL": "the same with a chat template",
     "MIXTRAL": "a small Mixtral with random weights",
     "TEXT": "a text file",
 }

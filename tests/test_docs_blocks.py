@@ -108,7 +108,11 @@ def values(kjv_tiny: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     make_model("mixtral", vocab_size=2048).save_pretrained(mixtral)
     for file in Path(kjv_tiny).glob("tokenizer*"):
         shutil.copy(file, mixtral)
-    found = {"MODEL": kjv_tiny, "MIXTRAL": str(mixtral), "TEXT": f"{kjv_tiny}/validation.txt"}
+    chat = shutil.copytree(kjv_tiny, mixtral.with_name("chat"))
+    settings = json.loads((chat / "tokenizer_config.json").read_text())
+    template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    (chat / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    found = {"MODEL": kjv_tiny, "CHAT_MODEL": str(chat), "MIXTRAL": str(mixtral), "TEXT": f"{kjv_tiny}/validation.txt"}
     assert found.keys() == PLACEHOLDERS.keys()
     return found
 
