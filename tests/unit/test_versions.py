@@ -23,7 +23,7 @@ def requirement(name: str) -> Requirement:
 
 
 @pytest.mark.parametrize(
-    ("name", "tested", "untried"), [("torch", "2.13.0", "2.14.0"), ("transformers", "5.24.0", "5.25.0")]
+    ("name", "tested", "untried"), [("torch", "2.14.1", "2.15.0"), ("transformers", "5.24.0", "5.25.0")]
 )
 def test_nobody_gets_a_version_that_was_never_tried(name: str, tested: str, untried: str) -> None:
     asked = requirement(name).specifier
