@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from cli_runs import Command, tells
 import distquant as dq
 from distquant.runtime.answer import answer
 
-GREEDY = ("--quant", "nf4", "--temperature", "0")
+GREEDY = ("--quant", "nf4", "--dtype", "float32", "--temperature", "0")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_a_conversation_and_its_commands(model: str, chat: Command) -> None:
     lines = b"Who is there?\n\n  \nAnd then?\n/help\n/answer\n/reset\nWho is there?\n/exit\nnobody hears this\n"
     done = chat(lines, model, *GREEDY, "--max-new-tokens", "8", "--system", "Be brief")
     assert done.code == 0
-    loaded = dq.load(model, quantization_config="nf4")
+    loaded = dq.load(model, quantization_config="nf4", dtype="float32")
     conversation = [{"role": "system", "content": "Be brief"}]
     first, second = (said(loaded, conversation, line, 8) for line in ("Who is there?", "And then?"))
     assert done.out == f"{first}\n{second}\n{first}\n"
@@ -73,7 +74,7 @@ def test_answers_stream_and_interrupts_end_them_and_then_the_chat(model: str, ru
         finally:
             run.kill()
     assert "Traceback" not in seen[1] + errors
-    loaded = dq.load(model, quantization_config="nf4")
+    loaded = dq.load(model, quantization_config="nf4", dtype="float32")
     whole = said(loaded, [], "Who is there?", 900)
     assert whole.startswith(seen[0].rstrip("\n"))
     assert len(seen[0]) < len(whole) / 2, "the answer was interrupted"
@@ -104,7 +105,7 @@ def test_every_runtime_gives_the_answers_of_one_process(model: str, runtime: str
     lines = "Who is there?\nAnd then?\n/reset\nWho is there?\n"
     done = subprocess.run([*command, *more], input=lines, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    loaded, conversation = dq.load(model, quantization_config="nf4"), []
+    loaded, conversation = dq.load(model, quantization_config="nf4", dtype="float32"), []
     first, second = (said(loaded, conversation, line, 12) for line in lines.splitlines()[:2])
     assert done.stdout == f"{first}\n{second}\n{first}\n"
 
@@ -114,7 +115,31 @@ def test_ranks_of_the_users_own_launcher_talk_through_rank_0(model: str, workdir
     command = ["distquant", "chat", model, *GREEDY, "--mesh", "tp=2", "--max-new-tokens", "12", "--threads", "1"]
     done = subprocess.run([*launcher, *command], input="Who is there?\n", capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == said(dq.load(model, quantization_config="nf4"), [], "Who is there?", 12) + "\n"
+    loaded = dq.load(model, quantization_config="nf4", dtype="float32")
+    assert done.stdout == said(loaded, [], "Who is there?", 12) + "\n"
+
+
+def test_ranks_wait_for_a_silent_user_and_a_lost_one_is_named(model: str, workdir: Path) -> None:
+    """The user is silent for longer than ranks wait for each other; later one of them is killed."""
+    command = [sys.executable, "-m", "distquant", "chat", model, *GREEDY, "--mesh", "tp=2", "--timeout", "8"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, "--max-new-tokens", "1", "--threads", "1"], bufsize=0, **pipes) as run:  # type: ignore[call-overload]
+        try:
+            for _ in range(2):
+                run.stdin.write(b"Who is there?\n")
+                assert run.stdout.readline()
+                time.sleep(10)
+            ranks = psutil.Process(run.pid).children()
+            ranks[1].kill()
+            run.stdin.write(b"Who is there?\n")
+            remarks = run.stderr.read().decode()
+            assert run.wait(120) == 2
+        finally:
+            run.kill()
+    message = "distquant: rank 1: was killed by signal 9, and the other ranks were stopped. If memory ran out"
+    assert [line for line in remarks.splitlines() if line.startswith(message)]
+    assert "Traceback" not in remarks
+    assert not psutil.wait_procs(ranks, timeout=60)[1]
 
 
 @pytest.mark.parametrize("where", [(), ("--mesh", "tp=2")], ids=["local", "torchrun"])
@@ -157,8 +182,8 @@ def test_lines_that_are_not_text(model: str, chat: Command) -> None:
 
 
 def test_a_prompt_is_a_question_to_a_chat_model(model: str, kjv_tiny: str, command: Command) -> None:
-    loaded = dq.load(model, quantization_config="nf4")
-    limit = ("--quant", "nf4", "--max-new-tokens", "12")
+    loaded = dq.load(model, quantization_config="nf4", dtype="float32")
+    limit = ("--quant", "nf4", "--dtype", "float32", "--max-new-tokens", "12")
     text = said(loaded, [], "In the beginning", 12)
     line = "answer (the model's chat template was applied, --raw leaves it out; ended by --max-new-tokens):"
     assert command("load", model, "--prompt", "In the beginning", *limit).out.endswith(f"\n\n{line}\n{text}\n")
