@@ -159,9 +159,10 @@ def test_a_base_model_is_told_how_to_be_asked(kjv_tiny: str, chat: Command) -> N
 
 
 def test_all_problems_are_told_before_the_load(model: str, kjv_tiny: str, chat: Command) -> None:
-    wrong = ("--mesh", "dp=2", "--runtime", "local", "--top-p", "2", "--quant", "nf5")
-    done = chat(b"", kjv_tiny, *wrong)
-    assert [each.split(":")[0] for each in done.problems] == ["mesh", "--top-p", "mesh", "chat", "quantization_config"]
+    early = chat(b"", kjv_tiny, "--mesh", "dp=2", "--runtime", "local", "--top-p", "2", "--quant", "nf5")
+    assert [each.split(":")[0] for each in early.problems] == ["mesh", "quantization_config"]
+    late = chat(b"", kjv_tiny, "--mesh", "dp=2", "--top-p", "2")
+    assert [each.split(":")[0] for each in late.problems] == ["--top-p", "mesh", "chat"]
     tells(chat(b"", model, "--temperature", "0", "--top-p", "0.5"), "^--top-p: means nothing at --temperature 0")
     assert "'-1' is not a number of at least 0" in chat(b"", model, "--temperature", "-1").err
 
