@@ -22,6 +22,9 @@ from distquant.runtime.answer import answer
 GREEDY = ("--quant", "nf4", "--dtype", "float32", "--temperature", "0")
 
 
+RAY = pytest.param("ray", marks=pytest.mark.wide)
+
+
 @pytest.fixture(scope="module")
 def model(kjv_tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_chat_model(kjv_tiny, tmp_path_factory.mktemp("chat") / "model")
@@ -59,7 +62,7 @@ def test_a_conversation_and_its_commands(model: str, chat: Command) -> None:
     assert "unknown command /answer. There are /reset, /exit and /help" in done.err
 
 
-@pytest.mark.parametrize("runtime", ["local", "torchrun", "ray"])
+@pytest.mark.parametrize("runtime", ["local", "torchrun", RAY])
 def test_answers_stream_and_interrupts_end_them_and_then_the_chat(model: str, runtime: str) -> None:
     """Every wait here is for what the chat writes: an answer is interrupted while it is on its way."""
     where = [] if runtime == "local" else ["--mesh", "tp=2", "--runtime", runtime]
@@ -98,7 +101,7 @@ def talk_and_interrupt(run: subprocess.Popen[bytes]) -> tuple[str, str]:
     return text.decode(), remarks.decode()
 
 
-@pytest.mark.parametrize("runtime", ["torchrun", "ray"])
+@pytest.mark.parametrize("runtime", ["torchrun", RAY])
 def test_every_runtime_gives_the_answers_of_one_process(model: str, runtime: str, workdir: Path) -> None:
     command = [sys.executable, "-m", "distquant", "chat", model, *GREEDY, "--mesh", "tp=2", "--runtime", runtime]
     more = ["--max-new-tokens", "12", "--threads", "1"]
@@ -110,6 +113,7 @@ def test_every_runtime_gives_the_answers_of_one_process(model: str, runtime: str
     assert done.stdout == f"{first}\n{second}\n{first}\n"
 
 
+@pytest.mark.wide
 def test_ranks_of_the_users_own_launcher_talk_through_rank_0(model: str, workdir: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = ["distquant", "chat", model, *GREEDY, "--mesh", "tp=2", "--max-new-tokens", "12", "--threads", "1"]
@@ -142,7 +146,9 @@ def test_ranks_wait_for_a_silent_user_and_a_lost_one_is_named(model: str, workdi
     assert not psutil.wait_procs(ranks, timeout=60)[1]
 
 
-@pytest.mark.parametrize("where", [(), ("--mesh", "tp=2")], ids=["local", "torchrun"])
+@pytest.mark.parametrize(
+    "where", [(), pytest.param(("--mesh", "tp=2"), marks=pytest.mark.wide)], ids=["local", "torchrun"]
+)
 def test_a_long_conversation_ends_with_one_message(kjv_tiny: str, chat: Command, tmp_path: Path, where: Any) -> None:
     model = save_chat_model(kjv_tiny, tmp_path / "model", context=48)
     done = chat(b"And what came to pass?\n" * 20, model, *GREEDY, "--max-new-tokens", "90", *where)
