@@ -23,6 +23,7 @@ GREEDY = ("--quant", "nf4", "--dtype", "float32", "--temperature", "0")
 
 
 RAY = pytest.param("ray", marks=pytest.mark.wide)
+RANKS = pytest.param(("--mesh", "tp=2"), marks=pytest.mark.wide, id="torchrun")
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +147,7 @@ def test_ranks_wait_for_a_silent_user_and_a_lost_one_is_named(model: str, workdi
     assert not psutil.wait_procs(ranks, timeout=60)[1]
 
 
-@pytest.mark.parametrize(
-    "where", [(), pytest.param(("--mesh", "tp=2"), marks=pytest.mark.wide)], ids=["local", "torchrun"]
-)
+@pytest.mark.parametrize("where", [pytest.param((), id="local"), RANKS])
 def test_a_long_conversation_ends_with_one_message(kjv_tiny: str, chat: Command, tmp_path: Path, where: Any) -> None:
     model = save_chat_model(kjv_tiny, tmp_path / "model", context=48)
     done = chat(b"And what came to pass?\n" * 20, model, *GREEDY, "--max-new-tokens", "90", *where)
