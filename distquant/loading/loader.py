@@ -32,7 +32,7 @@ from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.tasks import Task
 from distquant.loading.stream.trace import write_trace
-from distquant.model import build
+from distquant.model import ModuleNames, build
 from distquant.options import ALL_REDUCE, Forward, LoadProgress, Progress, RunOptions
 from distquant.parallel.comm import Comm
 from distquant.parallel.experts import join_experts
@@ -67,9 +67,10 @@ class Loaded:
 
 def scheme_of(plan: LoadPlan) -> Scheme:
     """Returns the scheme of a plan's configuration."""
-    config = parse({**plan.quantization_config, **plan.selection}, config_classes())
+    config = parse({**plan.quantization_config, **plan.selection}, config_classes(), stored=plan.prequantized)
     assert config is not None
-    return scheme_for(config)
+    names = ModuleNames({tensor.name: tensor.sources for tensor in plan.tensors}, plan.prequantized)
+    return scheme_for(config, names)
 
 
 @without_collector()

@@ -31,6 +31,9 @@ def notes_on(partitioned: Partitioned) -> Iterator[str]:
         yield f"dropped: {len(unexpected)} checkpoint tensors that the model lacks ({_first(unexpected)})"
     if partitioned.dequantize:
         yield f"dequantized: {len(partitioned.converted)} linear modules that are stored quantized become ordinary ones"
+    yield from partitioned.otherwise
+    if partitioned.prequantized and (unused := scheme.config.unused_keys):
+        yield f"not used: keys of the checkpoint's quantization_config: {', '.join(unused)}; kept, and saved again"
     if scheme.name != "none":
         yield from _left_unquantized(partitioned)
     yield from scheme.notes(partitioned.converted)
