@@ -30,8 +30,6 @@ class Merged(NamedTuple):
 
     config: QuantizationConfig
     prequantized: bool
-    listed_by_user: bool = False
-    """True if the list of modules not to convert is the user's, and not the checkpoint's."""
 
     @property
     def dequantize(self) -> bool:
@@ -205,9 +203,7 @@ def merge(checkpoint: QuantizationConfig | None, user: QuantizationConfig | None
             f"you gave {type(user).__name__} {user.to_diff_dict()}"
         )
         raise InputError.one(_OPTION, reason, "Leave quantization_config out to load the checkpoint as it is.")
-    overrides = _overrides(user, converted)
-    listed = converted.skip_field in overrides
-    return Merged(replace(converted, **overrides), prequantized=True, listed_by_user=listed)
+    return Merged(replace(converted, **_overrides(user, converted)), prequantized=True)
 
 
 def _overrides(user: QuantizationConfig, stored: QuantizationConfig) -> dict[str, Any]:
@@ -230,6 +226,15 @@ def _overrides(user: QuantizationConfig, stored: QuantizationConfig) -> dict[str
             problems.add(where(name), f"the checkpoint has {theirs!r}, you gave {ours!r}", fix)
     problems.raise_if_any()
     return overrides
+
+
+def lists_modules(user: QuantizationConfig | None, model_config: Mapping[str, Any], merged: Merged) -> bool:
+    """Returns True if the list of modules not to convert, in a quantized checkpoint's merged config, is the user's."""
+    name = merged.config.skip_field
+    if user is None or name is None or getattr(user, name, None) is None:
+        return False
+    stored = parse(detect(model_config), [type(merged.config)], stored=True)
+    return stored is not None and merged.config.meaning(name) != stored.meaning(name)
 
 
 def _is_silent(user: QuantizationConfig, field: Field[Any]) -> bool:

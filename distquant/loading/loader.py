@@ -17,6 +17,7 @@ from distquant.garbage_collection import without_collector
 from distquant.kernels.choice import Choice, choose
 from distquant.loading import delegated
 from distquant.loading.devices import Devices
+from distquant.loading.dropped_biases import check_dropped_biases
 from distquant.loading.fill import WeightPlacer
 from distquant.loading.finish import check_complete, fill_computed_buffers, finish, forbid_saving
 from distquant.loading.forward import check_forward, set_forward
@@ -177,6 +178,7 @@ class _Loading:
 
     def run(self) -> Any:
         plan = self.plan
+        check_dropped_biases(plan, self.checkpoint, self.comm)
         model, self.model = self.model, None
         if model is None:
             model = build(self.checkpoint.path, plan.dtype, trust_remote_code=plan.trust_remote_code)

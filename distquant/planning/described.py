@@ -13,6 +13,7 @@ from typing import Any
 
 from distquant.checkpoint import Checkpoint
 from distquant.config import GgufConfig, Merged, NoneConfig, detect
+from distquant.config.resolve import lists_modules
 from distquant.environment import Environment
 from distquant.errors import Problems
 from distquant.model import (
@@ -111,9 +112,10 @@ def describe(
         problems: gets tensors without a place, patterns without a module, and an invalid device map.
     """
     mesh, checkpoint = given.mesh, prepared.checkpoint
+    listed = merged.prequantized and lists_modules(given.config, checkpoint.config, merged)
     placement = _place_tensors(prepared, merged, skipped, mesh, request.on_unsupported, problems)
     sizes_known = not problems
-    selected = _select(placement, mesh, checkpoint, problems)
+    selected = _select(placement, mesh, checkpoint, listed, problems)
     device_map = _device_map(request, environment, mesh, prepared.model, placement, selected, problems)
     offloaded = frozenset[str]()
     if device_map is not None:
@@ -236,13 +238,15 @@ class _Selected:
     """Notes on modules that the checkpoint does not store as its config says."""
 
 
-def _select(placement: _Placement, mesh: Mesh, checkpoint: Checkpoint, problems: Problems) -> _Selected:
+def _select(
+    placement: _Placement, mesh: Mesh, checkpoint: Checkpoint, listed_by_user: bool, problems: Problems
+) -> _Selected:
     """Selects the modules to convert, before a device map may leave some out."""
     scheme, prequantized, stacked = placement.scheme, placement.merged.prequantized, placement.stackable
     description, kept = placement.split(stacked), QuantizedTensors()
     scheme.names = ModuleNames(description.sources, prequantized)
     if prequantized:
-        stored = stored_modules(description, scheme, checkpoint.tensors, placement.merged.listed_by_user)
+        stored = stored_modules(description, scheme, checkpoint.tensors, listed_by_user)
     else:
         stored = StoredModules(tuple(_selected(description, scheme, problems)))
     converted = [name for name in stored.converted if scheme.stacks or STAR not in name]

@@ -66,7 +66,8 @@ def plan_and_open(request: Request, environment: Environment) -> tuple[LoadPlan,
     prepared = Prepared(checkpoint, model)
     described = describe(request, given, environment, prepared, merged, skipped, problems)
     has_device_map = request.device_map is not None
-    check_described(described, environment, has_device_map, problems)
+    if not check_described(described, environment, has_device_map, problems):
+        problems.raise_if_any()  # sizes would follow from a form that is not supported
     partitioned = partition(described)
     with collected(problems):
         planned = plan_memory(partitioned)

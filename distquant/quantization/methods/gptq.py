@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from distquant.config import GptqConfig
 from distquant.config.checks import where
+from distquant.config.evidence import changed_meaning
 from distquant.errors import Problem
 from distquant.model.description import ModelDescription
 from distquant.quantization.algorithms.rtn import Grid
@@ -43,6 +44,10 @@ CALIBRATION = frozenset(
     }
 )  # fmt: skip
 """Fields of a `dynamic` rule that record how a module was calibrated."""
+
+
+LAYOUT = frozenset({"format", "checkpoint_format", "method", "quant_method", "pack_dtype"})
+"""Fields of such a rule that would give modules another layout."""
 
 
 @register
@@ -108,7 +113,7 @@ class GptqScheme(PackedIntScheme):
             fault = f"{config.pack_dtype!r}: only words of int32 are supported"
             problems.append(Problem(where("pack_dtype"), fault, "Quantize with pack_dtype='int32'"))
         for pattern, own in (config.dynamic or {}).items():
-            problems += _problems_of_rule(pattern, own)
+            problems += _problems_of_rule(pattern, own, context.prequantized)
         if config.dynamic:
             problems += disagreements(
                 context.description, lambda module: (self._left_out(module), self.packing_of(module))
@@ -142,14 +147,15 @@ def regex_of(pattern: str) -> str:
     return pattern.removeprefix("-:").removeprefix("+:")
 
 
-def _problems_of_rule(pattern: str, own: Any) -> Iterator[Problem]:
-    """Faults of one rule: its pattern, and the fields that it sets."""
+def _problems_of_rule(pattern: str, own: Any, stored: bool) -> Iterator[Problem]:
+    """Faults of one rule: its pattern, and the fields that it sets; a stored one may record what changes nothing."""
     error = pattern_error(regex_of(pattern))
     if error is not None:
         yield Problem(where("dynamic"), f"{pattern!r} is not a regular expression ({error})", "Correct the pattern")
     if pattern.startswith("-:"):
         return
     yield from problems_of_fields("dynamic", pattern, own)
-    for key in set(own if isinstance(own, Mapping) else ()) - DECIDING_FIELDS.keys() - CALIBRATION:
+    others = set(own if isinstance(own, Mapping) else ()) - DECIDING_FIELDS.keys() - CALIBRATION
+    for key in sorted(key for key in others if not stored or key in LAYOUT or changed_meaning(key, own[key])):
         fault = f"{pattern!r} sets {key}, which cannot differ between modules"
         yield Problem(where("dynamic"), fault, f"Only {', '.join(sorted(DECIDING_FIELDS))} can")

@@ -131,10 +131,10 @@ class HqqScheme(QuantizedScheme, Encoder):
         groups = self.groups(name, shape)
         count = math.prod(shape) // groups.size
         expected = {"W_q": math.prod(groups.packed_shape(groups.stored_groups())), "scale": count, "zero": count}
+        missing = [component for component in expected if component not in stored]
+        problems += [lacks(name, ", ".join(missing))] if missing else []
         for component, elements in expected.items():
-            if component not in stored:
-                problems.append(lacks(name, component))
-            elif math.prod(stored[component]) != elements:
+            if component in stored and math.prod(stored[component]) != elements:
                 shown = list(stored[component])
                 fault = f"{component} is stored as {shown}, its config and shape need {elements} values"
                 problems.append(Problem(name, fault, OTHER_CHECKPOINT))

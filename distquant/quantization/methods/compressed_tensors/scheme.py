@@ -11,6 +11,7 @@ rank quantizes its own part.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -40,7 +41,7 @@ from distquant.quantization.module_selection import disagreements, first_expert_
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
 from distquant.quantization.stored_checks import OTHER_CHECKPOINT, SCALE_DTYPES, wrong_dtypes
-from distquant.quantization.weight_only import WeightOnlyScheme
+from distquant.quantization.weight_only import WeightOnlyScheme, carry_unused
 from distquant.sharding.layout import ALL, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
@@ -87,6 +88,11 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
             group = target_of(self.names.of(module), self._targets)
             self._known[module] = None if group is None else self._storages.get(group)
         return self._known[module]
+
+    def _would_take(self, module: str) -> bool:
+        """True if a reader that knows a module by the model's name alone takes it for a quantized one."""
+        ignored = any(matches(entry, module) for entry in self.config.ignore or ())
+        return not ignored and target_of((module,), self._targets) in self._storages
 
     def can_be_stored(self, linear: Linear) -> bool:
         is_plain = is_stack(linear.name) or not linear.transposed
@@ -301,7 +307,10 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
 
         from distquant.quantization.quantizer import Quantizer
 
-        written = {**self.config.to_dict(), "quantization_status": "compressed"}
+        # The library refuses what it does not know inside of groups.
+        recorded = {key: value for key, value in self.config.recorded.items() if "." not in key}
+        known = replace(self.config, recorded=recorded) if is_compressed_tensors_available() else self.config
+        written = {**known.to_dict(), "quantization_status": "compressed"}
         written["config_groups"] = {
             name: {**group, "format": self._storages[name].format} if name in self._storages else group
             for name, group in written["config_groups"].items()
@@ -309,9 +318,11 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         if written.get("format") in ("dense", "fakequant"):
             formats = {stored.format for stored in self._storages.values()}
             written["format"] = formats.pop() if len(formats) == 1 else "mixed-precision"
-        left = (name for name, module in model.named_modules() if type(module) is nn.Linear and self.storage_of(name))
+        left = (name for name, module in model.named_modules() if type(module) is nn.Linear and self._would_take(name))
         written["ignore"] = list(dict.fromkeys((*(self.config.ignore or ()), *left)))
         available = is_compressed_tensors_available()
         model.config.quantization_config = Theirs.from_dict(written) if available else written
+        if available:
+            carry_unused(self.config, model.config.quantization_config)
         model.hf_quantizer = Quantizer(model.config.quantization_config, serializable=True)
         model.is_quantized, model.quantization_method = True, "compressed-tensors"

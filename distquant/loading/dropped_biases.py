@@ -1,0 +1,48 @@
+"""Looks at the values of biases that a quantized checkpoint has and the model lacks: only zeros may be dropped."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from distquant.checkpoint import Checkpoint, TensorInfo
+from distquant.errors import InputError
+from distquant.files import open_file
+from distquant.parallel.comm import Comm
+from distquant.planning.dropped_biases import dropped_biases
+from distquant.planning.load_plan import LoadPlan
+
+SIGNLESS = {"F16": np.uint16(0x7FFF), "BF16": np.uint16(0x7FFF), "F32": np.uint32(0x7FFFFFFF)}
+"""Bits of a number without its sign, so that -0.0 is a zero."""
+
+
+def check_dropped_biases(plan: LoadPlan, checkpoint: Checkpoint, comm: Comm) -> None:
+    """Checks that all biases which are dropped are zero. Every rank must call it, and looks at a share; all fail alike.
+
+    Raises:
+        InputError: one is not zero.
+    """
+    biases = dropped_biases(plan.tensors, checkpoint.tensors) if plan.prequantized else []
+    if not biases:
+        return
+    own = [name for name in biases[comm.rank :: comm.size] if not _is_zero(checkpoint, checkpoint.tensors[name])]
+    wrong = sorted(name for each in comm.collect(own) for name in each)
+    if wrong:
+        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        fault = f"this bias{others} of the checkpoint is not zero, and {plan.architecture} has no such bias"
+        fix = "Without it the outputs are others. Take a checkpoint without bias correction, or quantize the original"
+        raise InputError.one(wrong[0], f"{fault}: it would be dropped", fix)
+
+
+def _is_zero(checkpoint: Checkpoint, info: TensorInfo) -> bool:
+    """Returns True if all values of a tensor are zero."""
+    descriptor = open_file(checkpoint.folder / info.file)
+    try:
+        data = os.pread(descriptor, info.nbytes, info.offset)
+    finally:
+        os.close(descriptor)
+    mask = SIGNLESS.get(info.dtype)
+    if mask is None:
+        return not any(data)
+    return not bool((np.frombuffer(data, dtype=mask.dtype) & mask).any())
