@@ -86,10 +86,10 @@ FIRST = 3
 def folded(problems: Iterable[Problem]) -> list[Problem]:
     """Returns problems with one entry for all places of one cause, that is whose texts differ in numbers alone.
 
-    >>> str(folded([Problem("a", "has 1 row", "Cut"), Problem("b", "has 2 rows", "Cut")])[0])
-    'a: has 1 row. Cut'
-    >>> str(folded([Problem(name, "lacks scales", "Cut") for name in "abcdef"])[0])
-    'a: lacks scales (and 5 more alike: b, c, ...). Cut'
+    >>> str(folded([Problem("a", "has 1 row", "Fix"), Problem("b", "has 2 rows", "Fix")])[0])
+    'a: has 1 row. Fix'
+    >>> str(folded([Problem(name, "lacks scales", "Fix") for name in "abcdef"])[0])
+    'a: lacks scales (and 5 more alike: b, c, ...). Fix'
     """
     causes: dict[tuple[str, str], list[Problem]] = {}
     for problem in problems:

@@ -65,7 +65,7 @@ _LOW_RANK = "a product of low rank must be added to each weight, which is not do
 _ORDERED = "the stored inputs are in another order, which is not supported"
 _TWICE = "its scales are quantized in turn, which is not supported"
 _TABLE = "codes stand for entries of a table, which is not supported"
-_APART = "some weights are stored apart from the others, which is not supported"
+_SPLIT_OFF = "some weights are stored apart from the others, which is not supported"
 
 CHANGES_MEANING: Mapping[str, str] = {
     **dict.fromkeys(
@@ -81,7 +81,7 @@ CHANGES_MEANING: Mapping[str, str] = {
     **dict.fromkeys(("channel_permutation", "input_permutation", "permute_inputs"), _ORDERED),
     **dict.fromkeys(("super_bits", "super_group_size", "scale_quant_params", "zero_quant_params"), _TWICE),
     **dict.fromkeys(("codebook", "codebooks", "codebook_size", "lookup_table", "lut"), _TABLE),
-    **dict.fromkeys(("outliers", "outlier_columns", "num_outlier_columns"), _APART),
+    **dict.fromkeys(("outliers", "outlier_columns", "num_outlier_columns"), _SPLIT_OFF),
     "bias_corrected": "products get biases that the model does not have",
     "bias_correction": "products get biases that the model does not have",
     "awq_gemm_checkpoint": "codes are packed as AWQ packs them; then quant_method must be 'awq'",

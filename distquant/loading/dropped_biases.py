@@ -13,8 +13,8 @@ from distquant.parallel.comm import Comm
 from distquant.planning.dropped_biases import dropped_biases
 from distquant.planning.load_plan import LoadPlan
 
-SIGNLESS = {"F16": np.uint16(0x7FFF), "BF16": np.uint16(0x7FFF), "F32": np.uint32(0x7FFFFFFF)}
-"""Bits of a number without its sign, so that -0.0 is a zero."""
+SIGNLESS = {"F16": ("<u2", 0x7FFF), "BF16": ("<u2", 0x7FFF), "F32": ("<u4", 0x7FFFFFFF)}
+"""A number's bits, and those of them without its sign, so that -0.0 is a zero."""
 
 
 def check_dropped_biases(plan: LoadPlan, checkpoint: Checkpoint, comm: Comm) -> None:
@@ -26,7 +26,7 @@ def check_dropped_biases(plan: LoadPlan, checkpoint: Checkpoint, comm: Comm) -> 
     biases = dropped_biases(plan.tensors, checkpoint.tensors) if plan.prequantized else []
     if not biases:
         return
-    own = [name for name in biases[comm.rank :: comm.size] if not _is_zero(checkpoint, checkpoint.tensors[name])]
+    own = [name for name in biases[comm.rank :: plan.mesh.size] if not _is_zero(checkpoint, checkpoint.tensors[name])]
     wrong = sorted(name for each in comm.collect(own) for name in each)
     if wrong:
         others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -42,7 +42,5 @@ def _is_zero(checkpoint: Checkpoint, info: TensorInfo) -> bool:
         data = os.pread(descriptor, info.nbytes, info.offset)
     finally:
         os.close(descriptor)
-    mask = SIGNLESS.get(info.dtype)
-    if mask is None:
-        return not any(data)
-    return not bool((np.frombuffer(data, dtype=mask.dtype) & mask).any())
+    kind, mask = SIGNLESS.get(info.dtype, ("u1", 0xFF))
+    return not bool((np.frombuffer(data, dtype=kind) & mask).any())

@@ -80,13 +80,13 @@ def _has_codes_as_weight(scheme: Scheme, linear: Linear) -> bool:
 
 def disagreements(stored: StoredModules) -> Iterator[str]:
     """Yields notes where the config's lists are not what is stored."""
-    for names, what in (
+    for names, fault in (
         (stored.unlisted, "stored quantized, though the config leaves them out"),
         (stored.plain, "stored unquantized, though the config has them quantized"),
     ):
         if names:
             more = " ..." if len(names) > LISTED else ""
-            yield f"{what}: {len(names)} linear modules ({', '.join(names[:LISTED])}{more}); the files decide"
+            yield f"{fault}: {len(names)} linear modules ({', '.join(names[:LISTED])}{more}); the files decide"
 
 
 LISTED = 3
