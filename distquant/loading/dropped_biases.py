@@ -29,10 +29,10 @@ def check_dropped_biases(plan: LoadPlan, checkpoint: Checkpoint, comm: Comm) -> 
     own = [name for name in biases[comm.rank :: plan.mesh.size] if not _is_zero(checkpoint, checkpoint.tensors[name])]
     wrong = sorted(name for each in comm.collect(own) for name in each)
     if wrong:
-        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        fault = f"this bias{others} of the checkpoint is not zero, and {plan.architecture} has no such bias"
+        others = f" (nor are {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        fault = f"this bias of the checkpoint is not zero{others}, and {plan.architecture} has no such bias"
         fix = "Without it the outputs are others. Take a checkpoint without bias correction, or quantize the original"
-        raise InputError.one(wrong[0], f"{fault}: it would be dropped", fix)
+        raise InputError.one(wrong[0], f"{fault}, so it would be dropped", fix)
 
 
 def _is_zero(checkpoint: Checkpoint, info: TensorInfo) -> bool:

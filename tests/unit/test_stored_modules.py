@@ -357,3 +357,36 @@ def test_biases_that_are_not_zero_are_refused(dense: Path, tmp_path: Path, metho
     write_checkpoint(dense, tmp_path, writer, in_layers(lambda _: True), config, more=ones)
     with pytest.raises(dq.InputError, match=rf"{module}\.bias: this bias of the checkpoint is not zero"):
         dq.load(tmp_path)
+
+
+# -- messages on the page ----------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
+
+
+def test_messages_on_the_page_are_real(dense: Path, tmp_path: Path) -> None:
+    every = in_layers(lambda _: True)
+    write_checkpoint(dense, tmp_path / "nf4", nf4, every, BNB4)
+    without(tmp_path / "nf4", ".absmax")
+    write_checkpoint(dense, tmp_path / "rotated", packed(), every, {**GPTQ, "rotation": "hadamard"})
+    groups = {"group_0": group(NVFP4, "nvfp4-pack-quantized")}
+    write_checkpoint(dense, tmp_path / "nvfp4", int4_groups, every, {**CT, "config_groups": groups})
+    for folder in ("nf4", "rotated", "nvfp4"):
+        with pytest.raises(dq.InputError) as caught:
+            dq.plan(tmp_path / folder)
+        assert f"distquant: {caught.value}\n" in PAGE
+
+
+def test_the_message_about_biases_on_the_page_is_real(dense: Path, tmp_path: Path) -> None:
+    modules = [f"model.layers.{layer}.{name}" for layer in range(2) for name in LINEARS]
+    biases = {name: value for module in modules for name, value in bias_of(module, dense, 1.0).items()}
+    write_checkpoint(dense, tmp_path, packed(), in_layers(lambda _: True), GPTQ, more=biases)
+    with pytest.raises(dq.InputError) as caught:
+        dq.load(tmp_path)
+    assert f"distquant: {caught.value}\n".replace("Qwen3ForCausalLM", "LlamaForCausalLM") in PAGE
+
+
+LINEARS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
