@@ -10,6 +10,8 @@ with the zero point 8 stored.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from distquant.config import AwqConfig
 from distquant.config.checks import where
 from distquant.errors import Problem
@@ -30,6 +32,7 @@ class AwqScheme(PackedIntScheme):
 
     name = "awq"
     config_class = AwqConfig
+    form_fields: ClassVar[frozenset[str]] = frozenset({"format"})
     config: AwqConfig
 
     def packing_of(self, module: str) -> Packing:
@@ -38,10 +41,12 @@ class AwqScheme(PackedIntScheme):
 
     def select_modules(self, description: ModelDescription) -> list[str]:
         """All linears except those named and the default skips, as transformers has it (`integrations/awq.py`)."""
-        selection = self.config.selection
-        return [
-            name for name in description.linears if selection.selects(name) and name not in description.default_skip
-        ]
+        return [name for name in description.linears if self.selects(name) and name not in description.default_skip]
+
+    def matching(self, pattern: str, name: str) -> bool:
+        """Also True if the pattern is a part of a name: so AutoAWQ and vLLM read the list of a stored checkpoint."""
+        is_part = any(pattern in known for known in self.names.of(name)) if self.names.wrapped else False
+        return is_part or super().matching(pattern, name)
 
     def validate(self, context: Context) -> list[Problem]:
         config = self.config

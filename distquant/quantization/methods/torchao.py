@@ -88,6 +88,7 @@ class TorchaoScheme(WeightOnlyScheme, Encoder):
         ZERO: ZERO,
         **{f"_weight_{name}": f"_weight_{name}" for name in UNKNOWN},
     }
+    form_fields: ClassVar[frozenset[str]] = frozenset({"quant_type"})
     unmoved: ClassVar[Mapping[str, str]] = {"disk": "torchao's tensors are objects of several tensors, not bytes"}
     config: TorchaoConfig
 
@@ -265,10 +266,6 @@ class TorchaoScheme(WeightOnlyScheme, Encoder):
 
         super().finish_model(model)
         config = model.config.quantization_config
-        if self.config.include_modules is not None or self.config.layers is not None:
-            # transformers knows only what to skip, so name every linear that was left alone.
-            linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-            config.modules_to_not_convert = [n for n, module in linears if not hasattr(module.weight, "qdata")]
         model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
 
 
