@@ -7,6 +7,7 @@ rank's failure to all others. All can be pickled, because Ray and spawned proces
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -76,6 +77,33 @@ class RankError(DistquantError, RuntimeError):
 
 class LostPeerError(RankError):
     """A collective of this rank failed because another rank ended or did not answer; that rank's error is the cause."""
+
+
+FIRST = 3
+"""Places that one message names where many have the same problem."""
+
+
+def folded(problems: Iterable[Problem]) -> list[Problem]:
+    """Returns problems with one entry for all places of one cause, that is whose texts differ in numbers alone.
+
+    >>> str(folded([Problem("a", "has 1 row", "Fix"), Problem("b", "has 2 rows", "Fix")])[0])
+    'a: has 1 row. Fix'
+    >>> str(folded([Problem(name, "lacks scales", "Fix") for name in "abcdef"])[0])
+    'a: lacks scales (and 5 more alike: b, c, ...). Fix'
+    """
+    causes: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        causes.setdefault((re.sub(r"\d+", "#", problem.what), problem.fix), []).append(problem)
+    return [_folded(alike) for alike in causes.values()]
+
+
+def _folded(alike: list[Problem]) -> Problem:
+    first, *others = alike
+    places = [where for where in dict.fromkeys(other.where for other in others) if where != first.where]
+    if not places:
+        return first
+    named = ", ".join(places[: FIRST - 1]) + (", ..." if len(places) >= FIRST else "")
+    return Problem(first.where, f"{first.what} (and {len(places)} more alike: {named})", first.fix)
 
 
 class Problems:

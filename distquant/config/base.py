@@ -12,6 +12,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from distquant.config import evidence
 from distquant.config.checks import where
 from distquant.config.frozen import FrozenDict, thaw
 from distquant.config.plain import plain
@@ -34,6 +35,21 @@ def default_of(field: Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
+def _has_type(cls: type, name: str, value: Any) -> bool:
+    """Returns True if a field may hold values of this type."""
+    try:
+        coerce(value, hints_of(cls)[name])
+    except ValueError:
+        return False
+    return True
+
+
+def _without_nulls(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stored configuration without the keys that are null where their field cannot be: they are not given."""
+    hints = hints_of(cls)
+    return {k: v for k, v in given.items() if v is not None or k not in hints or _has_type(cls, k, None)}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizationConfig:
     """The parameters of one quantization method, checked at construction.
@@ -52,6 +68,8 @@ class QuantizationConfig:
     """Fields that change no stored bit: the user may override them on a pre-quantized checkpoint."""
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Groups of keys of which at most one may be true."""
+    flags: ClassVar[frozenset[str]] = frozenset()
+    """Of `constants`, those that tell this class from another: an error with another value in a checkpoint, too."""
     constants: ClassVar[Mapping[str, Any]] = {}
     """Keys of Hugging Face with one possible value here: always written, and an error if read with another value."""
     aliases: ClassVar[Mapping[str, str]] = {}
@@ -158,10 +176,21 @@ class QuantizationConfig:
         return plain(method) == cls.quant_method or plain(method) in cls.method_spellings
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Self:
-        """Reads Hugging Face's spelling strictly: one error lists every unknown key and wrong value."""
+    def from_dict(cls, given: Mapping[str, Any], *, stored: bool = False) -> Self:
+        """Reads Hugging Face's spelling strictly: one error lists every unknown key and wrong value.
+
+        Args:
+            given: the configuration.
+            stored: True for a checkpoint's own. Words of other tools are read then, too, and keys that are unknown
+                are kept in `recorded`, unless they change what the stored bytes mean.
+        """
         problems = Problems()
-        given = cls._rename(cls._spelled(given), problems)
+        unknown: dict[str, Any] = {}
+        if stored:
+            given = cls._stored(evidence.named(given), unknown)
+        given = cls._rename(cls._spelled(given), problems, evidence.KEYS.get(cls.quant_method, {}) if stored else {})
+        if stored:
+            given = cls._nested(_without_nulls(cls, evidence.usual_values(given, cls.quant_method)), unknown)
         clashing = cls._check_exclusive(given, problems)
         declared = {field.name: field for field in fields(cls)}
         method = plain(given.get("quant_method"))
@@ -170,25 +199,68 @@ class QuantizationConfig:
         for key, value in given.items():
             if key in cls.constants:
                 if key not in clashing and plain(value) not in (None, cls.constants[key]):
+                    if stored and key not in cls.flags:
+                        unknown[key] = value
+                        continue
                     reason = f"invalid value {plain(value)!r}, {cls.__name__} takes only {cls.constants[key]!r}"
                     problems.add(where(key), reason, "Remove it.")
-            elif key not in declared and key not in _BOOKKEEPING and key not in cls.record_keys:
-                known = [*declared, *cls.constants, *cls.aliases, *cls.record_keys]
-                names = ", ".join(name for name in declared if name != "recorded")
-                fix = did_you_mean(key, known) or f"{cls.__name__} knows {names}."
-                problems.add(where(str(key)), f"is unknown (given {value!r})", fix)
+            elif key not in declared and key not in _BOOKKEEPING:
+                if stored:
+                    unknown.update({} if key in cls.record_keys else {str(key): value})
+                elif key not in cls.record_keys:
+                    problems.extend([cls._unknown_key(key, value)])
+                    continue
+                problems.extend(filter(None, [evidence.changed_meaning(str(key), value)]))
+        problems.extend(filter(None, (evidence.changed_meaning(key, value) for key, value in unknown.items())))
         missing = [name for name, field in declared.items() if default_of(field) is MISSING and name not in given]
         for name in missing:
             problems.add(where(name), "is missing", f"Give {describe(hints_of(cls)[name])}.")
         if not missing:
+            values = {key: value for key, value in given.items() if key in declared}
+            recorded = {key: value for key, value in given.items() if key in cls.record_keys} | unknown
             try:
-                values = {key: value for key, value in given.items() if key in declared}
-                recorded = {key: value for key, value in given.items() if key in cls.record_keys}
-                config = cls(**{**values, "recorded": {**values.get("recorded", {}), **recorded}})
+                config = cls._built(values, recorded, stored)
             except InputError as error:
                 problems.extend(error.problems)
         problems.raise_if_any()
         return config
+
+    @classmethod
+    def _unknown_key(cls, key: Any, value: Any) -> Problem:
+        """Returns the problem of a key that this class does not know, with near matches."""
+        declared = [field.name for field in fields(cls)]
+        names = ", ".join(name for name in declared if name != "recorded")
+        fix = did_you_mean(key, [*declared, *cls.constants, *cls.aliases, *cls.record_keys])
+        return Problem(where(str(key)), f"is unknown (given {value!r})", fix or f"{cls.__name__} knows {names}.")
+
+    @classmethod
+    def _built(cls, values: Mapping[str, Any], recorded: Mapping[str, Any], stored: bool) -> Self:
+        """Returns the object of these fields; what a stored one says of its history need not be possible here."""
+        try:
+            return cls(**{**values, "recorded": {**values.get("recorded", {}), **recorded}})
+        except InputError as error:
+            odd = {key for key in cls.history if where(key) in {problem.where for problem in error.problems}}
+            odd = {key for key in odd & values.keys() if _has_type(cls, key, values[key])}
+            if not stored or not odd:
+                raise
+            kept = {key: value for key, value in values.items() if key not in odd}
+            return cls._built(kept, {**recorded, **{key: values[key] for key in odd}}, stored)
+
+    @classmethod
+    def _stored(cls, given: Mapping[str, Any], unknown: dict[str, Any]) -> Mapping[str, Any]:
+        """Converts forms that only files have; may move keys to `unknown`."""
+        return given
+
+    @classmethod
+    def _nested(cls, given: Mapping[str, Any], unknown: dict[str, Any]) -> Mapping[str, Any]:
+        """Moves unknown keys of objects inside of a stored configuration to `unknown`, under dotted paths."""
+        return given
+
+    @property
+    def unused_keys(self) -> tuple[str, ...]:
+        """Keys of a checkpoint's configuration that have no effect and no place here, in the order of the alphabet."""
+        declared = {field.name for field in fields(self)}
+        return tuple(sorted(key for key in self.recorded if key not in self.record_keys and key not in declared))
 
     @classmethod
     def _spelled(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -196,9 +268,13 @@ class QuantizationConfig:
         return given
 
     @classmethod
-    def _rename(cls, given: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
-        renamed = {key: value for key, value in given.items() if key not in cls.aliases}
-        for old, new in cls.aliases.items():
+    def _rename(
+        cls, given: Mapping[str, Any], problems: Problems, more: Mapping[str, str] = FrozenDict()
+    ) -> dict[str, Any]:
+        """Renames aliases of keys; `more` are those of files."""
+        aliases = {**more, **cls.aliases}
+        renamed = {key: value for key, value in given.items() if key not in aliases}
+        for old, new in aliases.items():
             if old in given and renamed.setdefault(new, given[old]) != given[old]:
                 reason = f"{given[old]!r} contradicts {new}={given[new]!r}"
                 problems.add(where(old), reason, f"They mean the same: give {new} only.")
@@ -216,12 +292,18 @@ class QuantizationConfig:
 
     def to_dict(self, *, extras: bool = False) -> dict[str, Any]:
         """Returns Hugging Face's spelling, ready for JSON; `extras` adds set fields that transformers does not have."""
-        written: dict[str, Any] = {"quant_method": self.quant_method, **self.constants, **thaw(self.recorded)}
+        recorded = {key: thaw(value) for key, value in self.recorded.items() if "." not in key}
+        written: dict[str, Any] = {"quant_method": self.quant_method, **self.constants, **recorded}
         for field in fields(self):
             value, rare = getattr(self, field.name), field.name in self.unwritten
             always = not rare and field.name not in self.sparse
             if field.name != "recorded" and (always or ((extras or not rare) and value != default_of(field))):
                 written[field.name] = thaw(value)
+        for key, value in self.recorded.items():
+            if key in written:  # a field's own default is there
+                written[key] = thaw(value)
+            elif "." in key:
+                evidence.put_back(written, key, thaw(value))
         return {**written, **{old: written[new] for old, new in self.echoes.items()}}
 
     def to_diff_dict(self, *, extras: bool = False) -> dict[str, Any]:

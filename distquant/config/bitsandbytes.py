@@ -39,6 +39,7 @@ class Bnb4bitConfig(QuantizationConfig):
         {"bnb_4bit_compute_dtype", "llm_int8_enable_fp32_cpu_offload"}
     )
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (_FLAGS,)
+    flags: ClassVar[frozenset[str]] = frozenset(_FLAGS)
     constants: ClassVar[Mapping[str, Any]] = {
         "load_in_4bit": True,
         "load_in_8bit": False,
@@ -92,6 +93,7 @@ class Bnb8bitConfig(QuantizationConfig):
     marker: ClassVar[str | None] = "load_in_8bit"
     loading_attributes: ClassVar[frozenset[str]] = frozenset({"llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload"})
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (_FLAGS,)
+    flags: ClassVar[frozenset[str]] = frozenset(_FLAGS)
     constants: ClassVar[Mapping[str, Any]] = {
         "load_in_4bit": False,
         "load_in_8bit": True,

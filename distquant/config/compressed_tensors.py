@@ -17,6 +17,8 @@ from distquant.config.checks import where
 from distquant.config.quantization_group import (
     Format,
     QuantizationGroup,
+    known_of_args,
+    known_of_group,
     matches,
     normalized_group,
     read_args,
@@ -107,6 +109,17 @@ class CompressedTensorsConfig(QuantizationConfig):
             if spelled.get(key) == {}:
                 del spelled[key]
         return spelled
+
+    @classmethod
+    def _nested(cls, given: Mapping[str, Any], unknown: dict[str, Any]) -> Mapping[str, Any]:
+        groups = given.get("config_groups")
+        groups = {
+            name: known_of_group(group, f"config_groups.{name}", unknown)
+            for name, group in (groups if isinstance(groups, Mapping) else {}).items()
+        } or groups
+        cache = known_of_args(given.get("kv_cache_scheme"), "kv_cache_scheme", unknown)
+        own = {"config_groups": groups, "kv_cache_scheme": cache}
+        return {key: own.get(key, value) for key, value in given.items()}
 
     def problems(self) -> list[Problem]:
         """Returns all problems of the values; entries of `ignore` are quoted as they were given."""

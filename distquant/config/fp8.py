@@ -46,8 +46,8 @@ class Float8Config(QuantizationConfig):
     """The dtype of the experts' weights, which may be packed FP4."""
     fmt: Literal["e4m3"] | None = None
     """The kind of float8 that DeepSeek's files name, the only choice."""
-    kv_cache_scheme: str | None = None
-    """The quantization of the cache (AutoFP8)."""
+    kv_cache_scheme: str | Mapping[str, Any] | None = None
+    """The quantization of the cache (AutoFP8, ModelOpt)."""
 
     @classmethod
     def _spelled(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:

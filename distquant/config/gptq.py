@@ -76,8 +76,8 @@ class CalibratedConfig(QuantizationConfig):
     """Notes of the tool about itself."""
     model_seqlen: int | None = None
     """Tokens of a calibration sample."""
-    block_name_to_quantize: str | None = None
-    """The module list of the blocks."""
+    block_name_to_quantize: str | tuple[str, ...] | None = None
+    """The module list of the blocks; AutoRound joins several with commas."""
     module_name_preceding_first_block: tuple[str, ...] | None = None
     """Modules that run before the first block."""
     batch_size: int = 1

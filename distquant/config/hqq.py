@@ -8,11 +8,12 @@ Both forms are read, the second is written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from distquant.config.base import QuantizationConfig
 from distquant.config.checks import check_group_size, check_one_of, where
+from distquant.config.evidence import without_unknown
 from distquant.config.frozen import thaw
 from distquant.config.records import read_record
 from distquant.config.vocabulary import Precision
@@ -110,6 +111,15 @@ class HqqConfig(QuantizationConfig):
         if "weight_quant_params" in params:
             return {**spelled, **_flat(params)}
         return {**spelled, "dynamic_config": {tag: _flat(own) for tag, own in params.items()}}
+
+    @classmethod
+    def _nested(cls, given: Mapping[str, Any], unknown: dict[str, Any]) -> Mapping[str, Any]:
+        own = given.get("dynamic_config")
+        if not isinstance(own, Mapping):
+            return given
+        known = [field.name for field in fields(HqqWeight)]
+        kept = {tag: without_unknown(weight, known, f"dynamic_config.{tag}", unknown) for tag, weight in own.items()}
+        return {**given, "dynamic_config": kept}
 
     @property
     def weight(self) -> HqqWeight:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
+from distquant.config.evidence import without_unknown
 from distquant.config.records import read_record
 from distquant.config.vocabulary import Group
 from distquant.errors import Problem, Problems
@@ -122,6 +123,22 @@ class _RawGroup:
 
 
 _TENSORS = ("weights", "input_activations", "output_activations")
+
+
+def known_of_args(given: Any, path: str, unknown: dict[str, Any]) -> Any:
+    """Returns stored arguments of one tensor without unknown keys; moves these to `unknown`, under dotted paths."""
+    return without_unknown(given, (field.name for field in fields(QuantizationArgs)), path, unknown)
+
+
+def known_of_group(given: Any, path: str, unknown: dict[str, Any]) -> Any:
+    """Returns one of a stored `config_groups` without unknown keys, likewise."""
+    group = without_unknown(given, (field.name for field in fields(_RawGroup)), path, unknown)
+    if not isinstance(group, Mapping):
+        return group
+    return {
+        key: known_of_args(value, f"{path}.{key}", unknown) if key in _TENSORS else value
+        for key, value in group.items()
+    }
 
 
 def read_args(given: Any, path: str, problems: Problems) -> QuantizationArgs | None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from distquant.config.base import QuantizationConfig, default_of
 from distquant.config.checks import where
+from distquant.config.evidence import named
 from distquant.config.none import NoneConfig
 from distquant.config.plain import plain
 from distquant.config.values import did_you_mean, is_json_source, read_json
@@ -74,7 +75,7 @@ def resolve(
     classes = tuple(classes)
     stored = detect(model_config)
     if stored is None or is_known(stored, classes):
-        return merge(parse(stored, classes), user), None
+        return merge(parse(stored, classes, stored=True), user), None
     method = plain(stored["quant_method"])
     if on_unsupported != "skip":
         skip = "To plan the checkpoint's tensors as they are stored: on_unsupported='skip' (--on-unsupported skip)."
@@ -95,7 +96,9 @@ def is_known(given: Mapping[str, Any], classes: Iterable[type[QuantizationConfig
     return method is None or any(cls.is_for(method) for cls in classes)
 
 
-def parse(given: Any, classes: Iterable[type[QuantizationConfig]]) -> QuantizationConfig | None:
+def parse(
+    given: Any, classes: Iterable[type[QuantizationConfig]], *, stored: bool = False
+) -> QuantizationConfig | None:
     """Returns the configuration that `given` means.
 
     Args:
@@ -105,6 +108,7 @@ def parse(given: Any, classes: Iterable[type[QuantizationConfig]]) -> Quantizati
             - the path of a JSON file (a `Path`, or a string ending in `.json`), or JSON text;
             - a short name.
         classes: the known configuration classes; the first that matches a dict is taken.
+        stored: True for a checkpoint's own configuration, which may have words and keys of other tools.
 
     Raises:
         InputError: lists every unknown method, name, key or value, with near matches.
@@ -122,7 +126,8 @@ def parse(given: Any, classes: Iterable[type[QuantizationConfig]]) -> Quantizati
     if not isinstance(given, Mapping):
         fix = "Give a configuration object, a dict, the path of a JSON file, or a short name."
         raise InputError.one(_OPTION, f"{given!r} ({type(given).__name__}) is not a quantization configuration", fix)
-    return _class_for(given, classes).from_dict(given)
+    given = named(given) if stored else given
+    return _class_for(given, classes).from_dict(given, stored=stored)
 
 
 def _from_short_name(given: str, classes: tuple[type[QuantizationConfig], ...]) -> QuantizationConfig:
@@ -196,7 +201,7 @@ def detect(model_config: Mapping[str, Any]) -> dict[str, Any] | None:
             if not isinstance(value, Mapping):
                 fix = "Repair the checkpoint's config.json: an object is expected."
                 raise InputError.one(f"config.json: {prefix}{key}", f"holds {value!r}", fix)
-            stored[prefix + key] = dict(value)
+            stored[prefix + key] = named(value)
     places = list(stored)
     for other in places[1:]:
         if stored[other] != stored[places[0]]:
@@ -262,6 +267,15 @@ def _overrides(user: QuantizationConfig, stored: QuantizationConfig) -> dict[str
             problems.add(where(name), f"the checkpoint has {theirs!r}, you gave {ours!r}", fix)
     problems.raise_if_any()
     return overrides
+
+
+def lists_modules(user: QuantizationConfig | None, model_config: Mapping[str, Any], merged: Merged) -> bool:
+    """Returns True if the list of modules not to convert, in a quantized checkpoint's merged config, is the user's."""
+    name = merged.config.skip_field
+    if user is None or name is None or getattr(user, name, None) is None:
+        return False
+    stored = parse(detect(model_config), [type(merged.config)], stored=True)
+    return stored is not None and merged.config.meaning(name) != stored.meaning(name)
 
 
 def _is_silent(user: QuantizationConfig, field: Field[Any]) -> bool:

@@ -13,7 +13,7 @@ The layer of a module is the first integer in its dotted name: 3 in `model.layer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -73,15 +73,20 @@ class ModuleSelection:
     layers: str | None = None
     """Ranges of the only layers to convert, such as `"2-5,7"`; None takes all."""
 
-    def selects(self, name: str) -> bool:
-        """Returns True if the module of this dotted name is to be converted."""
-        if self.include is not None and not any(matches(pattern, name) for pattern in self.include):
+    def selects(self, name: str, matching: Callable[[str, str], bool] = matches) -> bool:
+        """Returns True if the module of this dotted name is to be converted.
+
+        Args:
+            name: the model's.
+            matching: compares a pattern with this module, which may have other names, too.
+        """
+        if self.include is not None and not any(matching(pattern, name) for pattern in self.include):
             return False
         if self.layers is not None:
             layer = layer_of(name)
             if layer is None or not any(first <= layer <= last for first, last in parse_layers(self.layers)):
                 return False
-        return not any(matches(pattern, name) for pattern in self.skip or ())
+        return not any(matching(pattern, name) for pattern in self.skip or ())
 
     def problems(self, skip_name: str = "skip", include_name: str = "include_modules") -> list[Problem]:
         """Returns problems of the patterns themselves; the arguments are the options' names in messages."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from distquant.config.base import QuantizationConfig
 from distquant.config.checks import where
+from distquant.config.evidence import without_unknown
 from distquant.config.frozen import FrozenDict
 from distquant.config.vocabulary import Group, Precision
 from distquant.errors import Problem
@@ -19,6 +20,16 @@ from distquant.errors import Problem
 _ELEMENTS = {"Int4": "int4", "Int8": "int8", "Float8": "float8_e4m3fn"}
 """Part of a class name -> element type, for classes without a field for it."""
 _PER_ROW = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
+_CLASS_OF_WORD = {
+    "int4_weight_only": "Int4WeightOnlyConfig",
+    "int8_weight_only": "Int8WeightOnlyConfig",
+    "int8_dynamic_activation_int8_weight": "Int8DynamicActivationInt8WeightConfig",
+    "float8_weight_only": "Float8WeightOnlyConfig",
+    "float8_dynamic_activation_float8_weight": "Float8DynamicActivationFloat8WeightConfig",
+}
+"""Words of transformers before 4.52 -> torchao's class."""
+_OLD_FIELDS = frozenset({"group_size", "set_inductor_config"})
+"""Fields that the class of today has, among those that went with such a word."""
 
 
 def _serialized(name: str, **data: Any) -> dict[str, Any]:
@@ -69,6 +80,19 @@ class TorchaoConfig(QuantizationConfig):
 
             return {**given, "quant_type": {"default": config_to_dict(kind)}}
         return given
+
+    @classmethod
+    def _stored(cls, given: Mapping[str, Any], unknown: dict[str, Any]) -> Mapping[str, Any]:
+        """Converts what older versions wrote: a word with its arguments, or an object without a name for it."""
+        kind = given.get("quant_type")
+        if isinstance(kind, Mapping) and "_type" in kind:
+            return {**given, "quant_type": {"default": kind}}
+        if not isinstance(kind, str) or kind not in _CLASS_OF_WORD:
+            return given
+        rest = {key: value for key, value in given.items() if key not in ("quant_type", "quant_type_kwargs")}
+        arguments = given.get("quant_type_kwargs")
+        arguments = without_unknown(arguments or {}, _OLD_FIELDS, "quant_type_kwargs", unknown)
+        return {**rest, **_serialized(_CLASS_OF_WORD[kind], **arguments)}
 
     def _value_problems(self) -> Iterable[Problem]:
         if set(self.quant_type) != {"default"}:

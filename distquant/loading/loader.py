@@ -17,6 +17,7 @@ from distquant.garbage_collection import without_collector
 from distquant.kernels.choice import Choice, choose
 from distquant.loading import delegated
 from distquant.loading.devices import Devices
+from distquant.loading.dropped_biases import check_dropped_biases
 from distquant.loading.fill import WeightPlacer
 from distquant.loading.finish import check_complete, fill_computed_buffers, finish, forbid_saving
 from distquant.loading.forward import check_forward, set_forward
@@ -32,7 +33,7 @@ from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.tasks import Task
 from distquant.loading.stream.trace import write_trace
-from distquant.model import build
+from distquant.model import ModuleNames, build
 from distquant.options import ALL_REDUCE, Forward, LoadProgress, Progress, RunOptions
 from distquant.parallel.comm import Comm
 from distquant.parallel.experts import join_experts
@@ -70,9 +71,10 @@ class Loaded:
 
 def scheme_of(plan: LoadPlan) -> Scheme:
     """Returns the scheme of a plan's configuration."""
-    config = parse({**plan.quantization_config, **plan.selection}, config_classes())
+    config = parse({**plan.quantization_config, **plan.selection}, config_classes(), stored=plan.prequantized)
     assert config is not None
-    return scheme_for(config)
+    names = ModuleNames({tensor.name: tensor.sources for tensor in plan.tensors}, plan.prequantized)
+    return scheme_for(config, names)
 
 
 @without_collector()
@@ -184,6 +186,7 @@ class _Loading:
 
     def run(self) -> Any:
         plan = self.plan
+        check_dropped_biases(plan, self.checkpoint, self.comm)
         model, self.model = self.model, None
         if model is None:
             model = build(

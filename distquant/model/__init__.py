@@ -20,6 +20,7 @@ from distquant.model.description import (
 )
 from distquant.model.experts import EXPECTED, sources_by_expert, split_experts
 from distquant.model.gguf import GgufNames, gguf_names, source_of, with_gguf_sources
+from distquant.model.module_names import ModuleNames
 from distquant.model.sidecars import model_file_problems, tokenizer_file_problems
 from distquant.model.weight_mapping import check_merged_components
 
@@ -36,6 +37,7 @@ __all__ = [
     "Linear",
     "MergedComponent",
     "ModelDescription",
+    "ModuleNames",
     "Param",
     "QuantizedTensors",
     "Source",

@@ -13,12 +13,14 @@ from typing import Any
 
 from distquant.checkpoint import Checkpoint
 from distquant.config import GgufConfig, Merged, NoneConfig, detect
+from distquant.config.resolve import lists_modules
 from distquant.environment import Environment
 from distquant.errors import Problems
 from distquant.model import (
     STAR,
     GgufNames,
     ModelDescription,
+    ModuleNames,
     QuantizedTensors,
     Source,
     as_stored,
@@ -33,6 +35,7 @@ from distquant.planning.device_map import infer_device_map, memory_by_device
 from distquant.planning.prepared import Prepared
 from distquant.planning.read_assignment import nodes_of
 from distquant.planning.request import Given, Request
+from distquant.planning.stored_modules import StoredModules, disagreements, stored_modules
 from distquant.quantization import Scheme, Shard, scheme_for
 from distquant.sharding.mesh import Mesh
 
@@ -64,6 +67,8 @@ class Described:
     """Weights that are then planned as they are stored."""
     converted: tuple[str, ...]
     """Modules that the scheme replaces."""
+    otherwise: tuple[str, ...]
+    """Notes on modules that the checkpoint does not store as its config says."""
     offloaded: frozenset[str]
     """Modules that the scheme would replace, but the device map leaves unquantized."""
     device_map: dict[str, str] | None
@@ -107,9 +112,10 @@ def describe(
         problems: gets tensors without a place, patterns without a module, and an invalid device map.
     """
     mesh, checkpoint = given.mesh, prepared.checkpoint
+    listed = merged.prequantized and lists_modules(given.config, checkpoint.config, merged)
     placement = _place_tensors(prepared, merged, skipped, mesh, request.on_unsupported, problems)
     sizes_known = not problems
-    selected = _select(placement, mesh, checkpoint, problems)
+    selected = _select(placement, mesh, checkpoint, listed, problems)
     device_map = _device_map(request, environment, mesh, prepared.model, placement, selected, problems)
     offloaded = frozenset[str]()
     if device_map is not None:
@@ -129,6 +135,7 @@ def describe(
         skipped=placement.skipped,
         kept=selected.kept,
         converted=tuple(name for name in selected.converted if name not in offloaded),
+        otherwise=selected.otherwise,
         offloaded=offloaded,
         device_map=device_map,
         sizes_known=sizes_known,
@@ -181,6 +188,9 @@ def _place_tensors(
         config = replace(config, types=types, interleaved=gguf.interleaved)
         shapes = {gguf.params.get(name, name): shape for name, shape in shapes.items()}
     scheme = scheme_for(config)
+    if merged.prequantized:
+        merged = merged._replace(config=scheme.config_as_stored(checkpoint.tensors))
+        scheme = scheme_for(merged.config)
     # Beside fused experts a component's suffix is glued to the parameter's name, which the star stands for.
     fused = {STAR + suffix: component for suffix, component in scheme.fused_suffixes.items()}
     suffixes = {**scheme.suffixes, **fused} if merged.prequantized else {}
@@ -224,13 +234,22 @@ class _Selected:
     stacked: tuple[str, ...]
     description: ModelDescription
     kept: QuantizedTensors
+    otherwise: tuple[str, ...]
+    """Notes on modules that the checkpoint does not store as its config says."""
 
 
-def _select(placement: _Placement, mesh: Mesh, checkpoint: Checkpoint, problems: Problems) -> _Selected:
+def _select(
+    placement: _Placement, mesh: Mesh, checkpoint: Checkpoint, listed_by_user: bool, problems: Problems
+) -> _Selected:
     """Selects the modules to convert, before a device map may leave some out."""
     scheme, prequantized, stacked = placement.scheme, placement.merged.prequantized, placement.stackable
     description, kept = placement.split(stacked), QuantizedTensors()
-    converted = _converted(description, scheme, prequantized, problems)
+    scheme.names = ModuleNames(description.sources, prequantized)
+    if prequantized:
+        stored = stored_modules(description, scheme, checkpoint.tensors, listed_by_user)
+    else:
+        stored = StoredModules(tuple(_selected(description, scheme, problems)))
+    converted = [name for name in stored.converted if scheme.stacks or STAR not in name]
     if not _is_divided(mesh):
         # On one rank only converted experts must be stacks. Where none is converted, the model's own module stays, and
         # with it transformers' own way to run it.
@@ -244,17 +263,19 @@ def _select(placement: _Placement, mesh: Mesh, checkpoint: Checkpoint, problems:
         # Nothing here reads these weights' form, so they keep it. A packed weight is then no linear module's any more.
         description, kept = as_stored(description, checkpoint.tensors)
         converted = [name for name in converted if name in description.linears]
-    return _Selected(converted=converted, stacked=stacked, description=description, kept=kept)
+    return _Selected(
+        converted=converted, stacked=stacked, description=description, kept=kept, otherwise=tuple(disagreements(stored))
+    )
 
 
-def _converted(description: ModelDescription, scheme: Scheme, prequantized: bool, problems: Problems) -> list[str]:
+def _selected(description: ModelDescription, scheme: Scheme, problems: Problems) -> list[str]:
     """Returns the modules to convert. A tied weight is never converted, because it is also an embedding's."""
-    if not prequantized:
-        stacks = [name for name, linear in description.linears.items() if linear.experts]
-        problems.extend(scheme.config.selection.unmatched(_leaves((*description.modules, *stacks))))
+    stacks = [name for name, linear in description.linears.items() if linear.experts]
+    leaves = _leaves((*description.modules, *stacks))
+    known = dict.fromkeys((*leaves, *(one for name in description.linears for one in scheme.names.of(name))))
+    problems.extend(scheme.config.selection.unmatched(known))
     # Of tied parameters the description has only the source, so the other's module has no weight there.
-    converted = [name for name in scheme.select_modules(description) if f"{name}.weight" in description.params]
-    return converted if scheme.stacks else [name for name in converted if STAR not in name]
+    return [name for name in scheme.select_modules(description) if f"{name}.weight" in description.params]
 
 
 def _leaves(modules: tuple[str, ...]) -> list[str]:

@@ -10,6 +10,7 @@ from distquant.config.resolve import is_known
 from distquant.dtypes import DTYPE_BYTES
 from distquant.model.description import wildcard
 from distquant.options import ALL_REDUCE, DISPATCH
+from distquant.planning.dropped_biases import dropped_biases
 from distquant.planning.expert_parallel import first_expert
 from distquant.planning.load_plan import TensorPlan
 from distquant.planning.plan_builder import Partitioned
@@ -30,8 +31,13 @@ def notes_on(partitioned: Partitioned) -> Iterator[str]:
     unexpected = partitioned.description.unexpected
     if unexpected:
         yield f"dropped: {len(unexpected)} checkpoint tensors that the model lacks ({_first(unexpected)})"
+    if partitioned.prequantized and (biases := dropped_biases(partitioned.tensors, partitioned.checkpoint.tensors)):
+        yield f"assumed: {len(biases)} biases that are dropped are zero, which a load checks ({_first(biases)})"
     if partitioned.dequantize:
         yield f"dequantized: {len(partitioned.converted)} linear modules that are stored quantized become ordinary ones"
+    yield from partitioned.otherwise
+    if partitioned.prequantized and (unused := scheme.config.unused_keys):
+        yield f"not used: keys of the checkpoint's quantization_config: {', '.join(unused)}; kept, and saved again"
     if scheme.name != "none":
         yield from _left_unquantized(partitioned)
     yield from scheme.notes(partitioned.converted)

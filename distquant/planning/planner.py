@@ -88,7 +88,8 @@ def _plan(request: Request, environment: Environment, advise: bool) -> tuple[Loa
     prepared = Prepared(checkpoint, model)
     described = describe(request, given, environment, prepared, merged, skipped, problems)
     has_device_map = request.device_map is not None
-    check_described(described, environment, has_device_map, problems)
+    if not check_described(described, environment, has_device_map, problems):
+        problems.raise_if_any()  # sizes would follow from a form that is not supported
     partitioned = partition(described)
     dtype = str(model.dtype).removeprefix("torch.")
     with collected(problems):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from distquant.errors import Problem, Problems
+from distquant.errors import Problem, Problems, folded
 from distquant.model import PLAIN_FLOATS, ROWS, Linear, Param, Source, sources_by_expert
 from distquant.planning.described import Described
 from distquant.planning.expert_parallel import expert_name
@@ -36,28 +36,30 @@ class _Filling:
     as_stored: bool
 
 
-def check_sources(described: Described, problems: Problems) -> None:
-    """Adds a problem for every parameter that its checkpoint tensors cannot fill."""
+def check_sources(described: Described, refused: bool, problems: Problems) -> None:
+    """Adds the problems of parameters that their checkpoint tensors cannot fill, each cause once.
+
+    Args:
+        described: the load.
+        refused: True if the way in which weights are stored is not supported: there is no more to say of those.
+        problems: gets them.
+    """
     description = described.description
     weights, kept = {f"{name}.weight" for name in described.converted}, set(described.kept.weights)
-    faulty = 0
+    found: list[Problem] = []
     for name, param in description.params.items():
-        if name not in description.sources:
+        if name not in description.sources or (refused and name in weights):
             continue
         filling = _Filling(param, param.shape, description.sources[name], name in weights, name in kept)
         linear = description.linears.get(name.rpartition(".")[0])
         if linear is not None and linear.experts:
-            faults = list(_stack_problems(described, filling, linear))
+            found += _stack_problems(described, filling, linear)
         else:
             if filling.quantized and linear is not None and linear.transposed:
                 filling = replace(filling, logical=param.shape[::-1])
-            faults = list(_problems(described, filling))
-        faulty += bool(faults)
-        # A checkpoint of another model has the same fault in each of thousands of parameters.
-        problems.extend(faults if faulty <= LISTED else ())
-    if faulty > LISTED:
-        problem = f"{faulty - LISTED} more parameters cannot be filled from its tensors"
-        problems.add(str(described.checkpoint.path), problem, OTHER_CHECKPOINT)
+            found += _problems(described, filling)
+    # A checkpoint of another model has the same fault in each of thousands of parameters.
+    problems.extend(folded(found))
 
 
 def _stack_problems(described: Described, stack: _Filling, linear: Linear) -> Iterator[Problem]:

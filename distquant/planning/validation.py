@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distquant.config.checks import where
 from distquant.config.resolve import is_known
 from distquant.environment import Environment
 from distquant.errors import InputError, Problem, Problems
@@ -36,8 +37,10 @@ PLAIN = {"float64", "float32", "float16", "bfloat16", "int64", "bool"}
 DENSE_FIX = "Use tp, and dp for replicas"
 
 
-def check_described(described: Described, environment: Environment, has_device_map: bool, problems: Problems) -> None:
+def check_described(described: Described, environment: Environment, has_device_map: bool, problems: Problems) -> bool:
     """Checks everything that does not depend on how weights are divided.
+
+    Returns False where the way in which weights are stored is not supported, so that nothing more is known of them.
 
     Args:
         described: the load.
@@ -52,15 +55,18 @@ def check_described(described: Described, environment: Environment, has_device_m
         device_map=described.device_map,
         prequantized=described.prequantized,
     )
-    problems.extend(described.scheme.validate(context))
+    refusals = described.scheme.validate(context)
+    problems.extend(refusals)
+    refused = described.prequantized and any(problem.where.startswith(where("")) for problem in refusals)
     # With a device map one process uses many devices, so their number says nothing about ranks.
     _check_mesh(described, None if has_device_map else environment.device_count, problems)
     _check_experts(described, problems)
-    _check_missing(described, problems)
+    _check_missing(described, refused, problems)
     _check_devices(described, environment.device_type, problems)
     _check_offloaded(described, problems)
     check_groups(described, problems)
-    check_sources(described, problems)
+    check_sources(described, refused, problems)
+    return not refused
 
 
 def _check_mesh(described: Described, devices: int | None, problems: Problems) -> None:
@@ -104,8 +110,10 @@ def _check_experts(described: Described, problems: Problems) -> None:
             problems.add("device_map", problem, "Use cpu or a GPU")
 
 
-def _check_missing(described: Described, problems: Problems) -> None:
-    missing = described.description.missing
+def _check_missing(described: Described, refused: bool, problems: Problems) -> None:
+    linears = described.description.linears
+    # Tensors of a form that is not supported have no place, so their weights only seem to be missing.
+    missing = [n for n in described.description.missing if not refused or n.rpartition(".")[0] not in linears]
     fix = "Download the checkpoint again, or check that config.json belongs to it"
     for name in missing[:LISTED]:
         shape = list(_shape_of(described.description, name))

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from torch import nn
-
 from distquant.config import Bnb4bitConfig, Bnb8bitConfig
 from distquant.errors import Problem
 from distquant.quantization.codec import Encoder
 from distquant.quantization.quantized_scheme import QuantizedScheme
 from distquant.quantization.scheme import Context
+from distquant.quantization.weight_only import carry_unused
 from distquant.sharding.device_map import place_of
 
 
@@ -51,9 +50,9 @@ class BitsandbytesScheme(QuantizedScheme, Encoder):
         from transformers.quantizers import AutoHfQuantizer
 
         config = BitsAndBytesConfig.from_dict(self.config.to_dict())
-        if self.config.include_modules is not None or self.config.layers is not None:
-            # transformers knows only what to skip, so name every linear that was left alone.
-            config.llm_int8_skip_modules = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+        carry_unused(self.config, config)
+        left = self.left_out(model)
+        config.llm_int8_skip_modules = config.llm_int8_skip_modules if left is None else left
         model.config.quantization_config = config
         model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
         model.is_quantized, model.quantization_method = True, config.quant_method

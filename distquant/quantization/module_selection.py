@@ -14,6 +14,7 @@ from typing import Any
 from distquant.config.selection import layer_of
 from distquant.errors import Problem
 from distquant.model.description import STAR, ModelDescription
+from distquant.model.module_names import ModuleNames
 
 NUMBER = f".{STAR}."
 """The place of an expert's number in the name of a stack."""
@@ -24,15 +25,20 @@ def is_stack(name: str) -> bool:
     return NUMBER in name
 
 
-def in_blocks(description: ModelDescription, blocks: Iterable[str] | None = None) -> list[str]:
+def in_blocks(
+    description: ModelDescription, blocks: Iterable[str] | None = None, names_of: ModuleNames | None = None
+) -> list[str]:
     """Linears inside of blocks: of the named module lists, or of any that numbers its members.
 
-    The modules that transformers never quantizes (tied weights, the output head) are left out.
+    The modules that transformers never quantizes (tied weights, the output head) are left out. `names_of` gives the
+    names by which a list may be known.
     """
+    known = names_of or ModuleNames()
     names = [name for name in description.linears if name not in description.default_skip]
     if blocks is None:
         return [name for name in names if layer_of(name) is not None]
-    return [name for name in names if any(name == block or name.startswith(f"{block}.") for block in blocks)]
+    inside = tuple(f"{block}." for block in blocks)
+    return [name for name in names if any(f"{one}.".startswith(inside) for one in known.of(first_expert_name(name)))]
 
 
 def pattern_error(pattern: str) -> str | None:
@@ -58,12 +64,6 @@ def members(description: ModelDescription, name: str) -> list[str]:
     if not is_stack(name):
         return [name]
     return [name.replace(NUMBER, f".{number}.") for number in range(description.params[f"{name}.weight"].shape[0])]
-
-
-def stored_names(description: ModelDescription, name: str) -> set[str]:
-    """Names that the model and the checkpoint give the modules of an entry of `description.linears`."""
-    sources = description.sources.get(f"{name}.weight", ())
-    return {*members(description, name), *(source.tensor.rpartition(".")[0] for source in sources)}
 
 
 def disagreements(description: ModelDescription, rule_of: Callable[[str], Any]) -> Iterator[Problem]:

@@ -110,6 +110,7 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
         if "" in stored:
             fault = "is stored unquantized, and the config has it quantized"
             return [*problems, Problem(name, fault, "Correct which modules config.json says are quantized")]
+        missing: list[str] = []
         for component in self.layout(name, shape, "float32").components:
             expected = component.shape(shape)
             if component.name == "g_idx":
@@ -117,10 +118,10 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
                 if component.name not in stored and not packing.reordered:
                     continue
             if component.name not in stored:
-                problems.append(lacks(name, component.name))
+                missing.append(component.name)
             elif stored[component.name] != expected:
                 problems.append(misshapen(name, component.name, stored[component.name], expected))
-        return problems
+        return [*problems, lacks(name, ", ".join(missing))] if missing else problems
 
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
         words = {"qweight": ("I32",), "qzeros": ("I32",), "g_idx": ("I32", "I64")}

@@ -67,6 +67,25 @@ class QuantizedScheme(Scheme, Codec, ModuleFactory):
         """The weight of a filled module, `[local out, local in]` in the dtype that it was quantized from."""
         return self.dequantize(shard, self.components(module), torch_dtype(shard.dtype), ops)
 
+    def left_out(self, model: nn.Module) -> list[str] | None:
+        """Names all linear modules that were left alone; None where the configuration says it by their own names.
+
+        Other libraries know modules by the names that the model has, and know nothing of `include_modules`, `layers`
+        and what files decide.
+        """
+        from torch import nn
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        linears = ((name, module) for name, module in model.named_modules() if type(module) is nn.Linear)
+        left = [name for name, module in linears if not hasattr(module.weight, "qdata")]  # torchao's tensors
+        config, selection = self.config, self.config.selection
+        if config.skip_field is None:
+            return None
+        default = set(get_keys_to_not_convert(model)) if selection.skip is None else set()
+        narrowed = config.include_modules is not None or config.layers is not None
+        unlisted = any(selection.selects(name) and name not in default for name in left)
+        return left if narrowed or unlisted else None
+
     def tally(self, module: nn.Module, shard: Shard, tally: Tally) -> None:
         """Adds the module's codes and scales, as its kernel uses them, to the fingerprint."""
         for stream, values, width in self.fingerprint_streams(shard, self.components(module)):

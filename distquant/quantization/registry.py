@@ -9,6 +9,7 @@ from typing import TypeVar
 from distquant.config import QuantizationConfig
 from distquant.environment import ENTRY_POINTS, OLD_ENTRY_POINTS, offered_methods
 from distquant.errors import InputError
+from distquant.model import ModuleNames
 from distquant.old_names import warn_old_name
 from distquant.process_state import changing_process_state
 from distquant.quantization.scheme import Scheme
@@ -92,9 +93,11 @@ def config_classes() -> list[type[QuantizationConfig]]:
     return [scheme.config_class for scheme in discover().values()]
 
 
-def scheme_for(config: QuantizationConfig) -> Scheme:
-    """The scheme of a configuration."""
-    for scheme in discover().values():
-        if scheme.config_class is type(config):
-            return scheme(config)
+def scheme_for(config: QuantizationConfig, names: ModuleNames | None = None) -> Scheme:
+    """The scheme of a configuration; `names` are those of the model's modules, where they are known."""
+    for kind in discover().values():
+        if kind.config_class is type(config):
+            scheme = kind(config)
+            scheme.names = names or scheme.names
+            return scheme
     raise InputError.one("quantization_config", f"no scheme takes {type(config).__name__}", "Register one")

@@ -21,10 +21,13 @@ from typing import ClassVar
 
 from packaging.version import Version
 
+from distquant.checkpoint import TensorInfo
 from distquant.config import QuantizationConfig
+from distquant.config.selection import matches
 from distquant.environment import Environment
 from distquant.errors import Problem
-from distquant.model.description import ModelDescription
+from distquant.model.description import Linear, ModelDescription
+from distquant.model.module_names import ModuleNames
 from distquant.old_names import OldFields
 from distquant.sharding.layout import Component, Layout
 from distquant.sharding.mesh import Mesh
@@ -61,12 +64,17 @@ class Scheme(ABC):
     """The same beside a parameter of fused experts: the text glued to its name, such as `_scales`."""
     unsliced: ClassVar[frozenset[str]] = frozenset()
     """Components of stored weights of which no slice belongs to a slice of the weight: replicated on every rank."""
+    of_activations: ClassVar[frozenset[str]] = frozenset()
+    """Components that are about activations: a weight that has no others is not a quantized one."""
     by_bitsandbytes: ClassVar[bool] = False
     """True if the library bitsandbytes has kernels for it."""
     stacks: ClassVar[bool] = False
     """True if experts can be kept in it: equal shards have components of equal names, shapes and dtypes."""
     unmoved: ClassVar[Mapping[str, str]] = dict.fromkeys(("cpu", "disk"), "hooks are not known to move its modules")
     """Places from which its modules cannot be moved for each forward, `cpu` (beside other devices) or `disk` -> why."""
+
+    names: ModuleNames = ModuleNames()
+    """Names of the model's modules; empty until the model is known."""
 
     def __init__(self, config: QuantizationConfig):
         self.config = config
@@ -105,10 +113,25 @@ class Scheme(ABC):
 
     def select_modules(self, description: ModelDescription) -> list[str]:
         """Modules to convert: all linears that the configuration's selection takes."""
-        selection = self.config.selection
-        skip = description.default_skip if selection.skip is None else ()
-        chosen = (name for name in description.linears if selection.selects(name))
+        skip = description.default_skip if self.config.selection.skip is None else ()
+        chosen = (name for name in description.linears if self.selects(name))
         return [name for name in chosen if name not in skip]
+
+    def selects(self, name: str) -> bool:
+        """True if the configuration's own lists take the module."""
+        return self.config.selection.selects(name, self.matching)
+
+    def matching(self, pattern: str, name: str) -> bool:
+        """True if a pattern of such a list means the module, by one of its names."""
+        return self.names.matching(pattern, name, matches)
+
+    def config_as_stored(self, tensors: Mapping[str, TensorInfo]) -> QuantizationConfig:
+        """Returns the configuration with what the checkpoint's headers say of it, where they say more."""
+        return self.config
+
+    def can_be_stored(self, linear: Linear) -> bool:
+        """True if the configuration says how the weight of a module would be stored that is found quantized."""
+        return True
 
     def update_device_map(self, device_map: dict[str, str] | None) -> dict[str, str] | None:
         """Returns the device map that the method can work with."""

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from distquant.config import QuantizationConfig
+from distquant.config.frozen import thaw
 from distquant.errors import Problem
 from distquant.quantization.linear.quantized_linear import QuantizedLinear
 from distquant.quantization.quantized_scheme import QuantizedScheme
@@ -32,12 +34,12 @@ class WeightOnlyScheme(QuantizedScheme):
         return True
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
-        problems = []
-        for component in self.layout(name, shape, "float32").components:
+        components = self.layout(name, shape, "float32").components
+        missing = [component.name or "weight" for component in components if component.name not in stored]
+        problems = [lacks(name, ", ".join(missing))] if missing else []
+        for component in (component for component in components if component.name in stored):
             expected = component.shape(shape)
-            if component.name not in stored:
-                problems.append(lacks(name, component.name or "weight"))
-            elif math.prod(stored[component.name]) != math.prod(expected):
+            if math.prod(stored[component.name]) != math.prod(expected):
                 problems.append(misshapen(name, component.name, stored[component.name], expected))
         return problems
 
@@ -61,6 +63,13 @@ class WeightOnlyScheme(QuantizedScheme):
         mark_quantized(model, self)
 
 
+def carry_unused(ours: QuantizationConfig, theirs: Any) -> None:
+    """Puts the keys of a checkpoint's configuration that are not used on transformers' object, which saves them."""
+    for key in ours.unused_keys:
+        if not hasattr(theirs, key):
+            setattr(theirs, key, thaw(ours.recorded[key]))
+
+
 def mark_quantized(model: Any, scheme: QuantizedScheme) -> None:
     """Sets what `from_pretrained` leaves on a quantized model, as far as transformers knows the method."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
@@ -68,8 +77,12 @@ def mark_quantized(model: Any, scheme: QuantizedScheme) -> None:
     from distquant.quantization.quantizer import Quantizer
 
     written = scheme.config.to_dict()
+    left = scheme.left_out(model)
+    if left is not None and scheme.config.skip_field in written:
+        written[scheme.config.skip_field] = left
     if written.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING:
         config = AutoQuantizationConfig.from_dict(written)
+        carry_unused(scheme.config, config)
         model.config.quantization_config = config
         model.hf_quantizer = Quantizer(config, scheme.unsaved(model) is None)
         model.is_quantized, model.quantization_method = True, config.quant_method

@@ -61,10 +61,13 @@ class AutoRoundScheme(PackedIntScheme):
     def _own(self, module: str) -> Mapping[str, Any]:
         """A module's own fields."""
         rules = self.config.extra_config or {}
-        if module in rules:
-            return rules[module] if isinstance(rules[module], Mapping) else {}
+        exact = next((name for name in self.names.of(module) if name in rules), None)
+        if exact is not None:
+            return rules[exact] if isinstance(rules[exact], Mapping) else {}
         for pattern, own in rules.items():
-            if own and isinstance(own, Mapping) and pattern_error(pattern) is None and re.search(pattern, module):
+            if not own or not isinstance(own, Mapping) or pattern_error(pattern) is not None:
+                continue
+            if self.names.matching(pattern, module, _holds):
                 return own
         return {}
 
@@ -72,10 +75,10 @@ class AutoRoundScheme(PackedIntScheme):
         config = self.config
         asked = config.block_name_to_quantize or config.to_quant_block_names
         blocks = None if asked is None else list(_flat(asked.split(",") if isinstance(asked, str) else asked))
-        names = in_blocks(description, blocks)
+        names = in_blocks(description, blocks, self.names)
         inside = set(names)
         named = [name for name in description.linears if name not in inside and self._own(first_expert_name(name))]
-        return [name for name in (*names, *named) if config.selection.selects(name) and not self._left_out(name)]
+        return [name for name in (*names, *named) if self.selects(name) and not self._left_out(name)]
 
     def _left_out(self, module: str) -> bool:
         return self._own(first_expert_name(module)).get("bits", self.config.bits) == UNQUANTIZED
@@ -104,6 +107,11 @@ class AutoRoundScheme(PackedIntScheme):
                 context.description, lambda module: (self._left_out(module), self.packing_of(module))
             )
         return problems
+
+
+def _holds(regex: str, name: str) -> bool:
+    """True if the regular expression matches somewhere in a name."""
+    return re.search(regex, name) is not None
 
 
 def _flat(names: Any) -> Iterator[str]:

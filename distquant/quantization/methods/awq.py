@@ -38,10 +38,12 @@ class AwqScheme(PackedIntScheme):
 
     def select_modules(self, description: ModelDescription) -> list[str]:
         """All linears except those named and the default skips, as transformers has it (`integrations/awq.py`)."""
-        selection = self.config.selection
-        return [
-            name for name in description.linears if selection.selects(name) and name not in description.default_skip
-        ]
+        return [name for name in description.linears if self.selects(name) and name not in description.default_skip]
+
+    def matching(self, pattern: str, name: str) -> bool:
+        """Also True if the pattern is a part of a name: so AutoAWQ and vLLM read the list of a stored checkpoint."""
+        is_part = any(pattern in known for known in self.names.of(name)) if self.names.wrapped else False
+        return is_part or super().matching(pattern, name)
 
     def validate(self, context: Context) -> list[Problem]:
         config = self.config

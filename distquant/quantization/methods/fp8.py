@@ -10,7 +10,8 @@ Stored as transformers 5.23 does (`integrations/finegrained_fp8.py`, `FP8Linear`
 
 The configuration gives the tile, since with ragged tails several tiles fit one shape. Files also hold scales as
 bfloat16 or float16, powers of two as float32 (DeepSeek-V3.1) and exponents as bytes (U8); these are brought into the
-form above without changing a value. A weight without a scale in such a file is an unquantized one.
+form above without changing a value. A weight without a scale in such a file is an unquantized one. AutoFP8 writes
+`weight_scale` and `input_scale` of one element, without a tile in the configuration.
 
 Quantized while it is loaded, a weight has the bits of `Fp8Quantize` where tiles divide it; ragged ones, which that
 leaves unquantized, are defined in `kernels/reference/fp8.py`. With one scale for the tensor, rows are passed on as they
@@ -23,7 +24,9 @@ it is stored: with one scale for the tensor, and with tiles of 128 x 128.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -50,10 +53,13 @@ from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
 
 if TYPE_CHECKING:
+    from distquant.checkpoint import TensorInfo
+    from distquant.config import QuantizationConfig
     from distquant.config.fp8 import Float8Config
-    from distquant.model.description import ModelDescription
 
 SCALE, ACTIVATION, AMAX = "weight_scale_inv", "activation_scale", "amax"
+AUTOFP8_SCALE, AUTOFP8_ACTIVATION = "weight_scale", "input_scale"
+"""The same scales in files of AutoFP8 and of vLLM's other tools."""
 POWERS = ("F8_E8M0", "U8")
 """Safetensors' dtypes of scales that are exponents."""
 
@@ -64,7 +70,13 @@ class Fp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
 
     name = "fp8"
     config_class: ClassVar[type[Float8Config]] = Fp8Config
-    suffixes: ClassVar[Mapping[str, str]] = {SCALE: SCALE, ACTIVATION: ACTIVATION}
+    suffixes: ClassVar[Mapping[str, str]] = {
+        SCALE: SCALE,
+        ACTIVATION: ACTIVATION,
+        AUTOFP8_SCALE: SCALE,
+        AUTOFP8_ACTIVATION: ACTIVATION,
+    }
+    of_activations: ClassVar[frozenset[str]] = frozenset((ACTIVATION,))
     config: Float8Config
 
     @property
@@ -89,12 +101,17 @@ class Fp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
             components.append(Component(name=ACTIVATION, dtype="float32", block_shape=(ALL, ALL)))
         return Layout(tuple(components))
 
-    def select_modules(self, description: ModelDescription) -> list[str]:
-        """In a quantized checkpoint, of the selected linears those that have a scale in it."""
-        chosen = super().select_modules(description)
-        sources = {name: description.sources.get(f"{name}.weight", ()) for name in chosen}
-        quantized = [name for name in chosen if any(source.component == SCALE for source in sources[name])]
-        return quantized or chosen
+    def config_as_stored(self, tensors: Mapping[str, TensorInfo]) -> QuantizationConfig:
+        """AutoFP8 writes no `weight_block_size` and one scale for each weight, which then is the weight's."""
+        scales = {name: info for name, info in tensors.items() if name.endswith((f".{SCALE}", f".{AUTOFP8_SCALE}"))}
+        single = bool(scales) and all(math.prod(info.shape) == 1 for info in scales.values())
+        if self.block is None or not single or self.powers:
+            return self.config
+        weights = [tensors.get(f"{name.rpartition('.')[0]}.weight") for name in scales]
+        rows, columns = self.block
+        larger = any(info and (info.shape[0] > rows or info.shape[-1] > columns) for info in weights)
+        flat = any(len(info.shape) < 2 for info in scales.values())
+        return replace(self.config, weight_block_size=None) if larger or flat else self.config
 
     def validate(self, context: Context) -> list[Problem]:
         config, problems = self.config, super().validate(context)

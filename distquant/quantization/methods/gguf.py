@@ -57,7 +57,7 @@ class GgufScheme(WeightOnlyScheme, PlainDecoder):
     def select_modules(self, description: ModelDescription) -> list[str]:
         if self.config.dequantize:
             return []
-        chosen = (name for name in description.linears if self.config.selection.selects(name))
+        chosen = (name for name in description.linears if self.selects(name))
         return [name for name in chosen if BLOCKS[self.kind(f"{name}.weight")][0] > 1]
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from distquant.config import GptqConfig
 from distquant.config.checks import where
+from distquant.config.evidence import changed_meaning
 from distquant.errors import Problem
 from distquant.model.description import ModelDescription
 from distquant.quantization.algorithms.rtn import Grid
@@ -24,7 +25,6 @@ from distquant.quantization.module_selection import (
     in_blocks,
     members,
     pattern_error,
-    stored_names,
 )
 from distquant.quantization.packed_int import PackedIntScheme
 from distquant.quantization.packing import (
@@ -44,6 +44,10 @@ CALIBRATION = frozenset(
     }
 )  # fmt: skip
 """Fields of a `dynamic` rule that record how a module was calibrated."""
+
+
+LAYOUT = frozenset({"format", "checkpoint_format", "method", "quant_method", "pack_dtype"})
+"""Fields of such a rule that would give modules another layout."""
 
 
 @register
@@ -74,21 +78,27 @@ class GptqScheme(PackedIntScheme):
         """
         for pattern, own in (self.config.dynamic or {}).items():
             regex = regex_of(pattern)
-            if pattern_error(regex) is None and re.match(regex, module):
+            if pattern_error(regex) is None and self.names.matching(regex, module, _starts):
                 return None if pattern.startswith("-:") else own
         return {}
 
     def select_modules(self, description: ModelDescription) -> list[str]:
         config = self.config
-        blocks = (config.block_name_to_quantize,) if config.block_name_to_quantize else None
-        names = in_blocks(description, blocks)
+        asked = config.block_name_to_quantize
+        blocks = asked.split(",") if isinstance(asked, str) else asked
+        names = in_blocks(description, blocks or None, self.names)
         if config.modules_in_block_to_quantize is not None:
             named = tuple(f".{name}" for names in config.modules_in_block_to_quantize for name in names)
-            names = [name for name in names if any(n.endswith(named) for n in stored_names(description, name))]
+            names = [name for name in names if any(n.endswith(named) for n in self._member_names(description, name))]
         head = description.output_embedding
         if config.lm_head and head is not None and head in description.linears:
             names.append(head)
-        return [name for name in names if config.selection.selects(name) and not self._left_out(name)]
+        return [name for name in names if self.selects(name) and not self._left_out(name)]
+
+    def _member_names(self, description: ModelDescription, name: str) -> Iterator[str]:
+        """Yields all names of a module, or of all experts of a stack."""
+        for member in members(description, name):
+            yield from self.names.of(member)
 
     def _left_out(self, module: str) -> bool:
         return self._dynamic(first_expert_name(module)) is None
@@ -103,7 +113,7 @@ class GptqScheme(PackedIntScheme):
             fault = f"{config.pack_dtype!r}: only words of int32 are supported"
             problems.append(Problem(where("pack_dtype"), fault, "Quantize with pack_dtype='int32'"))
         for pattern, own in (config.dynamic or {}).items():
-            problems += _problems_of_rule(pattern, own)
+            problems += _problems_of_rule(pattern, own, context.prequantized)
         if config.dynamic:
             problems += disagreements(
                 context.description, lambda module: (self._left_out(module), self.packing_of(module))
@@ -119,12 +129,17 @@ class GptqScheme(PackedIntScheme):
         names = [member for name in description.linears for member in members(description, name)]
         for pattern in self.config.dynamic or {}:
             regex = regex_of(pattern)
-            if pattern_error(regex) is None and not any(re.match(regex, name) for name in names):
+            if pattern_error(regex) is None and not any(self.names.matching(regex, name, _starts) for name in names):
                 yield Problem(where("dynamic"), f"{pattern!r} matches no linear module", fix)
         for named in self.config.modules_in_block_to_quantize or ():
             for module in named:
-                if not any(name.endswith(f".{module}") for name in names):
+                if not any(one.endswith(f".{module}") for name in names for one in self.names.of(name)):
                     yield Problem(where("modules_in_block_to_quantize"), f"{module!r} matches no linear module", fix)
+
+
+def _starts(regex: str, name: str) -> bool:
+    """True if a name begins as the regular expression says."""
+    return re.match(regex, name) is not None
 
 
 def regex_of(pattern: str) -> str:
@@ -132,14 +147,15 @@ def regex_of(pattern: str) -> str:
     return pattern.removeprefix("-:").removeprefix("+:")
 
 
-def _problems_of_rule(pattern: str, own: Any) -> Iterator[Problem]:
-    """Faults of one rule: its pattern, and the fields that it sets."""
+def _problems_of_rule(pattern: str, own: Any, stored: bool) -> Iterator[Problem]:
+    """Faults of one rule: its pattern, and the fields that it sets; a stored one may record what changes nothing."""
     error = pattern_error(regex_of(pattern))
     if error is not None:
         yield Problem(where("dynamic"), f"{pattern!r} is not a regular expression ({error})", "Correct the pattern")
     if pattern.startswith("-:"):
         return
     yield from problems_of_fields("dynamic", pattern, own)
-    for key in set(own if isinstance(own, Mapping) else ()) - DECIDING_FIELDS.keys() - CALIBRATION:
+    others = set(own if isinstance(own, Mapping) else ()) - DECIDING_FIELDS.keys() - CALIBRATION
+    for key in sorted(key for key in others if not stored or key in LAYOUT or changed_meaning(key, own[key])):
         fault = f"{pattern!r} sets {key}, which cannot differ between modules"
         yield Problem(where("dynamic"), fault, f"Only {', '.join(sorted(DECIDING_FIELDS))} can")

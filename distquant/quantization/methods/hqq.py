@@ -28,7 +28,7 @@ from distquant.config.hqq import HqqWeight
 from distquant.dtypes import DTYPE_BYTES
 from distquant.errors import InputError, Problem
 from distquant.kernels.protocol import Kernels
-from distquant.model.description import ModelDescription
+from distquant.model.description import Linear, ModelDescription
 from distquant.quantization.algorithms.hqq_groups import PER_WORD, Groups, sliced
 from distquant.quantization.algorithms.hqq_optimizer import quantize_hqq
 from distquant.quantization.codec import Encoder, Stream
@@ -80,7 +80,16 @@ class HqqScheme(QuantizedScheme, Encoder):
         """The fields of the parameter of this name."""
         if self.config.dynamic_config is None:
             return self.config.weight
-        return self.config.dynamic[linear_tag(name.removesuffix(".weight"))]
+        module = name.removesuffix(".weight")
+        return self.config.dynamic[self._tag(module) or linear_tag(module)]
+
+    def _tag(self, module: str) -> str | None:
+        """The key of a module in `dynamic_config`, by one of its names; None where it has none."""
+        tags = map(linear_tag, self.names.of(module))
+        return next((tag for tag in tags if tag in (self.config.dynamic_config or {})), None)
+
+    def can_be_stored(self, linear: Linear) -> bool:
+        return self.config.dynamic_config is None or self._tag(linear.name) is not None
 
     def groups(self, name: str, shape: tuple[int, ...]) -> Groups:
         """The groups of a whole weight."""
@@ -99,7 +108,7 @@ class HqqScheme(QuantizedScheme, Encoder):
         chosen = super().select_modules(description)
         if self.config.dynamic_config is None:
             return chosen
-        return [name for name in chosen if linear_tag(name) in self.config.dynamic_config]
+        return [name for name in chosen if self._tag(name)]
 
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         groups = self.groups(name, shape)
@@ -122,10 +131,10 @@ class HqqScheme(QuantizedScheme, Encoder):
         groups = self.groups(name, shape)
         count = math.prod(shape) // groups.size
         expected = {"W_q": math.prod(groups.packed_shape(groups.stored_groups())), "scale": count, "zero": count}
+        missing = [component for component in expected if component not in stored]
+        problems += [lacks(name, ", ".join(missing))] if missing else []
         for component, elements in expected.items():
-            if component not in stored:
-                problems.append(lacks(name, component))
-            elif math.prod(stored[component]) != elements:
+            if component in stored and math.prod(stored[component]) != elements:
                 shown = list(stored[component])
                 fault = f"{component} is stored as {shown}, its config and shape need {elements} values"
                 problems.append(Problem(name, fault, OTHER_CHECKPOINT))

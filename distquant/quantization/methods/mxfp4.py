@@ -18,7 +18,7 @@ in their dtype.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,6 @@ from distquant.quantization.stored_checks import in_other_dims, wrong_dtypes
 from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
-
-if TYPE_CHECKING:
-    from distquant.model.description import ModelDescription
 
 SCALES = "scales"
 RUN, PER_BYTE = 32, 2
@@ -56,12 +53,6 @@ class Mxfp4Scheme(WeightOnlyScheme, Encoder):
         return Layout(
             (codes, Component(name=SCALES, dtype="uint8", block_shape=(1, RUN), preferred_alignments=PLAIN_STEPS))
         )
-
-    def select_modules(self, description: ModelDescription) -> list[str]:
-        """In a quantized checkpoint, of the selected modules those that have scales in it: gpt-oss has experts only."""
-        chosen = super().select_modules(description)
-        stored = {name for name, sources in description.sources.items() if any(s.component == SCALES for s in sources)}
-        return [name for name in chosen if f"{name}.weight" in stored] if stored else chosen
 
     def check_weight(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         if shape[-1] % RUN == 0:

@@ -92,6 +92,7 @@ class QuantoScheme(WeightOnlyScheme, Encoder):
         "weight._data": "",
         **{name: name for name in (SCALE, SHIFT, *OF_ACTIVATIONS)},
     }
+    of_activations: ClassVar[frozenset[str]] = frozenset(OF_ACTIVATIONS)
     unmoved: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("cpu", "disk"), "accelerate's hooks cannot put quanto's tensors together again"
     )

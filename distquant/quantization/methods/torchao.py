@@ -265,10 +265,6 @@ class TorchaoScheme(WeightOnlyScheme, Encoder):
 
         super().finish_model(model)
         config = model.config.quantization_config
-        if self.config.include_modules is not None or self.config.layers is not None:
-            # transformers knows only what to skip, so name every linear that was left alone.
-            linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-            config.modules_to_not_convert = [n for n, module in linears if not hasattr(module.weight, "qdata")]
         model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
 
 

@@ -11,6 +11,7 @@ rank quantizes its own part.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -22,7 +23,8 @@ from distquant.config.quantization_group import matches
 from distquant.dtypes import STORED_NAMES
 from distquant.errors import Problem
 from distquant.kernels.protocol import Kernels
-from distquant.model.description import ModelDescription
+from distquant.model.description import Linear, ModelDescription
+from distquant.model.module_names import matches_any
 from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Multiplier, Float8Rows, float8_rows_matmul
 from distquant.quantization.methods.compressed_tensors.components import (
@@ -39,7 +41,7 @@ from distquant.quantization.module_selection import disagreements, first_expert_
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
 from distquant.quantization.stored_checks import OTHER_CHECKPOINT, SCALE_DTYPES, wrong_dtypes
-from distquant.quantization.weight_only import WeightOnlyScheme
+from distquant.quantization.weight_only import WeightOnlyScheme, carry_unused
 from distquant.sharding.layout import ALL, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
@@ -55,6 +57,7 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
     name = "compressed-tensors"
     config_class = CompressedTensorsConfig
     suffixes: ClassVar[Mapping[str, str]] = {name: name for name in ("weight_packed", *BESIDE, *ACTIVATIONS)}
+    of_activations: ClassVar[frozenset[str]] = frozenset(ACTIVATIONS)
     config: CompressedTensorsConfig
 
     # -- the configuration -----------------------------------------------------------------------------------------
@@ -73,17 +76,31 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         return {}
 
     def storage_of(self, module: str) -> Storage | None:
-        """The storage of a linear module's weight; None where it is not quantized."""
+        """The storage of a linear module's weight; None where the configuration does not have it quantized."""
+        names = self.names.of(first_expert_name(module))
+        ignored = any(matches_any(entry, names, matches) for entry in self.config.ignore or ())
+        return None if ignored else self._storage_in_group(module)
+
+    def _storage_in_group(self, module: str) -> Storage | None:
+        """The storage that a module's group gives its weight; None without a group that quantizes weights."""
         module = first_expert_name(module)
         if module not in self._known:
-            ignored = any(matches(entry, module) for entry in self.config.ignore or ())
-            group = None if ignored else target_of(module, self._targets)
+            group = target_of(self.names.of(module), self._targets)
             self._known[module] = None if group is None else self._storages.get(group)
         return self._known[module]
 
+    def _would_take(self, module: str) -> bool:
+        """True if a reader that knows a module by the model's name alone takes it for a quantized one."""
+        ignored = any(matches(entry, module) for entry in self.config.ignore or ())
+        return not ignored and target_of((module,), self._targets) in self._storages
+
+    def can_be_stored(self, linear: Linear) -> bool:
+        is_plain = is_stack(linear.name) or not linear.transposed
+        return is_plain and self._storage_in_group(linear.name) is not None
+
     def storage(self, weight: str) -> Storage:
-        """The storage of a converted weight."""
-        storage = self.storage_of(weight.removesuffix(".weight"))
+        """The storage of a converted weight, which the files may have quantized though it is to be ignored."""
+        storage = self._storage_in_group(weight.removesuffix(".weight"))
         assert storage is not None, weight
         return storage
 
@@ -96,7 +113,7 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
             for name, linear in description.linears.items()
             if (is_stack(name) or not linear.transposed)
             and name not in skip
-            and selection.selects(name)
+            and selection.selects(name, self.matching)
             and self.storage_of(name)
         ]
 
@@ -116,7 +133,7 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         if not context.prequantized:
             names = [member for name in context.description.linears for member in members(context.description, name)]
             for target, group in self._targets.items():
-                if not any(matches(target, name) for name in names):
+                if not any(self.names.matching(target, name, matches) for name in names):
                     fault = f"{target!r} matches no linear module"
                     problems.append(
                         Problem(f"{field}.config_groups.{group}.targets", fault, "Name one, or write 'Linear'")
@@ -126,7 +143,9 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
     def notes(self, converted: Iterable[str]) -> Iterator[str]:
         if self.config.kv_cache_scheme is not None:
             yield "not applied: kv_cache_scheme, the cache stays as the model has it"
-        with_activations = [name for name in converted if (s := self.storage_of(name)) and (s.inputs or s.outputs)]
+        with_activations = [
+            name for name in converted if (s := self._storage_in_group(name)) and (s.inputs or s.outputs)
+        ]
         if with_activations:
             yield f"not applied: quantization of activations, in {len(with_activations)} linear modules"
 
@@ -292,7 +311,10 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
 
         from distquant.quantization.quantizer import Quantizer
 
-        written = {**self.config.to_dict(), "quantization_status": "compressed"}
+        # The library refuses what it does not know inside of groups.
+        recorded = {key: value for key, value in self.config.recorded.items() if "." not in key}
+        known = replace(self.config, recorded=recorded) if is_compressed_tensors_available() else self.config
+        written = {**known.to_dict(), "quantization_status": "compressed"}
         written["config_groups"] = {
             name: {**group, "format": self._storages[name].format} if name in self._storages else group
             for name, group in written["config_groups"].items()
@@ -300,9 +322,11 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         if written.get("format") in ("dense", "fakequant"):
             formats = {stored.format for stored in self._storages.values()}
             written["format"] = formats.pop() if len(formats) == 1 else "mixed-precision"
-        left = (name for name, module in model.named_modules() if type(module) is nn.Linear and self.storage_of(name))
+        left = (name for name, module in model.named_modules() if type(module) is nn.Linear and self._would_take(name))
         written["ignore"] = list(dict.fromkeys((*(self.config.ignore or ()), *left)))
         available = is_compressed_tensors_available()
         model.config.quantization_config = Theirs.from_dict(written) if available else written
+        if available:
+            carry_unused(self.config, model.config.quantization_config)
         model.hf_quantizer = Quantizer(model.config.quantization_config, serializable=True)
         model.is_quantized, model.quantization_method = True, "compressed-tensors"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distquant.config import CompressedTensorsConfig, QuantizationArgs, QuantizationGroup
 from distquant.config.quantization_group import matches
 from distquant.errors import Problem
+from distquant.model.module_names import matches_any
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -174,11 +175,12 @@ def _format(default: str, group: QuantizationGroup) -> str:
     return "float-quantized" if inputs is not None else "naive-quantized"
 
 
-def target_of(name: str, targets: Mapping[str, str]) -> str | None:
-    """The group of a linear module, from target -> group.
+def target_of(names: Sequence[str], targets: Mapping[str, str]) -> str | None:
+    """The group of a linear module with these names, from target -> group.
 
     Matches have the order of `match_targets` (`utils/match.py`): exact names, then patterns, then classes, each in the
     order of the alphabet.
     """
-    ranked = [(target == "Linear", target.startswith("re:"), target) for target in targets if matches(target, name)]
+    matching = (target for target in targets if matches_any(target, names, matches))
+    ranked = [(target == "Linear", target.startswith("re:"), target) for target in matching]
     return targets[min(ranked)[2]] if ranked else None
