@@ -33,7 +33,7 @@ from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.tasks import Task
 from distquant.loading.stream.trace import write_trace
-from distquant.model import ModuleNames, build
+from distquant.model import ModuleNames
 from distquant.options import ALL_REDUCE, Forward, LoadProgress, Progress, RunOptions
 from distquant.parallel.comm import Comm
 from distquant.parallel.experts import join_experts
@@ -41,7 +41,7 @@ from distquant.parallel.lora import watch_adapters
 from distquant.parallel.replicas import install_wrapper_checks
 from distquant.parallel.tensor_parallel import install_styles
 from distquant.planning.load_plan import LoadPlan
-from distquant.planning.prepared import Prepared
+from distquant.planning.prepared import Prepared, build_for_load
 from distquant.planning.read_assignment import node_ranks
 from distquant.planning.validation import check_kernel, check_supported
 from distquant.process_state import changing_process_state
@@ -189,12 +189,7 @@ class _Loading:
         check_dropped_biases(plan, self.checkpoint, self.comm)
         model, self.model = self.model, None
         if model is None:
-            model = build(
-                self.checkpoint.path,
-                plan.dtype,
-                trust_remote_code=plan.trust_remote_code,
-                attn_implementation=plan.attn_implementation,
-            )
+            model = build_for_load(self.checkpoint, plan.dtype, plan)
         with changing_process_state():
             shard_experts(model, plan, self.scheme, self.coordinates["tp"], self.coordinates["ep"])
         files = Files(self.checkpoint.folder, self.options.io)
