@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distquant.checkpoint.faults import NAME_SHOWN, Fault, Faults, HeaderFault, shown
-from distquant.checkpoint.folders import SINGLE_NAME, shards_without_index
+from distquant.checkpoint.folders import ADAPTER_CONFIG, SINGLE_NAME, shards_without_index
 from distquant.checkpoint.gguf import SUFFIX
 from distquant.checkpoint.gguf_parts import open_parts
 from distquant.checkpoint.headers import ShardHeader, TensorInfo, parse_file
@@ -125,6 +125,8 @@ def open_checkpoint(
     notes = list(otherwise)
     if hidden:
         notes.append(f"not read: {INDEX_NAME} and its shards, because {SINGLE_NAME} comes first, as in transformers")
+    if os.path.lexists(folder / ADAPTER_CONFIG):
+        notes.append(f"beside the model lies an adapter ({ADAPTER_CONFIG}): give --adapter FOLDER, or --no-adapter")
     sidecar = add_sidecar(folder, config, merged.tensors, faults)
     if missing and (faults or not incomplete):
         faults.take(missing.values())

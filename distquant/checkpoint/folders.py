@@ -12,6 +12,8 @@ from distquant.checkpoint.faults import Faults, HeaderFault, shown
 from distquant.checkpoint.index import INDEX_NAME
 
 SINGLE_NAME = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+"""PEFT's configuration of an adapter; beside a whole model, transformers applies the adapter."""
 
 SHARD = re.compile(r"(?P<base>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})(?P<end>\.safetensors|\.gguf)")
 """The name of one of several files, as `save_pretrained` and llama.cpp number them."""

@@ -16,6 +16,7 @@ from distquant.errors import DistquantError, RankError
 from distquant.garbage_collection import without_collector
 from distquant.kernels.choice import Choice, choose
 from distquant.loading import delegated
+from distquant.loading.adapter import apply_adapter, find_adapter
 from distquant.loading.devices import Devices
 from distquant.loading.dropped_biases import check_dropped_biases
 from distquant.loading.fill import WeightPlacer
@@ -104,8 +105,24 @@ def load_shard(
     check_supported(plan)
     options = options or RunOptions()
     device = torch.device(device)
-    if scheme_of(plan).delegated:
-        return _delegate(plan, comm, device)
+    adapter = find_adapter(plan, options.adapter)
+    load = _delegate if scheme_of(plan).delegated else _load
+    model = load(plan, comm, device, options, progress, prepared)
+    if adapter is not None:
+        status("applying the adapter")
+        apply_adapter(model, plan, comm.axis("tp").rank, adapter)
+    return model
+
+
+def _load(
+    plan: LoadPlan,
+    comm: Comm,
+    device: torch.device,
+    options: RunOptions,
+    progress: Progress | None,
+    prepared: Prepared | None,
+) -> Any:
+    """Loads the model with the plan's scheme."""
     # Whatever cannot run here fails before anything is read.
     status("importing libraries of the method")
     with changing_process_state():
@@ -134,7 +151,7 @@ def load_shard(
     return model
 
 
-def _delegate(plan: LoadPlan, comm: Comm, device: torch.device) -> Any:
+def _delegate(plan: LoadPlan, comm: Comm, device: torch.device, *_: Any) -> Any:
     """Lets transformers load the model; the report says so, and has no stages."""
     scheme, start = scheme_of(plan), time.perf_counter()
     status("loading with transformers")
