@@ -24,12 +24,14 @@ from distquant.checkpoint.locate import locate
 from distquant.errors import InputError, Problem, one_line
 from distquant.files import CONFIG_BYTES, check_file, read_file
 from distquant.planning.load_plan import LoadPlan
-from distquant.planning.tensor_parallel import COLWISE, COLWISE_GATHER, ROWWISE, ROWWISE_SPLIT
+from distquant.planning.tensor_parallel import COLWISE, COLWISE_GATHER, ROWWISE, ROWWISE_SPLIT, VOCAB_EMBEDDING
 from distquant.sharding.partition import Partition
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Prefix of all names in an adapter's file."""
+BASE = "base_layer"
+"""Name of the module below an adapter."""
 
 
 def find_adapter(plan: LoadPlan, asked: str | os.PathLike[str] | bool | None) -> Path | None:
@@ -132,13 +134,15 @@ def _part(name: str, value: Tensor, plan: LoadPlan, tp: int) -> Tensor:
     """Returns this rank's part of a tensor of an adapter, by its name in the file."""
     path, _, leaf = name.removeprefix(PREFIX).rpartition(".")
     module, _, side = path.rpartition(".")
+    if path in plan.modules:  # an embedding, or an output head, that was saved with the adapter
+        module, side = path, BASE
     shard = plan.modules.get(module)
     if shard is None or leaf != "weight":
         return value
     partition = plan.partitions[shard.partition]
-    if shard.style in (COLWISE, COLWISE_GATHER) and side == "lora_B":
+    if shard.style in (COLWISE, COLWISE_GATHER, VOCAB_EMBEDDING) and side in ("lora_B", BASE):
         return _segments(value, 0, partition, tp)
-    if shard.style in (ROWWISE, ROWWISE_SPLIT) and side == "lora_A":
+    if shard.style in (ROWWISE, ROWWISE_SPLIT) and side in ("lora_A", BASE):
         return _segments(value, 1, partition, tp)
     return value
 
