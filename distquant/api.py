@@ -111,6 +111,7 @@ def load(
     io: str = "auto",
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
+    adapter: str | os.PathLike[str] | bool | None = None,
     progress: Progress | bool | None = None,
     **aliases: Unpack[Aliases],
 ) -> PreTrainedModel:
@@ -130,6 +131,9 @@ def load(
             it, the rest past it).
         trace: File to write a trace of all ranks' stages to, for Perfetto.
         timeout: Seconds that a rank waits for the others before it gives up.
+        adapter: Saved PEFT adapter to apply once the model is loaded: its folder, or an id in the Hugging Face cache.
+            `False` loads the model alone. One of the two must be given where an adapter lies beside the model, because
+            `transformers` would apply that one.
         progress: False shows nothing, True shows progress on standard error. Default: only if that is a terminal, or
             this is a notebook. A function is called instead, with this rank's `LoadProgress` (bytes taken, bytes in
             all, stage that limits), as rows arrive.

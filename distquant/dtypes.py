@@ -49,6 +49,9 @@ DTYPE_BYTES = {name: DTYPE_BITS[stored] // 8 for stored, name in TORCH_NAMES.ite
 LOAD_DTYPES = ("bfloat16", "float16", "float32")
 """Dtypes that a model can be loaded in."""
 
+STORED_FLOATS = {STORED_NAMES[name]: name for name in LOAD_DTYPES}
+"""Torch's name of each of them, by safetensors' name."""
+
 DTYPE_SPELLINGS = {
     **dict.fromkeys(("bf16", "b16"), "bfloat16"),
     **dict.fromkeys(("fp16", "f16", "half"), "float16"),

@@ -145,7 +145,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """Options that change the way a load runs and no bit of its result. They are not part of the plan."""
+    """Options that change the way a load runs, and no bit of the weights that it loads. They are no part of a plan."""
 
     kernel: str = "auto"
     """Kernels that quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`. All give the same bits."""
@@ -164,6 +164,12 @@ class RunOptions:
     """File to write a trace of all ranks' stages to, for Perfetto."""
     timeout: float | None = None
     """Seconds that a rank waits for the others before it gives up."""
+    adapter: str | os.PathLike[str] | bool | None = None
+    """Saved PEFT adapter to apply once the model is loaded: its folder, or an id in the Hugging Face cache.
+
+    `False` loads the model alone. One of the two must be given where an adapter lies beside the model, because
+    `transformers` would apply that one.
+    """
 
     def __post_init__(self) -> None:
         """Raises `InputError` with every option that cannot work; which kernels there are depends on the device."""
@@ -177,6 +183,9 @@ class RunOptions:
                 problems.add("trace", f"{self.trace}: the folder does not exist", "Give a file in a folder that exists")
         if self.timeout is not None and not self.timeout > 0:
             problems.add("timeout", f"invalid timeout {self.timeout}", "Give a number of seconds above 0")
+        named = isinstance(self.adapter, (str, os.PathLike)) and os.fspath(self.adapter)
+        if self.adapter is not None and self.adapter is not False and not named:
+            problems.add("adapter", f"invalid adapter {self.adapter!r}", "Give its folder, or False for none")
         problems.raise_if_any()
 
 

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distquant.checkpoint.faults import Faults, HeaderFault, shown
-from distquant.checkpoint.gguf import SUFFIX, parse_gguf
+from distquant.checkpoint.faults import NAME_SHOWN, Fault, Faults, HeaderFault, shown
+from distquant.checkpoint.folders import ADAPTER_CONFIG, SINGLE_NAME, shards_without_index
+from distquant.checkpoint.gguf import SUFFIX
+from distquant.checkpoint.gguf_parts import open_parts
 from distquant.checkpoint.headers import ShardHeader, TensorInfo, parse_file
-from distquant.checkpoint.index import INDEX_NAME, merge, read_index
+from distquant.checkpoint.index import INDEX_NAME, Merged, merge, read_index
 from distquant.checkpoint.locate import locate
-from distquant.files import CONFIG_BYTES, read_file
-
-SINGLE_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
-QUANTO_MAP_NAME = "quanto_qmap.json"
-
-_OTHER_FORMATS = {
-    "adapter_model.safetensors": "This is a PEFT adapter: give the base model",
-    ".gguf": "Give the path of the .gguf file itself",
-    ".bin": "Pickled weights are not read: load with transformers and save_pretrained() once",
-    ".pt": "Pickled weights are not read: load with transformers and save_pretrained() once",
-    ".pth": "Pickled weights are not read: load with transformers and save_pretrained() once",
-}
+from distquant.checkpoint.sidecar_configs import add_sidecar, read_config
+from distquant.dtypes import STORED_FLOATS
 
 
 @dataclass(frozen=True)
@@ -34,12 +25,17 @@ class Checkpoint:
     """A checkpoint that passed every check its headers allow.
 
     Attributes:
-        path: the folder, or the one GGUF file.
+        path: the folder, or the one GGUF file (the first one of a split model).
         config: the parsed config.json. For a GGUF file it only names the method and the file.
         tensors: headers of all tensors by name, in the order of files and offsets.
         shards: headers of all files, in the order of their names.
         types: GGML type of each tensor of a GGUF file; empty for safetensors.
         architecture: `general.architecture` of a GGUF file.
+        notes: what is odd about its files, though nothing is wrong.
+        read_otherwise: those of the notes about what transformers itself would read in another way.
+        absent: tensor that the index lists and no file has -> the fault, for a model that needs it.
+        unlisted: tensor that a file has and the index does not list -> the file.
+        hidden: tensors that the index lists, where `model.safetensors` beside it takes precedence.
     """
 
     path: Path
@@ -48,6 +44,11 @@ class Checkpoint:
     shards: tuple[ShardHeader, ...]
     types: dict[str, str] = field(default_factory=dict)
     architecture: str = ""
+    notes: tuple[str, ...] = ()
+    read_otherwise: tuple[str, ...] = ()
+    absent: Mapping[str, Fault] = field(default_factory=dict)
+    unlisted: Mapping[str, str] = field(default_factory=dict)
+    hidden: frozenset[str] = frozenset()
 
     @property
     def folder(self) -> Path:
@@ -59,6 +60,18 @@ class Checkpoint:
         """Bytes of all tensors, without the headers."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @cached_property
+    def dtype(self) -> str | None:
+        """The dtype that transformers 5 takes for `auto` where config.json names none; None where it decides so, too.
+
+        It is that of the first tensor of floats of 16 bits or more: by name, in the first file
+        (`get_state_dict_dtype`, `modeling_utils.py`). For GGUF files it is float32, whatever they hold.
+        """
+        if self.types or not self.shards:
+            return None
+        first = sorted(self.shards[0].tensors, key=lambda tensor: tensor.name)
+        return next((STORED_FLOATS[tensor.dtype] for tensor in first if tensor.dtype in STORED_FLOATS), None)
+
     def digests(self) -> dict[str, tuple[str, int]]:
         """File name -> (SHA-256 of its header, file size in bytes): equal on two machines if the headers are."""
         return {shard.name: (shard.digest, shard.size) for shard in self.shards}
@@ -69,6 +82,7 @@ def open_checkpoint(
     *,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    incomplete: bool = False,
 ) -> Checkpoint:
     """Reads a checkpoint's config.json and the headers of all its safetensors files.
 
@@ -76,6 +90,7 @@ def open_checkpoint(
         model: a folder, a `.gguf` file, or a Hugging Face id ("org/name"), which is looked up in the local cache only.
         revision: branch, tag or commit of an id.
         cache_dir: folder in which an id is looked up; None is the Hugging Face cache.
+        incomplete: True leaves it to the caller if the model needs the tensors of a missing file, see `absent`.
 
     As in transformers, `model.safetensors` takes precedence over an index beside it.
 
@@ -87,108 +102,76 @@ def open_checkpoint(
     faults = Faults(damaged)
     if folder.suffix == SUFFIX and not folder.is_dir():
         return _open_gguf(folder, faults)
-    config = _read_config(folder, faults)
-    if os.path.lexists(folder / QUANTO_MAP_NAME) and "quantization_config" not in config:
-        config["quantization_config"] = _config_of_quanto_map(folder, faults)
+    config = read_config(folder, faults)
+    hidden, otherwise, merged = frozenset[str](), list[str](), Merged()
+    missing: dict[str, Fault] = {}
     if os.path.lexists(folder / SINGLE_NAME):
-        shards, _ = _read_shards(folder, [SINGLE_NAME], faults)
-        tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+        shards = _read_shards(folder, [SINGLE_NAME], missing, faults)
+        merged = Merged({tensor.name: tensor for shard in shards for tensor in shard.tensors})
+        hidden, incomplete = _hidden(folder), False
     elif os.path.lexists(folder / INDEX_NAME):
         weight_map = read_index(folder, faults)
-        shards, unreadable = _read_shards(folder, sorted(set(weight_map.values())), faults)
-        tensors = merge(weight_map, shards, unreadable, faults)
+        shards = _read_shards(folder, sorted(set(weight_map.values())), missing, faults)
+        merged = merge(weight_map, shards, missing, faults)
+        otherwise += merged.notes()
     else:
-        shards, tensors = [], {}
-        _add_no_checkpoint(folder, faults)
+        shards = _read_shards(folder, shards_without_index(folder, faults), missing, faults)
+        merged = merge({tensor.name: shard.name for shard in shards for tensor in shard.tensors}, shards, {}, faults)
+        otherwise += [f"read without an index: {len(shards)} shards, which are complete by their names"]
+        for name, files in merged.stale.items():
+            reason = f"is stored in {shown([*files, merged.tensors[name].file])}, and there is no {INDEX_NAME}"
+            fix = f"Get the {INDEX_NAME} that belongs to these files"
+            faults.add(HeaderFault.TENSOR_IN_TWO_SHARDS, files[0], reason, tensor=name, fix=fix)
+    notes = list(otherwise)
+    if hidden:
+        notes.append(f"not read: {INDEX_NAME} and its shards, because {SINGLE_NAME} comes first, as in transformers")
+    if os.path.lexists(folder / ADAPTER_CONFIG):
+        notes.append(f"beside the model lies an adapter ({ADAPTER_CONFIG}): give --adapter FOLDER, or --no-adapter")
+    sidecar = add_sidecar(folder, config, merged.tensors, faults)
+    if missing and (faults or not incomplete):
+        faults.take(missing.values())
     faults.raise_if_any()
-    return Checkpoint(folder, config, tensors, tuple(shards))
+    return Checkpoint(
+        folder,
+        config,
+        merged.tensors,
+        tuple(shards),
+        notes=(*notes, *([sidecar] if sidecar else [])),
+        read_otherwise=tuple(otherwise),
+        absent=merged.absent,
+        unlisted=merged.unlisted,
+        hidden=hidden,
+    )
 
 
 def _open_gguf(path: Path, faults: Faults) -> Checkpoint:
-    """Opens a single GGUF file; its configuration is read when the model is built."""
-    header = parse_gguf(path, path.name, faults)
+    """Opens a GGUF file, or all files of a split model; its configuration is read when the model is built."""
+    path, headers = open_parts(path, faults)
     faults.raise_if_any()
-    assert header is not None
     config = {"quantization_config": {"quant_method": "gguf", "gguf_file": path.name}}
-    tensors = {tensor.name: tensor for tensor in header.shard.tensors}
-    return Checkpoint(path, config, tensors, (header.shard,), header.types, header.architecture)
+    tensors = {tensor.name: tensor for header in headers for tensor in header.shard.tensors}
+    types = {name: kind for header in headers for name, kind in header.types.items()}
+    return Checkpoint(path, config, tensors, tuple(header.shard for header in headers), types, headers[0].architecture)
 
 
-def _read_config(folder: Path, faults: Faults, name: str = CONFIG_NAME) -> dict[str, Any]:
-    try:
-        config = json.loads(read_file(folder / name, CONFIG_BYTES))
-    except FileNotFoundError:
-        reason = f"is missing in {folder}"
-        faults.add(HeaderFault.CONFIG_MISSING, name, reason, fix=f"Put the model's {name} there")
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror or error})"
-        faults.add(HeaderFault.UNREADABLE, name, reason, fix=f"Put the model's {name} there, readable")
-    except (ValueError, RecursionError) as error:
-        faults.add(HeaderFault.CONFIG_NOT_JSON, name, f"is not JSON ({error})")
-    else:
-        if isinstance(config, dict):
-            return config
-        faults.add(HeaderFault.CONFIG_NOT_JSON, name, f"is {shown(config)}, not a JSON object")
-    return {}
+def _hidden(folder: Path) -> frozenset[str]:
+    """Returns the tensors of an index beside `model.safetensors`, which is not read; its faults do not matter."""
+    if not os.path.lexists(folder / INDEX_NAME):
+        return frozenset()
+    return frozenset(read_index(folder, Faults("")))
 
 
-def _config_of_quanto_map(folder: Path, faults: Faults) -> dict[str, Any]:
-    """Converts optimum-quanto's map of quantized modules into a `quantization_config`.
-
-    The map is a file beside config.json: module -> {"weights": "qint8", "activations": "none"}. It is written by
-    `QuantizedModelForCausalLM` (0.2.7, `models/transformers_models.py`).
-    """
-    entries_by_module = _read_config(folder, faults, QUANTO_MAP_NAME)
-    entries = [entry for entry in entries_by_module.values() if isinstance(entry, dict)]
-    if len(entries) < len(entries_by_module):
-        faults.add(HeaderFault.CONFIG_NOT_JSON, QUANTO_MAP_NAME, "has entries that are not JSON objects")
-    weights = sorted({str(entry.get("weights")).removeprefix("q") for entry in entries})
-    activations = sorted({str(entry.get("activations")).removeprefix("q") for entry in entries} - {"none", "None"})
-    names = {"float8_e4m3fn": "float8"}
-    # Precisions that differ between modules are joined by commas: no configuration allows such a value, so that the
-    # check of its fields rejects it and names them all.
-    return {
-        "quant_method": "quanto",
-        "weights": ", ".join(names.get(kind, kind) for kind in weights),
-        "activations": ", ".join(names.get(kind, kind) for kind in activations) or None,
-        "modules_to_not_convert": [],
-        "include_modules": sorted(entries_by_module),
-    }
-
-
-def _read_shards(folder: Path, names: list[str], faults: Faults) -> tuple[list[ShardHeader], set[str]]:
-    """Reads the headers; also returns the names of the files whose tensors are not all known."""
+def _read_shards(folder: Path, names: list[str], missing: dict[str, Fault], faults: Faults) -> list[ShardHeader]:
+    """Reads the headers; files that are not there go to `missing`."""
     shards: list[ShardHeader] = []
-    unreadable: set[str] = set()
     for name in names:
         path = folder / name
         if not os.path.exists(path):  # unlike Path.exists, this raises nothing for a name too long for the system
             link = f", a link to {os.readlink(path)} which does not exist" if os.path.islink(path) else ""
-            faults.add(HeaderFault.SHARD_MISSING, name, f"is missing in {folder}{link}")
-            unreadable.add(name)
+            reason = f"is missing in {folder}{link}"
+            missing[name] = Fault(name[:NAME_SHOWN], reason, faults.damaged, HeaderFault.SHARD_MISSING, name)
             continue
-        of_file = Faults(faults.damaged)
-        header = parse_file(path, name, of_file)
+        header = parse_file(path, name, faults)
         if header is not None:
             shards.append(header)
-        if of_file:
-            unreadable.add(name)
-            faults.extend(of_file)
-    return shards, unreadable
-
-
-def _add_no_checkpoint(folder: Path, faults: Faults) -> None:
-    """Adds the fault of a folder without safetensors, with advice that fits the files in it."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        reason = f"cannot be listed ({error.strerror or error})"
-        faults.add(HeaderFault.UNREADABLE, str(folder), reason, fix="Check the folder's permissions")
-        return
-    fix = next(
-        (fix for end, fix in _OTHER_FORMATS.items() if any(name.endswith(end) for name in names)),
-        "Give the folder that save_pretrained() or `hf download` wrote",
-    )
-    there = shown(names) if names else "an empty folder"
-    reason = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}; found: {there}"
-    faults.add(HeaderFault.NO_CHECKPOINT, str(folder), reason, fix=fix)
+    return shards

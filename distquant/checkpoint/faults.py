@@ -53,13 +53,13 @@ class HeaderFault(str, Enum):
     NOT_IN_CACHE = "not_in_cache"
     CONFIG_MISSING = "config_missing"
     CONFIG_NOT_JSON = "config_not_json"
+    CONFIG_INCOMPLETE = "config_incomplete"  # a quantization config in a file of its own that says too little
     # the index
     INDEX_NOT_JSON = "index_not_json"
     INDEX_BAD_ENTRY = "index_bad_entry"
     PATH_ESCAPES = "path_escapes"
     SHARD_MISSING = "shard_missing"
     TENSOR_NOT_IN_SHARD = "tensor_not_in_shard"
-    TENSOR_NOT_IN_INDEX = "tensor_not_in_index"
     TENSOR_IN_TWO_SHARDS = "tensor_in_two_shards"
 
 
@@ -117,6 +117,10 @@ class Faults:
         for (fault, file), count in self._counts.items():
             if count > LISTED_PER_KIND:
                 yield Fault(file, f"{count - LISTED_PER_KIND} more problems ({fault.value})", self.damaged, fault, file)
+
+    def take(self, faults: Iterable[Fault]) -> None:
+        """Adds faults that were found before it was known if they matter."""
+        self._listed += faults
 
     def extend(self, other: Faults) -> None:
         """Adds the faults that were collected separately for one file."""

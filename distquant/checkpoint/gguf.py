@@ -44,7 +44,7 @@ BLOCKS: dict[str, tuple[int, int]] = {name: (elements, nbytes) for name, element
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_KEPT = {"general.architecture": str, "general.alignment": int, "split.count": int}
+_KEPT = {"general.architecture": str, "general.alignment": int, "split.count": int, "split.no": int}
 """The only values that are used here, with their types."""
 
 
@@ -66,12 +66,16 @@ class GgufHeader:
     Attributes:
         shard: the header as that of any other checkpoint file; the digest is of all bytes before the tensors.
         types: name of the GGML type of each tensor.
-        architecture: `general.architecture`.
+        architecture: `general.architecture`; "" in further files of a split model.
+        parts: number of files of the model.
+        part: which of them this is, from 0.
     """
 
     shard: ShardHeader
     types: dict[str, str]
     architecture: str
+    parts: int = 1
+    part: int = 0
 
 
 class _Cursor:
@@ -180,7 +184,8 @@ def _header(data: bytes, size: int, name: str) -> GgufHeader:
     infos, types = _placed(entries, start, alignment, size, name)
     digest = hashlib.sha256(data[: cursor.position]).hexdigest()
     shard = ShardHeader(name=name, size=size, digest=digest, tensors=infos, metadata={})
-    return GgufHeader(shard, types, values["general.architecture"])
+    parts, part = max(values.get("split.count", 1), 1), values.get("split.no", 0)
+    return GgufHeader(shard, types, values.get("general.architecture", ""), parts, part)
 
 
 def _values(cursor: _Cursor, count: int) -> dict[str, Any]:
@@ -197,11 +202,6 @@ def _values(cursor: _Cursor, count: int) -> dict[str, Any]:
             if type(value) is not _KEPT[key]:
                 raise _Bad(HeaderFault.BAD_ENTRY, f"{key} is {shown(value)}, not {_KEPT[key].__name__}")
             kept[key] = value
-    if "general.architecture" not in kept:
-        raise _Bad(HeaderFault.BAD_ENTRY, "general.architecture is missing")
-    if kept.get("split.count", 1) > 1:
-        reason = f"is one of {kept['split.count']} files of a split model"
-        raise _Bad(HeaderFault.BAD_ENTRY, f"{reason}; join them with llama.cpp's gguf-split --merge")
     return kept
 
 

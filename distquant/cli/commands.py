@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from contextlib import nullcontext
 
 from distquant.api import plan as make
@@ -15,6 +16,7 @@ from distquant.files import TEXT_BYTES, read_text
 from distquant.loading.report import write_report
 from distquant.progress import first_rank, working
 from distquant.runtime.query import Outcome, Query
+from distquant.tables import printable
 
 
 def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -40,6 +42,8 @@ def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
     if isinstance(outcome, int):
         return outcome
     terminal.show(*render.report_parts(outcome.report, arguments.model, arguments.verbose))
+    for note in outcome.notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
     if outcome.answer is not None:
         print(f"\n{render.answer_text(outcome)}")
     if arguments.report:

@@ -60,13 +60,14 @@ SPELLINGS: Mapping[str, dict[str, Any]] = {
     "io": {"choices": IO_MODES},
     "trace": {"metavar": "FILE"},
     "timeout": {"metavar": "SECONDS", "type": at_least(0.1, float)},
+    "adapter": {"metavar": "FOLDER"},
 }
 """Arguments of argparse by option; `flags` where they are not the option's name."""
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "model": (
         "quantization_config", "load_in_4bit", "load_in_8bit", "dtype", "torch_dtype", "attn_implementation",
-        "on_unsupported", "trust_remote_code", "revision", "cache_dir",
+        "on_unsupported", "adapter", "trust_remote_code", "revision", "cache_dir",
     ),
     "sharding": ("mesh", *AXES, "device_map", "device", "ranks_per_node", "dispatch"),
     "memory": ("max_memory", "staging", "context", "batch"),
@@ -110,6 +111,10 @@ def add_flags(
         }
         flags = how.pop("flags", ("--" + option.name.replace("_", "-"),))
         group(parser, _title(option.name)).add_argument(*flags, **how)
+        if option.name == "adapter":
+            text = "load the model alone, where an adapter lies beside it"
+            how = {"dest": "adapter", "action": "store_const", "const": False, "help": text}
+            group(parser, _title("adapter")).add_argument("--no-adapter", **how)
     if kind is PlanOptions:
         _add_aliases(parser, without, several=changes.get("mesh", {}).get("action") == "append")
 

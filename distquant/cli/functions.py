@@ -130,6 +130,8 @@ def _flag(name: str, value: Any) -> list[str]:
     flag = SPELLINGS.get(name, {}).get("flags", ("--" + name.replace("_", "-"),))[-1]
     if value is True:
         return [flag]
+    if value is False:
+        return [f"--no-{flag.removeprefix('--')}"]
     if name == "quantization_config" and not isinstance(value, (str, os.PathLike)):
         config = parse(value, early_classes())
         assert config is not None

@@ -16,6 +16,7 @@ from distquant.errors import DistquantError, RankError
 from distquant.garbage_collection import without_collector
 from distquant.kernels.choice import Choice, choose
 from distquant.loading import delegated
+from distquant.loading.adapter import apply_adapter, find_adapter
 from distquant.loading.devices import Devices
 from distquant.loading.dropped_biases import check_dropped_biases
 from distquant.loading.fill import WeightPlacer
@@ -33,7 +34,7 @@ from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.tasks import Task
 from distquant.loading.stream.trace import write_trace
-from distquant.model import ModuleNames, build
+from distquant.model import ModuleNames
 from distquant.options import ALL_REDUCE, Forward, LoadProgress, Progress, RunOptions
 from distquant.parallel.comm import Comm
 from distquant.parallel.experts import join_experts
@@ -41,7 +42,7 @@ from distquant.parallel.lora import watch_adapters
 from distquant.parallel.replicas import install_wrapper_checks
 from distquant.parallel.tensor_parallel import install_styles
 from distquant.planning.load_plan import LoadPlan
-from distquant.planning.prepared import Prepared
+from distquant.planning.prepared import Prepared, build_for_load
 from distquant.planning.read_assignment import node_ranks
 from distquant.planning.validation import check_kernel, check_supported
 from distquant.process_state import changing_process_state
@@ -104,8 +105,24 @@ def load_shard(
     check_supported(plan)
     options = options or RunOptions()
     device = torch.device(device)
-    if scheme_of(plan).delegated:
-        return _delegate(plan, comm, device)
+    adapter = find_adapter(plan, options.adapter)
+    load = _delegate if scheme_of(plan).delegated else _load
+    model = load(plan, comm, device, options, progress, prepared)
+    if adapter is not None:
+        status("applying the adapter")
+        apply_adapter(model, plan, comm.axis("tp").rank, adapter)
+    return model
+
+
+def _load(
+    plan: LoadPlan,
+    comm: Comm,
+    device: torch.device,
+    options: RunOptions,
+    progress: Progress | None,
+    prepared: Prepared | None,
+) -> Any:
+    """Loads the model with the plan's scheme."""
     # Whatever cannot run here fails before anything is read.
     status("importing libraries of the method")
     with changing_process_state():
@@ -134,7 +151,7 @@ def load_shard(
     return model
 
 
-def _delegate(plan: LoadPlan, comm: Comm, device: torch.device) -> Any:
+def _delegate(plan: LoadPlan, comm: Comm, device: torch.device, *_: Any) -> Any:
     """Lets transformers load the model; the report says so, and has no stages."""
     scheme, start = scheme_of(plan), time.perf_counter()
     status("loading with transformers")
@@ -189,12 +206,7 @@ class _Loading:
         check_dropped_biases(plan, self.checkpoint, self.comm)
         model, self.model = self.model, None
         if model is None:
-            model = build(
-                self.checkpoint.path,
-                plan.dtype,
-                trust_remote_code=plan.trust_remote_code,
-                attn_implementation=plan.attn_implementation,
-            )
+            model = build_for_load(self.checkpoint, plan.dtype, plan)
         with changing_process_state():
             shard_experts(model, plan, self.scheme, self.coordinates["tp"], self.coordinates["ep"])
         files = Files(self.checkpoint.folder, self.options.io)

@@ -30,7 +30,7 @@ def open_planned(plan: LoadPlan, comm: Comm, prepared: Prepared | None) -> Check
     problems: list[Problem] = []
     checkpoint = None
     try:
-        checkpoint = prepared.checkpoint if prepared is not None else open_checkpoint(plan.model)
+        checkpoint = prepared.checkpoint if prepared is not None else open_checkpoint(plan.model, incomplete=True)
         problems += _differences(plan, checkpoint, comm.rank)
     except InputError as error:
         problems += [Problem(f"rank {comm.rank}: {p.where}", p.what, p.fix) for p in error.problems]

@@ -22,7 +22,7 @@ from distquant.model.experts import EXPECTED, sources_by_expert, split_experts
 from distquant.model.gguf import GgufNames, gguf_names, source_of, with_gguf_sources
 from distquant.model.module_names import ModuleNames
 from distquant.model.sidecars import model_file_problems, tokenizer_file_problems
-from distquant.model.weight_mapping import check_merged_components
+from distquant.model.weight_mapping import Placer, check_merged_components
 
 __all__ = [
     "EXPECTED",
@@ -39,6 +39,7 @@ __all__ = [
     "ModelDescription",
     "ModuleNames",
     "Param",
+    "Placer",
     "QuantizedTensors",
     "Source",
     "as_stored",

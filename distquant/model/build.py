@@ -14,6 +14,7 @@ from distquant.model.description import Attention, Linear, ModelDescription, Par
 from distquant.model.experts import experts_of
 from distquant.model.gguf import source_of
 from distquant.model.sidecars import model_file_problems
+from distquant.model.unbuilt import why_not_built
 from distquant.model.weight_mapping import ignorable, map_names
 from distquant.process_state import changing_process_state
 
@@ -36,11 +37,23 @@ def _strict_error() -> type[Exception]:
 
 @changing_process_state()
 def build(
-    path: Path, dtype: str | None, *, trust_remote_code: bool = False, attn_implementation: str | None = None
+    path: Path,
+    dtype: str | None,
+    *,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    stored_dtype: str | None = None,
+    has_head: bool = False,
 ) -> PreTrainedModel:
-    """Builds the model of a checkpoint folder or GGUF file on `meta`, in `dtype` (None: the config's, else float32).
+    """Builds the model of a checkpoint folder or GGUF file on `meta`.
 
-    `attn_implementation` is that of transformers; None leaves the choice to it.
+    Args:
+        path: the folder or file.
+        dtype: of the weights; None takes the config's, else that of the checkpoint's tensors, else float32.
+        trust_remote_code: True to run the checkpoint's own code.
+        attn_implementation: that of transformers; None leaves the choice to it.
+        stored_dtype: dtype of the checkpoint's tensors.
+        has_head: True if the files of a GGUF model have an output head. transformers looks at the first one only.
 
     Raises:
         InputError: transformers does not know the model or this attention, or it needs code from the checkpoint.
@@ -53,13 +66,16 @@ def build(
     if problems := list(model_file_problems(path)):
         raise InputError(problems)
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    config: Any = None
     try:
         folder, gguf = source_of(path)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
         has_quantization = getattr(config, "quantization_config", None) is not None
         if has_quantization:
             del config.quantization_config
-        wanted = dtype or _name(getattr(config, "dtype", None)) or "float32"
+        if has_head:
+            config.tie_word_embeddings = False
+        wanted = dtype or _config_dtype(config) or stored_dtype or "float32"
         with torch.device("meta"), Uninitialized(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(
@@ -71,8 +87,15 @@ def build(
         if attention and re.search("attn_implementation|attention", str(error), re.IGNORECASE):
             fault = f"transformers cannot use {attn_implementation!r} ({one_line(error)})"
             raise InputError.one("attn_implementation", fault, "Give 'sdpa' or 'eager', or leave it out") from error
-        raise InputError.one(str(path), one_line(error), _how_to_build(error, trust_remote_code)) from error
+        fault, fix = why_not_built(error, config, trust_remote_code)
+        raise InputError.one(str(path), fault, fix) from error
     return model.eval()
+
+
+def _config_dtype(config: Any) -> str | None:
+    """Returns the dtype that a config names, for the model or (of a multimodal one) for its text model."""
+    parts = (config, config.get_text_config(decoder=True))
+    return next((name for part in parts if (name := _name(getattr(part, "dtype", None)))), None)
 
 
 def describe_model(
@@ -237,9 +260,3 @@ def reads_heads_from_config(module: Any) -> bool:
 
 def _name(dtype: Any) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-def _how_to_build(error: Exception, trusted: bool) -> str:
-    if "trust_remote_code" in str(error) and not trusted:
-        return "Read the model's code, then pass trust_remote_code=True (--trust-remote-code) if you trust it"
-    return "AutoModelForCausalLM of transformers must be able to build it; check config.json and generation_config.json"

@@ -104,6 +104,26 @@ def _tuples(lists: Mapping[str, list[Item]]) -> dict[str, tuple[Item, ...]]:
     return {name: tuple(items) for name, items in lists.items()}
 
 
+class Placer:
+    """Places a checkpoint tensor by its name alone.
+
+    Args:
+        model: the model on `meta`.
+        params: its parameters.
+        suffixes: suffix of a checkpoint name -> component, as the quantization method stores them.
+    """
+
+    def __init__(self, model: PreTrainedModel, params: Iterable[str], suffixes: Mapping[str, str]):
+        self._params, self._suffixes = dict.fromkeys(params, ()), suffixes
+        self._rename = _Renamer(model, self._params)
+
+    def __call__(self, name: str) -> str:
+        """Returns the parameter that a tensor of this name fills; another name where it fills none."""
+        base, _ = split_component(name, self._suffixes)
+        target, _ = self._rename(base)
+        return base if target not in self._params and base in self._params else target
+
+
 class _Renamer:
     """Calls transformers' `rename_source_key`, once for all names that differ only in numbers.
 

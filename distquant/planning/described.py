@@ -21,6 +21,7 @@ from distquant.model import (
     GgufNames,
     ModelDescription,
     ModuleNames,
+    Placer,
     QuantizedTensors,
     Source,
     as_stored,
@@ -32,6 +33,7 @@ from distquant.model import (
     with_gguf_sources,
 )
 from distquant.planning.device_map import infer_device_map, memory_by_device
+from distquant.planning.elsewhere import Elsewhere, absent_faults, find_elsewhere
 from distquant.planning.prepared import Prepared
 from distquant.planning.read_assignment import nodes_of
 from distquant.planning.request import Given, Request
@@ -69,6 +71,8 @@ class Described:
     """Modules that the scheme replaces."""
     otherwise: tuple[str, ...]
     """Notes on modules that the checkpoint does not store as its config says."""
+    elsewhere: tuple[Elsewhere, ...]
+    """Tensors that seem to be missing, and are under other names or in files that were not read."""
     offloaded: frozenset[str]
     """Modules that the scheme would replace, but the device map leaves unquantized."""
     device_map: dict[str, str] | None
@@ -136,6 +140,7 @@ def describe(
         kept=selected.kept,
         converted=tuple(name for name in selected.converted if name not in offloaded),
         otherwise=selected.otherwise,
+        elsewhere=placement.elsewhere,
         offloaded=offloaded,
         device_map=device_map,
         sizes_known=sizes_known,
@@ -158,6 +163,8 @@ class _Placement:
     """Modules of experts that may be split into stacks."""
     shapes: Mapping[str, tuple[int, ...]]
     gguf: GgufNames | None
+    elsewhere: tuple[Elsewhere, ...]
+    """Tensors that seem to be missing, and are under other names or in files that were not read."""
 
     @property
     def dequantize(self) -> bool:
@@ -207,6 +214,10 @@ def _place_tensors(
         stackable = tuple(description.experts) if _is_divided(mesh) else ()
     else:
         problems.extend(unplaced)
+    placer = Placer(model, description.params, suffixes)
+    if checkpoint.absent and (faults := absent_faults(checkpoint, description, placer)):
+        problems.extend(faults)
+        problems.raise_if_any()  # what follows from files that are not there is no further problem
     return _Placement(
         scheme=scheme,
         merged=merged,
@@ -215,6 +226,7 @@ def _place_tensors(
         stackable=stackable,
         shapes=shapes,
         gguf=gguf,
+        elsewhere=find_elsewhere(checkpoint, description, placer) if description.missing else (),
     )
 
 

@@ -28,6 +28,10 @@ def notes_on(partitioned: Partitioned) -> Iterator[str]:
     if scheme.delegated:
         sizes = "as they are stored" if partitioned.prequantized else "before quantization"
         yield f"DELEGATED: transformers loads the model with its own quantizer; sizes are {sizes}, bits are its own"
+    yield from partitioned.checkpoint.notes
+    if absent := partitioned.checkpoint.absent:
+        names = _first(list(absent))
+        yield f"not there: {len(absent)} tensors that the index lists, and the model does not need ({names})"
     unexpected = partitioned.description.unexpected
     if unexpected:
         yield f"dropped: {len(unexpected)} checkpoint tensors that the model lacks ({_first(unexpected)})"

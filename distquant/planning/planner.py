@@ -18,12 +18,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from distquant.checkpoint import open_checkpoint
 from distquant.config.resolve import resolve
 from distquant.environment import Environment
 from distquant.errors import InputError, Problems
 from distquant.garbage_collection import without_collector
-from distquant.model import STAR, Decoder, Linear, build, describe_decoder
+from distquant.model import STAR, Decoder, Linear, describe_decoder
 from distquant.planning.changes import with_changes
 from distquant.planning.described import Described, describe, fields_of
 from distquant.planning.estimates import estimate
@@ -32,7 +31,7 @@ from distquant.planning.generation_memory import Estimates
 from distquant.planning.load_plan import LoadPlan, ModuleShard, TensorPlan
 from distquant.planning.plan_builder import Partitioned
 from distquant.planning.planned import Planned, freeze, plan_memory
-from distquant.planning.prepared import Prepared
+from distquant.planning.prepared import Prepared, build_for_load, open_for_load
 from distquant.planning.read_strategy import read_strategy
 from distquant.planning.request import Request, check_model, collected, read_request
 from distquant.planning.tensor_parallel import (
@@ -81,11 +80,10 @@ def _plan(request: Request, environment: Environment, advise: bool) -> tuple[Loa
     given = read_request(request, problems)
     with _with_earlier(problems):
         check_model(request.model)
-        checkpoint = open_checkpoint(request.model, revision=request.revision, cache_dir=request.cache_dir)
+        checkpoint = open_for_load(request)
         merged, skipped = resolve(checkpoint.config, given.config, config_classes(), request.on_unsupported)
-        attention, trusted = request.attn_implementation, request.trust_remote_code
-        model = build(checkpoint.path, given.dtype, trust_remote_code=trusted, attn_implementation=attention)
-    prepared = Prepared(checkpoint, model)
+        prepared = Prepared(checkpoint, build_for_load(checkpoint, given.dtype, request))
+    model, attention, trusted = prepared.model, request.attn_implementation, request.trust_remote_code
     described = describe(request, given, environment, prepared, merged, skipped, problems)
     has_device_map = request.device_map is not None
     if not check_described(described, environment, has_device_map, problems):

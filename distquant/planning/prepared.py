@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from distquant.checkpoint import Checkpoint, open_checkpoint
@@ -35,6 +34,27 @@ class Prepared:
         return os.path.abspath(request.model) == os.path.abspath(plan.model)
 
 
+def open_for_load(request: Request) -> Checkpoint:
+    """Opens the checkpoint of a request; if the model needs all that its index lists, is judged later."""
+    return open_checkpoint(request.model, revision=request.revision, cache_dir=request.cache_dir, incomplete=True)
+
+
+def build_for_load(checkpoint: Checkpoint, dtype: str | None, options: Request | LoadPlan) -> Any:
+    """Builds the model of a checkpoint on `meta`; `dtype` is None where the checkpoint decides."""
+    return build(
+        checkpoint.path,
+        dtype,
+        trust_remote_code=options.trust_remote_code,
+        attn_implementation=options.attn_implementation,
+        stored_dtype=checkpoint.dtype,
+        has_head=GGUF_HEAD in checkpoint.types,
+    )
+
+
+GGUF_HEAD = "output.weight"
+"""Name of the output head in GGUF files."""
+
+
 def open_early(request: Request) -> Prepared | None:
     """Opens what a request will load, on a rank that waits for the plan; None if that must wait for the plan, too."""
     # An id is looked up by rank 0 alone: the plan has the folder that was found.
@@ -42,13 +62,8 @@ def open_early(request: Request) -> Prepared | None:
         return None
     given = read_request(request, Problems())
     try:
-        model = build(
-            Path(request.model),
-            given.dtype,
-            trust_remote_code=request.trust_remote_code,
-            attn_implementation=request.attn_implementation,
-        )
-        return Prepared(open_checkpoint(request.model, revision=request.revision), model)
+        checkpoint = open_for_load(request)
+        return Prepared(checkpoint, build_for_load(checkpoint, given.dtype, request))
     except (InputError, OSError):
         # Invalid input (also what transformers raises at it) or unreadable files. Rank 0 opens the same and reports it
         # for all, with every other problem; a fault of this rank's disk alone comes up again when the rank loads.

@@ -6,7 +6,6 @@ load, raise.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,16 +13,17 @@ from distquant.config.resolve import is_known
 from distquant.environment import Environment
 from distquant.errors import InputError, Problem, Problems
 from distquant.kernels.choice import Kernel
-from distquant.model import EXPECTED, STAR, ModelDescription
+from distquant.model import EXPECTED
 from distquant.options import ALL_REDUCE
 from distquant.planning.described import Described
 from distquant.planning.device_map import check_memory, memory_limits
 from distquant.planning.generation_memory import Estimates
 from distquant.planning.group_checks import check_groups
 from distquant.planning.load_plan import LoadPlan
+from distquant.planning.missing import missing_problems
 from distquant.planning.plan_builder import Partitioned
 from distquant.planning.planned import Planned
-from distquant.planning.source_checks import LISTED, check_sources
+from distquant.planning.source_checks import check_sources
 from distquant.planning.summary import change_text
 from distquant.quantization import Context, Scheme, config_classes
 from distquant.quantization.registry import discover
@@ -113,20 +113,11 @@ def _check_missing(described: Described, refused: bool, problems: Problems) -> N
     linears = described.description.linears
     # Tensors of a form that is not supported have no place, so their weights only seem to be missing.
     missing = [n for n in described.description.missing if not refused or n.rpartition(".")[0] not in linears]
-    fix = "Download the checkpoint again, or check that config.json belongs to it"
-    for name in missing[:LISTED]:
-        shape = list(_shape_of(described.description, name))
-        problems.add(name, f"the checkpoint has no tensor for it (shape {shape})", fix)
-    if len(missing) > LISTED:
-        problem = f"{len(missing) - LISTED} more parameters have no tensor in it"
-        problems.add(str(described.checkpoint.path), problem, fix)
-
-
-def _shape_of(description: ModelDescription, name: str) -> tuple[int, ...]:
-    """Returns the shape of a parameter, which may be one expert's."""
-    if name in description.params:
-        return description.params[name].shape
-    return description.params[re.sub(r"\.\d+(\.[^.]+\.[^.]+)$", rf".{STAR}\1", name)].shape[1:]
+    problems.extend(missing_problems(described, missing))
+    if described.scheme.delegated:
+        for note in described.checkpoint.read_otherwise:
+            fix = "Save the checkpoint once with transformers, or repair the index"
+            problems.add(str(described.checkpoint.path), f"{note}; transformers, which loads here, does not", fix)
 
 
 def _check_devices(described: Described, device_type: str | None, problems: Problems) -> None:

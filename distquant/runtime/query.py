@@ -43,6 +43,8 @@ class Outcome:
     end: str | None = None
     """A value of `answer.End`, for an answer of a chat model."""
     perplexity: float | None = None
+    notes: list[str] = field(default_factory=list)
+    """Those of the plan."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -58,7 +60,7 @@ def perform(model: Any, query: Query, runtime: str) -> Outcome:
     plan: LoadPlan = loaded.plan
     digest = fingerprint(model) if query.fingerprint and not loaded.scheme.delegated else None
     ranks: list[RankReport] = loaded.comm.collect(loaded.report)
-    outcome = Outcome(report=make_report(plan, runtime, ranks, digest))
+    outcome = Outcome(report=make_report(plan, runtime, ranks, digest), notes=list(plan.notes))
     if query.prompt is not None:
         status("generating")
         _answer(model, query.prompt, query, outcome)

@@ -169,6 +169,11 @@ class Worker:
             raise LostPeerError(self.rank, f"{type(error).__name__}: {error}") from error
 
 
+def _absolute(path: Any) -> Any:
+    """Returns the absolute path of a folder; anything else as it is."""
+    return os.path.abspath(path) if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) else path
+
+
 def load(
     model: Model,
     quantization_config: Any = None,
@@ -191,6 +196,7 @@ def load(
     io: str = "auto",
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
+    adapter: str | os.PathLike[str] | bool | None = None,
     progress: Progress | bool | None = None,
     **aliases: Unpack[Aliases],
 ) -> Sharded:
@@ -214,7 +220,8 @@ def load(
     arguments = {
         **locals(),
         # Workers run in folders of their own.
-        "model": os.path.abspath(model) if isinstance(model, (str, os.PathLike)) and os.path.isdir(model) else model,
+        "model": _absolute(model),
+        "adapter": _absolute(adapter),
         "trace": None if trace is None else os.path.abspath(trace),
     }
     quiet_imports()

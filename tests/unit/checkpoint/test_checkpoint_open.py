@@ -158,32 +158,103 @@ def test_shard_name_too_long_for_the_system(tmp_path: Path) -> None:
     assert faults == [HeaderFault.SHARD_MISSING]
 
 
-def test_tensor_not_in_its_shard(tmp_path: Path) -> None:
+def test_a_tensor_in_another_file_than_the_index_says(tmp_path: Path) -> None:
     write_index(sharded(tmp_path), {"a": "s1.safetensors", "b": "s2.safetensors", "c": "s2.safetensors"})
+    found = open_checkpoint(tmp_path)
+    assert found.tensors["b"].file == "s1.safetensors" and list(found.tensors) == ["a", "b", "c"]
+    assert found.notes == (
+        "read from another file than model.safetensors.index.json lists: 1 tensor (b in s1.safetensors)",
+    )
+
+
+def test_a_tensor_in_two_other_files_than_the_index_says(tmp_path: Path) -> None:
+    """Nothing says which copy counts."""
+    write_shard(sharded(tmp_path) / "s2.safetensors", c=[5], a=[2, 3])
+    write_shard(tmp_path / "s3.safetensors", d=[1])
+    write_index(tmp_path, {"a": "s3.safetensors", "b": "s1.safetensors", "c": "s2.safetensors", "d": "s3.safetensors"})
     faults, message = fault_of(tmp_path)
-    assert faults == [HeaderFault.TENSOR_NOT_IN_SHARD]
-    assert "s2.safetensors: tensor 'b'" in message and "but in ['s1.safetensors']" in message
+    assert faults == [HeaderFault.TENSOR_IN_TWO_SHARDS]
+    assert "tensor 'a': is stored in ['s1.safetensors', 's2.safetensors'], and" in message
+    assert "lists it in s3.safetensors" in message and "damaged" not in message
 
 
 def test_tensor_in_no_shard(tmp_path: Path) -> None:
+    """It may be one that the model does not need, so it is no fault yet."""
     write_index(sharded(tmp_path), dict.fromkeys("abd", "s1.safetensors") | {"c": "s2.safetensors"})
-    faults, message = fault_of(tmp_path)
-    assert faults == [HeaderFault.TENSOR_NOT_IN_SHARD]
-    assert "s1.safetensors: tensor 'd'" in message and "but in" not in message
+    found = open_checkpoint(tmp_path)
+    assert list(found.tensors) == ["a", "b", "c"] and list(found.absent) == ["d"]
+    assert found.absent["d"].fault is HeaderFault.TENSOR_NOT_IN_SHARD
+    assert str(found.absent["d"]).startswith("s1.safetensors: tensor 'd': is in no file, though")
 
 
-def test_tensor_not_in_the_index(tmp_path: Path) -> None:
+def test_a_missing_shard_that_the_model_may_not_need(tmp_path: Path) -> None:
+    os.remove(sharded(tmp_path) / "s2.safetensors")
+    found = open_checkpoint(tmp_path, incomplete=True)
+    assert list(found.tensors) == ["a", "b"] and list(found.absent) == ["c"]
+    assert found.absent["c"].fault is HeaderFault.SHARD_MISSING
+
+
+def test_a_missing_shard_is_told_with_other_faults(tmp_path: Path) -> None:
+    os.remove(sharded(tmp_path) / "s2.safetensors")
+    (tmp_path / "s1.safetensors").write_bytes(b"abc")
+    faults, _ = fault_of(tmp_path, incomplete=True)
+    assert faults == [HeaderFault.TOO_SHORT, HeaderFault.SHARD_MISSING]
+
+
+def test_a_tensor_not_in_the_index_is_ignored(tmp_path: Path) -> None:
     write_index(sharded(tmp_path), {"a": "s1.safetensors", "c": "s2.safetensors"})
-    faults, message = fault_of(tmp_path)
-    assert faults == [HeaderFault.TENSOR_NOT_IN_INDEX]
-    assert "s1.safetensors: tensor 'b'" in message
+    found = open_checkpoint(tmp_path)
+    assert list(found.tensors) == ["a", "c"] and found.unlisted == {"b": "s1.safetensors"}
+    assert found.notes == ("ignored: 1 tensor that model.safetensors.index.json does not list (b in s1.safetensors)",)
 
 
-def test_tensor_in_two_shards(tmp_path: Path) -> None:
+def test_of_two_copies_the_listed_one_counts(tmp_path: Path) -> None:
     write_shard(sharded(tmp_path) / "s2.safetensors", c=[5], a=[2, 3])
+    found = open_checkpoint(tmp_path)
+    assert found.tensors["a"].file == "s1.safetensors"
+    assert "stored twice: 1 tensor; the copy that" in found.notes[0]
+    write_index(tmp_path, {"a": "s2.safetensors", "b": "s1.safetensors", "c": "s2.safetensors"})
+    assert open_checkpoint(tmp_path).tensors["a"].file == "s2.safetensors"
+
+
+def test_a_single_file_that_hides_an_index(tmp_path: Path) -> None:
+    write_shard(sharded(tmp_path) / "model.safetensors", here=[1])
+    found = open_checkpoint(tmp_path)
+    assert list(found.tensors) == ["here"] and found.hidden == {"a", "b", "c"}
+    assert "not read: model.safetensors.index.json" in found.notes[0]
+
+
+def shards(folder: Path, count: int, *parts: int, base: str = "model") -> Path:
+    write_config(folder)
+    for part in parts:
+        write_shard(folder / f"{base}-{part:05d}-of-{count:05d}.safetensors", **{f"t{part}": [1]})
+    return folder
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    found = open_checkpoint(shards(tmp_path, 2, 1, 2))
+    assert list(found.tensors) == ["t1", "t2"]
+    assert (
+        found.notes == found.read_otherwise == ("read without an index: 2 shards, which are complete by their names",)
+    )
+
+
+def test_some_shards_without_an_index(tmp_path: Path) -> None:
+    faults, message = fault_of(shards(tmp_path, 4, 1, 3))
+    assert faults == [HeaderFault.NO_CHECKPOINT]
+    assert "holds 2 of 4 shards and no model.safetensors.index.json; missing: 00002, 00004" in message
+
+
+def test_shards_of_two_checkpoints_without_an_index(tmp_path: Path) -> None:
+    shards(tmp_path, 2, 1, 2)
+    faults, message = fault_of(shards(tmp_path, 3, 1, 2, 3))
+    assert faults == [HeaderFault.NO_CHECKPOINT] and "holds neither" in message
+
+
+def test_a_tensor_in_two_shards_without_an_index(tmp_path: Path) -> None:
+    write_shard(shards(tmp_path, 2, 1, 2) / "model-00002-of-00002.safetensors", t1=[1])
     faults, message = fault_of(tmp_path)
-    assert faults == [HeaderFault.TENSOR_IN_TWO_SHARDS]
-    assert "tensor 'a'" in message and "['s1.safetensors', 's2.safetensors']" in message
+    assert faults == [HeaderFault.TENSOR_IN_TWO_SHARDS] and "and there is no model.safetensors.index.json" in message
 
 
 def test_problems_of_all_files_are_reported_together(tmp_path: Path) -> None:
@@ -225,7 +296,12 @@ def test_bad_config(text: str | None, fault: HeaderFault, shows: str, tmp_path: 
         (["pytorch_model.bin"], "save_pretrained"),
         (["llama-q4.gguf"], "Give the path of the .gguf file itself"),
         (["adapter_model.safetensors", "adapter_config.json"], "PEFT adapter"),
-        (["model.fp16.safetensors"], "'model.fp16.safetensors'"),
+        (["model.fp16.safetensors"], "If model.fp16.safetensors holds the whole model, rename it to model.safetensors"),
+        (["gptq_model-4bit-128g.safetensors"], "If gptq_model-4bit-128g.safetensors holds the whole model, rename"),
+        (["consolidated.safetensors", "params.json"], "This is Mistral's own format"),
+        (["consolidated-00001-of-00001.safetensors", "consolidated.safetensors.index.json"], "Mistral's own format"),
+        (["consolidated.00.pth"], "This is Meta's own format"),
+        (["pytorch_model.bin.index.json"], "Pickled weights are not read"),
     ],
 )
 def test_no_checkpoint(files: list[str], shows: str, tmp_path: Path) -> None:
