@@ -8,7 +8,7 @@ are hidden. Every method has a fresh process, every tool a freshly loaded model.
 - `yes`: the tool did it, and what came out was checked (losses fall, pieces are the
   whole text, logits are equal once loaded again);
 - `refused`: distquant's error of one line, which says what to do instead;
-- `-`: the tool is not installed;
+- `-`: the tool is not installed, or the tool's own code for the method (gptqmodel, optimum, a GPU);
 - anything else: an error, which is a defect and makes the exit code 1.
 """
 
@@ -203,6 +203,9 @@ def attempt(path: str, method: str, tool: str) -> str:
         TOOLS[tool][1](model, tokenizer_of(model))
     except dq.InputError:
         return "refused"
+    except ImportError as error:
+        print(f"{method}, {tool}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return "-"
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip()[:80]}".replace("|", "/").replace("\n", " ")
     return "yes"

@@ -1,8 +1,9 @@
-"""Where Ray workers run: a placement group made for a load, or one that the caller has."""
+"""Places Ray workers: in a placement group made for a load, or one that the caller has."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distquant.errors import InputError
+
+EVERY = 2.0
+"""Seconds between two looks of a reaper."""
 
 
 @dataclass(frozen=True)
@@ -116,31 +120,41 @@ def check_started(placement: Placement, workers: list[Any], timeout: float) -> N
         raise InputError.one("placement_group", fault, "Give it bundles that nothing else uses, one for each rank")
 
 
-def remove_after(placement: Placement, workers: list[Any]) -> None:
+def remove_after(placement: Placement, names: list[str]) -> None:
     """Removes a group of our own when its workers have ended, also if their owner is gone by then.
 
     Workers end with their owner. A placement group stays until the *job* ends, so in a task or an actor (a replica of
     Serve that restarts, say) its resources would be lost. A driver ends with its job, and needs nothing.
+
+    Args:
+        placement: of the workers.
+        names: of the workers, as Ray knows them.
     """
     if placement.given or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
         return
-    # Not in the caller's group, which may capture its children: it would have no room.
-    nowhere = PlacementGroupSchedulingStrategy(None)  # type: ignore[arg-type]
-    options = {"num_cpus": 0, "lifetime": "detached", "max_restarts": -1, "scheduling_strategy": nowhere}
+    # `DEFAULT`: not in the caller's group, which may capture its children and has no room for them.
+    options = {"num_cpus": 0, "lifetime": "detached", "max_restarts": -1, "scheduling_strategy": "DEFAULT"}
     reaper: Any = ray.remote(Reaper)
-    reaper.options(**options).remote(placement.group, workers)
+    reaper.options(**options).remote(placement.group, names)
 
 
 class Reaper:
     """A Ray actor that removes a placement group when all workers in it have ended, and then ends itself."""
 
-    def __init__(self, group: PlacementGroup, workers: list[Any]):
-        self._group, self._workers = group, workers
+    def __init__(self, group: PlacementGroup, names: list[str]):
+        self._group = group
+        # Handles by name are weak. Any other would keep the workers, and so their owner, from ending.
+        self._workers = []
+        for name in names:
+            with suppress(ValueError):  # it has ended already
+                self._workers.append(ray.get_actor(name))
         threading.Thread(target=self._reap, daemon=True).start()
 
     def _reap(self) -> None:
-        for ended in [worker.until_end.remote() for worker in self._workers]:
+        for worker in self._workers:
             with suppress(ray.exceptions.RayError):
-                ray.get(ended)
+                while True:
+                    ray.get(worker.alive.remote())
+                    time.sleep(EVERY)
         remove_placement_group(self._group)
         ray.kill(ray.get_runtime_context().current_actor)

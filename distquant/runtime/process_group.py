@@ -107,7 +107,7 @@ class GroupComm:
             for ranks in groups:
                 # torch wants every rank to make every group, in the same order.
                 # Without a timeout of its own, a new group has torch's, not that of the default group.
-                group = new_group(ranks, self.timeout) if len(groups) > 1 else self._everyone()
+                group = make_group(ranks, self.timeout) if len(groups) > 1 else self._everyone()
                 assert group is not None
                 if self.rank in ranks:
                     self._axes[axis] = GroupAxis(group, ranks, self.rank)
@@ -128,7 +128,7 @@ def _world() -> dist.ProcessGroup:
     return group
 
 
-def new_group(ranks: Sequence[int] | None, timeout: float) -> dist.ProcessGroup:
+def make_group(ranks: Sequence[int] | None, timeout: float) -> dist.ProcessGroup:
     """Returns a group of these ranks (None: of all) in which a rank waits for `timeout` seconds; all ranks call it."""
     group = dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout))
     assert group is not None

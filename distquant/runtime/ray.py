@@ -10,8 +10,8 @@ import functools
 import logging
 import os
 import queue
-import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -131,10 +131,9 @@ class Worker:
                 self.model, prompt, on_text if self.rank == 0 else None, lambda: self.stopped >= stream, **kwargs
             )
 
-    @ray.method(concurrency_group="end")
-    def until_end(self) -> None:
-        """Returns never: whoever calls it learns of the worker's end."""
-        threading.Event().wait()
+    @ray.method(concurrency_group="alive")
+    def alive(self) -> None:
+        """Returns, as long as the worker lives."""
 
     @ray.method(concurrency_group="progress")
     def pieces(self, stream: int, seconds: float) -> list[str]:
@@ -247,8 +246,10 @@ def _load(
         group = placement.own
         own_machine = started_ray and not os.environ.get("RAY_ADDRESS")
         threads = threads or (rank_threads(world) if own_machine else max(int(placement.resources.cpus), 1))
-        workers = _workers(world, placement, threads)
-        remove_after(placement, workers)
+        load_id = uuid.uuid4().hex
+        names = [f"distquant-{load_id}-{rank}" for rank in range(world)]
+        workers = _workers(names, placement, threads)
+        remove_after(placement, names)
         check_started(placement, workers, schedule_timeout)
         plan = _plan(request, workers)
         alone = len(set(gather([worker.ray_node.remote() for worker in workers]))) == 1
@@ -314,18 +315,19 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _workers(world: int, placement: Placement, threads: int) -> list[Any]:
-    groups = {"progress": 1, "end": 1}
+def _workers(names: list[str], placement: Placement, threads: int) -> list[Any]:
+    groups = {"progress": 1, "alive": 1}
     actor = ray.remote(concurrency_groups=groups)(Worker)  # type: ignore[call-overload]
     workers, resources = [], placement.resources
-    for rank in range(world):
+    for rank, name in enumerate(names):
         options = actor.options(
+            name=name,
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
             max_concurrency=1,
             scheduling_strategy=placement.strategy(rank),
         )
-        workers.append(options.remote(rank, world, threads))
+        workers.append(options.remote(rank, len(names), threads))
     return workers
 
 

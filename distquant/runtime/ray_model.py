@@ -99,15 +99,15 @@ class Sharded:
             RankError: ranks did not agree on the tokens.
         """
         loop, left = asyncio.get_running_loop(), threading.Event()
-        found: asyncio.Queue[str | Answer | BaseException] = asyncio.Queue()
+        pieces: asyncio.Queue[str | Answer | BaseException] = asyncio.Queue()
 
         def put(piece: Any) -> None:
             if not left.is_set():  # the loop may have ended since
-                loop.call_soon_threadsafe(found.put_nowait, piece)
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         threading.Thread(target=self._take, args=(prompt, kwargs, put, left), daemon=True).start()
         try:
-            while isinstance(piece := await found.get(), str):
+            while isinstance(piece := await pieces.get(), str):
                 yield piece
             if isinstance(piece, BaseException):
                 raise piece

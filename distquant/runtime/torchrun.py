@@ -70,7 +70,7 @@ def _join(timeout: float | None) -> dist.ProcessGroup | None:
     if any(one != given[0] for one in given):
         fault = f"ranks were given different values ({', '.join(str(one) for one in given)})"
         raise InputError.one("timeout", fault, "Give all ranks the same")
-    return None if timeout is None else process_group.new_group(None, timeout)
+    return None if timeout is None else process_group.make_group(None, timeout)
 
 
 def agree(

@@ -183,11 +183,11 @@ def test_actor_serves_coroutines_and_its_end_gives_everything_back(kjv_tiny, alo
 def test_task_that_forgets_its_model_gives_everything_back(kjv_tiny, sharded):
     before = free_cpus()
 
-    @ray.remote(num_cpus=1)
+    @ray.remote(num_cpus=1, max_calls=1)
     def forget() -> str:
         return dq.ray.load(kjv_tiny, quantization_config="nf4", mesh="tp=2").generate("In", max_new_tokens=2)
 
-    assert ray.get(forget.options(max_calls=1).remote())
+    assert ray.get(forget.remote())
     until(lambda: free_cpus() == before)
 
 
