@@ -75,11 +75,14 @@ def place(world: int, resources: Resources | None, given: PlacementGroup | None,
         return Placement(group, tuple(range(world)), resources, given=False)
     have, need = ray.available_resources(), resources.bundle()
     remove_placement_group(group)
+    fix = "Free or add resources, use a smaller mesh, or ask for less per worker"
+    if ray.util.get_current_placement_group() is not None:
+        fix += "; or use those of this task, with placement_group=ray.util.get_current_placement_group()"
     shortage = [f"{name}: {amount * world:g} needed, {have.get(name, 0):g} free" for name, amount in need.items()]
     raise InputError.one(
         "ray",
         f"{world} workers of {need} could not be scheduled within {timeout:g} s ({'; '.join(shortage)})",
-        "Free or add resources, use a smaller mesh, or ask for less per worker",
+        fix,
     )
 
 

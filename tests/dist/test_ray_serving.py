@@ -222,6 +222,8 @@ def test_given_group_is_used_and_stays(group, kjv_tiny, alone):
     @ray.remote(num_cpus=1)
     def twice() -> list[str]:
         own, found = ray.util.get_current_placement_group(), []
+        with pytest.raises(InputError, match=r"with placement_group=ray\.util\.get_current_placement_group\(\)"):
+            dq.ray.load(kjv_tiny, mesh="tp=2", schedule_timeout=1)
         for _ in range(2):
             options = {"quantization_config": "nf4", "mesh": "tp=2", "placement_group": own}
             with dq.ray.load(kjv_tiny, **options) as model:
@@ -230,6 +232,7 @@ def test_given_group_is_used_and_stays(group, kjv_tiny, alone):
 
     inside = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
     before = free_cpus()
+    assert before < 2, "no room outside of it"
     assert ray.get(twice.options(scheduling_strategy=inside).remote()) == [alone[PROMPTS[0]]] * 2
     assert free_cpus() == before
     assert placement_group_table(group)["state"] == "CREATED"
