@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from distquant.environment import is_rank
 from distquant.errors import InputError
 from distquant.options import Aliases, Model, Progress, RunOptions, select
 from distquant.planning import LoadPlan
@@ -193,4 +194,4 @@ def _joined() -> bool:
     distributed = sys.modules.get("torch.distributed")  # torch is not imported only to ask
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return True
-    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    return is_rank()

@@ -58,6 +58,16 @@ def offered_methods() -> list[importlib.metadata.EntryPoint]:
     ]
 
 
+def is_rank() -> bool:
+    """Returns True if a launcher has started this process as a rank.
+
+    A rank of one without an address is alone: schedulers and notebooks set RANK and WORLD_SIZE=1 for any process.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return False
+    return os.environ["WORLD_SIZE"].strip() != "1" or "MASTER_ADDR" in os.environ
+
+
 CGROUPS = Path("/sys/fs/cgroup")
 
 

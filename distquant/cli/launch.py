@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from distquant.cli import ranks, terminal
 from distquant.cli.flags import read_flags
 from distquant.cli.ranks import STARTED_HERE
-from distquant.environment import rank_threads
+from distquant.environment import is_rank, rank_threads
 from distquant.errors import DistquantError, InputError, Problem, Problems, RankError
 from distquant.options import PlanOptions, RunOptions
 from distquant.planning.validation import check_supported
@@ -91,7 +91,7 @@ def started_here() -> bool:
 
 def is_launched() -> bool:
     """Returns True if a launcher (torchrun, srun, ours) has started this process as a rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return is_rank()
 
 
 def all_problems(problems: Problems, arguments: argparse.Namespace, mesh: str | None) -> InputError:

@@ -36,6 +36,7 @@ from distquant.loading.stream.tasks import Task
 from distquant.loading.stream.trace import write_trace
 from distquant.model import ModuleNames
 from distquant.options import ALL_REDUCE, Forward, LoadProgress, Progress, RunOptions
+from distquant.parallel.attention_weights import install_weight_gathering
 from distquant.parallel.comm import Comm
 from distquant.parallel.experts import join_experts
 from distquant.parallel.lora import watch_adapters
@@ -244,6 +245,7 @@ class _Loading:
         if self.axis.size > 1:
             install_styles(model, plan, self.axis)
             watch_adapters(model, plan, self.axis)
+            install_weight_gathering(model, plan, self.axis)
         sharded = plan.mesh.ep * plan.mesh.tp > 1
         if sharded:
             install_wrapper_checks(model, plan, self.comm.rank)

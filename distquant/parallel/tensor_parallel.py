@@ -126,6 +126,11 @@ def reduce_output(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _Reduce.apply(x, axis)
 
 
+def gather_output(x: Tensor, axis: Axis, sizes: list[int]) -> Tensor:
+    """Returns the ranks' parts of the last dim, of these sizes, side by side."""
+    return x if axis.size == 1 else _Gather.apply(x, axis, sizes)
+
+
 @dataclass(frozen=True)
 class CopyInput:
     """Before a column-parallel module: its input gradient is the sum over ranks."""

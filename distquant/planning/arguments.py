@@ -20,7 +20,7 @@ from distquant.environment import offered_methods
 from distquant.errors import InputError, Problems
 from distquant.options import KERNELS, Aliases, PlanOptions, RunOptions, select
 from distquant.planning.request import Request, collected, read_request
-from distquant.sharding.mesh import AXES, Mesh, is_number
+from distquant.sharding.mesh import AXES, Mesh, is_number, world_problem
 
 ALIASES = tuple(Aliases.__annotations__)
 
@@ -221,9 +221,8 @@ def check_early(
 
 def check_world(mesh: Mesh, world: int) -> None:
     """Raises `InputError` if the mesh needs another number of ranks than the launcher has started."""
-    if mesh.size != world:
-        fault = f"{mesh} needs {mesh.size} ranks, the launcher started {world}"
-        raise InputError.one("mesh", fault, f"Start {mesh.size} ranks, or give a mesh of {world}")
+    if (problem := world_problem(mesh, world)) is not None:
+        raise InputError([problem])
 
 
 def early_classes() -> tuple[type[QuantizationConfig], ...]:

@@ -28,6 +28,7 @@ from distquant.planning.summary import change_text
 from distquant.quantization import Context, Scheme, config_classes
 from distquant.quantization.registry import discover
 from distquant.sharding.device_map import is_offloaded, main_place, place_of
+from distquant.sharding.mesh import world_problem
 from distquant.units import format_bytes
 
 PLAIN = {"float64", "float32", "float16", "bfloat16", "int64", "bool"}
@@ -75,9 +76,8 @@ def _check_mesh(described: Described, devices: int | None, problems: Problems) -
     if mesh.tp > 1 and not description.tp_plan:
         problem = f"{description.architecture} has no tensor-parallel plan, tp={mesh.tp} needs one"
         problems.add("mesh", problem, "Use tp=1, or device_map='auto' over the devices of one process")
-    if devices is not None and devices != mesh.size:
-        problem = f"{mesh} needs {mesh.size} ranks, there are {devices}"
-        problems.add("mesh", problem, f"Start {mesh.size} ranks, or give a mesh of {devices}")
+    if devices is not None and (wrong := world_problem(mesh, devices)) is not None:
+        problems.extend([wrong])
 
 
 def _expert_parallel_problems(described: Described) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ import os
 import socket
 import traceback
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor
 
+from distquant.errors import InputError, Problems, one_line
 from distquant.parallel.comm import DEFAULT_TIMEOUT, Axis, SoloAxis
 from distquant.sharding.mesh import AXES, REPLICA, Mesh
 
@@ -78,12 +80,20 @@ class GroupAxis:
 class GroupComm:
     """All ranks of an initialized default process group, arranged as a mesh.
 
-    An axis over all ranks is the default group, an axis of one rank needs none: making a group is a rendezvous.
+    An axis over all ranks is `everyone`, an axis of one rank needs none: making a group is a rendezvous.
     """
 
-    def __init__(self, mesh: Mesh, timeout: float | None = None):
+    def __init__(self, mesh: Mesh, timeout: float | None = None, everyone: dist.ProcessGroup | None = None):
+        """Makes the groups of the mesh's axes.
+
+        Args:
+            mesh: of all ranks.
+            timeout: seconds that a rank waits for the others.
+            everyone: a group of all ranks that has this timeout; None: the default group.
+        """
         self.mesh = mesh
         self.timeout = DEFAULT_TIMEOUT if timeout is None else timeout
+        self._everyone = weakref.ref(_world() if everyone is None else everyone)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         assert self.world_size == mesh.size, "the mesh is checked against the world before groups are made"
         self._axes: dict[str, Axis] = dict.fromkeys((*AXES, REPLICA), SoloAxis())
@@ -96,7 +106,9 @@ class GroupComm:
                 continue
             for ranks in groups:
                 # torch wants every rank to make every group, in the same order.
-                group = dist.new_group(ranks) if len(groups) > 1 else _world()
+                # Without a timeout of its own, a new group has torch's, not that of the default group.
+                group = make_group(ranks, self.timeout) if len(groups) > 1 else self._everyone()
+                assert group is not None
                 if self.rank in ranks:
                     self._axes[axis] = GroupAxis(group, ranks, self.rank)
 
@@ -104,10 +116,10 @@ class GroupComm:
         return self._axes[name]
 
     def share(self, value: Any) -> Any:
-        return share(value)
+        return share(value, self._everyone())
 
     def collect(self, value: Any) -> list[Any]:
-        return collect(value)
+        return collect(value, self._everyone())
 
 
 def _world() -> dist.ProcessGroup:
@@ -116,17 +128,24 @@ def _world() -> dist.ProcessGroup:
     return group
 
 
-def share(value: Any) -> Any:
-    """Returns rank 0's value on every rank of the default group."""
+def make_group(ranks: Sequence[int] | None, timeout: float) -> dist.ProcessGroup:
+    """Returns a group of these ranks (None: of all) in which a rank waits for `timeout` seconds; all ranks call it."""
+    group = dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout))
+    assert group is not None
+    return group
+
+
+def share(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Returns rank 0's value on every rank of a group of all ranks; None: the default group."""
     box = [value]
-    dist.broadcast_object_list(box, 0)
+    dist.broadcast_object_list(box, 0, group)
     return box[0]
 
 
-def collect(value: Any) -> list[Any]:
-    """Returns every rank's value, in rank order."""
+def collect(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Returns every rank's value, in rank order; `group` as in `share`."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
+    dist.all_gather_object(everyone, value, group)
     return everyone
 
 
@@ -183,4 +202,36 @@ def stay_on_this_machine() -> None:
 def init(timeout: float | None = None, rank: int = -1, world_size: int = -1, store: dist.Store | None = None) -> None:
     """Joins the default process group: at a store, or as the environment says (`env://`)."""
     seconds = datetime.timedelta(seconds=DEFAULT_TIMEOUT if timeout is None else timeout)
-    dist.init_process_group(backend(), timeout=seconds, rank=rank, world_size=world_size, store=store)
+    try:
+        dist.init_process_group(backend(), timeout=seconds, rank=rank, world_size=world_size, store=store)
+    except dist.DistNetworkError as error:
+        if store is not None:
+            raise
+        raise _unreachable(error) from error
+
+
+def _unreachable(error: dist.DistNetworkError) -> InputError:
+    """Returns the error of ranks that cannot meet where the environment says."""
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if "EADDRINUSE" in str(error):
+        fix = "Set MASTER_PORT to a free one; torchrun --standalone finds one itself"
+        return InputError.one("MASTER_PORT", f"another process listens at {address} already", fix)
+    fault = f"rank {os.environ.get('RANK')} cannot meet the others at {address} ({one_line(error)})"
+    return InputError.one("MASTER_ADDR", fault, "Set MASTER_ADDR and MASTER_PORT to where rank 0 runs")
+
+
+def check_launcher() -> None:
+    """Checks the variables by which a launcher tells a process its place among several ranks.
+
+    Raises:
+        InputError: some are missing, or no numbers.
+    """
+    problems, needed = Problems(), ("RANK", "WORLD_SIZE", "MASTER_PORT")
+    fix = "Start ranks with torchrun, which sets it, or set it as torch.distributed's env:// wants it"
+    for name in (*needed, "MASTER_ADDR"):
+        value = os.environ.get(name)
+        if not value:
+            problems.add(name, "not set, and this process is one of several ranks", fix)
+        elif name in needed and not value.strip().isdigit():
+            problems.add(name, f"{value!r} is not a number", fix)
+    problems.raise_if_any()

@@ -6,19 +6,19 @@ driver plans with these facts, and every actor loads its shard. One rank's failu
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray._private import ray_constants
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup
 
 from distquant.environment import Environment, rank_threads
 from distquant.errors import InputError, LostPeerError
@@ -31,9 +31,11 @@ from distquant.planning.validation import check_supported
 from distquant.progress import showing, status
 from distquant.quiet import quiet_imports
 from distquant.runtime.answer import Answer, Messages
+from distquant.runtime.gathering import POLL, gather
 from distquant.runtime.measure import check_rank_count, declared, numbered
+from distquant.runtime.placement import Placement, Resources, check_started, place, remove_after
 from distquant.runtime.query import Outcome, Query
-from distquant.runtime.ray_model import POLL, Sharded, gather, stop
+from distquant.runtime.ray_model import Sharded, stop
 from distquant.sharding.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -47,17 +49,6 @@ SCHEDULE_TIMEOUT = 60.0
 
 Progress = Callable[[list[LoadProgress]], None]
 """Called with the progress of every rank."""
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Resources that one worker asks of Ray."""
-
-    cpus: float = 1
-    gpus: float = 0
-
-    def bundle(self) -> dict[str, float]:
-        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
 
 
 class Worker:
@@ -140,6 +131,10 @@ class Worker:
                 self.model, prompt, on_text if self.rank == 0 else None, lambda: self.stopped >= stream, **kwargs
             )
 
+    @ray.method(concurrency_group="alive")
+    def alive(self) -> None:
+        """Returns, as long as the worker lives."""
+
     @ray.method(concurrency_group="progress")
     def pieces(self, stream: int, seconds: float) -> list[str]:
         """Returns the text that has come since; waits for some for a moment."""
@@ -189,6 +184,7 @@ def load(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     resources: Resources | None = None,
+    placement_group: PlacementGroup | None = None,
     threads: int | None = None,
     schedule_timeout: float = SCHEDULE_TIMEOUT,
     kernel: str = "auto",
@@ -208,6 +204,8 @@ def load(
 
     Args:
         resources: What one worker asks for; None: one CPU, and one GPU where the cluster has any.
+        placement_group: A placement group of the caller's to put the workers in, which stays when the model is closed.
+            Its last bundles with room for a worker are used: the first may hold the caller. Default: one made for them.
         threads: Torch threads of a worker. Default: on a Ray that is started here, OMP_NUM_THREADS or an equal part of
             the cores; else as many as the CPUs of a worker.
         schedule_timeout: Seconds until a placement group that cannot be scheduled is given up.
@@ -228,14 +226,15 @@ def load(
     request, options = read_arguments("ray.load", arguments)
     with showing(progress) as viewer:
         called = progress if callable(progress) else viewer
-        return _load(request, options, called, resources, threads, schedule_timeout)
+        find = functools.partial(place, resources=resources, given=placement_group, timeout=schedule_timeout)
+        return _load(request, options, called, find, threads, schedule_timeout)
 
 
 def _load(
     request: Request,
     options: RunOptions,
     progress: Callable[[list[LoadProgress]], None] | None,
-    resources: Resources | None,
+    find: Callable[[int], Placement],
     threads: int | None,
     schedule_timeout: float,
 ) -> Sharded:
@@ -249,12 +248,16 @@ def _load(
     workers: list[Any] = []
     group = None
     try:
-        resources = resources or Resources(gpus=1 if ray.cluster_resources().get("GPU") else 0)
         status(f"starting {world} workers")
-        group = _reserve(world, resources, schedule_timeout)
+        placement = find(world)
+        group = placement.own
         own_machine = started_ray and not os.environ.get("RAY_ADDRESS")
-        threads = threads or (rank_threads(world) if own_machine else max(int(resources.cpus), 1))
-        workers = _workers(world, resources, group, threads)
+        threads = threads or (rank_threads(world) if own_machine else max(int(placement.resources.cpus), 1))
+        load_id = uuid.uuid4().hex
+        names = [f"distquant-{load_id}-{rank}" for rank in range(world)]
+        workers = _workers(names, placement, threads)
+        remove_after(placement, names)
+        check_started(placement, workers, schedule_timeout)
         plan = _plan(request, workers)
         alone = len(set(gather([worker.ray_node.remote() for worker in workers]))) == 1
         status("loading")
@@ -275,11 +278,34 @@ def _start(world: int) -> bool:
     local = not os.environ.get("RAY_ADDRESS")
     if local:
         check_rank_count(world)
-    arguments: dict[str, Any] = {"include_dashboard": False, "num_cpus": world} if local else {}
+    arguments: dict[str, Any] = {"include_dashboard": False, "num_cpus": world, **_temp_dir()} if local else {}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     with _on_loopback() if local else nullcontext():
         ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=False, **arguments)
     return True
+
+
+SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+"""The longest path of a socket in Ray's temporary folder."""
+
+LONGEST = 107
+"""Bytes of a socket's path, at most."""
+
+
+def _temp_dir() -> dict[str, str]:
+    """Returns the option for another temporary folder where Ray's own has too long a path for sockets.
+
+    Raises:
+        InputError: the user has named the folder for Ray, or there is no shorter one.
+    """
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder, end = os.environ.get(name, ""), SOCKET.format(pid=os.getpid())
+    if len(os.fsencode(os.path.join(folder, end))) <= LONGEST:
+        return {}
+    if name == "TMPDIR" and os.access("/tmp", os.W_OK | os.X_OK):
+        return {"_temp_dir": "/tmp/ray"}
+    fault = f"{folder!r} is too long: Ray's sockets are in it, and their paths have at most {LONGEST} bytes"
+    raise InputError.one(name, fault, f"Set RAY_TMPDIR to a folder of at most {LONGEST - len(end) - 1} bytes")
 
 
 @contextmanager
@@ -296,29 +322,19 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _reserve(world: int, resources: Resources, timeout: float) -> PlacementGroup:
-    group = placement_group([resources.bundle()] * world, strategy="PACK")
-    if group.wait(timeout):
-        return group
-    have, need = ray.available_resources(), resources.bundle()
-    remove_placement_group(group)
-    shortage = [f"{name}: {amount * world:g} needed, {have.get(name, 0):g} free" for name, amount in need.items()]
-    raise InputError.one(
-        "ray",
-        f"{world} workers of {need} could not be scheduled within {timeout:g} s ({'; '.join(shortage)})",
-        "Free or add resources, use a smaller mesh, or ask for less per worker",
-    )
-
-
-def _workers(world: int, resources: Resources, group: PlacementGroup, threads: int) -> list[Any]:
-    actor = ray.remote(concurrency_groups={"progress": 1})(Worker)  # type: ignore[call-overload]
-    workers = []
-    for rank in range(world):
-        strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=rank)
+def _workers(names: list[str], placement: Placement, threads: int) -> list[Any]:
+    groups = {"progress": 1, "alive": 1}
+    actor = ray.remote(concurrency_groups=groups)(Worker)  # type: ignore[call-overload]
+    workers, resources = [], placement.resources
+    for rank, name in enumerate(names):
         options = actor.options(
-            num_cpus=resources.cpus, num_gpus=resources.gpus, max_concurrency=1, scheduling_strategy=strategy
+            name=name,
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            max_concurrency=1,
+            scheduling_strategy=placement.strategy(rank),
         )
-        workers.append(options.remote(rank, world, threads))
+        workers.append(options.remote(rank, len(names), threads))
     return workers
 
 

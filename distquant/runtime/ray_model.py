@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import math
+import asyncio
+import functools
 import queue
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from distquant.errors import DistquantError, InputError, LostPeerError, RankError
+from distquant.errors import DistquantError, InputError, RankError
 from distquant.planning import LoadPlan
 from distquant.runtime.answer import Answer, Messages
+from distquant.runtime.gathering import GRACE, POLL, Gathering, failure_of, gather, lost_peer
 from distquant.runtime.query import Outcome, Query
-
-POLL = 0.2
-"""Seconds between looks at the workers."""
-
-GRACE = 5.0
-"""Seconds to wait for the error of the rank that others have lost."""
 
 
 class Sharded:
     """A model that lives on Ray workers. Use as a context manager, or `close` it.
 
-    Any number of threads may use it: calls wait for each other, because every call needs all workers. One process
-    holds it; others send their requests to that process (for example a Ray actor).
+    Any number of threads and coroutines may use it: calls wait for each other, because every call needs all workers.
+    One process holds it; others send their requests to that process (for example a Ray actor, or a replica of Serve).
     """
 
     def __init__(self, plan: LoadPlan, workers: list[Any], group: PlacementGroup | None, started_ray: bool):
@@ -39,6 +35,8 @@ class Sharded:
         self._unfinished: list[Any] = []
         """Results of a call that failed; other ranks may still be waiting in it."""
         self._failure: DistquantError | None = None
+        self._waiting = ThreadPoolExecutor(1, "distquant-agenerate")
+        """Where calls of coroutines wait: in their order, and not in the threads of their event loop."""
 
     def __reduce__(self) -> Any:
         fault = "it cannot be sent to another process, because its calls must reach all workers in one order"
@@ -70,6 +68,17 @@ class Sharded:
         _check_equal(answers)
         return answers[0]
 
+    async def agenerate(self, prompt: str | Sequence[str] | Messages, **kwargs: Any) -> Any:
+        """`generate` for coroutines: the event loop goes on meanwhile. One that is cancelled while it waits is dropped.
+
+        Raises:
+            InputError: the model cannot take the messages, or its context has no room for an answer.
+            RankError: ranks did not agree on the tokens.
+        """
+        self._check_open()
+        call = functools.partial(self.generate, prompt, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._waiting, call)
+
     def stream(self, prompt: str | Messages, **kwargs: Any) -> Iterator[str]:
         """Yields the answer to messages, or the continuation of a prompt, in pieces as they come.
 
@@ -81,6 +90,29 @@ class Sharded:
             RankError: ranks did not agree on the tokens.
         """
         return self.pieces(prompt, **kwargs)
+
+    async def astream(self, prompt: str | Messages, **kwargs: Any) -> AsyncIterator[str]:
+        """`stream` for coroutines: the event loop goes on between the pieces.
+
+        Raises:
+            InputError: the model cannot take the messages, or its context has no room for an answer.
+            RankError: ranks did not agree on the tokens.
+        """
+        loop, left = asyncio.get_running_loop(), threading.Event()
+        pieces: asyncio.Queue[str | Answer | BaseException] = asyncio.Queue()
+
+        def put(piece: Any) -> None:
+            if not left.is_set():  # the loop may have ended since
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        threading.Thread(target=self._take, args=(prompt, kwargs, put, left), daemon=True).start()
+        try:
+            while isinstance(piece := await pieces.get(), str):
+                yield piece
+            if isinstance(piece, BaseException):
+                raise piece
+        finally:
+            left.set()
 
     def pieces(self, prompt: str | Messages, **kwargs: Any) -> Generator[str, None, Answer]:
         """Yields what `stream` does, and returns the whole `Answer`."""
@@ -125,7 +157,7 @@ class Sharded:
                 put(piece)
             found = answers.results()
         except (ray.exceptions.RayError, DistquantError) as error:
-            failure = error if isinstance(error, DistquantError) else _failure(0, error)
+            failure = error if isinstance(error, DistquantError) else failure_of(0, error)
             self._unfinished, self._failure = futures, failure
             raise failure from None
         if not stopped:  # replicas end where each is
@@ -166,32 +198,25 @@ class Sharded:
 
     def _check_usable(self) -> None:
         """Raises if a call could not end: after `close`, or while ranks wait for one that has failed."""
-        if not self._workers:
-            raise InputError.one("ray", "the model was closed", "Load it again")
+        self._check_open()
         if self._failure is None:
             return
         _, waiting = ray.wait(self._unfinished, num_returns=len(self._unfinished), timeout=GRACE)
-        lost = [rank for rank, future in enumerate(self._unfinished) if future in waiting or _lost_peer(rank, future)]
+        lost = [rank for rank, future in enumerate(self._unfinished) if future in waiting or lost_peer(rank, future)]
         if lost:
             fault = f"the model is lost: rank {lost[0]} did not return from an earlier call, in which {self._failure}"
             raise RankError(lost[0], f"{fault}. Close it, and load it again")
         self._unfinished, self._failure = [], None
 
+    def _check_open(self) -> None:
+        if not self._workers:
+            raise InputError.one("ray", "the model was closed", "Load it again")
+
     def close(self) -> None:
         """Ends the workers, gives back their resources, and stops Ray if this load started it."""
         stop(self._workers, self._group, self._started_ray)
         self._workers, self._group, self._started_ray = [], None, False
-
-
-def _lost_peer(rank: int, future: Any) -> bool:
-    """Returns True if a rank died, or a collective of it failed: its process group is of no use then."""
-    try:
-        ray.get(future)
-    except ray.exceptions.RayTaskError as error:
-        return isinstance(_failure(rank, error), LostPeerError)
-    except ray.exceptions.RayError:
-        return True
-    return False
+        self._waiting.shutdown(wait=False, cancel_futures=True)
 
 
 def _check_equal(answers: list[Any]) -> None:
@@ -199,62 +224,6 @@ def _check_equal(answers: list[Any]) -> None:
     for rank, answer in enumerate(answers):
         if answer != answers[0]:
             raise RankError(rank, f"generated {answer!r}, rank 0 {answers[0]!r}")
-
-
-class Gathering:
-    """The results of a call, one from each rank, as they come.
-
-    The error of a rank that lost its peer may arrive before the peer's own, which is then awaited for a moment.
-    """
-
-    def __init__(self, futures: list[Any]):
-        self._pending = {future: rank for rank, future in enumerate(futures)}
-        self._found: dict[int, Any] = {}
-        self._lost: dict[int, DistquantError] = {}
-        self._deadline = math.inf
-
-    @property
-    def done(self) -> bool:
-        """True once there is nothing to wait for."""
-        return not self._pending or time.monotonic() >= self._deadline
-
-    def look(self, timeout: float) -> None:
-        """Takes what there is, or comes within `timeout` seconds; raises a failure, as that of the rank it is of."""
-        ready, _ = ray.wait(list(self._pending), timeout=timeout)
-        for future in ready:
-            rank = self._pending.pop(future)
-            try:
-                self._found[rank] = ray.get(future)
-            except ray.exceptions.RayError as error:
-                failure = _failure(rank, error)
-                if not isinstance(failure, LostPeerError):
-                    raise failure from None
-                self._lost[rank] = failure
-                self._deadline = min(self._deadline, time.monotonic() + GRACE)
-
-    def results(self) -> list[Any]:
-        """Returns all results in rank order, once done; raises the failure of a rank whose peer told nothing."""
-        if self._lost:
-            raise self._lost[min(self._lost)]
-        return [self._found[rank] for rank in range(len(self._found))]
-
-
-def gather(futures: list[Any], tick: Callable[[], None] | None = None) -> list[Any]:
-    """Returns results in rank order; raises a failure at once, as the error of the rank that caused it."""
-    gathering = Gathering(futures)
-    while not gathering.done:
-        gathering.look(POLL)
-        if tick is not None:
-            tick()
-    return gathering.results()
-
-
-def _failure(rank: int, error: ray.exceptions.RayError) -> DistquantError:
-    """Returns the error to raise for a worker's: its own if that is one of ours."""
-    if not isinstance(error, ray.exceptions.RayTaskError):
-        return RankError(rank, str(error).strip().splitlines()[0])
-    cause = error.cause
-    return cause if isinstance(cause, DistquantError) else RankError(rank, f"{type(cause).__name__}: {cause}")
 
 
 def stop(workers: list[Any], group: PlacementGroup | None, started_ray: bool) -> None:

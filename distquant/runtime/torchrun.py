@@ -47,20 +47,44 @@ def load(
     """
     status("waiting for the other ranks")
     own, timeout = device(), options.timeout if options else None
-    if not dist.is_initialized():
-        process_group.init(timeout=timeout)
+    everyone = _join(timeout)
     shared = SharedProgress(viewer)  # on every rank, so that ranks count their loads alike
     status("planning")
-    plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own)
+    plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own, everyone)
     check_world(plan.mesh, dist.get_world_size())
-    comm = process_group.GroupComm(plan.mesh, timeout)
+    comm = process_group.GroupComm(plan.mesh, timeout, everyone)
     return load_shard(plan, comm, own, options, progress or shared, prepared)
 
 
-def agree(request: Request, own: torch.device) -> tuple[LoadPlan, Prepared | None]:
-    """Returns rank 0's plan on every rank, or raises its error; also returns what this rank has already opened."""
+def _join(timeout: float | None) -> dist.ProcessGroup | None:
+    """Joins the default group unless it exists; returns a group of all ranks with this timeout if that has another.
+
+    Raises:
+        InputError: ranks were given different timeouts, or cannot meet.
+    """
+    if not dist.is_initialized():
+        process_group.check_launcher()
+        process_group.init(timeout=timeout)
+        return None
+    given = process_group.collect(timeout)
+    if any(one != given[0] for one in given):
+        fault = f"ranks were given different values ({', '.join(str(one) for one in given)})"
+        raise InputError.one("timeout", fault, "Give all ranks the same")
+    return None if timeout is None else process_group.make_group(None, timeout)
+
+
+def agree(
+    request: Request, own: torch.device, everyone: dist.ProcessGroup | None = None
+) -> tuple[LoadPlan, Prepared | None]:
+    """Returns rank 0's plan on every rank, or raises its error; also returns what this rank has already opened.
+
+    Args:
+        request: to plan.
+        own: this rank's device.
+        everyone: a group of all ranks; None: the default group.
+    """
     outcome: Any = None
-    nodes = numbered(process_group.collect(node_name()))
+    nodes = numbered(process_group.collect(node_name(), everyone))
     if dist.get_rank() != 0:
         prepared = open_early(request)
     else:
@@ -70,9 +94,9 @@ def agree(request: Request, own: torch.device) -> tuple[LoadPlan, Prepared | Non
         except InputError as error:
             outcome = error
         except Exception as error:  # the others must not wait for a plan that never comes
-            process_group.share(RankError(0, f"{type(error).__name__}: {error}"))
+            process_group.share(RankError(0, f"{type(error).__name__}: {error}"), everyone)
             raise
-    outcome = process_group.share(outcome)
+    outcome = process_group.share(outcome, everyone)
     if isinstance(outcome, Exception):
         raise outcome
     plan = LoadPlan.from_json(outcome)

@@ -7,7 +7,7 @@ import re
 import reprlib
 from dataclasses import dataclass
 
-from distquant.errors import InputError
+from distquant.errors import InputError, Problem
 
 AXES = ("dp", "ep", "tp")
 
@@ -100,3 +100,14 @@ def is_number(mesh: object) -> bool:
 def _short(size: int) -> str:
     """Writes a size in bounded length: the user may have written any number of digits."""
     return str(size) if size < 10**DIGITS else f"more than 10^{DIGITS - 1}"
+
+
+def world_problem(mesh: Mesh, world: int) -> Problem | None:
+    """Returns what is wrong if the mesh needs another number of ranks than a launcher has started."""
+    if mesh.size == world:
+        return None
+    if mesh.size == 1:
+        fix = f"Give mesh tp={world} to divide the model over them, or mesh dp={world} for a whole one on each"
+        return Problem("mesh", f"{mesh}, which is the default, needs one rank, the launcher started {world}", fix)
+    fault = f"{mesh} needs {mesh.size} ranks, the launcher started {world}"
+    return Problem("mesh", fault, f"Start {mesh.size} ranks, or give a mesh of {world}")

@@ -42,6 +42,53 @@ def test_transformers_reads_what_is_saved(model_of, tmp_path, name):
     assert (ours - theirs).abs().max() / ours.abs().max() <= READ[name] + 1e-5
 
 
+DATA = Path(__file__).parents[1] / "data"
+STORED = ["compressed_tensors/fp8-block", "compressed_tensors/fp8-static", "compressed_tensors/int4"]
+STORED += ["compressed_tensors/int8-naive", "compressed_tensors/int8-w8a8", "compressed_tensors/mixed", "fp8/blocks"]
+STORED += ["compressed_tensors/unquantized", "fp8/deepseek-v3", "fp8/tensor", "fp8/ue8m0", "mxfp8", "torchao/fp8-row"]
+STORED += ["torchao/fp8-tensor", "torchao/int4-group", "torchao/int8-row", "torchao/int8-tensor"]
+"""Checkpoints of other tools that transformers reads here."""
+STORED_REFUSED = ["compressed_tensors/int4-zeros", "hqq/2-bits-strided", "hqq/4-bits", "quanto/float8", "quanto/int2"]
+STORED_REFUSED += ["quanto/int4", "quanto/int8"]
+STORED_ELSEWHERE = ["auto_round/auto_gptq", "awq/gemm", "fbgemm_fp8", "gptq/v1-4bit", "gptq/v2-3bit-act-order"]
+"""Those that it reads with other packages or a GPU only: distquant reads back what it saves."""
+
+
+def test_every_stored_checkpoint_is_listed():
+    there = {str(file.parent.relative_to(DATA)) for file in DATA.glob("**/config.json")}
+    assert there == {*STORED, *STORED_REFUSED, *STORED_ELSEWHERE}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_checkpoint_is_saved_as_it_came(tmp_path, name):
+    """transformers computes with what was saved as with the original, to the bit."""
+    from transformers import AutoModelForCausalLM
+
+    model, logits = dq.load(DATA / name), []
+    model.save_pretrained(tmp_path)
+    assert name.endswith("unquantized") or model.hf_quantizer.is_serializable()
+    for path in (DATA / name, tmp_path):
+        again, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, dtype="auto")
+        assert not any(found.values()), found
+        with torch.no_grad():
+            logits.append(again(torch.tensor(work.IDS) % again.config.vocab_size).logits)
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name", STORED_ELSEWHERE)
+def test_stored_checkpoint_that_is_saved_loads_again(tmp_path, name):
+    model = dq.load(DATA / name)
+    model.save_pretrained(tmp_path)
+    assert dq.fingerprint(dq.load(tmp_path)) == dq.fingerprint(model)
+
+
+@pytest.mark.parametrize("name", STORED_REFUSED)
+def test_stored_checkpoint_that_transformers_does_not_read_is_not_saved(tmp_path, name):
+    model = dq.load(DATA / name)
+    assert_not_saved(model, tmp_path / "saved")
+    assert not model.hf_quantizer.is_serializable()
+
+
 def assert_not_saved(model, folder: Path) -> None:
     with pytest.raises(dq.InputError, match=r"^save_pretrained: transformers [^\n]*\. Keep the checkpoint[^\n]*$"):
         model.save_pretrained(folder)

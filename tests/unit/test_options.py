@@ -35,7 +35,7 @@ FUNCTIONS = {
     "ray.load": (
         lambda: dq.ray.load,
         {**without(LOAD, "device_map"), **RUN},
-        ("resources", "threads", "schedule_timeout", "progress"),
+        ("resources", "placement_group", "threads", "schedule_timeout", "progress"),
     ),
 }
 """The function, the options that it takes, and what else."""

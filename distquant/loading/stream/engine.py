@@ -19,6 +19,7 @@ from time import monotonic, perf_counter
 
 import torch
 
+from distquant.environment import cpu_limit
 from distquant.loading.stream.arrivals import ArrivalTracker
 from distquant.loading.stream.budget import Budget
 from distquant.loading.stream.copier import Copier
@@ -41,10 +42,15 @@ READERS = 2
 
 
 def cores_of_a_rank(ranks: int) -> int:
-    """Returns the cores that each of a node's ranks has: those that it is bound to, else its share of the machine's."""
+    """Returns the cores that each of a node's ranks has: those that it is bound to, else its share of the machine's.
+
+    They are no more than its share of a cgroup's CPU limit, which holds for all ranks of a container together.
+    """
     cores = os.cpu_count() or 1
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    return bound if bound < cores else cores // ranks
+    own = bound if bound < cores else cores // ranks
+    limit = cpu_limit()
+    return own if limit is None else min(own, int(limit) // ranks)
 
 
 class Engine:

@@ -9,7 +9,7 @@ import struct
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -20,6 +20,9 @@ from distquant.parallel.comm import Comm
 
 HELLO = struct.Struct("<IQ")
 """Rank, and bytes of its shared memory."""
+
+SOCKET = "s"
+"""Name of a rank's socket in its temporary folder."""
 
 CONNECT = 60.0
 """Seconds that a peer of the same node may take to connect."""
@@ -36,19 +39,19 @@ def connections(rank: int, staging_buffer: StagingBuffer, comm: Comm, node: tupl
         problem = "this system has no memory that processes can share by descriptor (memfd)"
         raise InputError.one("environment", problem, "Use Linux, or one process")
     folder = tempfile.mkdtemp(prefix="distquant-")
-    path = os.path.join(folder, "s")
     missing = set(node) - {rank}
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
+        with _short(folder) as path:
+            listener.bind(path)
         listener.listen(len(node))
         listener.settimeout(CONNECT)
         try:
             # All ranks listen before any connects, because `collect` returns only when every rank has called it.
-            paths = comm.collect(path)
+            folders = comm.collect(folder)
             # Each pair needs one socket: the higher rank connects, the lower accepts, so nobody waits in a circle.
             for other in node:
                 if other < rank:
-                    peer = handshake(_connect(rank, other, paths[other]), rank, staging_buffer, other)
+                    peer = handshake(_connect(rank, other, folders[other]), rank, staging_buffer, other)
                     missing.discard(peer.rank)
                     yield peer
             for other in node:
@@ -60,15 +63,26 @@ def connections(rank: int, staging_buffer: StagingBuffer, comm: Comm, node: tupl
         except TimeoutError as error:
             raise RankError(min(missing), f"did not connect to rank {rank} within {CONNECT:g} s") from error
         finally:
-            os.unlink(path)
+            os.unlink(os.path.join(folder, SOCKET))
             os.rmdir(folder)
 
 
-def _connect(rank: int, other: int, path: str) -> socket.socket:
+@contextmanager
+def _short(folder: str) -> Iterator[str]:
+    """Yields a path of the socket in a folder. A socket's path has 107 bytes at most, and TMPDIR may be longer."""
+    opened = os.open(folder, os.O_PATH)
+    try:
+        yield f"/proc/self/fd/{opened}/{SOCKET}"
+    finally:
+        os.close(opened)
+
+
+def _connect(rank: int, other: int, folder: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(CONNECT)
     try:
-        connection.connect(path)
+        with _short(folder) as path:
+            connection.connect(path)
     except (FileNotFoundError, ConnectionError, PermissionError) as error:
         # The path exists on this machine only: where it cannot be reached, the ranks are on different machines.
         connection.close()

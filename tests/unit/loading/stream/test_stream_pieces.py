@@ -388,9 +388,14 @@ def test_reader_whose_reads_do_not_return_gives_up(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("machine", "bound", "ranks", "cores"), [(2, 2, 2, 1), (2, 2, 1, 2), (64, 64, 8, 8), (64, 8, 8, 8), (2, 2, 3, 0)]
+    ("machine", "bound", "limit", "ranks", "cores"),
+    [
+        *((2, 2, None, 2, 1), (2, 2, None, 1, 2), (64, 64, None, 8, 8), (64, 8, None, 8, 8), (2, 2, None, 3, 0)),
+        *((64, 64, 4.0, 2, 2), (64, 64, 1.5, 2, 0), (64, 8, 4.0, 1, 4), (4, 4, 32.0, 2, 2)),
+    ],
 )
-def test_cores_of_a_rank_are_those_it_is_bound_to_or_its_share(monkeypatch, machine, bound, ranks, cores):
+def test_cores_of_a_rank_are_those_it_is_bound_to_or_its_share(monkeypatch, machine, bound, limit, ranks, cores):
+    monkeypatch.setattr("distquant.loading.stream.engine.cpu_limit", lambda: limit)
     monkeypatch.setattr("os.cpu_count", lambda: machine)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(bound)))
     assert cores_of_a_rank(ranks) == cores
