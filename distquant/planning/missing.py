@@ -1,6 +1,6 @@
 """Parameters that a checkpoint seems to lack: where their tensors are instead, and what to do about it.
 
-A cause is told once, however many parameters have it. In this order: the tensors have other names; the index does not
+A cause is one problem, however many parameters have it. In this order: the tensors have other names; the index does not
 list them, or was not read; they are stored in another form; one of two tied tensors is there. What is left is missing.
 """
 
@@ -26,15 +26,15 @@ def missing_problems(described: Described, missing: Sequence[str]) -> Iterator[P
     """Yields the problems of parameters without tensors, one for each cause."""
     description, left = described.description, list(missing)
     for cause in described.elsewhere:
-        told = [name for name in left if _covers(description, cause.tensors, name)]
-        if told:
-            yield cause.problem(told)
-            left = [name for name in left if name not in set(told)]
+        found = [name for name in left if _covers(description, cause.tensors, name)]
+        if found:
+            yield cause.problem(found)
+            left = [name for name in left if name not in set(found)]
     for find in (_in_other_form, _untied):
-        problem, told = find(described, left)
+        problem, found = find(described, left)
         if problem is not None:
             yield problem
-            left = [name for name in left if name not in set(told)]
+            left = [name for name in left if name not in set(found)]
     yield from folded(
         Problem(name, f"the checkpoint has no tensor for it (shape {list(shape_of(description, name))})", DOWNLOAD)
         for name in left
