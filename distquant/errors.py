@@ -84,16 +84,14 @@ FIRST = 3
 
 
 def folded(problems: Iterable[Problem]) -> list[Problem]:
-    """Returns problems with one entry for all places of one cause, that is whose texts differ in numbers alone.
+    """Returns problems with one entry for all places of one cause: texts may differ in the numbers of layers alone.
 
-    >>> str(folded([Problem("a", "has 1 row", "Fix"), Problem("b", "has 2 rows", "Fix")])[0])
-    'a: has 1 row. Fix'
     >>> str(folded([Problem(name, "lacks scales", "Fix") for name in "abcdef"])[0])
     'a: lacks scales (and 5 more alike: b, c, ...). Fix'
     """
     causes: dict[tuple[str, str], list[Problem]] = {}
     for problem in problems:
-        causes.setdefault((re.sub(r"\d+", "#", problem.what), problem.fix), []).append(problem)
+        causes.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "#", problem.what), problem.fix), []).append(problem)
     return [_folded(alike) for alike in causes.values()]
 
 

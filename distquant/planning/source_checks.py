@@ -12,7 +12,7 @@ from distquant.planning.described import Described
 from distquant.planning.expert_parallel import expert_name
 
 LISTED = 20
-"""Parameters that are listed where many have a problem of the same kind; the others are counted."""
+"""Problems that are listed; the others are counted."""
 
 OTHER_CHECKPOINT = "The checkpoint is of another model or method; check config.json"
 
@@ -59,7 +59,11 @@ def check_sources(described: Described, refused: bool, problems: Problems) -> No
                 filling = replace(filling, logical=param.shape[::-1])
             found += _problems(described, filling)
     # A checkpoint of another model has the same fault in each of thousands of parameters.
-    problems.extend(folded(found))
+    kinds = folded(found)
+    problems.extend(kinds[:LISTED])
+    if len(kinds) > LISTED:
+        problem = f"{len(kinds) - LISTED} more kinds of parameters cannot be filled from its tensors"
+        problems.add(str(described.checkpoint.path), problem, OTHER_CHECKPOINT)
 
 
 def _stack_problems(described: Described, stack: _Filling, linear: Linear) -> Iterator[Problem]:

@@ -63,9 +63,13 @@ def is_quantized(
     sources, linear = description.sources.get(f"{name}.weight", ()), description.linears[name]
     components = {source.component for source in sources}
     if components - scheme.of_activations - {""}:
+        if linear.experts:
+            return False  # codes without scales in one tensor of all experts: not the method's form
         return True if scheme.can_be_stored(linear) else None
     own = [source for source in sources if not source.component]
     if any(tensors[source.tensor].dtype not in PLAIN_FLOATS for source in own):
+        if linear.experts:
+            return False  # codes without scales in one tensor of all experts: not the method's form
         return True if scheme.can_be_stored(linear) and _has_codes_as_weight(scheme, linear) else None
     stored = sum(source_numel(source, tensors[source.tensor].shape) for source in own)
     return False if own and stored == math.prod(description.params[f"{name}.weight"].shape) else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distquant.config.checks import where
 from distquant.config.resolve import is_known
 from distquant.environment import Environment
 from distquant.errors import InputError, Problem, Problems
@@ -57,7 +56,7 @@ def check_described(described: Described, environment: Environment, has_device_m
     )
     refusals = described.scheme.validate(context)
     problems.extend(refusals)
-    refused = described.prequantized and any(problem.where.startswith(where("")) for problem in refusals)
+    refused = described.prequantized and described.scheme.unsupported_form(refusals)
     # With a device map one process uses many devices, so their number says nothing about ranks.
     _check_mesh(described, None if has_device_map else environment.device_count, problems)
     _check_experts(described, problems)

@@ -66,6 +66,8 @@ class Scheme(ABC):
     """Components of stored weights of which no slice belongs to a slice of the weight: replicated on every rank."""
     of_activations: ClassVar[frozenset[str]] = frozenset()
     """Components that are about activations: a weight that has no others is not a quantized one."""
+    form_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that name the form of stored weights: where one is not supported, there is no more to say of tensors."""
     by_bitsandbytes: ClassVar[bool] = False
     """True if the library bitsandbytes has kernels for it."""
     stacks: ClassVar[bool] = False
@@ -128,6 +130,11 @@ class Scheme(ABC):
     def config_as_stored(self, tensors: Mapping[str, TensorInfo]) -> QuantizationConfig:
         """Returns the configuration with what the checkpoint's headers say of it, where they say more."""
         return self.config
+
+    def unsupported_form(self, problems: Iterable[Problem]) -> bool:
+        """True if one of these problems is that the form of stored weights is not supported."""
+        fields = (problem.where.partition(" ")[0].rpartition(".")[2] for problem in problems)
+        return not self.form_fields.isdisjoint(fields)
 
     def can_be_stored(self, linear: Linear) -> bool:
         """True if the configuration says how the weight of a module would be stored that is found quantized."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from distquant.config import AutoRoundConfig
 from distquant.config.checks import where
@@ -46,6 +46,7 @@ class AutoRoundScheme(PackedIntScheme):
 
     name = "auto-round"
     config_class = AutoRoundConfig
+    form_fields: ClassVar[frozenset[str]] = frozenset({"packing_format", "data_type"})
     config: AutoRoundConfig
 
     def packing_of(self, module: str) -> Packing:

@@ -10,6 +10,8 @@ with the zero point 8 stored.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from distquant.config import AwqConfig
 from distquant.config.checks import where
 from distquant.errors import Problem
@@ -30,6 +32,7 @@ class AwqScheme(PackedIntScheme):
 
     name = "awq"
     config_class = AwqConfig
+    form_fields: ClassVar[frozenset[str]] = frozenset({"format"})
     config: AwqConfig
 
     def packing_of(self, module: str) -> Packing:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from distquant.config import GptqConfig
 from distquant.config.checks import where
@@ -56,6 +56,7 @@ class GptqScheme(PackedIntScheme):
 
     name = "gptq"
     config_class = GptqConfig
+    form_fields: ClassVar[frozenset[str]] = frozenset({"format", "pack_dtype"})
     config: GptqConfig
 
     def packing_of(self, module: str) -> Packing:

@@ -88,6 +88,7 @@ class TorchaoScheme(WeightOnlyScheme, Encoder):
         ZERO: ZERO,
         **{f"_weight_{name}": f"_weight_{name}" for name in UNKNOWN},
     }
+    form_fields: ClassVar[frozenset[str]] = frozenset({"quant_type"})
     unmoved: ClassVar[Mapping[str, str]] = {"disk": "torchao's tensors are objects of several tensors, not bytes"}
     config: TorchaoConfig
 

@@ -193,8 +193,8 @@ def test_targets_win_as_in_the_library():
     names = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj", "lm_head"]
     for name in [*names, "model.other"]:
         theirs = match_targets(name, torch.nn.Linear(1, 1), targets)
-        assert target_of(name, {target: target for target in targets}) == theirs[0]
-    assert target_of("model.other", {"re:.*proj": "a"}) is None
+        assert target_of((name,), {target: target for target in targets}) == theirs[0]
+    assert target_of(("model.other",), {"re:.*proj": "a"}) is None
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ UP = "model.layers.0.mlp.up_proj"
         ("fp8/blocks", {f"{UP}.weight": lambda w: w.to(torch.float8_e5m2)}, r"stored as F8_E5M2, and must be F8_E4M3"),
         ("fp8/blocks", {f"{UP}.weight": lambda w: w.view(torch.int8)}, r"weight is stored as I8, and must be F8_E4M3"),
         ("fp8/blocks", {f"{UP}.weight_scale_inv": lambda s: s.to(torch.int32)}, r"stored as I32, and must be F32 or "),
-        ("fp8/blocks", {f"{UP}.weight_scale_inv": None}, r"is stored as F8_E4M3, which no quantization"),
+        ("fp8/blocks", {f"{UP}.weight_scale_inv": None}, r"lacks weight_scale_inv of this quantized weight"),
         ("fp8/blocks", {f"{UP}.activation_scale": lambda _: torch.ones(())}, r"_scale is stored, and .*'dynamic'"),
         ("fp8/tensor", {f"{UP}.activation_scale": None}, r"lacks activation_scale of this quantized weight"),
         ("fp8/tensor", {f"{UP}.weight_scale_inv": lambda _: torch.ones(2)}, r"weight_scale_inv is stored as \[2\]"),

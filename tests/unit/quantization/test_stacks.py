@@ -12,6 +12,7 @@ from distquant.config import parse
 from distquant.environment import Environment
 from distquant.kernels import reference
 from distquant.model.description import Linear, ModelDescription, Param, Source
+from distquant.model.module_names import ModuleNames
 from distquant.quantization import Context, Scheme, Shard, config_classes, scheme_for
 from distquant.quantization.registry import discover
 from distquant.sharding.mesh import Mesh
@@ -154,6 +155,7 @@ def context_of(description: ModelDescription) -> Context:
 def test_rules_for_modules_choose_whole_stacks(case: str) -> None:
     quant, components, expected = SELECTIONS[case]
     scheme, description = scheme_of(quant), skeleton_of(*components)
+    scheme.names = ModuleNames(description.sources, wrapped=True)
     assert set(scheme.select_modules(description)) == expected
     found = scheme.validate(context_of(description))
     assert [problem for problem in found if "experts" in str(problem)] == []

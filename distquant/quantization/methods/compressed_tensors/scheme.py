@@ -57,6 +57,7 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
     name = "compressed-tensors"
     config_class = CompressedTensorsConfig
     suffixes: ClassVar[Mapping[str, str]] = {name: name for name in ("weight_packed", *BESIDE, *ACTIVATIONS)}
+    form_fields: ClassVar[frozenset[str]] = frozenset({"format", "weights", "strategy", "sparsity_config"})
     of_activations: ClassVar[frozenset[str]] = frozenset(ACTIVATIONS)
     config: CompressedTensorsConfig
 
