@@ -9,11 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 
-from distquant.errors import Problem, folded
+from distquant.errors import Problem
 from distquant.model import STAR, ModelDescription
 from distquant.planning.described import Described
 
 DOWNLOAD = "Download the checkpoint again, or check that config.json belongs to it"
+
+LISTED = 3
+"""Further parameters that a message names."""
 
 COMPONENTS = re.compile(
     r"(qweight|qzeros|scales|g_idx|weight_packed|weight_shape|weight_scale\w*|weight_zero_point|weight_blocks|weight_scales"
@@ -35,10 +38,13 @@ def missing_problems(described: Described, missing: Sequence[str]) -> Iterator[P
         if problem is not None:
             yield problem
             left = [name for name in left if name not in set(found)]
-    yield from folded(
-        Problem(name, f"the checkpoint has no tensor for it (shape {list(shape_of(description, name))})", DOWNLOAD)
-        for name in left
-    )
+    if left:
+        first, *others = left
+        fault = f"the checkpoint has no tensor for it (shape {list(shape_of(description, first))})"
+        if others:
+            names = ", ".join(others[:LISTED]) + (", ..." if len(others) > LISTED else "")
+            fault += f", nor for {len(others):,} more parameters ({names})"
+        yield Problem(first, fault, DOWNLOAD)
 
 
 def _covers(description: ModelDescription, targets: Collection[str], name: str) -> bool:
