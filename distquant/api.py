@@ -133,8 +133,8 @@ def load(
         trace: File to write a trace of all ranks' stages to, for Perfetto.
         timeout: Seconds that a rank waits for the others before it gives up.
         adapter: Saved PEFT adapter to apply once the model is loaded: its folder, or an id in the Hugging Face cache.
-            `False` loads the model alone. One of the two must be given where an adapter lies beside the model, because
-            `transformers` would apply that one.
+            `False` loads the model alone. One of the two must be given where an adapter is in the model's folder,
+            because `transformers` would apply that one.
         progress: False shows nothing, True shows progress on standard error. Default: only if that is a terminal, or
             this is a notebook. A function is called instead, with this rank's `LoadProgress` (bytes taken, bytes in
             all, stage that limits), as rows arrive.

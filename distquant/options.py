@@ -145,7 +145,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """Options that change the way a load runs, and no bit of the weights that it loads. They are no part of a plan."""
+    """Options that change the way a load runs, and no bit of the weights that it loads. A plan has none of them."""
 
     kernel: str = "auto"
     """Kernels that quantize: `auto`, `reference`, `cpu`, `triton` or `bitsandbytes`. All give the same bits."""
@@ -167,7 +167,7 @@ class RunOptions:
     adapter: str | os.PathLike[str] | bool | None = None
     """Saved PEFT adapter to apply once the model is loaded: its folder, or an id in the Hugging Face cache.
 
-    `False` loads the model alone. One of the two must be given where an adapter lies beside the model, because
+    `False` loads the model alone. One of the two must be given where an adapter is in the model's folder, because
     `transformers` would apply that one.
     """
 

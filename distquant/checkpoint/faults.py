@@ -122,11 +122,6 @@ class Faults:
         """Adds faults that were found before it was known if they matter."""
         self._listed += faults
 
-    def extend(self, other: Faults) -> None:
-        """Adds the faults that were collected separately for one file."""
-        self._listed += other._listed
-        self._counts += other._counts
-
     def raise_if_any(self) -> None:
         """Raises `CheckpointError` with everything collected so far, if there is anything."""
         if self:

@@ -74,7 +74,7 @@ class Merged:
 
     Attributes:
         tensors: the copy of each tensor that counts, in the order of files and offsets.
-        unlisted: tensor that the index does not list -> its file. It is no part of the model.
+        unlisted: tensor that the index does not list -> its file. It does not belong to the model.
         stale: tensor -> the files of further copies, where the index lists another.
         moved: tensor -> the only file that has it, where the index lists another.
         absent: listed tensor that no file has -> the fault, for a model that needs it.

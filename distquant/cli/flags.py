@@ -112,7 +112,7 @@ def add_flags(
         flags = how.pop("flags", ("--" + option.name.replace("_", "-"),))
         group(parser, _title(option.name)).add_argument(*flags, **how)
         if option.name == "adapter":
-            text = "load the model alone, where an adapter lies beside it"
+            text = "load the model alone, where its folder has an adapter as well"
             how = {"dest": "adapter", "action": "store_const", "const": False, "help": text}
             group(parser, _title("adapter")).add_argument("--no-adapter", **how)
     if kind is PlanOptions:

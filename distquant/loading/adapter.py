@@ -39,10 +39,10 @@ def find_adapter(plan: LoadPlan, asked: str | os.PathLike[str] | bool | None) ->
 
     Args:
         plan: of the model.
-        asked: the option: a folder or id, False for none, None if nothing is said.
+        asked: the option: a folder or id, False for none, None if it is not given.
 
     Raises:
-        InputError: nothing is said, and an adapter lies beside the model; or the adapter cannot be applied.
+        InputError: it is not given, and an adapter is in the model's folder; or the adapter cannot be applied.
     """
     if asked is None or asked is False:
         beside = os.path.join(plan.model, ADAPTER_CONFIG)

@@ -40,13 +40,13 @@ def _other_kind(config: Any) -> tuple[str, str] | None:
     kind = getattr(config, "model_type", None)
     if kind is None or kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return None
-    for mapping, (what, builder) in CLASSES.items():
+    for mapping, (described, builder) in CLASSES.items():
         known = getattr(modeling_auto, mapping, {})
         if kind not in known or not hasattr(modeling_auto, builder):
             continue
         names = known[kind]
         name = names if isinstance(names, str) else names[0]
-        fault = f"{name} ({kind}) is {what}, which AutoModelForCausalLM of transformers does not build"
+        fault = f"{name} ({kind}) is {described}, which AutoModelForCausalLM of transformers does not build"
         text = getattr(getattr(config, "text_config", None), "model_type", None)
         if text in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             way = f"Give a checkpoint of its text model alone (model_type {text!r}), or load it with {builder}"

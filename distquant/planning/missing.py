@@ -1,6 +1,6 @@
 """Parameters that a checkpoint seems to lack: where their tensors are instead, and what to do about it.
 
-A cause is told once, however many parameters have it. In this order: the tensors have other names; the index does not
+A cause is one problem, however many parameters have it. In this order: the tensors have other names; the index does not
 list them, or was not read; they are stored in another form; one of two tied tensors is there. What is left is missing.
 """
 
@@ -9,11 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 
-from distquant.errors import Problem, folded
+from distquant.errors import Problem
 from distquant.model import STAR, ModelDescription
 from distquant.planning.described import Described
 
 DOWNLOAD = "Download the checkpoint again, or check that config.json belongs to it"
+
+LISTED = 3
+"""Further parameters that a message names."""
 
 COMPONENTS = re.compile(
     r"(qweight|qzeros|scales|g_idx|weight_packed|weight_shape|weight_scale\w*|weight_zero_point|weight_blocks|weight_scales"
@@ -26,19 +29,22 @@ def missing_problems(described: Described, missing: Sequence[str]) -> Iterator[P
     """Yields the problems of parameters without tensors, one for each cause."""
     description, left = described.description, list(missing)
     for cause in described.elsewhere:
-        told = [name for name in left if _covers(description, cause.tensors, name)]
-        if told:
-            yield cause.problem(told)
-            left = [name for name in left if name not in set(told)]
+        found = [name for name in left if _covers(description, cause.tensors, name)]
+        if found:
+            yield cause.problem(found)
+            left = [name for name in left if name not in set(found)]
     for find in (_in_other_form, _untied):
-        problem, told = find(described, left)
+        problem, found = find(described, left)
         if problem is not None:
             yield problem
-            left = [name for name in left if name not in set(told)]
-    yield from folded(
-        Problem(name, f"the checkpoint has no tensor for it (shape {list(shape_of(description, name))})", DOWNLOAD)
-        for name in left
-    )
+            left = [name for name in left if name not in set(found)]
+    if left:
+        first, *others = left
+        fault = f"the checkpoint has no tensor for it (shape {list(shape_of(description, first))})"
+        if others:
+            names = ", ".join(others[:LISTED]) + (", ..." if len(others) > LISTED else "")
+            fault += f", nor for {len(others):,} more parameters ({names})"
+        yield Problem(first, fault, DOWNLOAD)
 
 
 def _covers(description: ModelDescription, targets: Collection[str], name: str) -> bool:

@@ -113,7 +113,9 @@ def test_load_refuses_before_a_weight_is_read(store, copy_of: Copy, monkeypatch:
     message = rf"^on_unsupported: weights are stored quantized with '{method}'.* \d+ tensors, model\."
     with pytest.raises(InputError, match=message):
         check_supported(plan)
-    monkeypatch.setattr("distquant.loading.loader.build", lambda *_, **__: pytest.fail("the refusal came too late"))
+    monkeypatch.setattr(
+        "distquant.loading.loader.build_for_load", lambda *_, **__: pytest.fail("the refusal came too late")
+    )
     for given in (plan, LoadPlan.from_json(plan.to_json())):
         with pytest.raises(InputError, match=message):
             dq.load(given)

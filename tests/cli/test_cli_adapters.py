@@ -1,0 +1,48 @@
+"""`load` on a folder of a whole model and an adapter asks which is meant, and prints notes after its three lines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runs import Command
+from safetensors.torch import save_file
+
+
+@pytest.fixture
+def folder(kjv_tiny: str, tmp_path: Path) -> Path:
+    """The trained example with an adapter of its first queries."""
+    folder = Path(shutil.copytree(kjv_tiny, tmp_path / "tuned"))
+    size = json.loads((folder / "config.json").read_text())["hidden_size"]
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    save_file(
+        {f"{prefix}A.weight": torch.ones(2, size), f"{prefix}B.weight": torch.ones(size, 2)},
+        folder / "adapter_model.safetensors",
+    )
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 2,
+        "target_modules": "model.layers.0.self_attn.q_proj",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_load_asks(folder: Path, refused: Command) -> None:
+    done = refused("load", folder)
+    assert len(done.problems) == 1
+    assert f"--adapter {folder}" in done.problems[0] and "--no-adapter" in done.problems[0]
+
+
+@pytest.mark.parametrize("flags", [("--no-adapter",), ("--adapter", "FOLDER")])
+def test_either_is_taken(folder: Path, command: Command, flags: tuple[str, ...]) -> None:
+    given = [str(folder) if flag == "FOLDER" else flag for flag in flags]
+    done = command("load", folder, *given, "--prompt", "In the beginning", "--raw")
+    assert done.code == 0, done.err
+    assert "note: beside the model lies an adapter" in done.err
+    plain = "In the beginning" in done.out
+    assert plain and "fingerprint" in done.out
