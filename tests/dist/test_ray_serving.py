@@ -197,6 +197,7 @@ def test_replica_of_serve(kjv_tiny, alone):
 
     before = free_cpus()
     deployment = serve.deployment(ray_actor_options={"num_cpus": 1})(Server)
+    serve.start(proxy_location="Disabled")  # its web server is not what is tested
     handle = serve.run(deployment.bind(kjv_tiny))
     try:
         asked = [handle.remote(prompt) for prompt in PROMPTS * 2]
