@@ -63,8 +63,6 @@ def is_quantized(
     sources, linear = description.sources.get(f"{name}.weight", ()), description.linears[name]
     components = {source.component for source in sources}
     if components - scheme.of_activations - {""}:
-        if linear.experts:
-            return False  # codes without scales in one tensor of all experts: not the method's form
         return True if scheme.can_be_stored(linear) else None
     own = [source for source in sources if not source.component]
     if any(tensors[source.tensor].dtype not in PLAIN_FLOATS for source in own):
