@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import distquant as dq
-from distquant.cli.render import plan_text
 
 path = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent / "models" / "kjv-tiny")
 
 plan = dq.plan(path, quantization_config="nf4-dq", mesh="tp=8", max_memory="24GiB", capability=(8, 0))
-print(plan_text(plan))
+print(plan)
 
 # The plan is data: a digest names it, JSON carries it, and `dq.load(plan)` executes it.
 fullest = max(plan.memory, key=lambda row: row.peak)

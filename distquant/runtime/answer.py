@@ -58,7 +58,7 @@ def generate(model: Any, prompt: str | Sequence[str] | Messages, **kwargs: Any) 
     Raises:
         InputError: `return_dict_in_generate`, which asks for more than text; or messages that the model cannot take.
     """
-    _check_text(kwargs)
+    _check(prompt, kwargs)
     tokenizer = tokenizer_of(model)
     inputs, kwargs, start = _prepared(model, tokenizer, prompt, kwargs)
     output = model.generate(**inputs, **kwargs)
@@ -88,7 +88,7 @@ def answer(
     Raises:
         InputError: messages that the model cannot take, or options that give more than one text.
     """
-    _check_text(kwargs)
+    _check(prompt, kwargs)
     if not isinstance(prompt, str) and not is_messages(prompt):
         raise InputError.one("prompt", "one answer comes in pieces, not a batch", "Give one prompt, or messages")
     for option in ("num_return_sequences", "num_beams"):
@@ -214,7 +214,11 @@ def template_inputs(tokenizer: Any, messages: Messages) -> Any:
         raise InputError.one("messages", fault, "Give a prompt, a text that the model continues")
     try:
         return tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            [dict(message) for message in messages],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            tokenizer_kwargs={"verbose": False},  # the context's end has a message of its own
         )
     except (TemplateError, TypeError) as error:
         fault = f"the model's chat template does not take them ({one_line(error)})"
@@ -229,8 +233,6 @@ def context_length(model: Any) -> int | None:
 
 def _prepared(model: Any, tokenizer: Any, prompt: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], int]:
     """Returns inputs and options of `generate`, and the tokens of its output that are not part of the answer."""
-    if not isinstance(prompt, str) and not len(prompt):
-        raise InputError.one("prompt", "an empty list", "Give a prompt, or messages")
     if (kwargs.get("generation_config") or model.generation_config).stop_strings or kwargs.get("stop_strings"):
         kwargs = {"tokenizer": tokenizer, **kwargs}
     if not is_messages(prompt):
@@ -239,11 +241,8 @@ def _prepared(model: Any, tokenizer: Any, prompt: Any, kwargs: dict[str, Any]) -
     inputs = template_inputs(tokenizer, prompt).to(model.device)
     length = inputs["input_ids"].shape[1]
     room = _room(model, length)
-    wanted = _wanted(model, kwargs)
-    if wanted is not None and (room is None or wanted <= room):
-        kwargs = {**kwargs, "max_new_tokens": wanted}
-    elif wanted is not None:
-        kwargs = {**kwargs, "max_new_tokens": room}
+    if (wanted := _wanted(model, kwargs)) is not None:
+        kwargs = {**kwargs, "max_new_tokens": wanted if room is None else min(wanted, room)}
     return inputs, kwargs, length
 
 
@@ -280,7 +279,9 @@ def _end(model: Any, new: list[int], length: int, given: dict[str, Any]) -> End:
     return End.LENGTH if len(new) == given.get("max_new_tokens") else End.STOPPED
 
 
-def _check_text(kwargs: dict[str, Any]) -> None:
+def _check(prompt: Any, kwargs: dict[str, Any]) -> None:
+    if not isinstance(prompt, str) and not len(prompt):
+        raise InputError.one("prompt", "an empty list", "Give a prompt, or messages")
     if kwargs.get("return_dict_in_generate"):
         fix = "Use call(function), where the function calls model.generate and returns what it needs"
         raise InputError.one("return_dict_in_generate", "the answer of generate is text", fix)

@@ -11,13 +11,20 @@ import pytest
 COMMANDS = pytest.mark.parametrize("name", ["plan", "load"])
 
 
-@dataclass(frozen=True)
+STATUS = re.compile(r"^(status|loading): [^\n]*\n", re.MULTILINE)
+"""What a command says on standard error about work that takes more than two seconds, which it may here."""
+
+
+@dataclass
 class Run:
-    """A finished command."""
+    """A finished command; `err` leaves out what it said while it worked."""
 
     code: int
     out: str
     err: str
+
+    def __post_init__(self) -> None:
+        self.err = STATUS.sub("", self.err)
 
     @property
     def message(self) -> str:

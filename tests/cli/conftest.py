@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cli_runs import Command, Run
-
-STATUS = re.compile(r"^status: [^\n]*\n", re.MULTILINE)
-"""What a command says on standard error about work that takes more than two seconds, which it may here."""
 
 
 @pytest.fixture
@@ -29,7 +25,7 @@ def command(capfd: pytest.CaptureFixture[str], workdir: Path) -> Command:
             assert isinstance(end.code, int)
             code = end.code
         out, err = capfd.readouterr()
-        return Run(code, out, STATUS.sub("", err))
+        return Run(code, out, err)
 
     return run
 

@@ -73,7 +73,7 @@ LOADS = {
 """The load, what runs it, and its ranks."""
 
 
-@pytest.mark.parametrize("runtime", LOADS)
+@pytest.mark.parametrize("runtime", ["local", "torchrun", pytest.param("ray", marks=pytest.mark.wide)])
 def test_a_terminal_shows_every_rank(kjv_tiny, tmp_path, runtime):
     load, command, count = LOADS[runtime]
     (tmp_path / "script.py").write_text(SCRIPT.replace("{load}", load))

@@ -88,6 +88,7 @@ def test_every_option_is_documented() -> None:
 COMMANDS = {
     "plan": PLAN,
     "load": {**LOAD, **RUN},
+    "chat": {**LOAD, **RUN},
     "verify": {**without(LOAD, "device_map"), **RUN},
     "perplexity": {**LOAD, **RUN},
     "demo": without(LOAD, "device_map"),

@@ -67,7 +67,9 @@ def load(folder: Path, kind: str, model: str, *quants: str) -> tuple[list[str], 
     return done.stdout.split(), done.stderr
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    "library", [pytest.param(name, marks=() if name == "bitsandbytes" else pytest.mark.wide) for name in LIBRARIES]
+)
 def test_a_load_prints_nothing(kjv_tiny: str, tmp_path: Path, library: str) -> None:
     quants = LIBRARIES[library]
     fingerprints, error = load(tmp_path, "local", kjv_tiny, *quants)
@@ -75,6 +77,7 @@ def test_a_load_prints_nothing(kjv_tiny: str, tmp_path: Path, library: str) -> N
     assert len(fingerprints) == len(quants), "the fingerprints alone"
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", ["torchrun", "ray"])
 def test_a_load_onto_ranks_prints_nothing(kjv_tiny: str, tmp_path: Path, kind: str) -> None:
     fingerprints, error = load(tmp_path, kind, kjv_tiny, "int8")
