@@ -267,7 +267,8 @@ def test_doctor_tells_what_this_machine_can_run(command: Command) -> None:
 
     done = command("doctor")
     assert (done.code, done.err) == (0, "")
-    assert row(done.out, "torch") == ["torch", torch.__version__.partition("+")[0]]
+    # Builds for one kind of device say so behind a "+", some only in one of the two places.
+    assert [name.partition("+")[0] for name in row(done.out, "torch")] == ["torch", torch.__version__.partition("+")[0]]
     assert row(done.out, "none") == ["none", "none", "no", "yes", "yes", "yes", "plain", "adapters", "ready"]
     assert row(done.out, "bitsandbytes_4bit") == [
         "bitsandbytes_4bit", "nf4, nf4-dq, fp4, fp4-dq", "yes", "yes", "yes", "yes", "quantized", "adapters", "ready"

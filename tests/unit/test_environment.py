@@ -14,7 +14,9 @@ from distquant.environment import Environment, cpu_limit, installed, rank_thread
 
 
 def test_installed_reads_versions_and_imports_nothing():
-    assert installed("torch") == torch.__version__.partition("+")[0]  # CUDA builds add it to one of the two alone
+    found = installed("torch")
+    assert found is not None
+    assert found.partition("+")[0] == torch.__version__.partition("+")[0]  # CUDA builds add it to one of the two alone
     assert installed("no-such-package-of-ours") is None
     before = set(sys.modules)
     installed("pip")

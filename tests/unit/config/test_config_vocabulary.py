@@ -25,9 +25,9 @@ SHORT = [name for cls in CONFIG_CLASSES for name in cls.short_names]
 def test_the_short_names_that_the_design_lists():
     assert SHORT == [
         "none", "nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "gptq-rtn", "gptq-rtn-g64", "gptq-rtn-g32", "awq-rtn",
-        "awq-rtn-g64", "awq-rtn-g32", "fp8", "fp8-tensor", "mxfp8", "fbgemm_fp8", "int4", "int4-g64", "int4-g32",
-        "fp8-row", "torchao-int8", "torchao-int4", "torchao-fp8", "hqq", "hqq-g128", "hqq-g32", "quanto-int8",
-        "quanto-int4", "mxfp4", "nvfp4",
+        "awq-rtn-g64", "awq-rtn-g32", "int4", "int4-g64", "int4-g32", "fp8-row", "fp8", "fp8-tensor", "mxfp8", "mxfp4",
+        "fbgemm_fp8", "quanto-int8", "quanto-int4", "torchao-int8", "torchao-int4", "torchao-fp8", "hqq", "hqq-g128",
+        "hqq-g32", "nvfp4",
     ]  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def test_larger_tp_and_other_methods_that_are_offered_fit(model_of) -> None:
 def test_a_smaller_load_buffer_that_is_offered_fits(kjv_tiny: str) -> None:
     text = refusal(kjv_tiny, max_memory="40MiB", context=8)
     assert "load buffer" in text
-    staging, _ = change(text, "staging")
+    staging, _ = change(text, r"load buffer \(staging\)")
     assert dq.plan(kjv_tiny, max_memory="40MiB", context=8, staging=staging).fits() is True
 
 
