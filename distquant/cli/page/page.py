@@ -48,7 +48,7 @@ def plan_html(plan: LoadPlan) -> str:
             "main",
             answer_section(plan, limit),
             notes_section(plan),
-            _part("memory", "Memory of each rank", memory_bars(ranks, limit)),
+            _part("memory", "Memory of each rank", memory_bars(plan, ranks, limit)),
             _part("mesh", "Mesh", tag("div", mesh_picture(plan) or "", _mesh_text(plan), class_="beside")),
             _part("layers", "Layers", layers) if layers else "",
             _part(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from distquant.cli.page.folding import TensorGroup
 from distquant.cli.page.markup import Html, cell, table, tag
+from distquant.cli.page.memory import needed
 from distquant.cli.page.weights import division, storage
 from distquant.planning import LoadPlan
 from distquant.planning.read_strategy import OWN, SCATTER, SHARED
@@ -56,7 +57,7 @@ def _folded(
 
 
 def _ranks(plan: LoadPlan) -> Html:
-    sizes = ("to read", "quantized", "unquantized", "load buffer", "at most")
+    sizes = ("to read", "quantized", "unquantized", "to load", "to generate")
     header = ("rank", "position", "node", "parameters", *sizes, "heads")
     rows = [
         (
@@ -68,10 +69,13 @@ def _ranks(plan: LoadPlan) -> Html:
             ),
             plan.nodes[m.rank],
             f"{m.parameters:,}",
-            *(cell(format_bytes(size), size) for size in (m.read, m.quantized, m.unquantized, m.staging, m.peak)),
+            *(
+                cell(format_bytes(size), size)
+                for size in (m.read, m.quantized, m.unquantized, rank.loading, rank.generating)
+            ),
             heads_of(plan, m.rank),
         )
-        for m in plan.memory[:MOST_RANKS]
+        for m, rank in zip(plan.memory[:MOST_RANKS], needed(plan), strict=False)
     ]
     title = "Ranks" if len(plan.memory) <= MOST_RANKS else f"Ranks: the first {MOST_RANKS:,} of {len(plan.memory):,}"
     return _folded(title, header, rows, ("rank", "node", "parameters", *sizes))

@@ -138,20 +138,23 @@ def test_the_mesh_shows_every_rank_once(kjv_tiny: str) -> None:
 
 def widths(plan: LoadPlan) -> dict[str, float]:
     """Per cent of the bar of the first group of ranks, by kind."""
-    picture = memory_bars(fold_ranks(plan), limit_of(plan))
+    picture = memory_bars(plan, fold_ranks(plan), limit_of(plan))
     bar = picture[picture.index('class="bar"') :]
     return {kind: float(width) for kind, width in re.findall(r'<rect class="(\w+)" x="[\d.]+%" width="([\d.]+)%"', bar)}
 
 
 def test_memory_is_drawn_against_the_limit(kjv_tiny: str) -> None:
     plan = dq.plan(kjv_tiny, quantization_config="nf4", mesh="tp=2", max_memory="2GiB")
-    row, whole = plan.memory[0], 2 << 30
+    row, whole, (device, *_) = plan.memory[0], 2 << 30, plan.memory_for()
+    assert 0 in device.ranks
     assert widths(plan) == pytest.approx(
         {
             "quantized": 100 * row.quantized / whole,
             "unquantized": 100 * row.unquantized / whole,
-            "buffer": 100 * row.staging / whole,
-            "free": 90 - 100 * row.peak / whole,
+            "cache": 100 * device.cache / whole,
+            "activations": 100 * device.activations / whole,
+            "buffer": 100 * (device.loading - device.generating) / whole,
+            "free": 90 - 100 * device.needed / whole,
             "reserved": 10,  # bitsandbytes methods leave a tenth
         },
         abs=0.01,
@@ -163,7 +166,7 @@ def test_memory_is_drawn_against_the_limit(kjv_tiny: str) -> None:
 def test_what_does_not_fit_is_drawn_past_the_limit(kjv_tiny: str, share: float) -> None:
     """The command raises the error instead; a plan of an earlier version, or another machine's, may be so."""
     plan = dq.plan(kjv_tiny, quantization_config="nf4", mesh="tp=2", max_memory="2GiB")
-    memory = int(plan.memory[0].peak / share)
+    memory = int(max(device.needed for device in plan.memory_for()) / share)
     short = dataclasses.replace(plan, environment=dataclasses.replace(plan.environment, memory=memory))
     kind, verdict, numbers = answer(short, limit_of(short))
     assert (kind, verdict) == ("no", "It does not fit")
@@ -177,7 +180,9 @@ def test_without_a_limit_the_page_says_so(kjv_tiny: str) -> None:
     plan = dq.plan(kjv_tiny, mesh="tp=2")
     assert limit_of(plan) is None
     assert answer(plan, None)[0] == "unknown"
-    assert set(widths(plan)) == {"unquantized", "buffer"}
+    assert set(widths(plan)) == {"unquantized", "cache", "activations", "buffer"}
+    from_json = dq.LoadPlan.from_json(plan.to_json())
+    assert set(widths(from_json)) == {"unquantized", "buffer"}
     placed = dq.plan(kjv_tiny, device_map={"": "cuda:0"}, max_memory={"cuda:0": "1GiB"})
     assert limit_of(placed) is None
     assert "device map" in answer(placed, None)[2]
