@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import signal
@@ -63,14 +64,16 @@ def test_a_conversation_and_its_commands(model: str, chat: Command) -> None:
     assert "unknown command /answer. There are /reset, /exit and /help" in done.err
 
 
-@pytest.mark.parametrize("runtime", ["local", "torchrun", RAY])
+@pytest.mark.parametrize("runtime", ["local", pytest.param("torchrun", marks=pytest.mark.wide), RAY])
 def test_answers_stream_and_interrupts_end_them_and_then_the_chat(model: str, runtime: str) -> None:
     """Every wait here is for what the chat writes: an answer is interrupted while it is on its way."""
     where = [] if runtime == "local" else ["--mesh", "tp=2", "--runtime", runtime]
     command = [sys.executable, "-m", "distquant", "chat", model, *GREEDY, "--threads", "1", *where]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*command, "--max-new-tokens", "900"], env=environment, bufsize=0, **pipes) as run:  # type: ignore[call-overload]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # Processes that run tests side by side ignore Ctrl-C, and what they start would, too.
+    pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen([*command, "--max-new-tokens", "900"], env=environment, bufsize=0, **pipes) as run:
         try:
             seen = talk_and_interrupt(run)
             errors = run.stderr.read().decode()
