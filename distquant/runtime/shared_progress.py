@@ -6,9 +6,10 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _get_default_group, _get_default_store
 
 from distquant.options import LoadProgress
 from distquant.progress import Viewer
@@ -16,8 +17,8 @@ from distquant.progress import Viewer
 EVERY = 0.5
 """Seconds between two messages of a rank."""
 
-_loads: Iterator[int] = itertools.count()
-"""Numbers the loads of this process; all ranks load in the same order."""
+_loads: WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = WeakKeyDictionary()
+"""Numbers the loads in a process group; its ranks load in the same order, whatever each did in an earlier group."""
 
 
 class SharedProgress:
@@ -31,7 +32,8 @@ class SharedProgress:
 
     def __init__(self, viewer: Viewer | None):
         self.rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._store = dist.PrefixStore(f"distquant/progress/{next(_loads)}", _get_default_store())
+        number = next(_loads.setdefault(_get_default_group(), itertools.count()))
+        self._store = dist.PrefixStore(f"distquant/progress/{number}", _get_default_store())
         self._last, self._shown = 0.0, viewer is not None
         self._asked = self._shown
         if viewer is not None:

@@ -48,10 +48,9 @@ STORED += ["compressed_tensors/int8-naive", "compressed_tensors/int8-w8a8", "com
 STORED += ["compressed_tensors/unquantized", "fp8/deepseek-v3", "fp8/tensor", "fp8/ue8m0", "mxfp8", "torchao/fp8-row"]
 STORED += ["torchao/fp8-tensor", "torchao/int4-group", "torchao/int8-row", "torchao/int8-tensor"]
 """Checkpoints of other tools that transformers reads here."""
-STORED_REFUSED = ["compressed_tensors/int4-zeros", "hqq/2-bits-strided", "hqq/4-bits", "quanto/float8", "quanto/int2"]
-STORED_REFUSED += ["quanto/int4", "quanto/int8"]
-STORED_ELSEWHERE = ["auto_round/auto_gptq", "awq/gemm", "fbgemm_fp8", "gptq/v1-4bit", "gptq/v2-3bit-act-order"]
-"""Those that it reads with other packages or a GPU only: distquant reads back what it saves."""
+STORED_REFUSED = ["hqq/2-bits-strided", "hqq/4-bits", "quanto/float8", "quanto/int2", "quanto/int4", "quanto/int8"]
+STORED_ELSEWHERE = ["compressed_tensors/int4-zeros", "auto_round/auto_gptq", "awq/gemm", "fbgemm_fp8", "gptq/v1-4bit", "gptq/v2-3bit-act-order"]
+"""Those that it reads with other packages, a GPU, or `run_compressed=False` only: distquant reads back what it saves."""
 
 
 def test_every_stored_checkpoint_is_listed():

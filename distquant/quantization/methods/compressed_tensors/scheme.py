@@ -305,11 +305,6 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
             module.take({SHAPE: torch.empty(2, dtype=torch.int64, device="meta")})
         return module
 
-    def unsaved(self, model: nn.Module) -> str | None:
-        if any(stored.packed_zero and not stored.weights.symmetric for stored in self._storages.values()):
-            return "transformers reads no packed zero points (5.23 expects others, and ends with an error)"
-        return None
-
     def finish_model(self, model: Any) -> None:
         """Sets what `from_pretrained` leaves on a model; without the library, the configuration as a dict."""
         from transformers.utils import is_compressed_tensors_available
