@@ -113,7 +113,9 @@ class LiveTerminal:
         return live
 
     def end_load(self, view: View) -> None:
-        pass
+        """Draws how far the ranks came, though a quick load ended between two drawings."""
+        if self._live is not None and view.snapshot is not None:
+            self._live.update(rendered(view, self._live.console.width), refresh=True)
 
     def close(self) -> None:
         if self._live is not None:
