@@ -155,7 +155,7 @@ def _problems(arguments: argparse.Namespace) -> Iterator[Problem]:
     try:
         replicas = Mesh.parse(arguments.mesh).dp
     except InputError:
-        replicas = 1  # told with the runtime
+        replicas = 1  # an invalid mesh is reported with the runtime
     if replicas > 1:
         fault = f"{arguments.mesh} makes {replicas} replicas of the model, and one conversation needs one"
         yield Problem("mesh", fault, "Use tp or ep alone")
