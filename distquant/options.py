@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from distquant.errors import InputError, Problems
 from distquant.kernels.choice import Kernel
+from distquant.outputs import output_problem
 from distquant.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -179,8 +180,8 @@ class RunOptions:
                 problems.add(name, f"unknown value {getattr(self, name)!r}", f"Choose one of: {', '.join(known)}")
         if self.trace is not None:
             object.__setattr__(self, "trace", os.fspath(self.trace))
-            if not os.path.isdir(os.path.dirname(os.path.abspath(self.trace))):
-                problems.add("trace", f"{self.trace}: the folder does not exist", "Give a file in a folder that exists")
+            if (problem := output_problem("trace", self.trace)) is not None:
+                problems.extend([problem])
         if self.timeout is not None and not self.timeout > 0:
             problems.add("timeout", f"invalid timeout {self.timeout}", "Give a number of seconds above 0")
         named = isinstance(self.adapter, (str, os.PathLike)) and os.fspath(self.adapter)

@@ -18,6 +18,7 @@ from distquant.checkpoint.index import INDEX_NAME, Merged, merge, read_index
 from distquant.checkpoint.locate import locate
 from distquant.checkpoint.sidecar_configs import add_sidecar, read_config
 from distquant.dtypes import STORED_FLOATS
+from distquant.stamps import Stamp
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class Checkpoint:
     def digests(self) -> dict[str, tuple[str, int]]:
         """File name -> (SHA-256 of its header, file size in bytes): equal on two machines if the headers are."""
         return {shard.name: (shard.digest, shard.size) for shard in self.shards}
+
+    def stamps(self) -> dict[str, Stamp]:
+        """File name -> what the system said of it when its header was read; of this machine and moment alone."""
+        return {shard.name: shard.stamp for shard in self.shards}
 
 
 def open_checkpoint(

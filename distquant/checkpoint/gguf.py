@@ -19,6 +19,7 @@ from typing import Any
 from distquant.checkpoint.faults import Faults, HeaderFault, shown
 from distquant.checkpoint.headers import MAX_U64, ShardHeader, TensorInfo
 from distquant.files import open_file
+from distquant.stamps import Stamp
 
 SUFFIX = ".gguf"
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -135,13 +136,13 @@ def parse_gguf(path: str | os.PathLike[str], name: str, faults: Faults) -> GgufH
     """Reads and checks a file's header; returns None after adding a problem to `faults`."""
     try:
         with os.fdopen(open_file(path), "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
+            stamp = Stamp.of(file.fileno())
             wanted = FIRST_READ
             while True:
                 file.seek(0)
-                data = _read(file, min(wanted, size))
+                data = _read(file, min(wanted, stamp.size))
                 try:
-                    return _header(data, size, name)
+                    return _header(data, stamp, name)
                 except _Short:
                     # The format does not give the header's length. Reading four times as much again from the start
                     # costs at most a third more than the last read, and the parser needs no state.
@@ -165,7 +166,8 @@ def _read(file: Any, count: int) -> bytes:
     return bytes(data)
 
 
-def _header(data: bytes, size: int, name: str) -> GgufHeader:
+def _header(data: bytes, stamp: Stamp, name: str) -> GgufHeader:
+    size = stamp.size
     cursor = _Cursor(data, size)
     if size < 4 or cursor.take(4) != MAGIC:
         raise _Bad(HeaderFault.BAD_ENTRY, f"starts with {shown(data[:4])}, not with {MAGIC!r}")
@@ -183,7 +185,7 @@ def _header(data: bytes, size: int, name: str) -> GgufHeader:
     start = -(-cursor.position // alignment) * alignment
     infos, types = _placed(entries, start, alignment, size, name)
     digest = hashlib.sha256(data[: cursor.position]).hexdigest()
-    shard = ShardHeader(name=name, size=size, digest=digest, tensors=infos, metadata={})
+    shard = ShardHeader(name=name, size=size, digest=digest, tensors=infos, metadata={}, stamp=stamp)
     parts, part = max(values.get("split.count", 1), 1), values.get("split.no", 0)
     return GgufHeader(shard, types, values.get("general.architecture", ""), parts, part)
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from distquant.checkpoint.faults import Faults, HeaderFault, shown
 from distquant.dtypes import DTYPE_BITS
 from distquant.files import open_file
+from distquant.stamps import Stamp
 
 MAX_HEADER_BYTES = 100_000_000  # `MAX_HEADER_SIZE` of safetensors' tensor.rs
 LENGTH_BYTES = 8
@@ -55,6 +56,7 @@ class ShardHeader:
         digest: SHA-256 (hex) of the header, its 8 length bytes included.
         tensors: all tensors, by rising offset.
         metadata: the strings of `__metadata__`.
+        stamp: what the system said of the file right before its header was read.
     """
 
     name: str
@@ -62,6 +64,7 @@ class ShardHeader:
     digest: str
     tensors: tuple[TensorInfo, ...]
     metadata: dict[str, str]
+    stamp: Stamp = field(compare=False)
 
 
 def read_header(path: str | os.PathLike[str], name: str) -> ShardHeader:
@@ -86,7 +89,7 @@ def parse_file(path: str | os.PathLike[str], name: str, faults: Faults) -> Shard
         return None
     if read is None:
         return None
-    size, raw = read
+    stamp, raw = read
     document = _parse_json(raw[LENGTH_BYTES:], name, faults)
     if document is None:
         return None
@@ -95,15 +98,17 @@ def parse_file(path: str | os.PathLike[str], name: str, faults: Faults) -> Shard
     tensors = sorted((entry for entry in entries if entry is not None), key=lambda t: (t.offset, t.nbytes))
     # Without the bytes of an invalid entry the file seems to have a hole. That is not a second problem, so holes are
     # looked for only if every entry is valid.
-    _check_layout(tensors, len(tensors) == len(entries), len(raw), size, name, faults)
+    _check_layout(tensors, len(tensors) == len(entries), len(raw), stamp.size, name, faults)
     digest = hashlib.sha256(raw).hexdigest()
-    return ShardHeader(name=name, size=size, digest=digest, tensors=tuple(tensors), metadata=metadata)
+    return ShardHeader(
+        name=name, size=stamp.size, digest=digest, tensors=tuple(tensors), metadata=metadata, stamp=stamp
+    )
 
 
-def _read_raw(path: str | os.PathLike[str], name: str, faults: Faults) -> tuple[int, bytes] | None:
-    """Reads the file's size, and the header's bytes with their length prefix."""
+def _read_raw(path: str | os.PathLike[str], name: str, faults: Faults) -> tuple[Stamp, bytes] | None:
+    """Reads the file's stamp, and then the header's bytes with their length prefix."""
     with os.fdopen(open_file(path), "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
+        stamp = Stamp.of(file.fileno())
         prefix = file.read(LENGTH_BYTES)
         if len(prefix) < LENGTH_BYTES:
             reason = f"is {len(prefix)} bytes long, and the header's length alone takes {LENGTH_BYTES}"
@@ -119,10 +124,10 @@ def _read_raw(path: str | os.PathLike[str], name: str, faults: Faults) -> tuple[
         while len(raw) < LENGTH_BYTES + length and (chunk := file.read(LENGTH_BYTES + length - len(raw))):
             raw += chunk
     if len(raw) < LENGTH_BYTES + length:
-        reason = f"header of {length} bytes in a file of {size} bytes"
+        reason = f"header of {length} bytes in a file of {stamp.size} bytes"
         faults.add(HeaderFault.HEADER_TOO_LONG_FOR_FILE, name, reason)
         return None
-    return size, bytes(raw)
+    return stamp, bytes(raw)
 
 
 def _parse_json(raw: bytes, name: str, faults: Faults) -> dict[str, Any] | None:

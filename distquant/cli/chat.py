@@ -12,7 +12,6 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from distquant.cli import launch
 from distquant.cli.link import Link, Remote, answer_questions, receive
 from distquant.cli.ranks import Ranks
 from distquant.errors import InputError, Problem
+from distquant.outputs import temporary_folder
 from distquant.progress import first_rank, give_back, handed_over, working
 from distquant.runtime.answer import Answer, End, Messages, answer, has_template, template_inputs
 from distquant.sharding.mesh import Mesh
@@ -277,7 +277,7 @@ def _interruptible(model: Model) -> Iterator[None]:
 def _listener() -> Iterator[socket.socket]:
     """Opens the socket at which rank 0 reports, in a folder that only this user can enter."""
     with (
-        tempfile.TemporaryDirectory(prefix="distquant-") as folder,
+        temporary_folder() as folder,
         socket.socket(socket.AF_UNIX) as listener,
     ):
         path = os.path.join(folder, "talk")

@@ -11,31 +11,29 @@ from distquant.api import plan as make
 from distquant.cli import launch, render, terminal
 from distquant.cli.page import plan_html
 from distquant.cli.ranks import Handled
-from distquant.errors import CheckFailed, InputError
+from distquant.errors import CheckFailed, InputError, Problems
 from distquant.files import TEXT_BYTES, read_text
-from distquant.loading.report import write_report
+from distquant.loading.report import report_text
+from distquant.outputs import output_problem, write_output
 from distquant.progress import first_rank, working
 from distquant.runtime.query import Outcome, Query
 from distquant.tables import printable
 
 
 def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
-    _check_output("--json", arguments.json)
-    _check_output("--html", arguments.html)
+    _check_outputs(("--json", arguments.json), ("--html", arguments.html))
     with working("planning"):
         plan = make(arguments.model, **launch.load_options(arguments, arguments.mesh))
     print(plan)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            file.write(plan.to_json() + "\n")
-    if arguments.html:
-        with open(arguments.html, "w", encoding="utf-8") as file:
-            file.write(plan_html(plan))
+    if arguments.json is not None:
+        write_output("--json", arguments.json, plan.to_json() + "\n")
+    if arguments.html is not None:
+        write_output("--html", arguments.html, plan_html(plan))
     return 0
 
 
 def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
-    _check_output("--report", arguments.report)
+    _check_outputs(("--report", arguments.report))
     limit = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
     query = Query(prompt=arguments.prompt, raw=arguments.raw, generate=limit)
     outcome = _run(arguments, argv, query, arguments.mesh)
@@ -46,8 +44,8 @@ def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
         print(f"note: {printable(note)}", file=sys.stderr)
     if outcome.answer is not None:
         print(f"\n{render.answer_text(outcome)}")
-    if arguments.report:
-        write_report(outcome.report, arguments.report)
+    if arguments.report is not None:
+        write_output("--report", arguments.report, report_text(outcome.report))
     return 0
 
 
@@ -139,17 +137,17 @@ def _without(argv: list[str], options: tuple[str, ...]) -> list[str]:
     return kept
 
 
-def _check_output(option: str, path: str | None) -> None:
-    """Raises `InputError` if a file could not be written at the end, before the work is done in vain."""
-    if path is None:
-        return
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path):
-        raise InputError.one(option, f"{path} is a folder", "Give the name of a file")
-    if not os.path.isdir(folder):
-        raise InputError.one(option, f"the folder {folder} does not exist", "Create it, or give another path")
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise InputError.one(option, f"{path} cannot be written", "Check its permissions, or give another path")
+def _check_outputs(*given: tuple[str, str | None]) -> None:
+    """Raises `InputError` if files could not be written at the end, before the work is done in vain.
+
+    Args:
+        given: options and their paths.
+    """
+    problems = Problems()
+    for option, path in given:
+        if path is not None and (problem := output_problem(option, path)) is not None:
+            problems.extend([problem])
+    problems.raise_if_any()
 
 
 def _read_text(path: str) -> str:

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from distquant.cli.ranks import STARTED_HERE
 from distquant.environment import is_rank, rank_threads
 from distquant.errors import DistquantError, InputError, Problem, Problems, RankError
 from distquant.options import PlanOptions, RunOptions
+from distquant.outputs import temporary_folder, write_output
 from distquant.planning.validation import check_supported
 from distquant.progress import give_back, handed_over, status
 from distquant.runtime.measure import check_rank_count
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, argv: list[str], query: Query, mesh: str 
         return perform(load_here(arguments, mesh, "local"), query, "local")
     if is_launched():
         return _as_rank(arguments, query, mesh)
-    with tempfile.TemporaryDirectory(prefix="distquant-") as folder:
+    with temporary_folder() as folder:
         path = os.path.join(folder, "outcome.json")
         with handed_over(), started_ranks(arguments, argv, mesh, size, {OUTCOME: path}) as started:
             started.wait()
@@ -161,8 +161,7 @@ def _as_rank(arguments: argparse.Namespace, query: Query, mesh: str | None) -> O
     if os.environ["RANK"] != "0":
         return None
     if OUTCOME in os.environ:
-        with open(os.environ[OUTCOME], "w") as file:
-            json.dump(outcome.to_dict(), file)
+        write_output("TMPDIR", os.environ[OUTCOME], json.dumps(outcome.to_dict()))
         give_back()
         return None
     return outcome
@@ -205,7 +204,7 @@ def started_ranks(
     status(f"starting {size} ranks")
     threads = arguments.threads or rank_threads(size)
     own = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
-    with tempfile.TemporaryDirectory(prefix="distquant-") as folder:
+    with temporary_folder() as folder:
         own[STARTED_HERE] = folder
         try:
             with ranks.started(argv, size, {**own, **environment}) as started:
@@ -255,8 +254,11 @@ def report(error: DistquantError | str, prefix: str = "") -> None:
     """
     if started_here():
         problems = [dataclasses.astuple(problem) for problem in getattr(error, "problems", ())]
-        with open(os.path.join(os.environ[STARTED_HERE], f"{int(os.environ['RANK']):06}.json"), "w") as file:
-            json.dump({"prefix": prefix, "problems": problems, "text": str(error)}, file)
+        left = json.dumps({"prefix": prefix, "problems": problems, "text": str(error)})
+        try:
+            write_output("TMPDIR", os.path.join(os.environ[STARTED_HERE], f"{int(os.environ['RANK']):06}.json"), left)
+        except InputError:  # no room for it there: said here, though others draw on the same terminal
+            terminal.show_error(error, prefix)
         return
     if is_launched() and os.environ["RANK"] != "0" and sys.stderr.isatty():
         time.sleep(LAST_DRAWING)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distquant.checkpoint import ADAPTER_CONFIG
+from distquant.checkpoint import ADAPTER_CONFIG, CheckpointError, read_header
 from distquant.checkpoint.locate import locate
 from distquant.errors import InputError, Problem, one_line
 from distquant.files import CONFIG_BYTES, check_file, read_file
@@ -61,9 +61,14 @@ def find_adapter(plan: LoadPlan, asked: str | os.PathLike[str] | bool | None) ->
 def _problems(folder: Path, plan: LoadPlan) -> Iterator[Problem]:
     """Yields reasons why an adapter cannot be applied to the model of a plan."""
     try:
-        config = json.loads(read_file(folder / ADAPTER_CONFIG, CONFIG_BYTES))
-        check_file(folder / WEIGHTS, None)
-    except (OSError, ValueError) as error:
+        config = _read_config(folder)
+        check_file(folder / WEIGHTS)
+        read_header(folder / WEIGHTS, WEIGHTS)
+    except CheckpointError as error:
+        for problem in error.problems:
+            yield Problem("adapter", f"{folder}/{problem.where}: {problem.what}", "Copy or download the adapter again")
+        return
+    except (OSError, ValueError, RecursionError) as error:
         fault = f"{folder} holds no adapter that can be read ({one_line(error)})"
         yield Problem("adapter", fault, f"Give a folder with {ADAPTER_CONFIG} and {WEIGHTS}, as PEFT saves them")
         return
@@ -71,7 +76,7 @@ def _problems(folder: Path, plan: LoadPlan) -> Iterator[Problem]:
         import peft  # noqa: F401
     except ImportError:
         yield Problem("environment", "peft is not installed, an adapter needs it", "Run: pip install 'peft>=0.21'")
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    kind = config.get("peft_type")
     if plan.mesh.tp * plan.mesh.ep > 1 and kind != "LORA":
         fault = f"{folder} is of type {kind!r}, and under {plan.mesh} only LoRA is supported"
         yield Problem("adapter", fault, "Load it in one process, without a mesh")
@@ -80,6 +85,15 @@ def _problems(folder: Path, plan: LoadPlan) -> Iterator[Problem]:
         yield Problem("adapter", fault, "Give one device, or a mesh")
     elif plan.device_map is not None and "disk" in plan.device_map.values():
         yield Problem("adapter", "an adapter cannot be applied to modules on disk", "Give a device, or a mesh")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Returns PEFT's configuration of an adapter; raises OSError, or ValueError for what is no JSON object."""
+    config = json.loads(read_file(folder / ADAPTER_CONFIG, CONFIG_BYTES))
+    if not isinstance(config, dict):
+        raise ValueError(f"{ADAPTER_CONFIG} holds a JSON {type(config).__name__}, not an object")
+    config.pop("runtime_config", None)  # PEFT ignores it, too
+    return config
 
 
 def apply_adapter(model: Any, plan: LoadPlan, tp: int, folder: Path) -> None:
@@ -95,19 +109,22 @@ def apply_adapter(model: Any, plan: LoadPlan, tp: int, folder: Path) -> None:
         InputError: PEFT cannot put it on this model, or its tensors are not those of these modules.
     """
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        # From bytes that were read here: the libraries would wait for a pipe, and die of a file that is cut short.
+        config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**_read_config(folder)))
         config.inference_mode = True
-        tensors = load_file(folder / WEIGHTS)
+        size = read_header(folder / WEIGHTS, WEIGHTS).size
+        tensors = load(read_file(folder / WEIGHTS, size))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a lora_dropout that is without effect
             inject_adapter_in_model(config, model, "default")
             known = dict(model.named_parameters())
             own = {name: _part(name, value, plan, tp) for name, value in tensors.items()}
             result = set_peft_model_state_dict(model, own, "default")
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
         fix = "Check that the adapter was made for this model"
         raise InputError.one("adapter", f"{folder} cannot be applied ({one_line(error)})", fix) from error
     _check_complete(folder, known, result)

@@ -24,7 +24,7 @@ from distquant.loading.finish import check_complete, fill_computed_buffers, fini
 from distquant.loading.forward import check_forward, set_forward
 from distquant.loading.local_modules import shard_experts, shard_modules
 from distquant.loading.node_tasks import buffer_for, tasks_of
-from distquant.loading.planned_files import open_planned
+from distquant.loading.planned_files import check_paths, check_unchanged, open_planned
 from distquant.loading.report import RankReport
 from distquant.loading.shard_buffer import ShardBuffer
 from distquant.loading.stream.accelerator import Collectives
@@ -152,12 +152,22 @@ def _load(
     return model
 
 
-def _delegate(plan: LoadPlan, comm: Comm, device: torch.device, *_: Any) -> Any:
+def _delegate(
+    plan: LoadPlan,
+    comm: Comm,
+    device: torch.device,
+    options: RunOptions,
+    progress: Progress | None,
+    prepared: Prepared | None,
+) -> Any:
     """Lets transformers load the model; the report says so, and has no stages."""
     scheme, start = scheme_of(plan), time.perf_counter()
     status("loading with transformers")
     report = RankReport(rank=comm.rank, kernel=f"transformers: its own quantizer for {scheme.config.quant_method!r}")
+    checkpoint = open_planned(plan, comm, prepared)
+    check_paths(checkpoint)
     model = delegated.load(plan, scheme, device)
+    check_paths(checkpoint)
     report.seconds = time.perf_counter() - start
     report.quantized_bytes = sum(value.nbytes for _, value in state_of(model))
     report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -203,22 +213,28 @@ class _Loading:
         self.started = time.perf_counter()
 
     def run(self) -> Any:
+        files = Files(self.checkpoint.folder, self.options.io, self.checkpoint.stamps())
+        try:
+            placer = self._fill(files)
+            check_unchanged(files, self.comm)
+        finally:
+            files.close()
+        self._complete(placer.model, placer.filled)
+        self._fill_report(files)
+        return placer.model
+
+    def _fill(self, files: Files) -> WeightPlacer:
+        """Builds the model, and fills it from the files."""
         plan = self.plan
-        check_dropped_biases(plan, self.checkpoint, self.comm)
+        check_dropped_biases(plan, self.checkpoint, files, self.comm)
         model, self.model = self.model, None
         if model is None:
             model = build_for_load(self.checkpoint, plan.dtype, plan)
         with changing_process_state():
             shard_experts(model, plan, self.scheme, self.coordinates["tp"], self.coordinates["ep"])
-        files = Files(self.checkpoint.folder, self.options.io)
         placer = WeightPlacer(model, plan, self.scheme, self.coordinates["tp"], self.devices, self._ops, self.report)
-        try:
-            self._stream(placer, files)
-        finally:
-            files.close()
-        self._complete(model, placer.filled)
-        self._fill_report(files)
-        return model
+        self._stream(placer, files)
+        return placer
 
     def _ops(self, device: torch.device) -> Any:
         """Returns the kernels for a device."""

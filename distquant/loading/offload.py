@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distquant.errors import InputError
+from distquant.outputs import temporary_folder
 from distquant.parallel.experts import LocalExperts
 from distquant.quantization.linear.keeps_dtypes import KeepsDtypes
 from distquant.quantization.public_names import PublicNames
@@ -34,11 +36,18 @@ class Offloaded(Mapping[str, Tensor]):
         self.folder: tempfile.TemporaryDirectory[str] | None = None
 
     def write(self, name: str, value: Tensor) -> None:
-        """Writes a tensor to the disk."""
+        """Writes a tensor to the disk; raises InputError where it has no room."""
         if self.folder is None:
-            self.folder = tempfile.TemporaryDirectory(prefix="distquant-offload-")
+            self.folder = temporary_folder("offload-")
         path = Path(self.folder.name, f"{len(self._files)}.bin")
-        value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tofile(path)
+        content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        try:
+            with open(path, "wb") as file:
+                file.write(content.data)
+        except OSError as error:
+            fault = f"the weights that the device map puts on the disk do not fit into {self.folder.name}"
+            fix = "Set TMPDIR to a folder on a local disk with more room, or put fewer modules on the disk"
+            raise InputError.one("device_map", f"{fault} ({error.strerror})", fix) from error
         self._files[name] = (path, value.dtype, value.shape)
 
     def hold(self, name: str, value: Tensor) -> None:

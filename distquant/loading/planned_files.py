@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from distquant.checkpoint import Checkpoint, open_checkpoint
-from distquant.errors import InputError, Problem
+from distquant.errors import InputError, Problem, RankError
+from distquant.loading.stream.files import Files, ReadError
 from distquant.parallel.comm import Comm
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.prepared import Prepared
@@ -40,6 +41,36 @@ def open_planned(plan: LoadPlan, comm: Comm, prepared: Prepared | None) -> Check
         raise InputError(all_problems)
     assert checkpoint is not None
     return checkpoint
+
+
+def check_unchanged(files: Files, comm: Comm) -> None:
+    """Checks that files held still while they were read. Every rank must call it; all fail together.
+
+    Raises:
+        ReadError: this rank has read a file whose bytes may be others than when its header was read.
+        RankError: another rank has.
+    """
+    change: ReadError | None = None
+    try:
+        files.check_unchanged()
+    except ReadError as error:
+        change = error
+    changes = comm.collect(None if change is None else str(change))
+    first = next((rank for rank, text in enumerate(changes) if text is not None), None)
+    if first == comm.rank and change is not None:
+        raise change
+    if first is not None:
+        raise RankError(first, f"rank {first}: {changes[first]}")
+
+
+def check_paths(checkpoint: Checkpoint) -> None:
+    """Raises ReadError if files that another library opens are no longer those whose headers were read."""
+    files = Files(checkpoint.folder, "buffered", checkpoint.stamps())
+    try:
+        for shard in checkpoint.shards:
+            files.open(shard.name)
+    finally:
+        files.close()
 
 
 def _differences(plan: LoadPlan, checkpoint: Checkpoint, rank: int) -> list[Problem]:

@@ -55,7 +55,6 @@ def make_report(plan: LoadPlan, runtime: str, ranks: list[RankReport], fingerpri
     }
 
 
-def write_report(report: dict[str, Any], path: str) -> None:
-    with open(path, "w") as file:
-        json.dump(report, file, indent=1)
-        file.write("\n")
+def report_text(report: dict[str, Any]) -> str:
+    """Returns the JSON of a report, as `--report` writes it."""
+    return json.dumps(report, indent=1) + "\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from distquant.errors import InputError
 from distquant.options import LoadProgress
+from distquant.outputs import temporary_folder
 from distquant.progress.snapshot import Snapshot, View
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def handed_over() -> Iterator[None]:
         yield
         return
     display = _open[0]
-    with tempfile.TemporaryDirectory(prefix="distquant-") as folder:
+    with temporary_folder() as folder:
         os.environ[TAKEN] = path = os.path.join(folder, "taken")
 
         def taken() -> bool:

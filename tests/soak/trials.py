@@ -200,9 +200,11 @@ def _run(function: Callable[[], int], out: int, err: int) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)  # whatever else fails: a fork that went on would be a second one of this process
 
 
 def _wait(pid: int, deadline: float, own: int, read_bytes: int) -> tuple[Outcome | None, int]:

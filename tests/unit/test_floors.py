@@ -21,8 +21,8 @@ import distquant
 PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
-    ["errors", "version", "dtypes", "old_names", "garbage_collection", "files", "process_state", "memory"],
-    ["environment", "units", "tables", "quiet"],
+    ["errors", "version", "dtypes", "old_names", "garbage_collection", "files", "stamps", "process_state", "memory"],
+    ["environment", "units", "tables", "quiet", "outputs"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],
     ["model"],

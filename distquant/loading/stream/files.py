@@ -7,24 +7,22 @@ through a mapping, so a file on a network may vanish without a crash.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
-import random
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from distquant.errors import DistquantError, InputError
 from distquant.files import open_file
+from distquant.loading.stream.page_cache import resident_share
 from distquant.planning.slots import PAGE
+from distquant.stamps import Stamp
 
 RETRIED = frozenset((errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EINTR))
 """Errors of a disk or network that may pass; any other is final at once."""
@@ -35,11 +33,11 @@ PAUSES = (0.05, 0.2, 0.8)
 MOST_TARGETS = 1024
 """Targets that one read may fill (Linux' IOV_MAX)."""
 
-SAMPLES = 32
-"""Pages of a file that are looked for in memory."""
+UNSUPPORTED = frozenset((errno.EINVAL, errno.EOPNOTSUPP))
+"""Errors by which a file system says that it takes no direct reads."""
 
 RESIDENT = 0.5
-"""Share of them from which on a file is read through the page cache."""
+"""Share of a file's pages in memory from which on a file is read through the page cache."""
 
 
 class ReadError(DistquantError, OSError):
@@ -68,10 +66,18 @@ class ReadStats:
 
 
 class Files:
-    """The open files of a checkpoint folder. Threads may read at the same time; `close` when none does any more."""
+    """The open files of a checkpoint folder. Threads may read at the same time; `close` when none does any more.
 
-    def __init__(self, folder: Path, mode: str = "auto"):
+    Args:
+        folder: that holds the files.
+        mode: `auto`, `buffered` or `direct`.
+        stamps: file -> what the system said of it when its header was read. It must say the same when the file is
+            opened, and at the end (`check_unchanged`). A file that is not in it is not compared.
+    """
+
+    def __init__(self, folder: Path, mode: str = "auto", stamps: Mapping[str, Stamp] | None = None):
         self.folder, self.mode = folder, mode
+        self._stamps = stamps or {}
         self.stats = ReadStats()
         self._open: dict[tuple[str, bool], int] = {}
         self._direct: dict[str, bool] = {}
@@ -86,6 +92,15 @@ class Files:
         self._open.clear()
         while self._stale:
             os.close(self._stale.pop())
+
+    def open(self, file: str) -> None:
+        """Opens a file, as its first read would."""
+        self._fd(file, False)
+
+    def check_unchanged(self) -> None:
+        """Raises ReadError if bytes of a file that has been read may be others than when its header was read."""
+        for (file, _), fd in self._open.items():
+            self._compare(file, fd)
 
     def is_direct(self, file: str) -> bool:
         """Returns True if a file is read past the page cache; decided at its first read."""
@@ -175,6 +190,7 @@ class Files:
                     self._forget(file, direct)
                 continue
             if count == 0:
+                self._compare(file, self._fd(file, direct))  # why it ends, if that is known
                 raise ReadError(f"{where}: the file ends {needed - done} bytes too early")
             done += count
             if direct and done < needed:
@@ -195,13 +211,39 @@ class Files:
             return self._descriptor(file, direct)
 
     def _descriptor(self, file: str, direct: bool) -> int:
+        try:
+            return self._again(lambda: self._opened(file, direct))
+        except ReadError:
+            raise
+        except OSError as error:
+            raise ReadError(f"{self.folder / file}: {error.strerror}") from error
+
+    def _opened(self, file: str, direct: bool) -> int:
         key = (file, direct)
         if key not in self._open:
-            try:
-                self._open[key] = open_file(self.folder / file, os.O_DIRECT if direct else 0)
-            except OSError as error:
-                raise ReadError(f"{self.folder / file}: {error.strerror}") from error
+            self._open[key] = open_file(self.folder / file, os.O_DIRECT if direct else 0)
+            self._compare(file, self._open[key])
         return self._open[key]
+
+    def _compare(self, file: str, fd: int) -> None:
+        """Raises ReadError if an open file's bytes may be others than when its header was read."""
+        before = self._stamps.get(file)
+        change = None if before is None else before.change(_stamp(fd))
+        if change is not None:
+            fault = f"{self.folder / file}: the file was changed after its header was read ({change})"
+            raise ReadError(f"{fault}. Load again when nothing writes to it")
+
+    def _again(self, call: Callable[[], int]) -> int:
+        """Returns what a call returns, called again after passing errors."""
+        for pause in PAUSES:
+            try:
+                return call()
+            except OSError as error:
+                if error.errno not in RETRIED:
+                    raise
+            time.sleep(pause)
+            self.stats.count_retry()
+        return call()
 
     def _forget(self, file: str, direct: bool) -> None:
         """Puts aside a handle that the server no longer knows; the next read opens the file again."""
@@ -213,22 +255,44 @@ class Files:
     def _decide(self, file: str) -> bool:
         if self.mode == "buffered" or not hasattr(os, "O_DIRECT"):
             return False
-        if self.mode == "auto" and resident_share(self._descriptor(file, False)) >= RESIDENT:
+        # Opened in either mode: what is wrong with the file itself is not a matter of direct reads.
+        through = self._descriptor(file, False)
+        if self.mode == "auto" and resident_share(through) >= RESIDENT:
             return False
         try:
-            self._probe(self._descriptor(file, True))
-        except (OSError, ReadError) as error:
-            if self.mode == "direct":
-                problem = f"{self.folder / file} cannot be read with O_DIRECT ({error})"
-                raise InputError.one("io", problem, "Use io='auto' or 'buffered'") from error
-            return False
+            self._again(lambda: self._probe(self._opened(file, True)))
+        except ReadError:
+            raise
+        except OSError as error:
+            if self.mode == "auto":
+                return False  # if the disk itself fails, reads through the page cache will say so
+            if error.errno not in UNSUPPORTED:
+                again = f", after {len(PAUSES)} new tries" if error.errno in RETRIED else ""
+                raise ReadError(f"{self.folder / file} at byte 0: {error.strerror}{again}") from error
+            problem = f"{self.folder / file} cannot be read with O_DIRECT ({error.strerror})"
+            raise InputError.one("io", problem, "Use io='auto' or 'buffered'") from error
         return True
 
     @staticmethod
-    def _probe(fd: int) -> None:
-        """Raises OSError where the file system does not take direct reads."""
+    def _probe(fd: int) -> int:
+        """Reads a file's first page; raises OSError where the file system does not take direct reads."""
         with mmap.mmap(-1, PAGE) as page:
-            os.preadv(fd, (page,), 0)
+            return os.preadv(fd, (page,), 0)
+
+
+def _stamp(fd: int) -> Stamp:
+    """Returns what the system says of an open file now.
+
+    Over a network it may answer from memory. Opening the file anew makes it ask the server.
+    """
+    try:
+        anew = open_file(f"/proc/self/fd/{fd}")
+    except OSError:  # not everywhere, and not of a file that may no longer be read
+        return Stamp.of(fd)
+    try:
+        return Stamp.of(anew)
+    finally:
+        os.close(anew)
 
 
 def _after(targets: Sequence[memoryview], done: int) -> Sequence[memoryview]:
@@ -238,43 +302,3 @@ def _after(targets: Sequence[memoryview], done: int) -> Sequence[memoryview]:
             return [target[done:], *targets[number + 1 :]] if done else targets[number:]
         done -= len(target)
     raise AssertionError("all targets are filled")
-
-
-def resident_share(fd: int) -> float:
-    """Returns the share of a file's pages that are in memory, from a random sample; 1.0 if the system cannot tell."""
-    if not hasattr(os, "RWF_NOWAIT"):
-        return 1.0
-    size = os.fstat(fd).st_size
-    offsets = [random.randrange(max(size, 1)) // mmap.PAGESIZE * mmap.PAGESIZE for _ in range(SAMPLES)]
-    if size and _may_ask(fd):
-        with suppress(OSError):  # some file systems cannot be mapped
-            return sum(_resident(fd, size, offsets)) / SAMPLES
-    return sum(_answers_at_once(fd, offset) for offset in offsets) / SAMPLES
-
-
-def _may_ask(fd: int) -> bool:
-    """Returns True if the kernel answers mincore(2) for a file: only to its owner, and to those who may write it."""
-    return os.fstat(fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)
-
-
-def _resident(fd: int, size: int, offsets: list[int]) -> list[bool]:
-    """Asks mincore(2), which reads nothing, about pages of a mapping that is never touched."""
-    libc, page = ctypes.CDLL(None, use_errno=True), ctypes.c_ubyte()
-    with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapped:
-        start = np.frombuffer(mapped, np.uint8).ctypes.data
-        resident = []
-        for offset in offsets:
-            if libc.mincore(ctypes.c_void_p(start + offset), ctypes.c_size_t(mmap.PAGESIZE), ctypes.byref(page)):
-                raise OSError(ctypes.get_errno(), "mincore")
-            resident.append(bool(page.value & 1))
-    return resident
-
-
-def _answers_at_once(fd: int, offset: int) -> bool:
-    """Tries a read that may not wait. The kernel begins it all the same, so a very fast disk looks like memory."""
-    try:
-        return bool(os.preadv(fd, (bytearray(1),), offset, os.RWF_NOWAIT))
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True

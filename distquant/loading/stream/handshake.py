@@ -6,7 +6,6 @@ import mmap
 import os
 import socket
 import struct
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ import torch
 from distquant.errors import InputError, RankError
 from distquant.loading.stream.messages import Peer
 from distquant.loading.stream.staging_buffer import StagingBuffer
+from distquant.outputs import temporary_folder
 from distquant.parallel.comm import Comm
 
 HELLO = struct.Struct("<IQ")
@@ -38,9 +38,8 @@ def connections(rank: int, staging_buffer: StagingBuffer, comm: Comm, node: tupl
     if staging_buffer.fd is None:
         problem = "this system has no memory that processes can share by descriptor (memfd)"
         raise InputError.one("environment", problem, "Use Linux, or one process")
-    folder = tempfile.mkdtemp(prefix="distquant-")
     missing = set(node) - {rank}
-    with socket.socket(socket.AF_UNIX) as listener:
+    with temporary_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
         with _short(folder) as path:
             listener.bind(path)
         listener.listen(len(node))
@@ -62,9 +61,6 @@ def connections(rank: int, staging_buffer: StagingBuffer, comm: Comm, node: tupl
                     yield peer
         except TimeoutError as error:
             raise RankError(min(missing), f"did not connect to rank {rank} within {CONNECT:g} s") from error
-        finally:
-            os.unlink(os.path.join(folder, SOCKET))
-            os.rmdir(folder)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distquant.loading.stream.files as files_module
+from distquant.loading.stream import page_cache
 from distquant.errors import InputError
 from distquant.loading.stream.files import MOST_TARGETS, Files, ReadError, resident_share
 from distquant.planning.slots import PAGE
@@ -148,7 +149,7 @@ def test_resident_share_where_the_kernel_does_not_answer(tmp_path, monkeypatch, 
     def cannot_be_mapped(*_):
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
-    monkeypatch.setattr(files_module, reason, (lambda fd: False) if reason == "_may_ask" else cannot_be_mapped)
+    monkeypatch.setattr(page_cache, reason, (lambda fd: False) if reason == "_may_ask" else cannot_be_mapped)
     with open(tmp_path / "data.bin", "wb+") as file:
         file.write(os.urandom(64 * PAGE))
         file.flush()
