@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from distquant.cli.flags import add_flags, at_least, group, prepare
+from distquant.cli.lacks import lack_of
 from distquant.cli.ranks import STARTED_HERE
 from distquant.errors import CheckFailed, DistquantError, InputError
 from distquant.options import DECLARED, PlanOptions, RunOptions
@@ -202,8 +203,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ranks = os.environ.get("WORLD_SIZE", "1")
     text = "importing torch and transformers" if ranks == "1" else f"starting {ranks} ranks"
-    with working(text, at_once=True) if first_rank() else nullcontext():
-        from distquant.cli import commands, launch
+    try:
+        with working(text, at_once=True) if first_rank() else nullcontext():
+            from distquant.cli import commands, launch
+    except (OSError, ImportError, RuntimeError, MemoryError) as error:
+        if (lack := lack_of(error)) is None:
+            raise
+        _report_early(InputError([lack]))
+        return 2
 
     try:
         return getattr(commands, f"run_{arguments.command}")(arguments, argv)
@@ -219,16 +226,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         prefix = "" if str(error).startswith("rank ") else launch.rank_prefix()
         launch.report(error, prefix)
         return 2
-    except RuntimeError as error:
-        if not launch.lost_peer(error):
-            raise
-        launch.wait_for_the_end()
-        first = str(error).splitlines()[0]
-        launch.report(f"the connection to another rank was lost ({first})", launch.rank_prefix())
-        return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (OSError, ImportError, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and launch.lost_peer(error):
+            launch.wait_for_the_end()
+            first = str(error).splitlines()[0]
+            launch.report(f"the connection to another rank was lost ({first})", launch.rank_prefix())
+            return 2
+        if (lack := lack_of(error)) is None:
+            raise
+        launch.report(InputError([lack]), launch.rank_prefix())
+        return 2
     except KeyboardInterrupt:
         return 130
 

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import distquant as dq
 from distquant import InputError
+from distquant.errors import RankError
+from distquant.loading.stream.files import ReadError
 
 
 def all_input_errors(errors: list, *words: str) -> None:
@@ -57,15 +59,19 @@ def test_file_truncated_after_planning_is_named(ranks, copy_of):
     all_input_errors(errors, "model.safetensors", "rank 0", "rank 1")
 
 
-def test_file_truncated_while_loading_is_named(ranks, copy_of):
-    """The headers were right when they were compared, the bytes are gone when they are read."""
+@pytest.mark.parametrize("moment", ["open_planned", "check_unchanged"])
+@pytest.mark.parametrize("change", [work.cut, work.overwrite_the_end])
+def test_file_changed_while_loading_is_named(ranks, copy_of, change, moment):
+    """The headers were right when they were compared; the bytes may be others when they are read."""
     copy = copy_of("llama-gqa")
-    errors = ranks.run(2, work.error_of, work.load_while_truncating, planned(str(copy), "tp=2", "none"))
+    plan = planned(str(copy), "tp=2", "none")
+    errors = ranks.run(2, work.error_of, work.load_while_changing, plan, change, moment)
     for error in errors:
         assert isinstance(error, dq.DistquantError)
         assert str(error).startswith("rank ")  # its own, or that of the rank that failed first
-        assert "model.safetensors" in str(error)
-        assert "too early" in str(error)
+        assert "model.safetensors: the file was changed after its header was read (it " in str(error)
+    if moment == "check_unchanged":
+        assert [type(error) for error in errors] == [ReadError, RankError], "one rank says it, for all"
 
 
 def test_ranks_with_different_plans_stop(ranks, model_of):

@@ -180,27 +180,44 @@ def tokens_with(path: str, name: str, mesh: str, seed: int | None, kwargs: dict[
     return tokens(path, name, mesh, seed, **kwargs)
 
 
-def load_while_truncating(plan: dq.LoadPlan) -> Any:
-    """Rank 0 cuts the file short right after all ranks have compared its header."""
-    import os
-    from pathlib import Path
+def load_while_changing(plan: dq.LoadPlan, change: Callable[[str], None], moment: str) -> Any:
+    """Loads; rank 0 changes the file when all ranks have compared its header, or when all have read it.
 
+    Args:
+        plan: of a checkpoint in one file.
+        change: called with its path.
+        moment: "open_planned", after which it happens, or "check_unchanged", before which.
+    """
     from distquant.loading import loader
 
-    compare = loader.open_planned
+    step = getattr(loader, moment)
 
-    def compare_then_cut(*args: Any) -> Any:
-        checkpoint = compare(*args)
-        if rank() == 0:
-            os.truncate(Path(plan.model) / "model.safetensors", 5000)
+    def with_change(*args: Any) -> Any:
+        result = step(*args) if moment == "open_planned" else None
         dist.barrier()
-        return checkpoint
+        if rank() == 0:
+            change(f"{plan.model}/model.safetensors")
+        dist.barrier()
+        return result if moment == "open_planned" else step(*args)
 
-    loader.open_planned = compare_then_cut
+    setattr(loader, moment, with_change)
     try:
         return dq.load(plan)
     finally:
-        loader.open_planned = compare
+        setattr(loader, moment, step)
+
+
+def cut(path: str) -> None:
+    import os
+
+    os.truncate(path, 5000)
+
+
+def overwrite_the_end(path: str) -> None:
+    """Leaves the header and the size as they are."""
+    with open(path, "r+b") as file:
+        file.seek(-100, 2)
+        file.write(bytes(100))
 
 
 def fingerprint_after_error(path: str, quant: Any) -> str:

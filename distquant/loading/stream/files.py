@@ -221,8 +221,13 @@ class Files:
     def _opened(self, file: str, direct: bool) -> int:
         key = (file, direct)
         if key not in self._open:
-            self._open[key] = open_file(self.folder / file, os.O_DIRECT if direct else 0)
-            self._compare(file, self._open[key])
+            fd = open_file(self.folder / file, os.O_DIRECT if direct else 0)
+            try:
+                self._compare(file, fd)
+            except ReadError:
+                os.close(fd)
+                raise
+            self._open[key] = fd
         return self._open[key]
 
     def _compare(self, file: str, fd: int) -> None:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distquant.loading.stream.files as files_module
-from distquant.loading.stream import page_cache
 from distquant.errors import InputError
+from distquant.loading.stream import page_cache
 from distquant.loading.stream.files import MOST_TARGETS, Files, ReadError, resident_share
 from distquant.planning.slots import PAGE
 
