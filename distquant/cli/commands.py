@@ -24,11 +24,11 @@ def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
     _check_outputs(("--json", arguments.json), ("--html", arguments.html))
     with working("planning"):
         plan = make(arguments.model, **launch.load_options(arguments, arguments.mesh))
-    print(plan)
     if arguments.json is not None:
         write_output("--json", arguments.json, plan.to_json() + "\n")
     if arguments.html is not None:
         write_output("--html", arguments.html, plan_html(plan))
+    print(plan)
     return 0
 
 
@@ -39,13 +39,13 @@ def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
     outcome = _run(arguments, argv, query, arguments.mesh)
     if isinstance(outcome, int):
         return outcome
+    if arguments.report is not None:
+        write_output("--report", arguments.report, report_text(outcome.report))
     terminal.show(*render.report_parts(outcome.report, arguments.model, arguments.verbose))
     for note in outcome.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
     if outcome.answer is not None:
         print(f"\n{render.answer_text(outcome)}")
-    if arguments.report is not None:
-        write_output("--report", arguments.report, report_text(outcome.report))
     return 0
 
 

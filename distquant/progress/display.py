@@ -14,6 +14,7 @@ from distquant.errors import InputError
 from distquant.options import LoadProgress
 from distquant.outputs import temporary_folder
 from distquant.progress.snapshot import Snapshot, View
+from distquant.threads import start_thread
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -65,7 +66,7 @@ class Display:
         """Starts the thread; draws `at_once` if what comes now may hold up all threads for a while."""
         if at_once:
             self._target.draw(self.view(), at_once=True)
-        self._thread.start()
+        start_thread(self._thread)
 
     def close(self) -> None:
         """Ends the thread, and lets the target end its drawing."""

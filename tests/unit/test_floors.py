@@ -21,7 +21,18 @@ import distquant
 PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
-    ["errors", "version", "dtypes", "old_names", "garbage_collection", "files", "stamps", "process_state", "memory"],
+    [
+        "errors",
+        "version",
+        "dtypes",
+        "old_names",
+        "garbage_collection",
+        "files",
+        "stamps",
+        "threads",
+        "process_state",
+        "memory",
+    ],
     ["environment", "units", "tables", "quiet", "outputs"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],

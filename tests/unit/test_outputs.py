@@ -128,7 +128,5 @@ def test_no_place_for_temporary_files(tmp_path: Path, monkeypatch: pytest.Monkey
     import tempfile
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    with pytest.raises(
-        InputError, match=r"^TMPDIR: no folder .* can be made \(No such file or directory\)\. Set TMPDIR"
-    ):
+    with pytest.raises(InputError, match=r"^TMPDIR: no folder .* made \(No such file or directory\)\. Set TMPDIR"):
         temporary_folder()

@@ -21,6 +21,7 @@ from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.messages import ACK, CLOSE, DATA, FAILED, HEADER, Message, Peer, failure_message
 from distquant.loading.stream.staging_buffer import StagingBuffer
 from distquant.parallel.comm import Comm
+from distquant.threads import start_thread
 
 AT_ONCE = 256 * HEADER.size
 """Bytes of messages that are taken from a socket at once."""
@@ -72,7 +73,7 @@ class Peers:
         """Starts the listening thread."""
         if self.peers:
             self._thread = threading.Thread(target=self._listen, args=(handler,), name="distquant-peers", daemon=True)
-            self._thread.start()
+            start_thread(self._thread)
 
     def send(self, rank: int, message: Message) -> None:
         """Sends a message now, after all that were posted."""

@@ -17,6 +17,7 @@ from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.staging_buffer import Slots, StagingBuffer
 from distquant.loading.stream.tasks import Chunk
 from distquant.planning.row_map import RowRange
+from distquant.threads import start_thread
 
 AHEAD = 8
 """Batches that may wait for the consumer, including those that were read straight into place."""
@@ -61,7 +62,7 @@ class Reader:
             threading.Thread(target=self._work, name=f"distquant-reader-{i}", daemon=True) for i in range(threads)
         ]
         for thread in self._threads:
-            thread.start()
+            start_thread(thread)
 
     def __iter__(self) -> Iterator[list[Chunk]]:
         return self._read_ahead() if self._threads else self._read_here()

@@ -17,6 +17,8 @@ from typing import TypeVar
 
 import torch
 
+from distquant.threads import start_thread
+
 _LOCK = threading.Lock()
 
 T = TypeVar("T")
@@ -61,6 +63,6 @@ def _in_a_new_thread(function: Callable[[], T]) -> T:
     """Calls a function on a thread for which torch has no number yet, and so takes the process's."""
     results: list[T] = []
     thread = threading.Thread(target=lambda: results.append(function()))
-    thread.start()
+    start_thread(thread)
     thread.join()
     return results[0]
