@@ -16,6 +16,7 @@ from distquant.tables import table
 def demo(arguments: argparse.Namespace) -> None:
     """Runs the demo; raises `CheckFailed` if the sharded bits differ from the unsharded ones."""
     from distquant.runtime import ray
+    from distquant.runtime.answer import read_tokenizer
     from distquant.verification.perplexity import perplexity
 
     quant = arguments.quantization_config = arguments.quantization_config or "nf4-dq"
@@ -37,10 +38,8 @@ def demo(arguments: argparse.Namespace) -> None:
     unsharded = load(arguments.model, **{**options, "mesh": None})
     reference = fingerprint(unsharded)
     if text:
-        from transformers import AutoTokenizer
-
         unquantized = load(arguments.model, **{**options, "mesh": None, "quantization_config": "none"})
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer = read_tokenizer(arguments.model, arguments.trust_remote_code)
         baseline = perplexity(unquantized, tokenizer, text)
         rows = [(str(unquantized.dtype).removeprefix("torch."), "tp=1", f"{baseline:.3f}")]
         rows += [(quant, arguments.mesh, f"{quantized:.3f}")]

@@ -247,7 +247,7 @@ class LoadPlan:
             return cls(**_restore(fields))
         except InputError:
             raise
-        except (ValueError, AttributeError, LookupError, TypeError) as error:
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
             fault = f"not a plan in JSON ({type(error).__name__}: {error})"
             raise InputError.one("plan", fault, "Write one with `distquant plan --json`") from error
 
