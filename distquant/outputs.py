@@ -1,4 +1,4 @@
-"""Writes files that a user has named: whole or not at all, and found out before the work if it cannot be done.
+"""Writes files that a user has named, whole or not at all; checks before the work that they can be written.
 
 A file is written beside its place and renamed, so whoever reads it never sees a part, and a disk that fills up leaves
 what was there before. Devices and pipes, such as `/dev/stdout`, have no such place and are written to as they are.
@@ -30,11 +30,11 @@ def output_problem(where: str, path: str | os.PathLike[str]) -> Problem | None:
         path: of the file; one that is there is left as it is.
     """
     try:
-        target, found = _target(path)
-        if found is not None and not os.access(target, os.W_OK):
+        target, present = _target(path)
+        if present is not None and not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        if found is None or stat.S_ISREG(found.st_mode):
-            os.unlink(_written_beside(target, found, bytes(ROOM)))
+        if present is None or stat.S_ISREG(present.st_mode):
+            os.unlink(_written_beside(target, present, bytes(ROOM)))
     except (OSError, ValueError) as error:
         return _problem(where, path, error)
     return None
@@ -50,9 +50,9 @@ def write_output(where: str, path: str | os.PathLike[str], text: str) -> None:
     """
     content = text.encode("utf-8", "backslashreplace")
     try:
-        target, found = _target(path)
-        if found is None or stat.S_ISREG(found.st_mode):
-            _rename(_written_beside(target, found, content), target)
+        target, present = _target(path)
+        if present is None or stat.S_ISREG(present.st_mode):
+            _rename(_written_beside(target, present, content), target)
         else:
             _write_into(target, content)
     except (OSError, ValueError) as error:
@@ -76,24 +76,24 @@ def _target(path: str | os.PathLike[str]) -> tuple[str, os.stat_result | None]:
         raise OSError(errno.ENOENT, "no file is named")
     target = os.path.realpath(path)
     try:
-        found = os.stat(target)
+        present = os.stat(target)
     except FileNotFoundError:
         return target, None
-    if stat.S_ISDIR(found.st_mode) or stat.S_ISSOCK(found.st_mode):
-        kind = "folder" if stat.S_ISDIR(found.st_mode) else "socket"
+    if stat.S_ISDIR(present.st_mode) or stat.S_ISSOCK(present.st_mode):
+        kind = "folder" if stat.S_ISDIR(present.st_mode) else "socket"
         raise OSError(errno.EISDIR, f"is a {kind}")
-    return target, found
+    return target, present
 
 
-def _written_beside(target: str, found: os.stat_result | None, content: bytes) -> str:
+def _written_beside(target: str, present: os.stat_result | None, content: bytes) -> str:
     """Returns the path of a new file in the target's folder, with this content and the permissions of its place."""
     beside = os.path.join(os.path.dirname(target), f".distquant-{secrets.token_hex(8)}")
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(fd, "wb") as file:
-            if found is not None:
+            if present is not None:
                 with suppress(OSError):  # some file systems have no permissions
-                    os.fchmod(fd, stat.S_IMODE(found.st_mode))
+                    os.fchmod(fd, stat.S_IMODE(present.st_mode))
             file.write(content)
     except BaseException:
         os.unlink(beside)

@@ -1,4 +1,4 @@
-"""What the system says of a file, and what of it shows that the file's bytes may be others than before.
+"""Facts of the system about a file, and which of them show that the file's bytes may be others than before.
 
 A header says where the weights are, so the weights must be those that belong to it. Nobody reads them twice to be sure;
 the file's size and times tell.
@@ -41,10 +41,10 @@ class Stamp:
     @classmethod
     def of(cls, file: int | str | os.PathLike[str]) -> Stamp:
         """Returns the facts of an open file, or of a path's."""
-        found = os.stat(file)
+        status = os.stat(file)
         return cls(
-            found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns,
-            found.st_nlink, found.st_mode, found.st_uid, found.st_gid,
+            status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns,
+            status.st_nlink, status.st_mode, status.st_uid, status.st_gid,
         )  # fmt: skip
 
     def change(self, now: Stamp) -> str | None:

@@ -1,6 +1,6 @@
-"""What a machine has too little of, told in one line: memory, threads, open files, room on a disk.
+"""Reports what a machine has too little of, in one line: memory, threads, open files, room on a disk.
 
-Any step may meet this, in any library, each with an error of its own. So it is told where a command ends.
+Any step may meet this, in any library, each with an error of its own. So it is reported where a command ends.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def _problems(folder: Path, plan: LoadPlan) -> Iterator[Problem]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Returns PEFT's configuration of an adapter; raises OSError, or ValueError for what is no JSON object."""
+    """Returns PEFT's configuration of an adapter; raises OSError, or ValueError for anything but a JSON object."""
     config = json.loads(read_file(folder / ADAPTER_CONFIG, CONFIG_BYTES))
     if not isinstance(config, dict):
         raise ValueError(f"{ADAPTER_CONFIG} holds a JSON {type(config).__name__}, not an object")
@@ -113,7 +113,7 @@ def apply_adapter(model: Any, plan: LoadPlan, tp: int, folder: Path) -> None:
     from safetensors.torch import load
 
     try:
-        # From bytes that were read here: the libraries would wait for a pipe, and die of a file that is cut short.
+        # From bytes that were read here: the libraries would wait for a pipe, and die of a file that shrinks meanwhile.
         config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**_read_config(folder)))
         config.inference_mode = True
         size = read_header(folder / WEIGHTS, WEIGHTS).size

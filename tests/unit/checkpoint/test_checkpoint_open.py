@@ -473,3 +473,15 @@ def test_a_mixture_of_experts_is_opened_by_reading_each_header_once(tmp_path: Pa
     mixture(tmp_path / "small", 163, 9_043)
     _, fewer, _ = work_of_opening(tmp_path / "small")
     assert calls.total() < 10.5 * fewer.total()
+
+
+@pytest.mark.parametrize(
+    "reference", [b"", b" \n", b"\xff\xfe", b"../../../etc", b"/etc", b"a\0b", b"\x1b[2J", b"a" * 4000]
+)
+def test_a_reference_of_the_cache_that_names_nothing(reference: bytes, tmp_path: Path) -> None:
+    refs = tmp_path / "models--org--name" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_bytes(reference)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint("org/name", cache_dir=tmp_path)
+    assert caught.value.faults == (HeaderFault.NOT_IN_CACHE,)
