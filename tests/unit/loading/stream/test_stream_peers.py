@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -271,7 +272,7 @@ def test_rank_that_ends_during_the_handshake_is_named():
 
 
 def test_handshakes_leave_no_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(handshake_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     meeting = Meeting(2)
 
     def rank(number: int):
