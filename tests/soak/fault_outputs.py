@@ -107,7 +107,7 @@ OUTPUTS: dict[str, Callable[[Path], Path]] = {
 if os.geteuid() == 0:
     OUTPUTS["on a full disk"] = _mount("size=64k", True)
     OUTPUTS["on a disk of few bytes"] = _mount("size=4k", False)
-    OUTPUTS["on a disk without inodes"] = _mount("nr_inodes=2", True)
+    OUTPUTS["on a disk without inodes"] = _mount("nr_inodes=2,size=64k", True)
     OUTPUTS["on a read-only disk"] = _mount("ro", False)
 
 
