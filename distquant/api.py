@@ -112,6 +112,7 @@ def load(
     io: str = "auto",
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
+    interface: str | None = None,
     adapter: str | os.PathLike[str] | bool | None = None,
     progress: Progress | bool | None = None,
     **aliases: Unpack[Aliases],
@@ -132,6 +133,8 @@ def load(
             it, the rest past it).
         trace: File to write a trace of all ranks' stages to, for Perfetto.
         timeout: Seconds that a rank waits for the others before it gives up.
+        interface: Network interface on which ranks listen, such as `eth0`. Default: loopback if all ranks are on one
+            machine, else that which leads to rank 0.
         adapter: Saved PEFT adapter to apply once the model is loaded: its folder, or an id in the Hugging Face cache.
             `False` loads the model alone. One of the two must be given where an adapter is in the model's folder,
             because `transformers` would apply that one.
