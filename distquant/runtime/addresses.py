@@ -17,8 +17,8 @@ from distquant.errors import InputError
 
 LOOPBACK = "127.0.0.1"
 
-NAMED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Environment variables that name the network interface on which ranks listen, for gloo and NCCL."""
+GLOO, NCCL = NAMED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Environment variables that name the network interface on which ranks listen."""
 
 LIST_ADDRESSES = 0x8912
 """Linux's SIOCGIFCONF: fills an array with the IPv4 addresses of all interfaces."""
@@ -56,8 +56,8 @@ def interface_of(address: str) -> str | None:
     return next((name for name, addresses in interfaces().items() if address in addresses), None)
 
 
-def address_of(interface: str) -> str:
-    """Returns the first address of an interface.
+def address_of(interface: str, where: str = "interface") -> str:
+    """Returns the first address of an interface, which an option or a variable (`where`) has named.
 
     Raises:
         InputError: this machine has no interface of this name, or it has no address.
@@ -65,7 +65,7 @@ def address_of(interface: str) -> str:
     known = interfaces()
     if interface not in known:
         fault = f"{interface!r} is no network interface with an address on {socket.gethostname()}"
-        raise InputError.one("interface", fault, f"Give one that every rank's machine has; here: {', '.join(known)}")
+        raise InputError.one(where, fault, f"Give one that every rank's machine has; here: {', '.join(known)}")
     return known[interface][0]
 
 
@@ -123,7 +123,7 @@ def face(host: str) -> None:
     except OSError:  # joining there will say more
         return
     if name is not None:
-        os.environ.setdefault(NAMED[0], name)
+        os.environ.setdefault(GLOO, name)
 
 
 def place_ranks(interface: str | None, host: str, alone: bool | None = None) -> str:
@@ -135,12 +135,14 @@ def place_ranks(interface: str | None, host: str, alone: bool | None = None) -> 
         alone: True if all ranks are on this machine, False if some are elsewhere, None: as far as variables say.
 
     Raises:
-        InputError: there is no such interface, or ranks elsewhere could not reach the address.
+        InputError: there is no such interface.
     """
     if interface is not None:
         name_interface(interface)
         own = address_of(interface)
         return own if _on_loopback(host) else host
+    for name in filter(None, os.environ.get(GLOO, "").split(",")):
+        address_of(name, GLOO)
     here = all_here() if alone is None else alone
     if here:
         stay_on_this_machine()

@@ -30,6 +30,7 @@ from distquant.parallel.comm import DEFAULT_TIMEOUT, Axis, SoloAxis
 from distquant.runtime import addresses
 from distquant.runtime.addresses import LOOPBACK as LOOPBACK
 from distquant.runtime.addresses import stay_on_this_machine as stay_on_this_machine
+from distquant.runtime.values import from_bytes, to_bytes
 from distquant.sharding.mesh import AXES, REPLICA, Mesh
 
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -140,17 +141,39 @@ def make_group(ranks: Sequence[int] | None, timeout: float) -> dist.ProcessGroup
 
 
 def share(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """Returns rank 0's value on every rank of a group of all ranks; None: the default group."""
-    box = [value]
-    dist.broadcast_object_list(box, 0, group)
-    return box[0]
+    """Returns rank 0's value on every rank of a group of all ranks; None: the default group.
+
+    Raises:
+        RankError: the bytes that came are no value that ranks send.
+    """
+    device = _device(group)
+    sent = to_bytes(value).to(device)
+    size = torch.tensor(sent.numel(), device=device)
+    dist.broadcast(size, 0, group)
+    if dist.get_rank() == 0:
+        dist.broadcast(sent, 0, group)
+        return value
+    sent = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(sent, 0, group)
+    return from_bytes(sent, 0)
 
 
 def collect(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Returns every rank's value, in rank order; `group` as in `share`."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value, group)
-    return everyone
+    """Returns every rank's value, in rank order; `group` and errors as in `share`."""
+    own = to_bytes(value).to(_device(group))
+    size = torch.tensor([own.numel()], device=own.device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size, group)
+    longest = max(int(each) for each in sizes)  # backends need equal sizes
+    parts = [own.new_empty(longest) for _ in sizes]
+    dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - own.numel())), group)
+    return [from_bytes(part[: int(each)], rank) for rank, (part, each) in enumerate(zip(parts, sizes, strict=True))]
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Returns where a group's collectives take tensors: one of the user's may know GPUs only."""
+    accelerator = None if "cpu:" in dist.get_backend_config(group) else torch.accelerator.current_accelerator()
+    return accelerator or torch.device("cpu")
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
@@ -239,10 +262,14 @@ def _meet(timeout: float, interface: str | None) -> tuple[int, int, dist.TCPStor
     addresses.check_reached(place, host)
     if rank != 0:
         return rank, world, connect(place, port, timeout)
+    own = addresses.own(place, interface)
     try:
-        return rank, world, serve(addresses.own(place, interface), port)
+        store = serve(own, port)
     except OSError as error:
         raise _unreachable(error) from error
+    if own != place:
+        connect(place, port, timeout)  # the others will: it must lead here
+    return rank, world, store
 
 
 def _unreachable(error: Exception) -> InputError:
