@@ -262,8 +262,8 @@ def _meet(timeout: float, interface: str | None) -> tuple[int, int, dist.TCPStor
     addresses.check_reached(place, host)
     if rank != 0:
         return rank, world, connect(place, port, timeout)
-    own = addresses.own(place, interface)
     try:
+        own = addresses.own(place, interface)
         store = serve(own, port)
     except OSError as error:
         raise _unreachable(error) from error
