@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distquant.environment import is_rank
 from distquant.errors import InputError
+from distquant.interpreter_end import left_before_the_end
 from distquant.options import Aliases, Model, Progress, RunOptions, select
 from distquant.planning import LoadPlan
 from distquant.planning.arguments import read_arguments
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@left_before_the_end()
 def plan(
     model: Model,
     quantization_config: Any = None,
@@ -92,6 +94,7 @@ def plan(
     return make_plan(request, declared(request))
 
 
+@left_before_the_end()
 def load(
     model: Model | LoadPlan,
     quantization_config: Any = None,

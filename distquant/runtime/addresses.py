@@ -64,7 +64,7 @@ def address_of(interface: str, where: str = "interface") -> str:
     """
     known = interfaces()
     if interface not in known:
-        fault = f"{interface!r} is no network interface with an address on {socket.gethostname()}"
+        fault = f"{interface!r} is not a network interface with an address on {socket.gethostname()}"
         raise InputError.one(where, fault, f"Give one that every rank's machine has; here: {', '.join(known)}")
     return known[interface][0]
 

@@ -144,7 +144,7 @@ def share(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Returns rank 0's value on every rank of a group of all ranks; None: the default group.
 
     Raises:
-        RankError: the bytes that came are no value that ranks send.
+        RankError: the bytes that came are not a value that ranks send.
     """
     device = _device(group)
     sent = to_bytes(value).to(device)

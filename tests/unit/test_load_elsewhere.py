@@ -136,7 +136,7 @@ ENDING = """
 def test_the_interpreter_ends_while_daemon_threads_load(alone: list[tuple[str, str, str]]) -> None:
     path, method, _ = alone[0]
     command = [sys.executable, "-c", textwrap.dedent(ENDING), path, method]
-    for moment in (0.0, 0.01, 0.05, 0.1, 0.2):
+    for moment in (0.02, 0.1, 0.2):
         done = subprocess.run([*command, str(moment)], capture_output=True, text=True, timeout=300, check=False)
         assert (done.returncode, done.stdout) == (0, "the main thread ends\n"), (moment, done.stderr[-2000:])
         assert "Traceback" not in done.stderr, (moment, done.stderr[-2000:])

@@ -78,7 +78,7 @@ def test_an_unknown_interface_is_named(variables: pytest.MonkeyPatch, variable: 
     interface = "eth99" if variable == "interface" else None
     if interface is None:
         variables.setenv(variable, "eth99")
-    fault = rf"^{variable}: 'eth99' is no network interface with an address on .* here: lo"
+    fault = rf"^{variable}: 'eth99' is not a network interface with an address on .* here: lo"
     with pytest.raises(InputError, match=fault):
         process_group.init(1, interface=interface)
 

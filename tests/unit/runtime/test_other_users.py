@@ -40,8 +40,8 @@ def shared_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         os.umask(before)
 
 
-def reach(folder: str, end: Any, told: Any) -> None:
-    """As another user, looks until it is told to end; tells what was there, and what could be read, written, called."""
+def reach(folder: str, end: Any, report: Any) -> None:
+    """As another user, looks until it shall end; reports what was there, and what could be read, written, called."""
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
@@ -59,21 +59,21 @@ def reach(folder: str, end: Any, told: Any) -> None:
         if last:
             break
         end.wait(0.01)
-    told.send((seen, open_to_us))
+    report.send((seen, open_to_us))
 
 
 def reached(folder: Path, during: Any) -> tuple[set[str], set[str]]:
-    """What another user saw in a folder, and could open, while something was done."""
+    """Names that another user saw in a folder, and paths that it could open, while something was done."""
     context = multiprocessing.get_context("fork")
-    end, (hear, told) = context.Event(), context.Pipe(duplex=False)
-    other = context.Process(target=reach, args=(str(folder), end, told))
+    end, (results, report) = context.Event(), context.Pipe(duplex=False)
+    other = context.Process(target=reach, args=(str(folder), end, report))
     other.start()
     try:
         during()
     finally:
         end.set()
-        assert hear.poll(60), "the other user's process has not told"
-        found: tuple[set[str], set[str]] = hear.recv()
+        assert results.poll(60), "the other user's process says nothing"
+        found: tuple[set[str], set[str]] = results.recv()
         other.join()
     return found
 
@@ -91,8 +91,7 @@ def test_the_socket_of_a_chat(shared_folder: Path) -> None:
             assert (os.stat(os.path.dirname(listener.getsockname())).st_mode & 0o777) == 0o700
             other.connect(listener.getsockname())  # for this user it is open
 
-    seen, open_to_us = reached(shared_folder, talk)
-    assert open_to_us == set()
+    assert reached(shared_folder, talk)[1] == set()
 
 
 @pytest.mark.wide

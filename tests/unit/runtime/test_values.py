@@ -1,4 +1,4 @@
-"""What ranks send each other is read without running anything that the bytes name."""
+"""Values that ranks send each other are read without running anything that the bytes name."""
 
 from __future__ import annotations
 
