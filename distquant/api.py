@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distquant.environment import is_rank
 from distquant.errors import InputError
+from distquant.interpreter_end import left_before_the_end
 from distquant.options import Aliases, Model, Progress, RunOptions, select
 from distquant.planning import LoadPlan
 from distquant.planning.arguments import read_arguments
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@left_before_the_end()
 def plan(
     model: Model,
     quantization_config: Any = None,
@@ -92,6 +94,7 @@ def plan(
     return make_plan(request, declared(request))
 
 
+@left_before_the_end()
 def load(
     model: Model | LoadPlan,
     quantization_config: Any = None,
@@ -112,6 +115,7 @@ def load(
     io: str = "auto",
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
+    interface: str | None = None,
     adapter: str | os.PathLike[str] | bool | None = None,
     progress: Progress | bool | None = None,
     **aliases: Unpack[Aliases],
@@ -132,6 +136,8 @@ def load(
             it, the rest past it).
         trace: File to write a trace of all ranks' stages to, for Perfetto.
         timeout: Seconds that a rank waits for the others before it gives up.
+        interface: Network interface on which ranks listen, such as `eth0`. Default: loopback if all ranks are on one
+            machine, else that which leads to rank 0.
         adapter: Saved PEFT adapter to apply once the model is loaded: its folder, or an id in the Hugging Face cache.
             `False` loads the model alone. One of the two must be given where an adapter is in the model's folder,
             because `transformers` would apply that one.

@@ -165,6 +165,9 @@ class RunOptions:
     """File to write a trace of all ranks' stages to, for Perfetto."""
     timeout: float | None = None
     """Seconds that a rank waits for the others before it gives up."""
+    interface: str | None = None
+    """Network interface on which ranks listen, such as `eth0`. Default: loopback if all ranks are on one machine, else
+    that which leads to rank 0."""
     adapter: str | os.PathLike[str] | bool | None = None
     """Saved PEFT adapter to apply once the model is loaded: its folder, or an id in the Hugging Face cache.
 

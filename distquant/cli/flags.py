@@ -60,6 +60,7 @@ SPELLINGS: Mapping[str, dict[str, Any]] = {
     "io": {"choices": IO_MODES},
     "trace": {"metavar": "FILE"},
     "timeout": {"metavar": "SECONDS", "type": at_least(0.1, float)},
+    "interface": {"metavar": "NAME"},
     "adapter": {"metavar": "FOLDER"},
 }
 """Arguments of argparse by option; `flags` where they are not the option's name."""
@@ -71,7 +72,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "sharding": ("mesh", *AXES, "device_map", "device", "ranks_per_node", "dispatch"),
     "memory": ("max_memory", "staging", "context", "batch"),
-    "running": ("kernel", "forward", "io", "timeout", "capability"),
+    "running": ("kernel", "forward", "io", "timeout", "interface", "capability"),
     "output": ("trace",),
 }  # fmt: skip
 """Groups in the help of a command, in this order, and the options in each."""

@@ -12,6 +12,7 @@ as their default the group that is the default at import, and would keep it aliv
 from __future__ import annotations
 
 import datetime
+import errno
 import os
 import socket
 import traceback
@@ -26,6 +27,10 @@ from torch import Tensor
 
 from distquant.errors import InputError, Problems, one_line
 from distquant.parallel.comm import DEFAULT_TIMEOUT, Axis, SoloAxis
+from distquant.runtime import addresses
+from distquant.runtime.addresses import LOOPBACK as LOOPBACK
+from distquant.runtime.addresses import stay_on_this_machine as stay_on_this_machine
+from distquant.runtime.values import from_bytes, to_bytes
 from distquant.sharding.mesh import AXES, REPLICA, Mesh
 
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -136,17 +141,39 @@ def make_group(ranks: Sequence[int] | None, timeout: float) -> dist.ProcessGroup
 
 
 def share(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """Returns rank 0's value on every rank of a group of all ranks; None: the default group."""
-    box = [value]
-    dist.broadcast_object_list(box, 0, group)
-    return box[0]
+    """Returns rank 0's value on every rank of a group of all ranks; None: the default group.
+
+    Raises:
+        RankError: the bytes that came are not a value that ranks send.
+    """
+    device = _device(group)
+    sent = to_bytes(value).to(device)
+    size = torch.tensor(sent.numel(), device=device)
+    dist.broadcast(size, 0, group)
+    if dist.get_rank() == 0:
+        dist.broadcast(sent, 0, group)
+        return value
+    sent = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(sent, 0, group)
+    return from_bytes(sent, 0)
 
 
 def collect(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Returns every rank's value, in rank order; `group` as in `share`."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value, group)
-    return everyone
+    """Returns every rank's value, in rank order; `group` and errors as in `share`."""
+    own = to_bytes(value).to(_device(group))
+    size = torch.tensor([own.numel()], device=own.device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size, group)
+    longest = max(int(each) for each in sizes)  # backends need equal sizes
+    parts = [own.new_empty(longest) for _ in sizes]
+    dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - own.numel())), group)
+    return [from_bytes(part[: int(each)], rank) for rank, (part, each) in enumerate(zip(parts, sizes, strict=True))]
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Returns where a group's collectives take tensors: one of the user's may know GPUs only."""
+    accelerator = None if "cpu:" in dist.get_backend_config(group) else torch.accelerator.current_accelerator()
+    return accelerator or torch.device("cpu")
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
@@ -167,53 +194,88 @@ def backend() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
-LOOPBACK = "127.0.0.1"
+def serve(address: str, port: int = 0) -> dist.TCPStore:
+    """Opens the store at which ranks meet, at this address only; torch's own would listen at all addresses.
 
-INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Environment variables that name the network interface on which ranks listen."""
+    Args:
+        address: name or address of this machine.
+        port: 0 = any that is free.
 
-
-def serve(address: str) -> dist.TCPStore:
-    """Opens the store at which ranks meet, at this address only; torch's own would listen at all addresses."""
-    with socket.socket() as listener:
-        listener.bind((address, 0))
+    Raises:
+        OSError: nothing can listen there.
+    """
+    family, *_, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not in use by connections that have ended
+        listener.bind(where)
         listener.listen(socket.SOMAXCONN)
-        port = listener.getsockname()[1]
+        own, port = listener.getsockname()[:2]
         return dist.TCPStore(  # owns the descriptor from now on
-            address, port, None, True, wait_for_workers=False, master_listen_fd=listener.detach()
+            own, port, None, True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
 
 
-def connect(address: str, port: int) -> dist.TCPStore:
-    """Returns the store that another rank serves."""
-    return dist.TCPStore(address, port, None, False)
+def connect(address: str, port: int, timeout: float = DEFAULT_TIMEOUT) -> dist.TCPStore:
+    """Returns the store that another rank serves, once it does."""
+    return dist.TCPStore(address, port, None, False, datetime.timedelta(seconds=timeout))
 
 
-def stay_on_this_machine() -> None:
-    """Makes the ranks of this process, and of those that it starts, listen on the loopback interface only.
+def init(
+    timeout: float | None = None,
+    rank: int = -1,
+    world_size: int = -1,
+    store: dist.Store | None = None,
+    interface: str | None = None,
+) -> None:
+    """Joins the default process group: at a store, or where the environment says.
 
-    An interface that the user has named is kept.
+    Args:
+        timeout: seconds that a rank waits for the others.
+        rank: this one, with a store.
+        world_size: number of ranks, with a store.
+        store: where ranks meet.
+        interface: name of the network interface that ranks listen on; None: that which leads to the others.
+
+    Raises:
+        InputError: there is no such interface, or ranks cannot meet where the environment says.
     """
-    name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-    for variable in INTERFACES if name is not None else ():
-        os.environ.setdefault(variable, str(name))
-
-
-def init(timeout: float | None = None, rank: int = -1, world_size: int = -1, store: dist.Store | None = None) -> None:
-    """Joins the default process group: at a store, or as the environment says (`env://`)."""
-    seconds = datetime.timedelta(seconds=DEFAULT_TIMEOUT if timeout is None else timeout)
+    seconds = DEFAULT_TIMEOUT if timeout is None else timeout
+    limit, given = datetime.timedelta(seconds=seconds), store is not None
     try:
-        dist.init_process_group(backend(), timeout=seconds, rank=rank, world_size=world_size, store=store)
+        if store is None:
+            rank, world_size, store = _meet(seconds, interface)
+        store.set_timeout(limit)
+        dist.init_process_group(backend(), timeout=limit, rank=rank, world_size=world_size, store=store)
     except dist.DistNetworkError as error:
-        if store is not None:
+        if given:
             raise
         raise _unreachable(error) from error
 
 
-def _unreachable(error: dist.DistNetworkError) -> InputError:
+def _meet(timeout: float, interface: str | None) -> tuple[int, int, dist.TCPStore]:
+    """Returns rank, ranks and the store at which a launcher's ranks meet: torchrun's, or one of rank 0's own."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    place = addresses.place_ranks(interface, host)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        return rank, world, connect(host, port, timeout)
+    addresses.check_reached(place, host)
+    if rank != 0:
+        return rank, world, connect(place, port, timeout)
+    try:
+        own = addresses.own(place, interface)
+        store = serve(own, port)
+    except OSError as error:
+        raise _unreachable(error) from error
+    if own != place:
+        connect(place, port, timeout)  # the others will: it must lead here
+    return rank, world, store
+
+
+def _unreachable(error: Exception) -> InputError:
     """Returns the error of ranks that cannot meet where the environment says."""
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    if "EADDRINUSE" in str(error):
+    if getattr(error, "errno", None) == errno.EADDRINUSE:
         fix = "Set MASTER_PORT to a free one; torchrun --standalone finds one itself"
         return InputError.one("MASTER_PORT", f"another process listens at {address} already", fix)
     fault = f"rank {os.environ.get('RANK')} cannot meet the others at {address} ({one_line(error)})"

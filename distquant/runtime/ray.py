@@ -68,11 +68,17 @@ class Worker:
         self.stopped = 0
         """The last stream that was ended early. Numbers only grow, so that an end cannot come too late or too soon."""
 
-    def serve(self, alone: bool) -> tuple[str, int]:
-        """Opens rank 0's store and returns its address; if all ranks are `alone` on a machine, no other reaches it."""
-        from distquant.runtime import process_group
+    def serve(self, alone: bool, interface: str | None) -> tuple[str, int]:
+        """Opens rank 0's store and returns its address.
 
-        address = process_group.LOOPBACK if alone else ray.util.get_node_ip_address()
+        That is the address of the interface if one is given. Else it is loopback if all ranks are `alone` on a machine,
+        and otherwise the address at which Ray knows this node.
+        """
+        from distquant.runtime import addresses, process_group
+
+        address = addresses.LOOPBACK if alone else ray.util.get_node_ip_address()
+        if interface is not None:
+            address = addresses.address_of(interface)
         self.store = store = process_group.serve(address)
         return address, store.port
 
@@ -92,11 +98,10 @@ class Worker:
 
     def load(self, plan: str, address: tuple[str, int], options: RunOptions) -> None:
         from distquant.loading.loader import load_shard
-        from distquant.runtime import local, process_group
+        from distquant.runtime import addresses, local, process_group
 
         loaded = LoadPlan.from_json(plan)
-        if address[0] == process_group.LOOPBACK:
-            process_group.stay_on_this_machine()
+        addresses.place_ranks(options.interface, address[0], alone=addresses.is_loopback(address[0]))
         with self._lost_peers_named():
             store = self.store or process_group.connect(*address)
             process_group.init(options.timeout, self.rank, self.world, store)
@@ -192,6 +197,7 @@ def load(
     io: str = "auto",
     trace: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
+    interface: str | None = None,
     adapter: str | os.PathLike[str] | bool | None = None,
     progress: Progress | bool | None = None,
     **aliases: Unpack[Aliases],
@@ -261,7 +267,7 @@ def _load(
         plan = _plan(request, workers)
         alone = len(set(gather([worker.ray_node.remote() for worker in workers]))) == 1
         status("loading")
-        address = ray.get(workers[0].serve.remote(alone))
+        address = ray.get(workers[0].serve.remote(alone, options.interface))
         text = plan.to_json()
         tick = (lambda: progress(_progress_of(workers))) if progress is not None else None
         gather([worker.load.remote(text, address, options) for worker in workers], tick)

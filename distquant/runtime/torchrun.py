@@ -46,8 +46,9 @@ def load(
     Initializes the default process group unless it exists. A `viewer` of rank 0 shows the progress of all ranks.
     """
     status("waiting for the other ranks")
-    own, timeout = device(), options.timeout if options else None
-    everyone = _join(timeout)
+    options = options or RunOptions()
+    own, timeout = device(), options.timeout
+    everyone = _join(timeout, options.interface)
     shared = SharedProgress(viewer)  # on every rank, so that ranks count their loads alike
     status("planning")
     plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own, everyone)
@@ -56,7 +57,7 @@ def load(
     return load_shard(plan, comm, own, options, progress or shared, prepared)
 
 
-def _join(timeout: float | None) -> dist.ProcessGroup | None:
+def _join(timeout: float | None, interface: str | None = None) -> dist.ProcessGroup | None:
     """Joins the default group unless it exists; returns a group of all ranks with this timeout if that has another.
 
     Raises:
@@ -64,7 +65,7 @@ def _join(timeout: float | None) -> dist.ProcessGroup | None:
     """
     if not dist.is_initialized():
         process_group.check_launcher()
-        process_group.init(timeout=timeout)
+        process_group.init(timeout=timeout, interface=interface)
         return None
     given = process_group.collect(timeout)
     if any(one != given[0] for one in given):

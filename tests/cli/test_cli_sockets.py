@@ -2,52 +2,65 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
+import socket
 import subprocess
 import sys
-import time
+from contextlib import ExitStack
 
-import psutil
 import pytest
+from listening import heard, on_loopback
+
+TALK = ["--prompt", "In the beginning", "--max-new-tokens", "60"]
 
 
-def listening(process: psutil.Process) -> set[tuple[str, int, int]]:
-    """Address, port and process of the TCP sockets that a process and its children listen at."""
-    found = set()
-    for one in [process, *process.children(recursive=True)]:
-        try:
-            sockets = one.net_connections(kind="inet")
-        except psutil.Error:  # it has ended meanwhile
-            continue
-        found |= {(s.laddr.ip, s.laddr.port, one.pid) for s in sockets if s.status == psutil.CONN_LISTEN}
+def command(model: str, runtime: str) -> list[str]:
+    return ["-m", "distquant", "load", model, "--quant", "nf4", "--mesh", "tp=2", "--runtime", runtime, *TALK]
+
+
+def heard_of(commands: list[list[str]], environments: list[dict[str, str]]) -> list[set[tuple[str, int, int]]]:
+    """What Python processes that end well listened at."""
+    with ExitStack() as stack:
+        runs = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", **own},
+                )
+            )
+            for arguments, own in zip(commands, environments, strict=True)
+        ]
+        found = heard(runs)
+        errors = [run.stderr.read().decode() for run in runs if run.stderr is not None]
+    assert [run.returncode for run in runs] == [0] * len(runs), "\n".join(error[-3000:] for error in errors)
     return found
-
-
-def on_loopback(address: str) -> bool:
-    ip = ipaddress.ip_address(address)
-    mapped = getattr(ip, "ipv4_mapped", None)  # Ray's listen at IPv4's loopback by an IPv6 socket
-    return (mapped or ip).is_loopback
 
 
 @pytest.mark.parametrize("runtime", ["torchrun", "ray"])
 def test_ranks_of_one_machine_listen_on_loopback_only(kjv_tiny, runtime):
-    command = [sys.executable, "-m", "distquant", "load", kjv_tiny, "--quant", "nf4", "--mesh", "tp=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    more = ["--runtime", runtime, "--prompt", "In the beginning", "--max-new-tokens", "60"]
-    with subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as run:
-        found: set[tuple[str, int, int]] = set()
-        try:
-            root = psutil.Process(run.pid)
-            while run.poll() is None:
-                found |= listening(root)
-                time.sleep(0.02)
-        except psutil.NoSuchProcess:
-            pass
-        finally:
-            run.kill()
-        assert run.stdout is not None and run.stderr is not None
-        errors = run.stderr.read().decode()
-    assert run.returncode == 0, errors[-3000:]
+    (found,) = heard_of([command(kjv_tiny, runtime)], [{}])
     assert len({process for _, _, process in found}) > 1, "neither the store nor a rank was seen"
     assert [one for one in sorted(found) if not on_loopback(one[0])] == []
+
+
+@pytest.mark.wide
+def test_under_torchrun_nothing_but_its_own_store_listens_elsewhere(kjv_tiny):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (found,) = heard_of([[*torchrun, *command(kjv_tiny, "torchrun")]], [{}])
+    open_to_all = {process for address, _, process in found if not on_loopback(address)}
+    ranks = {process for address, _, process in found if on_loopback(address)}
+    assert len(open_to_all) == 1, "torchrun's own"
+    assert len(ranks - open_to_all) == 2
+
+
+@pytest.mark.wide
+def test_ranks_that_meet_where_variables_say_listen_there_only(kjv_tiny):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    found = heard_of([command(kjv_tiny, "torchrun")] * 2, [{**meet, "RANK": str(rank)} for rank in range(2)])
+    assert any(one[1] == port for one in found[0]), "rank 0's store was not seen"
+    assert [one for own in found for one in sorted(own) if not on_loopback(one[0])] == []

@@ -33,7 +33,7 @@ FLOORS = [
         "process_state",
         "memory",
     ],
-    ["environment", "units", "tables", "quiet", "outputs"],
+    ["environment", "units", "tables", "quiet", "outputs", "interpreter_end"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],
     ["model"],
