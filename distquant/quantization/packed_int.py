@@ -23,6 +23,7 @@ from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.module_selection import first_expert_name
 from distquant.quantization.packing import Packing
 from distquant.quantization.stored_checks import OTHER_CHECKPOINT, SCALE_DTYPES, lacks, misshapen, wrong_dtypes
+from distquant.quantization.stored_values import FINITE, Check
 from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
@@ -33,6 +34,7 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
     """Integers in words, with a scale and a zero point per group."""
 
     suffixes: ClassVar[Mapping[str, str]] = {name: name for name in ("qweight", "qzeros", "scales", "g_idx")}
+    value_checks: ClassVar[Mapping[str, Check]] = {"scales": FINITE}
 
     def __init__(self, config: QuantizationConfig):
         super().__init__(config)

@@ -1,0 +1,121 @@
+"""Checks of stored values that headers do not show: what a kernel would take for another number than the file means.
+
+A method declares one for each of its components (`Codec.value_checks`), and a load runs it where the component's last
+byte has arrived, on each rank for the part that it keeps. Codes are not looked at: every bit pattern is one, and a
+float8 NaN is legal as a NaN in an unquantized weight is. What is checked is small beside the codes: scales and the
+like, which a kernel multiplies a whole block with. Scales of 0 are legal, they belong to blocks of zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distquant.errors import InputError
+
+Check = Callable[[Tensor], str | None]
+"""Gets all values of a component that a rank keeps, flat, in the stored dtype; returns what is wrong with them."""
+
+DAMAGED = "The file is damaged, or its writer failed: download it again, or quantize the original"
+
+NO_EXPONENT = 255
+"""The byte that float8_e8m0fnu has for NaN (OCP Microscaling v1.0, 5.4.1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Floats that must be finite; integers have no check here.
+
+    Attributes:
+        low: the smallest value.
+        above: True if even that one is too small.
+    """
+
+    low: float = -math.inf
+    above: bool = False
+
+    def __call__(self, values: Tensor) -> str | None:
+        if not values.numel() or not values.is_floating_point():
+            return None
+        if values.dtype == torch.float8_e8m0fnu:
+            return exponents(values)
+        # One pass without a temporary; a NaN anywhere is the result.
+        least, most = (values if values.element_size() > 1 else values.float()).aminmax()
+        low, high = float(least), float(most)
+        wrong = high if math.isnan(high) or math.isinf(high) else low
+        if math.isfinite(wrong) and (wrong > self.low or (wrong == self.low and not self.above)):
+            return None
+        return f"{wrong:g}, and must be {self._limit}"
+
+    @property
+    def _limit(self) -> str:
+        if self.low == -math.inf:
+            return "finite"
+        return f"finite and {'greater than' if self.above else 'at least'} {self.low:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Integers:
+    """Integers from `low` to `high`."""
+
+    low: int
+    high: int
+
+    def __call__(self, values: Tensor) -> str | None:
+        if not values.numel():
+            return None
+        least, most = (int(bound) for bound in values.aminmax())
+        if self.low <= least and most <= self.high:
+            return None
+        limit = f"from {self.low} to {self.high}" if self.low < self.high else str(self.low)
+        return f"{least if least < self.low else most}, and must be {limit}"
+
+
+FINITE = Numbers()
+"""For scales and zero points that may have either sign: AutoRound and GGUF have negative scales."""
+MAGNITUDES = Numbers(0.0)
+"""For scales that are largest magnitudes, or such divided by a constant."""
+DIVISORS = Numbers(0.0, above=True)
+"""For scales that activations are divided by."""
+
+
+def exponents(values: Tensor) -> str | None:
+    """Powers of two as bytes: every exponent but the one that means NaN, which kernels take for 2^128."""
+    if not values.numel() or int(values.view(torch.uint8).max()) < NO_EXPONENT:
+        return None
+    return f"the exponent {NO_EXPONENT}, which is NaN, and must be at most {NO_EXPONENT - 1}"
+
+
+def integers_of(bits: int) -> Integers:
+    """Signed integers of so many bits."""
+    return Integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def table(expected: Callable[[torch.device], Tensor], whose: str) -> Check:
+    """A table that a kernel has built in: a stored one must be that, up to the last bits of another machine.
+
+    Args:
+        expected: gives it, on a device.
+        whose: names the table in the message.
+    """
+
+    def check(values: Tensor) -> str | None:
+        own = expected(values.device)
+        if values.shape == own.shape and torch.allclose(values, own, rtol=1e-4, atol=1e-6):
+            return None
+        wrong = ~torch.isclose(values, own, rtol=1e-4, atol=1e-6)
+        at = int(wrong.nonzero()[0])
+        return f"{float(values[at]):g} at {at}, and must be {whose} table, which has {float(own[at]):g} there"
+
+    return check
+
+
+def check_values(name: str, component: str, check: Check | None, values: Tensor) -> None:
+    """Raises `InputError` where a component of the parameter of this name fails its check."""
+    fault = None if check is None else check(values)
+    if fault is not None:
+        raise InputError.one(name, f"{component or 'weight'} holds {fault}", DAMAGED)
