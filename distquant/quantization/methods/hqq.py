@@ -139,7 +139,8 @@ class HqqScheme(QuantizedScheme, Encoder):
 
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
         words = ("I32",) if self.weight(name).nbits == 3 else ("U8",)
-        return wrong_dtypes(name, dtypes, {"W_q": words, "scale": SCALE_DTYPES, "zero": SCALE_DTYPES})
+        floats = {"scale": SCALE_DTYPES, "zero": SCALE_DTYPES}
+        return wrong_dtypes(name, dtypes, {"W_q": words, **floats, "shape": ("I64", "I32")})
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         groups = self.groups(name, shape)
