@@ -20,7 +20,7 @@ from distquant.errors import InputError
 Check = Callable[[Tensor], str | None]
 """Gets all values of a component that a rank keeps, flat, in the stored dtype; returns what is wrong with them."""
 
-DAMAGED = "The file is damaged, or its writer failed: download it again, or quantize the original"
+DAMAGED = "The file is damaged, or was written wrongly: download it again, or quantize the original"
 
 NO_EXPONENT = 255
 """The byte that float8_e8m0fnu has for NaN (OCP Microscaling v1.0, 5.4.1)."""

@@ -47,7 +47,7 @@ def run(model: str, bases: Iterable[str], root: Path) -> Iterator[Trial]:
     target = root / "spoilt"
     for number, base in enumerate(bases):
         if base == "gguf":
-            yield from _gguf(Path(model), root)
+            yield from _gguf(root)
             continue
         folder = spoilt_values.write_base(base, model, root / f"base{number}")
         for case in spoilt_values.cases(base):
@@ -56,9 +56,17 @@ def run(model: str, bases: Iterable[str], root: Path) -> Iterator[Trial]:
             shutil.rmtree(target)
 
 
-def _gguf(model: Path, root: Path) -> Iterator[Trial]:
+def _gguf(root: Path) -> Iterator[Trial]:
+    import models
     from ggufs import write_gguf
 
+    # K-types have blocks of 256.
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    models.FAMILIES["wide"] = ("llama", wide)
+    try:
+        model = models.save_model("wide", root / "wide")
+    finally:
+        models.FAMILIES.pop("wide")
     files: dict[str, Path] = {}
     for case, offset in spoilt_values.gguf_cases():
         if case.base not in files:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distquant.errors import InputError, Problem
 from distquant.quantization.algorithms.nested_absmax import BLOCK, SECOND
+from distquant.quantization.stored_values import DAMAGED
 from distquant.tables import printable
 
 LONGEST = 4096
@@ -23,7 +24,6 @@ DTYPES = ("float16", "bfloat16", "float32")
 SHOWN = 60
 """Characters of a wrong value that a message shows."""
 
-DAMAGED = "The file is damaged, or its writer failed: download it again, or quantize the original"
 CONTRADICTS = "The checkpoint contradicts its config; quantize it again"
 
 
