@@ -141,7 +141,7 @@ def _scale_fault(values: Tensor, kind: str) -> str | None:
     words = values if values.storage_offset() % 2 == 0 else values.clone()
     halves = words.view(torch.float16).view(-1, BLOCKS[kind][1] // 2)
     for offset in HALVES[kind]:
-        fault = FINITE(halves[:, offset // 2].contiguous())
+        fault = FINITE(halves[:, offset // 2])
         if fault is not None:
             return f"a block of {kind} with the scale {fault}"
     return None
