@@ -131,8 +131,8 @@ def table(expected: Callable[[torch.device], Tensor], whose: str) -> Check:
         if torch.equal(values, own) or torch.allclose(values, own, rtol=1e-4, atol=1e-6):
             return None
         wrong = ~torch.isclose(values, own, rtol=1e-4, atol=1e-6)
-        at = int(wrong.nonzero()[0])
-        return f"{float(values[at]):g} at {at}, and must be {whose} table, which has {float(own[at]):g} there"
+        place = int(wrong.nonzero()[0])
+        return f"{float(values[place]):g} at {place}, and must be {whose} table, which has {float(own[place]):g} there"
 
     return check
 

@@ -28,7 +28,7 @@ PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"
 
 
 def meant(groups: Groups, shape: tuple[int, ...]) -> dict[str, list[int]]:
-    """What the deciding parameters of a weight must be, each as a flat list."""
+    """Values that the deciding parameters of a weight must have, each as a flat list."""
     return {
         "nbits": [groups.bits],
         "group_size": [groups.size],

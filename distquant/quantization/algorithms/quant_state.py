@@ -90,7 +90,7 @@ def _finite(number: float) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is in the file, cut short."""
+    """A value as it is in the file, its first characters."""
     try:
         text = json.dumps(value)
     except (ValueError, RecursionError):

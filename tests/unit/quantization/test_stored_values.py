@@ -124,16 +124,16 @@ def test_every_broken_quant_state_is_one_error(nested: bool) -> None:
             assert changed is not None
             with pytest.raises(InputError, match=f"{NAME}: its quant_state ") as caught:
                 read_state(NAME, changed, "nf4", SHAPE)
-            said = str(caught.value)
-            assert said.replace("\n", "").isprintable() and len(said) < 600, name
+            message = str(caught.value)
+            assert message.replace("\n", "").isprintable() and len(message) < 600, name
 
 
 def test_all_faults_of_a_quant_state_are_listed() -> None:
     text = {"quant_type": "fp4", "blocksize": 0, "shape": [1], "nested_blocksize": 0}
     with pytest.raises(InputError) as caught:
         read_state(NAME, spoilt_values.as_bytes(json.dumps(text).encode()), "nf4", SHAPE)
-    said = [problem.what for problem in caught.value.problems]
-    assert said == [
+    message = [problem.what for problem in caught.value.problems]
+    assert message == [
         "its quant_state lacks nested_dtype, dtype",
         "its quant_state has quant_type=\"fp4\", expected 'nf4'",
         "its quant_state has blocksize=0, expected 64",
