@@ -250,7 +250,7 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
 
 
 def _group_fault(index: Tensor, packing: Packing, inputs: int, whole: bool) -> str | None:
-    """What is wrong with the groups of inputs that may have any order.
+    """The fault of the groups of inputs that may have any order; None if there is none.
 
     There must be such groups, and each must have its number of inputs: kernels sort the inputs by group, and then take
     as many for each (`gptq_marlin` and `exllama_v2` of GPTQModel).

@@ -137,7 +137,7 @@ class GgufScheme(WeightOnlyScheme, PlainDecoder):
 
 
 def _scale_fault(values: Tensor, kind: str) -> str | None:
-    """What is wrong with the float16 in whole blocks of a type, as flat bytes."""
+    """The fault of a float16 in whole blocks of a type, as flat bytes."""
     words = values if values.storage_offset() % 2 == 0 else values.clone()
     halves = words.view(torch.float16).view(-1, BLOCKS[kind][1] // 2)
     for offset in HALVES[kind]:
