@@ -19,6 +19,7 @@ from distquant.parallel.experts import LocalExperts
 from distquant.planning.load_plan import LoadPlan, TensorPlan
 from distquant.planning.transfers import Transfer
 from distquant.quantization import QuantizedScheme, Scheme, Shard
+from distquant.quantization.stored_values import check_values
 
 
 class WeightPlacer:
@@ -125,10 +126,16 @@ class WeightPlacer:
             self.devices.offload_module(tensor.name.rpartition(".")[0], module)
 
     def _collect(self, transfer: Transfer, memory: Mapping[str, Tensor]) -> bool:
-        """Keeps a stored component; returns True if the weight is complete, as one quantized on the way always is."""
+        """Keeps a stored component; returns True if the weight is complete, as one quantized on the way always is.
+
+        Raises:
+            InputError: its values are not what its kernel takes them for.
+        """
         component = transfer.kind.component
         if component is None:
             return True
+        name = transfer.tensor.name
+        check_values(name, component, self._quantized.value_check(name, component), memory[component])
         self._collected[component] = memory[component]
         self._replicated |= transfer.kind.replicated
         return transfer.last

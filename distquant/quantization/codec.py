@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from distquant.kernels.protocol import Kernels
 from distquant.sharding.shard import Shard
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from distquant.quantization.stored_values import Check
+
 Stream = tuple[str, "Tensor", int]
 """A stream of the fingerprint: its name, values `[local rows, ceil(local columns / width)]`, and the width: columns
 that one value stands for."""
@@ -27,6 +29,13 @@ that one value stands for."""
 
 class Codec(ABC):
     """Packs and reads the stored components of a rank's shard."""
+
+    value_checks: ClassVar[Mapping[str, Check]] = {}
+    """Stored component -> check of its values, which a load runs as soon as they are there; see `stored_values.py`."""
+
+    def value_check(self, name: str, component: str) -> Check | None:
+        """The check of a component of the parameter of this name; None where any value is legal."""
+        return self.value_checks.get(component)
 
     @abstractmethod
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Kernels) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.module_selection import first_expert_name
 from distquant.quantization.packing import Packing
 from distquant.quantization.stored_checks import OTHER_CHECKPOINT, SCALE_DTYPES, lacks, misshapen, wrong_dtypes
+from distquant.quantization.stored_values import FINITE, Check
 from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
@@ -33,6 +34,7 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
     """Integers in words, with a scale and a zero point per group."""
 
     suffixes: ClassVar[Mapping[str, str]] = {name: name for name in ("qweight", "qzeros", "scales", "g_idx")}
+    value_checks: ClassVar[Mapping[str, Check]] = {"scales": FINITE}
 
     def __init__(self, config: QuantizationConfig):
         super().__init__(config)
@@ -185,10 +187,8 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
         """Raises `InputError` where the groups of the inputs are not those that the config promises."""
         packing, inputs = self.packing(shard.name), shard.shape[1]
         if packing.reordered:
-            count = packing.groups(inputs)
-            low, high = (int(bound) for bound in index.aminmax()) if len(index) else (0, 0)
-            if low < 0 or high >= count:
-                fault = f"g_idx names groups {low} to {high}, and there are {count}"
+            fault = _group_fault(index, packing, inputs, replicated or shard.shard_dim != 1)
+            if fault is not None:
                 raise InputError.one(shard.name, fault, OTHER_CHECKPOINT)
             return
         group = packing.group(inputs)
@@ -247,3 +247,29 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
             tally.again(module.counted)
         else:
             super().tally(module, shard, tally)
+
+
+def _group_fault(index: Tensor, packing: Packing, inputs: int, whole: bool) -> str | None:
+    """The fault of the groups of inputs that may have any order; None if there is none.
+
+    There must be such groups, and each must have its number of inputs: kernels sort the inputs by group, and then take
+    as many for each (`gptq_marlin` and `exllama_v2` of GPTQModel).
+
+    Args:
+        index: int64, the group of each input.
+        packing: of the weight.
+        inputs: of the whole weight.
+        whole: True if `index` has all of them; a part of them can only show that a group has too many.
+    """
+    count, size = packing.groups(inputs), packing.group_size
+    low, high = (int(bound) for bound in index.aminmax()) if len(index) else (0, 0)
+    if low < 0 or high >= count:
+        return f"g_idx names groups {low} to {high}, and there are {count}"
+    found = torch.bincount(index, minlength=count)
+    room = torch.full_like(found, size)
+    room[-1] = inputs - (count - 1) * size
+    wrong = (found != room) if whole else (found > room)
+    if not bool(wrong.any()):
+        return None
+    group = int(wrong.nonzero()[0])
+    return f"g_idx gives group {group} {int(found[group])} inputs, and it has {int(room[group])}"

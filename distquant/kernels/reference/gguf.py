@@ -96,3 +96,8 @@ _DECODERS = {
     "Q4_K": (K_BLOCK, _q4_k), "Q5_K": (K_BLOCK, _q5_k), "Q6_K": (K_BLOCK, _q6_k),
 }  # fmt: skip
 """By type: values of a block, and what makes them from bytes `[blocks, bytes]`."""
+
+HALVES: dict[str, tuple[int, ...]] = {
+    "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+"""By type: the bytes of a block at which it has a float16 that multiplies its values."""

@@ -24,7 +24,6 @@ Values of 4-bit codes and block sizes follow from the configuration and the shar
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from distquant.config import Bnb4bitConfig, torch_dtype
-from distquant.dtypes import DTYPE_BYTES
+from distquant.dtypes import DTYPE_BYTES, STORED_NAMES
 from distquant.errors import InputError, Problem
 from distquant.kernels import reference
 from distquant.kernels.protocol import Kernels
@@ -49,11 +48,13 @@ from distquant.quantization.algorithms.nested_absmax import (
     partition_crosses_blocks,
     quantize_absmax,
 )
+from distquant.quantization.algorithms.quant_state import LONGEST, is_nested, read_state
 from distquant.quantization.bitsandbytes_base import BitsandbytesScheme
 from distquant.quantization.codec import Stream
 from distquant.quantization.linear.linear4bit_components import components_of
 from distquant.quantization.registry import register
-from distquant.quantization.stored_checks import lacks
+from distquant.quantization.stored_checks import OTHER_CHECKPOINT, lacks, misshapen, wrong_dtypes
+from distquant.quantization.stored_values import MAGNITUDES, Check, table
 from distquant.sharding.layout import Component, Layout
 from distquant.sharding.shard import Shard
 
@@ -126,7 +127,34 @@ class Bnb4bitScheme(BitsandbytesScheme):
         if count != blocks:
             fault = f"{count} absmax for a weight of shape {list(shape)}, blocks of {BLOCK} give {blocks}"
             return [Problem(name, fault, f"Only blocks of {BLOCK} are supported; quantize the original again")]
-        return []
+        problems = []
+        codes = -(-math.prod(shape) // (2 * DTYPE_BYTES[self.config.bnb_4bit_quant_storage]))
+        sizes = {"": codes, "quant_map": 16, "nested_quant_map": 256, "nested_absmax": -(-blocks // SECOND)}
+        for component, size in sizes.items():
+            if component in stored and math.prod(stored[component]) != size:
+                problems.append(misshapen(name, component, stored[component], (size,)))
+        nbytes = math.prod(stored["quant_state"])
+        if nbytes > LONGEST:
+            fault = f"quant_state takes {nbytes} bytes, at most {LONGEST} are read"
+            problems.append(Problem(name, fault, OTHER_CHECKPOINT))
+        return problems
+
+    def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
+        floats = dict.fromkeys(("quant_map", "nested_absmax", "nested_quant_map"), ("F32",))
+        absmax = ("U8",) if "nested_absmax" in dtypes else ("F32",)
+        storage = (STORED_NAMES[self.config.bnb_4bit_quant_storage],)
+        return wrong_dtypes(name, dtypes, {"": storage, "absmax": absmax, **floats, "quant_state": ("U8",)})
+
+    def value_check(self, name: str, component: str) -> Check | None:
+        """The tables that kernels have built in, and floats; second-level codes (uint8) are any."""
+        quant_type = self.config.bnb_4bit_quant_type
+        checks: dict[str, Check] = {
+            "quant_map": table(lambda device: reference.code_values(quant_type, device), f"{quant_type}'s"),
+            "nested_quant_map": table(dynamic_map, "bitsandbytes' own"),
+            "absmax": MAGNITUDES,
+            "nested_absmax": MAGNITUDES,
+        }
+        return checks.get(component)
 
     # -- modules ---------------------------------------------------------------------------------------------------
 
@@ -159,7 +187,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
     ) -> None:
         super().load_prequantized(shard, module, parts, replicated)
         # The dtype that the file was quantized from, which may be another than that of this load.
-        module.weight.quant_state.dtype = getattr(torch, _state_of(parts)["dtype"])  # type: ignore[union-attr]
+        module.weight.quant_state.dtype = torch_dtype(self._state_of(shard, parts)["dtype"])  # type: ignore[union-attr]
 
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Kernels) -> dict[str, Tensor]:
         statistics = Statistics(parts["absmax"])
@@ -172,13 +200,12 @@ class Bnb4bitScheme(BitsandbytesScheme):
     def pack_prequantized(
         self, shard: Shard, parts: dict[str, Tensor], replicated: frozenset[str]
     ) -> dict[str, Tensor]:
-        state = _state_of(parts)
-        self._check_state(shard, state)
+        state = self._state_of(shard, parts)
         codes, columns = parts[""].view(torch.uint8), shard.shape[1]
         if "" in replicated and shard.shard_dim == 0:
             codes = torch.cat([codes[a * columns // 2 : -(-b * columns // 2)] for a, b in shard.rows])
         statistics = Statistics(parts["absmax"].float())
-        if "nested_offset" in state:
+        if is_nested(state):
             offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=codes.device)
             values = parts["nested_quant_map"]
             ours = torch.equal(values, dynamic_map(values.device))
@@ -187,18 +214,14 @@ class Bnb4bitScheme(BitsandbytesScheme):
             statistics = local_statistics(statistics, shard)
         return {"": codes, **statistics.components()}
 
-    def _check_state(self, shard: Shard, state: dict[str, Any]) -> None:
-        """Raises `InputError` where the stored state contradicts the configuration."""
-        expected = {
-            "quant_type": self.config.bnb_4bit_quant_type,
-            "blocksize": BLOCK,
-            "shape": list(shard.shape),
-        }
-        for key, value in expected.items():
-            stored = list(state[key]) if key == "shape" else state.get(key)
-            if stored != value:
-                fault = f"its quant_state has {key}={stored!r}, expected {value!r}"
-                raise InputError.one(shard.name, fault, "The checkpoint contradicts its config; quantize it again")
+    def _state_of(self, shard: Shard, parts: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The `quant_state` of a stored weight; raises `InputError` where it contradicts what is stored beside it."""
+        state = read_state(shard.name, parts["quant_state"], self.config.bnb_4bit_quant_type, shard.shape)
+        if is_nested(state) != ("nested_absmax" in parts):
+            has, lacks_it = ("quant_state", "nested_absmax") if is_nested(state) else ("nested_absmax", "quant_state")
+            fault = f"it is double quantized by its {has}, and not by its {lacks_it}"
+            raise InputError.one(shard.name, fault, OTHER_CHECKPOINT)
+        return state
 
     def fill(self, shard: Shard, module: Any, components: Mapping[str, Tensor]) -> None:
         from bitsandbytes.functional import QuantState
@@ -259,8 +282,3 @@ class Bnb4bitScheme(BitsandbytesScheme):
         if columns % block:
             absmax, block = absmax.repeat_interleave(block)[: rows * columns], 1
         yield "scale", absmax.view(rows, columns // block), block
-
-
-def _state_of(parts: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The `quant_state` of a stored weight: JSON as bytes."""
-    return json.loads(bytes(parts["quant_state"].tolist()))

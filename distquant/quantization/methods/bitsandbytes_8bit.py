@@ -9,6 +9,7 @@ Stored components of a shard: "" (int8 `[out, in]`) and "SCB" (float32 `[out]`, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -22,7 +23,8 @@ from distquant.quantization.bitsandbytes_base import BitsandbytesScheme
 from distquant.quantization.codec import Stream
 from distquant.quantization.module_selection import is_stack
 from distquant.quantization.registry import register
-from distquant.quantization.stored_checks import lacks
+from distquant.quantization.stored_checks import lacks, misshapen, wrong_dtypes
+from distquant.quantization.stored_values import MAGNITUDES, Check
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
 from distquant.sharding.tally import WHOLE_ROW
@@ -38,6 +40,7 @@ class Bnb8bitScheme(BitsandbytesScheme):
     name = "bitsandbytes_8bit"
     config_class = Bnb8bitConfig
     suffixes: ClassVar[Mapping[str, str]] = {"SCB": "SCB", "weight_format": "weight_format"}
+    value_checks: ClassVar[Mapping[str, Check]] = {"SCB": MAGNITUDES}
     mark = "is_loaded_in_8bit"
     config: Bnb8bitConfig
 
@@ -59,7 +62,11 @@ class Bnb8bitScheme(BitsandbytesScheme):
         if stored["SCB"] != shape[:1] or stored[""] != shape:
             fault = f"int8 {list(stored[''])} with SCB {list(stored['SCB'])}, the model has {list(shape)}"
             return [Problem(name, fault, "The checkpoint is of another model; check config.json")]
-        return []
+        form = stored.get("weight_format", ())
+        return [misshapen(name, "weight_format", form, ())] if math.prod(form) != 1 else []
+
+    def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
+        return wrong_dtypes(name, dtypes, {"": ("I8",), "SCB": ("F32",), "weight_format": ("U8",)})
 
     # -- modules ---------------------------------------------------------------------------------------------------
 

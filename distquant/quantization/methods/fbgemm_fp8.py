@@ -25,6 +25,7 @@ from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Multiplier, Float8Rows, float8_rows_matmul
 from distquant.quantization.registry import register
 from distquant.quantization.stored_checks import SCALE_DTYPES, in_other_dims, wrong_dtypes
+from distquant.quantization.stored_values import MAGNITUDES, Check
 from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
@@ -41,6 +42,7 @@ class FbgemmFp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
     name = "fbgemm_fp8"
     config_class = FbgemmFp8Config
     suffixes: ClassVar[Mapping[str, str]] = {SCALE: SCALE}
+    value_checks: ClassVar[Mapping[str, Check]] = {SCALE: MAGNITUDES}
     config: FbgemmFp8Config
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:

@@ -47,6 +47,7 @@ from distquant.quantization.linear.float8_matmul import (
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
 from distquant.quantization.stored_checks import SCALE_DTYPES, in_other_dims, wrong_dtypes
+from distquant.quantization.stored_values import DIVISORS, MAGNITUDES, Check, exponents
 from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
@@ -77,6 +78,7 @@ class Fp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         AUTOFP8_ACTIVATION: ACTIVATION,
     }
     of_activations: ClassVar[frozenset[str]] = frozenset((ACTIVATION,))
+    value_checks: ClassVar[Mapping[str, Check]] = {SCALE: lambda values: _scale_fault(values), ACTIVATION: DIVISORS}
     config: Float8Config
 
     @property
@@ -225,3 +227,8 @@ class Fp8Scheme(WeightOnlyScheme, Encoder, Float8Multiplier):
 
 def _problem(field: str, fault: str, fix: str) -> Problem:
     return Problem(f"quantization_config.{field}", fault, fix)
+
+
+def _scale_fault(values: Tensor) -> str | None:
+    """Scales are floats, or exponents as bytes."""
+    return exponents(values) if values.dtype == torch.uint8 else MAGNITUDES(values)

@@ -19,11 +19,12 @@ from distquant.checkpoint.gguf import BLOCKS
 from distquant.config import GgufConfig
 from distquant.errors import Problem
 from distquant.kernels.protocol import Kernels
-from distquant.kernels.reference.gguf import dequantize_gguf
+from distquant.kernels.reference.gguf import HALVES, dequantize_gguf
 from distquant.model.description import ModelDescription
 from distquant.quantization.codec import PlainDecoder, Stream
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
+from distquant.quantization.stored_values import FINITE, Check, check_values
 from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
@@ -93,8 +94,14 @@ class GgufScheme(WeightOnlyScheme, PlainDecoder):
         block, nbytes = BLOCKS[self.kind(name)]
         values = rows
         if block > 1:
+            check_values(name, "", self.value_check(name, ""), rows.reshape(-1))
             values = dequantize_gguf(rows, self.kind(name), rows.shape[1] // nbytes * block)
         out[""].copy_(self._in_order(name, values).reshape(-1))
+
+    def value_check(self, name: str, component: str) -> Check | None:
+        """Finite scales in every block; a negative one is ordinary, where the largest magnitude is a negative value."""
+        kind = self.kind(name)
+        return (lambda values: _scale_fault(values, kind)) if kind in HALVES else None
 
     # -- weights that stay quantized -------------------------------------------------------------------------------
 
@@ -127,3 +134,14 @@ class GgufScheme(WeightOnlyScheme, PlainDecoder):
     def finish_model(self, model: Any) -> None:
         if not self.config.dequantize:
             super().finish_model(model)
+
+
+def _scale_fault(values: Tensor, kind: str) -> str | None:
+    """The fault of a float16 in whole blocks of a type, as flat bytes."""
+    words = values if values.storage_offset() % 2 == 0 else values.clone()
+    halves = words.view(torch.float16).view(-1, BLOCKS[kind][1] // 2)
+    for offset in HALVES[kind]:
+        fault = FINITE(halves[:, offset // 2])
+        if fault is not None:
+            return f"a block of {kind} with the scale {fault}"
+    return None

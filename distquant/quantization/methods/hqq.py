@@ -29,13 +29,15 @@ from distquant.dtypes import DTYPE_BYTES
 from distquant.errors import InputError, Problem
 from distquant.kernels.protocol import Kernels
 from distquant.model.description import Linear, ModelDescription
+from distquant.quantization.algorithms.hqq_constants import CONSTANTS, meant, size_problems, value_problems
 from distquant.quantization.algorithms.hqq_groups import PER_WORD, Groups, sliced
 from distquant.quantization.algorithms.hqq_optimizer import quantize_hqq
 from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.quantized_scheme import QuantizedScheme
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
-from distquant.quantization.stored_checks import OTHER_CHECKPOINT, lacks
+from distquant.quantization.stored_checks import OTHER_CHECKPOINT, SCALE_DTYPES, lacks, wrong_dtypes
+from distquant.quantization.stored_values import FINITE, Check
 from distquant.quantization.weight_only import mark_quantized
 from distquant.sharding.layout import ALL, Component, Layout
 from distquant.sharding.shard import Shard
@@ -46,13 +48,6 @@ WORKING, WORKING_ROUNDED = 10, 6
 
 Measured: 9.1 and 5.4, peak resident memory of a process that quantizes a bfloat16 weight of 8M elements on two threads.
 """
-
-CONSTANTS = (
-    "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale",
-    "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise",
-    "optimize", "round_zero",
-)  # fmt: skip
-"""Entries of `HQQLinear.state_dict` beside codes, scales, zeros and bias: how the weight was quantized."""
 
 
 @register
@@ -73,6 +68,7 @@ class HqqScheme(QuantizedScheme, Encoder):
     stacks: ClassVar[bool] = False  # its kernels read packed codes by the metadata of an `HQQLinear`
     suffixes: ClassVar[Mapping[str, str]] = {key: key for key in ("W_q", "scale", "zero", *CONSTANTS)}
     unsliced: ClassVar[frozenset[str]] = frozenset(("W_q", "scale", "zero"))
+    value_checks: ClassVar[Mapping[str, Check]] = {"scale": FINITE, "zero": FINITE}
     constants: ClassVar[frozenset[str]] = frozenset(CONSTANTS)
     config: HqqConfig
 
@@ -138,7 +134,13 @@ class HqqScheme(QuantizedScheme, Encoder):
                 shown = list(stored[component])
                 fault = f"{component} is stored as {shown}, its config and shape need {elements} values"
                 problems.append(Problem(name, fault, OTHER_CHECKPOINT))
+        problems += size_problems(name, meant(groups, shape), stored)
         return problems
+
+    def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
+        words = ("I32",) if self.weight(name).nbits == 3 else ("U8",)
+        floats = {"scale": SCALE_DTYPES, "zero": SCALE_DTYPES}
+        return wrong_dtypes(name, dtypes, {"W_q": words, **floats, "shape": ("I64", "I32")})
 
     def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
         groups = self.groups(name, shape)
@@ -191,31 +193,13 @@ class HqqScheme(QuantizedScheme, Encoder):
         self, shard: Shard, parts: dict[str, Tensor], replicated: frozenset[str]
     ) -> dict[str, Tensor]:
         groups = self.groups(shard.name, shard.shape)
-        self._check_constants(shard, groups, parts)
+        problems = list(value_problems(shard.name, meant(groups, shard.shape), parts))
+        if problems:
+            raise InputError(problems)
         grouped = groups.stored_groups()
         codes = groups.unpack(parts["W_q"].view(groups.packed_shape(grouped)), grouped).view(shard.shape)
         scale, zero = (groups.local_values(groups.repeated(parts[name]), shard) for name in ("scale", "zero"))
         return self._packed(shard, sliced(codes, shard.columns, shard.rows), scale, zero)
-
-    def _check_constants(self, shard: Shard, groups: Groups, parts: Mapping[str, Tensor]) -> None:
-        """Raises `InputError` where the stored parameters are not those of the configuration."""
-        expected: dict[str, Any] = {
-            "nbits": [groups.bits],
-            "group_size": [groups.size],
-            "axis": [groups.axis],
-            "shape": list(shard.shape),
-            "view_as_float": [0],
-            "quant_scale": [0],
-            "quant_zero": [0],
-        }
-        problems = []
-        for name, value in expected.items():
-            stored = parts[name].tolist() if name in parts else value
-            if stored != value:
-                fault = f"{name} is stored as {stored}, the configuration means {value}"
-                problems.append(Problem(shard.name, fault, "Check that config.json belongs to the checkpoint"))
-        if problems:
-            raise InputError(problems)
 
     def _packed(self, shard: Shard, codes: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
         """Stored components of unpacked codes `[out, in]` and one scale and zero for each fine group."""

@@ -29,6 +29,7 @@ from distquant.kernels.protocol import Kernels
 from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.registry import register
 from distquant.quantization.stored_checks import in_other_dims, wrong_dtypes
+from distquant.quantization.stored_values import Check, exponents
 from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
@@ -44,6 +45,7 @@ class Mxfp4Scheme(WeightOnlyScheme, Encoder):
     name = "mxfp4"
     config_class = Mxfp4Config
     suffixes: ClassVar[Mapping[str, str]] = {"weight_blocks": "", "weight_scales": SCALES, SCALES: SCALES}
+    value_checks: ClassVar[Mapping[str, Check]] = {SCALES: exponents}
     fused_suffixes: ClassVar[Mapping[str, str]] = {"_blocks": "", "_scales": SCALES}
 
     # -- deciding --------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
 from distquant.quantization.stored_checks import SCALE_DTYPES, wrong_dtypes
+from distquant.quantization.stored_values import FINITE, MAGNITUDES, Check
 from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
@@ -91,6 +92,10 @@ class QuantoScheme(WeightOnlyScheme, Encoder):
         "weight._data._data": "",
         "weight._data": "",
         **{name: name for name in (SCALE, SHIFT, *OF_ACTIVATIONS)},
+    }
+    value_checks: ClassVar[Mapping[str, Check]] = {
+        SCALE: MAGNITUDES,
+        **dict.fromkeys((SHIFT, *OF_ACTIVATIONS), FINITE),
     }
     of_activations: ClassVar[frozenset[str]] = frozenset(OF_ACTIVATIONS)
     unmoved: ClassVar[Mapping[str, str]] = dict.fromkeys(

@@ -48,6 +48,7 @@ from distquant.quantization.linear.torchao_tensors import FLOAT8, INT8, INTX, SC
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
 from distquant.quantization.stored_checks import SCALE_DTYPES, wrong_dtypes
+from distquant.quantization.stored_values import MAGNITUDES, Check, Integers, integers_of
 from distquant.quantization.weight_only import WeightOnlyScheme
 from distquant.sharding.layout import ALL, PLAIN_STEPS, Component, Layout
 from distquant.sharding.shard import Shard
@@ -197,6 +198,18 @@ class TorchaoScheme(WeightOnlyScheme, Encoder):
 
     def replicated_components(self, shard: Shard) -> frozenset[str]:
         return frozenset((AMAX,)) if self.group == "tensor" else frozenset()
+
+    def value_check(self, name: str, component: str) -> Check | None:
+        """Scales, zero points, and codes of fewer bits than their bytes have.
+
+        torchao's products with `Int8Tensor` leave the zero point out, which its symmetric quantization stores as 0.
+        """
+        if component == SCALE:
+            return MAGNITUDES
+        if self.kind == INT8:
+            return Integers(0, 0) if component == ZERO else None
+        bits = self.config.vocabulary()[0].bits
+        return integers_of(int(bits)) if self.kind == INTX and bits is not None and bits < 8 else None
 
     # -- codec -----------------------------------------------------------------------------------------------------
 

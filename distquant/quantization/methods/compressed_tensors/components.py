@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from distquant.dtypes import STORED_NAMES
 from distquant.errors import InputError
 from distquant.quantization.methods.compressed_tensors.rounding import from_words, spread
 from distquant.quantization.methods.compressed_tensors.storage import Storage
-from distquant.quantization.stored_checks import OTHER_CHECKPOINT
+from distquant.quantization.stored_checks import OTHER_CHECKPOINT, SCALE_DTYPES
+from distquant.quantization.stored_values import FINITE, MAGNITUDES, Check, integers_of
 from distquant.sharding.shard import Shard
 
 SHAPE, GROUPS = "weight_shape", "weight_g_idx"
+
+
+def dtypes_of(storage: Storage, components: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Safetensors' dtypes that each of these components may have."""
+    allowed = {storage.codes: (STORED_NAMES[storage.dtype],), SHAPE: ("I64", "I32"), GROUPS: ("I64", "I32")}
+    allowed |= dict.fromkeys((each for each in components if each.endswith("_scale")), SCALE_DTYPES)
+    # Symmetric weights may have zero points beside them, which must be 0: any dtype says that.
+    if not storage.weights.symmetric:
+        allowed["weight_zero_point"] = ("I32",) if storage.packed_zero else ("I8",)
+    return allowed
+
+
+def check_of(storage: Storage, component: str) -> Check | None:
+    """The check of a component's values: scales, and integers of fewer bits than their bytes have."""
+    if component.endswith("_scale"):
+        return MAGNITUDES if storage.floating and component == "weight_scale" else FINITE
+    if storage.floating or storage.weights.num_bits == 8:
+        return None
+    in_bytes = {"": not storage.packed, "weight_zero_point": not (storage.packed_zero or storage.weights.symmetric)}
+    return integers_of(storage.weights.num_bits) if in_bytes.get(component) else None
 
 
 def check_values(storage: Storage, shard: Shard, parts: Mapping[str, Tensor]) -> None:

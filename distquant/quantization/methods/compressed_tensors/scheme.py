@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from distquant.config import CompressedTensorsConfig, ModuleSelection, torch_dtype
 from distquant.config.quantization_group import matches
-from distquant.dtypes import STORED_NAMES
 from distquant.errors import Problem
 from distquant.kernels.protocol import Kernels
 from distquant.model.description import Linear, ModelDescription
@@ -31,7 +30,9 @@ from distquant.quantization.methods.compressed_tensors.components import (
     GROUPS,
     SHAPE,
     by_row,
+    check_of,
     check_values,
+    dtypes_of,
     unpacked,
     with_library_shapes,
 )
@@ -40,7 +41,8 @@ from distquant.quantization.methods.compressed_tensors.storage import WORD, Stor
 from distquant.quantization.module_selection import disagreements, first_expert_name, is_stack, members
 from distquant.quantization.registry import register
 from distquant.quantization.scheme import Context
-from distquant.quantization.stored_checks import OTHER_CHECKPOINT, SCALE_DTYPES, wrong_dtypes
+from distquant.quantization.stored_checks import OTHER_CHECKPOINT, misshapen, wrong_dtypes
+from distquant.quantization.stored_values import Check
 from distquant.quantization.weight_only import WeightOnlyScheme, carry_unused
 from distquant.sharding.layout import ALL, Component, Layout
 from distquant.sharding.shard import Shard
@@ -166,8 +168,10 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         return problems
 
     def check_dtypes(self, name: str, dtypes: dict[str, str]) -> list[Problem]:
-        storage = self.storage(name)
-        return wrong_dtypes(name, dtypes, {storage.codes: (STORED_NAMES[storage.dtype],), "weight_scale": SCALE_DTYPES})
+        return wrong_dtypes(name, dtypes, dtypes_of(self.storage(name), dtypes))
+
+    def value_check(self, name: str, component: str) -> Check | None:
+        return check_of(self.storage(name), component)
 
     def check_stored(self, name: str, shape: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> list[Problem]:
         problems = [*self.check_weight(name, shape), *super().check_stored(name, shape, stored)]
@@ -175,6 +179,9 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         if group and shape[1] % group:
             fault = f"in_features {shape[1]} is not a multiple of group_size={group}"
             problems.append(Problem(name, fault, OTHER_CHECKPOINT))
+        for component, expected in ((SHAPE, (len(shape),)), (GROUPS, shape[1:])):
+            if component in stored and stored[component] != expected:
+                problems.append(misshapen(name, component, stored[component], expected))
         known = {component.name for component in storage.components("float32")}.union(BESIDE)
         if self.config.kv_cache_scheme is not None:  # older files keep the cache's scales at k_proj and v_proj
             known.update(ACTIVATIONS[2:])
