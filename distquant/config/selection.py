@@ -19,11 +19,12 @@ from functools import lru_cache
 
 from distquant.config.values import did_you_mean
 from distquant.errors import Problem
+from distquant.patterns import InvalidPattern, Pattern, compiled, shortened
+from distquant.whole_numbers import MOST_DIGITS, whole_number
 
 
-@lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.)|$)")
+def _compiled(pattern: str) -> Pattern:
+    return compiled(rf"(?:{pattern})(?:(?<=\.)|(?=\.)|$)", pattern)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -35,7 +36,7 @@ def matches(pattern: str, name: str) -> bool:
     module, star, _ = name.partition(".*.")
     if star:
         return module.endswith(pattern) or matches(pattern, name.replace(star, ".0."))
-    return name.endswith(pattern) or _compiled(pattern).match(name) is not None
+    return name.endswith(pattern) or _compiled(pattern).match(name)
 
 
 @lru_cache(maxsize=256)
@@ -46,7 +47,9 @@ def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
         match = re.fullmatch(r"\s*([0-9]+)(?:\s*-\s*([0-9]+))?\s*", part)
         if not match:
             raise ValueError(f"{part.strip()!r} is neither a layer nor a range")
-        first, last = int(match[1]), int(match[2] or match[1])
+        first, last = whole_number(match[1]), whole_number(match[2] or match[1])
+        if first is None or last is None:
+            raise ValueError(f"{shortened(part.strip())} has more than {MOST_DIGITS} digits")
         if last < first:
             raise ValueError(f"{part.strip()!r} runs backwards")
         ranges.append((first, last))
@@ -56,7 +59,7 @@ def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
 @lru_cache(maxsize=1 << 16)
 def layer_of(name: str) -> int | None:
     """Returns the first integer component of a dotted name, or None outside the layers."""
-    return next((int(part) for part in name.split(".") if part.isascii() and part.isdigit()), None)
+    return next((number for part in name.split(".") if (number := whole_number(part)) is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +101,18 @@ class ModuleSelection:
                     continue
                 try:
                     _compiled(pattern)
-                except re.error as error:
+                except InvalidPattern as error:
                     fix = "Give a module name, or escape what is meant literally."
-                    problems.append(Problem(option, f"{pattern!r} is not a regular expression ({error})", fix))
+                    problems.append(Problem(option, f"{shortened(pattern)} is not a regular expression ({error})", fix))
         if self.include == ():
             problems.append(Problem(include_name, "includes no module", "Remove it to include all, or name some."))
         if self.layers is not None:
             try:
                 parse_layers(self.layers)
             except ValueError as error:
-                problems.append(Problem("layers", f"{self.layers!r}: {error}", "Write ranges such as '2-5,7'."))
+                problems.append(
+                    Problem("layers", f"{shortened(self.layers)}: {error}", "Write ranges such as '2-5,7'.")
+                )
         return problems
 
     def unmatched(self, names: Iterable[str]) -> list[Problem]:

@@ -22,7 +22,7 @@ PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
     ["errors", "version", "dtypes", "old_names", "garbage_collection", "files", "process_state", "memory"],
-    ["environment", "units", "tables", "quiet"],
+    ["environment", "patterns", "quiet", "tables", "units", "whole_numbers"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],
     ["model"],

@@ -1,0 +1,189 @@
+"""Regular expressions from outside: a checkpoint or a user gives them, so matching them may never end.
+
+`(a|aa)+$` takes twice as long for each further `a`. Patterns of the field take microseconds, and there may be 90,000
+names. So a pattern whose text bounds its steps is matched by `re`, which is fast; any other one by the package `regex`,
+which can stop after a time. Both give the same answers (`tests/unit/test_patterns.py`). `limited_matching` also bounds
+the time of all patterns together.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+from distquant.errors import InputError
+
+LONGEST = 10_000
+"""Characters of a pattern at most; the longest ones in use list a few hundred modules."""
+
+ONE_SECONDS = 1.0
+"""Seconds of work for one pattern on one name."""
+
+ALL_SECONDS = 5.0
+"""Seconds for all patterns on all names while a load is planned; those of 90,000 modules take a few tenths."""
+
+FAST_NAME = 128
+"""Characters of a name at most that `re` matches without a limit of time; those of modules have about 60."""
+
+FAST_STEPS = 10_000_000
+"""Steps at most that `re` may need on such a name: a tenth of a second, if there ever were such a pattern."""
+
+FIX = "Write module names, or a pattern without a repetition inside of a repetition"
+
+_ESCAPE_OR_SET = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+_OTHERWISE_IN_REGEX = re.compile(r"(\\.)|\{(?!\d*,?\d*\})|(?<=\[):", re.DOTALL)
+"""What only `regex` reads as syntax: `{e<=1}` after an item (fuzzy matching), and `[:alpha:]`."""
+
+
+class InvalidPattern(ValueError):
+    """Raised for text that is not a regular expression; says why."""
+
+
+@dataclass
+class _Budget:
+    """The time that patterns have taken, and the function that says where one stands."""
+
+    place: Callable[[str], str]
+    spent: float = 0.0
+
+
+_budget: ContextVar[_Budget | None] = ContextVar("pattern budget", default=None)
+
+
+@contextmanager
+def limited_matching(place: Callable[[str], str]) -> Iterator[None]:
+    """Bounds the time of all patterns that are matched within, by this thread, to `ALL_SECONDS`.
+
+    Args:
+        place: says where a pattern stands, for messages.
+    """
+    token = _budget.set(_Budget(place))
+    try:
+        yield
+    finally:
+        _budget.reset(token)
+
+
+class Pattern:
+    """A regular expression from outside.
+
+    Args:
+        text: of the expression, in the syntax of `re`.
+        given: the pattern as it was given, for messages.
+
+    Raises:
+        InvalidPattern: the text is not a regular expression, or too long for one.
+    """
+
+    def __init__(self, text: str, given: str):
+        if len(given) > LONGEST:
+            raise InvalidPattern(f"{len(given)} characters, and at most {LONGEST} are read")
+        try:
+            self._fast = re.compile(text)
+        except re.error as error:
+            raise InvalidPattern(str(error)) from error
+        except RecursionError as error:
+            raise InvalidPattern("nested too deeply") from error
+        except OverflowError as error:  # of a number of repetitions
+            raise InvalidPattern(str(error)) from error
+        self.given = given
+        self._is_fast = not self._fast.flags & re.VERBOSE and most_steps(given) <= FAST_STEPS
+        if not self._is_fast:
+            self._bounded  # noqa: B018 - compiled here, where errors are reported
+
+    @cached_property
+    def _bounded(self) -> Any:
+        """The same expression for the package `regex`, which takes long to import and is rarely needed."""
+        import regex
+
+        try:
+            return regex.compile(_OTHERWISE_IN_REGEX.sub(_escaped, self._fast.pattern), regex.VERSION0)
+        except regex.error as error:
+            raise InvalidPattern(str(error)) from error
+
+    def match(self, name: str) -> bool:
+        """Returns True if the beginning of a name matches; raises `InputError` after too long a time."""
+        return self._run("match", name)
+
+    def search(self, name: str) -> bool:
+        """Returns True if any part of a name matches; raises `InputError` after too long a time."""
+        return self._run("search", name)
+
+    def _run(self, method: Literal["match", "search"], name: str) -> bool:
+        begun = time.perf_counter()
+        try:
+            if self._is_fast and len(name) <= FAST_NAME:
+                found = getattr(self._fast, method)(name)
+            else:
+                found = getattr(self._bounded, method)(
+                    name, timeout=ONE_SECONDS
+                )  # of the processor, so a busy machine changes nothing
+        except TimeoutError as error:
+            fault = f"{shortened(self.given)} takes more than {ONE_SECONDS:g} s to match {shortened(name)}"
+            raise InputError.one(self._place(), fault, FIX) from error
+        budget = _budget.get()
+        if budget is not None:
+            # One look at the clock is cheap, and counts a pause of the machine, too: as one name's time at most.
+            budget.spent += min(time.perf_counter() - begun, ONE_SECONDS)
+            if budget.spent > ALL_SECONDS:
+                fault = f"the patterns take more than {ALL_SECONDS:g} s to match this model's modules"
+                fix = f"Give fewer or simpler patterns; the last one tried is {shortened(self.given)}"
+                raise InputError.one(self._place(), fault, fix)
+        return found is not None
+
+    def _place(self) -> str:
+        budget = _budget.get()
+        return "pattern" if budget is None else budget.place(self.given)
+
+
+@lru_cache(maxsize=1 << 14)
+def compiled(text: str, given: str | None = None) -> Pattern:
+    """Returns a pattern, which is compiled once; raises `InvalidPattern` if it is none.
+
+    Args:
+        text: of the expression.
+        given: the pattern as it was given, if the text has more than it.
+    """
+    return Pattern(text, text if given is None else given)
+
+
+def pattern_error(text: str) -> str | None:
+    """Returns the reason why a text is not a regular expression; None where it is one."""
+    try:
+        compiled(text)
+    except InvalidPattern as error:
+        return str(error)
+    return None
+
+
+def most_steps(text: str) -> float:
+    """Returns a bound of the steps that `re` takes for a valid pattern on a name of `FAST_NAME` characters.
+
+    A repetition takes up at most all of a name, so each multiplies the ways to match by its characters. An optional
+    item doubles them. Of alternatives one is taken, in each group. The bound only holds where no repetition is inside
+    of another one, and nothing refers back: else it is infinite.
+    """
+    bare = _ESCAPE_OR_SET.sub("x", text)
+    if re.search(r"\)[*+{]", bare) or re.search(r"\\[1-9]|\(\?(?:P=|\(|#)", text):
+        return float("inf")
+    repetitions = sum(map(bare.count, "*+{"))
+    optional = bare.count("?") - bare.count("(?")
+    groups = bare.count("(") + 1
+    if repetitions + optional + groups > 100:  # a float could not hold the product
+        return float("inf")
+    return float(FAST_NAME) ** repetitions * 2.0**optional * (bare.count("|") / groups + 1) ** groups
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0] if found[1] else "\\" + found[0]
+
+
+def shortened(text: str) -> str:
+    """Returns a text from outside in quotes, at most its first 77 characters."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")
