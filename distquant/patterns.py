@@ -8,6 +8,7 @@ the time of all patterns together.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from distquant.errors import InputError
 
 LONGEST = 10_000
 """Characters of a pattern at most; the longest ones in use list a few hundred modules."""
+
+MOST_ITEMS = 1_000_000
+"""Characters at most of a pattern that has `{count}` written out, as `regex` does: a quarter of a second's work."""
 
 ONE_SECONDS = 1.0
 """Seconds of work for one pattern on one name."""
@@ -86,12 +90,12 @@ class Pattern:
             raise InvalidPattern(f"{len(given)} characters, and at most {LONGEST} are read")
         try:
             self._fast = re.compile(text)
-        except re.error as error:
-            raise InvalidPattern(str(error)) from error
+        except (re.error, ValueError, OverflowError) as error:  # also of flags, and of numbers with too many digits
+            raise InvalidPattern(str(error).partition(";")[0]) from error
         except RecursionError as error:
             raise InvalidPattern("nested too deeply") from error
-        except OverflowError as error:  # of a number of repetitions
-            raise InvalidPattern(str(error)) from error
+        if (items := len(text) * _repetitions(text)) > MOST_ITEMS:
+            raise InvalidPattern(f"its repetitions make {items} characters of it, and at most {MOST_ITEMS} are read")
         self.given = given
         self._is_fast = not self._fast.flags & re.VERBOSE and most_steps(given) <= FAST_STEPS
         if not self._is_fast:
@@ -121,9 +125,8 @@ class Pattern:
             if self._is_fast and len(name) <= FAST_NAME:
                 found = getattr(self._fast, method)(name)
             else:
-                found = getattr(self._bounded, method)(
-                    name, timeout=ONE_SECONDS
-                )  # of the processor, so a busy machine changes nothing
+                # The time is that of the processor: on a busy machine it is no other.
+                found = getattr(self._bounded, method)(name, timeout=ONE_SECONDS)
         except TimeoutError as error:
             fault = f"{shortened(self.given)} takes more than {ONE_SECONDS:g} s to match {shortened(name)}"
             raise InputError.one(self._place(), fault, FIX) from error
@@ -160,6 +163,12 @@ def pattern_error(text: str) -> str | None:
     except InvalidPattern as error:
         return str(error)
     return None
+
+
+def _repetitions(text: str) -> int:
+    """Returns a bound of how often the counts of a valid pattern repeat a part of it: their product."""
+    counts = re.findall(r"\{(\d*),?(\d*)\}", _ESCAPE_OR_SET.sub("x", text))
+    return math.prod(max(int(count or 1) for count in pair) or 1 for pair in counts)
 
 
 def most_steps(text: str) -> float:

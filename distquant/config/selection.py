@@ -110,9 +110,8 @@ class ModuleSelection:
             try:
                 parse_layers(self.layers)
             except ValueError as error:
-                problems.append(
-                    Problem("layers", f"{shortened(self.layers)}: {error}", "Write ranges such as '2-5,7'.")
-                )
+                fault = f"{shortened(self.layers)}: {error}"
+                problems.append(Problem("layers", fault, "Write ranges such as '2-5,7'."))
         return problems
 
     def unmatched(self, names: Iterable[str]) -> list[Problem]:
