@@ -145,9 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(default_mesh="tp=2")
     output = group(demo, "output")
     output.add_argument("--prompt", default="In the beginning", metavar="TEXT", help="text that the model goes on from")
-    output.add_argument(
-        "--max-new-tokens", type=at_least(1, most=MOST_TOKENS), default=40, metavar="N", help="tokens of the answer"
-    )
+    tokens = at_least(1, most=MOST_TOKENS)
+    output.add_argument("--max-new-tokens", type=tokens, default=40, metavar="N", help="tokens of the answer")
     return parser
 
 

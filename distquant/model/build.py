@@ -13,7 +13,7 @@ from distquant.errors import InputError, Problems, one_line
 from distquant.model.description import Attention, Linear, ModelDescription, Param, Source
 from distquant.model.experts import experts_of
 from distquant.model.gguf import source_of
-from distquant.model.module_limit import TooManyModules, module_limit
+from distquant.model.module_limit import module_limit
 from distquant.model.sidecars import model_file_problems
 from distquant.model.unbuilt import why_not_built
 from distquant.model.weight_mapping import ignorable, map_names
@@ -86,7 +86,7 @@ def build(
             )
         if model.can_generate() and (path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(path)
-    except (TooManyModules, *UNBUILDABLE, _strict_error()) as error:
+    except (*UNBUILDABLE, _strict_error()) as error:
         if attention and re.search("attn_implementation|attention", str(error), re.IGNORECASE):
             fault = f"transformers cannot use {attn_implementation!r} ({one_line(error)})"
             raise InputError.one("attn_implementation", fault, "Give 'sdpa' or 'eager', or leave it out") from error

@@ -11,8 +11,8 @@ ALLOWED = 200_000
 """Modules that any checkpoint may have: an old one with a module for each of 60 * 256 experts has 63,000."""
 
 
-class TooManyModules(Exception):
-    """Raised within transformers, and caught where a model is built."""
+class TooManyModules(RuntimeError):
+    """Raised within transformers, and caught where a model is built, as its own errors are."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Numbers without a bound, wherever a user or a checkpoint gives one: `python tests/soak/huge_numbers.py` tries them all.
+"""Numbers without a bound, wherever a user or a checkpoint gives one: `python tests/soak/huge_numbers.py` tries them.
 
 Each trial makes its input in a folder, and plans or runs a command on it. None may take more than a few seconds or more
 memory than its files.
