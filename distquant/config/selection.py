@@ -22,6 +22,9 @@ from distquant.errors import Problem
 from distquant.patterns import InvalidPattern, Pattern, compiled, shortened
 from distquant.whole_numbers import MOST_DIGITS, whole_number
 
+LISTED = 10
+"""Patterns that are named with near matches where they match no module: looking for these takes long."""
+
 
 def _compiled(pattern: str) -> Pattern:
     return compiled(rf"(?:{pattern})(?:(?<=\.)|(?=\.)|$)", pattern)
@@ -123,10 +126,13 @@ class ModuleSelection:
         names = list(names)
         problems = []
         for option, patterns in (("skipped modules", self.skip), ("include_modules", self.include)):
-            for pattern in patterns or ():
-                if not any(matches(pattern, name) for name in names):
-                    fix = did_you_mean(pattern, _vocabulary(names)) or "Name a module of this model, or remove it."
-                    problems.append(Problem(option, f"{pattern!r} matches no module", fix))
+            missed = [each for each in patterns or () if not any(matches(each, name) for name in names)]
+            vocabulary = _vocabulary(names) if missed else set()
+            for pattern in missed[:LISTED]:
+                fix = did_you_mean(pattern, vocabulary) or "Name a module of this model, or remove it."
+                problems.append(Problem(option, f"{shortened(pattern)} matches no module", fix))
+            if (left := len(missed) - LISTED) > 0:
+                problems.append(Problem(option, f"{left} more patterns match no module", "Remove them."))
         if self.layers is not None:
             problems += _missing_layers(self.layers, names)
         return problems
