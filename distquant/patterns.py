@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,6 +22,9 @@ from distquant.errors import InputError
 
 LONGEST = 10_000
 """Characters of a pattern at most; the longest ones in use list a few hundred modules."""
+
+MOST_PATTERNS = 2000
+"""Patterns of one list at most, beside plain names: compiling them takes a second."""
 
 MOST_ITEMS = 1_000_000
 """Characters at most of a pattern that has `{count}` written out, as `regex` does: a quarter of a second's work."""
@@ -39,6 +42,10 @@ FAST_STEPS = 10_000_000
 """Steps at most that `re` may need on such a name: a tenth of a second, if there ever were such a pattern."""
 
 FIX = "Write module names, or a pattern without a repetition inside of a repetition"
+
+_PLAIN, _BETWEEN = re.compile(r"(?:[\w-]|\\?[.-])*\$?"), re.compile(r"[.\\$]+")
+"""The name of a module as a pattern, and what stands between its pieces. Each piece is in any name that it matches, so
+that most names need no regular expression; a list may have thousands of names."""
 
 _ESCAPE_OR_SET = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _OTHERWISE_IN_REGEX = re.compile(r"(\\.)|\{(?!\d*,?\d*\})|(?<=\[):", re.DOTALL)
@@ -88,6 +95,15 @@ class Pattern:
     def __init__(self, text: str, given: str):
         if len(given) > LONGEST:
             raise InvalidPattern(f"{len(given)} characters, and at most {LONGEST} are read")
+        begun = time.perf_counter()
+        self.given, self._text = given, text
+        self._pieces = tuple(filter(None, _BETWEEN.split(given))) if _PLAIN.fullmatch(given) else ()
+        if not self._pieces:
+            self._compile()
+            self._spend(begun)
+
+    def _compile(self) -> None:
+        text = self._text
         try:
             self._fast = re.compile(text)
         except (re.error, ValueError, OverflowError) as error:  # also of flags, and of numbers with too many digits
@@ -96,8 +112,7 @@ class Pattern:
             raise InvalidPattern("nested too deeply") from error
         if (items := len(text) * _repetitions(text)) > MOST_ITEMS:
             raise InvalidPattern(f"its repetitions make {items} characters of it, and at most {MOST_ITEMS} are read")
-        self.given = given
-        self._is_fast = not self._fast.flags & re.VERBOSE and most_steps(given) <= FAST_STEPS
+        self._is_fast = not self._fast.flags & re.VERBOSE and most_steps(self.given) <= FAST_STEPS
         if not self._is_fast:
             self._bounded  # noqa: B018 - compiled here, where errors are reported
 
@@ -121,6 +136,12 @@ class Pattern:
 
     def _run(self, method: Literal["match", "search"], name: str) -> bool:
         begun = time.perf_counter()
+        if self._pieces:
+            if not all(map(name.__contains__, self._pieces)):
+                self._spend(begun)
+                return False
+            self._compile()
+            self._pieces = ()
         try:
             if self._is_fast and len(name) <= FAST_NAME:
                 found = getattr(self._fast, method)(name)
@@ -130,6 +151,11 @@ class Pattern:
         except TimeoutError as error:
             fault = f"{shortened(self.given)} takes more than {ONE_SECONDS:g} s to match {shortened(name)}"
             raise InputError.one(self._place(), fault, FIX) from error
+        self._spend(begun)
+        return found is not None
+
+    def _spend(self, begun: float) -> None:
+        """Counts the time since then; raises `InputError` if all patterns together have taken too long."""
         budget = _budget.get()
         if budget is not None:
             # One look at the clock is cheap, and counts a pause of the machine, too: as one name's time at most.
@@ -138,7 +164,6 @@ class Pattern:
                 fault = f"the patterns take more than {ALL_SECONDS:g} s to match this model's modules"
                 fix = f"Give fewer or simpler patterns; the last one tried is {shortened(self.given)}"
                 raise InputError.one(self._place(), fault, fix)
-        return found is not None
 
     def _place(self) -> str:
         budget = _budget.get()
@@ -154,6 +179,12 @@ def compiled(text: str, given: str | None = None) -> Pattern:
         given: the pattern as it was given, if the text has more than it.
     """
     return Pattern(text, text if given is None else given)
+
+
+def too_many(texts: Iterable[str]) -> str | None:
+    """Returns the reason why a list has too many patterns; None where it has not. Plain names are no patterns here."""
+    count = sum(1 for text in texts if not _PLAIN.fullmatch(text))
+    return None if count <= MOST_PATTERNS else f"{count} patterns, and at most {MOST_PATTERNS} beside plain names"
 
 
 def pattern_error(text: str) -> str | None:

@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from distquant.config.values import did_you_mean
 from distquant.errors import Problem
-from distquant.patterns import InvalidPattern, Pattern, compiled, shortened
+from distquant.patterns import InvalidPattern, Pattern, compiled, shortened, too_many
 from distquant.whole_numbers import MOST_DIGITS, whole_number
 
 LISTED = 10
@@ -98,6 +98,9 @@ class ModuleSelection:
         """Returns problems of the patterns themselves; the arguments are the options' names in messages."""
         problems = []
         for option, patterns in ((skip_name, self.skip), (include_name, self.include)):
+            if (reason := too_many(patterns or ())) is not None:
+                problems.append(Problem(option, reason, "Join some of them, or write module names."))
+                continue
             for pattern in patterns or ():
                 if not pattern:
                     problems.append(Problem(option, "'' matches every module", "Remove the empty pattern."))
