@@ -144,15 +144,15 @@ class Pattern:
             self._pieces = ()
         try:
             if self._is_fast and len(name) <= FAST_NAME:
-                found = getattr(self._fast, method)(name)
+                result = getattr(self._fast, method)(name)
             else:
-                # The time is that of the processor: on a busy machine it is no other.
-                found = getattr(self._bounded, method)(name, timeout=ONE_SECONDS)
+                # The time is that of the processor: a busy machine does not change it.
+                result = getattr(self._bounded, method)(name, timeout=ONE_SECONDS)
         except TimeoutError as error:
             fault = f"{shortened(self.given)} takes more than {ONE_SECONDS:g} s to match {shortened(name)}"
             raise InputError.one(self._place(), fault, FIX) from error
         self._spend(begun)
-        return found is not None
+        return result is not None
 
     def _spend(self, begun: float) -> None:
         """Counts the time since then; raises `InputError` if all patterns together have taken too long."""
@@ -182,7 +182,7 @@ def compiled(text: str, given: str | None = None) -> Pattern:
 
 
 def too_many(texts: Iterable[str]) -> str | None:
-    """Returns the reason why a list has too many patterns; None where it has not. Plain names are no patterns here."""
+    """Returns the reason why a list has too many patterns; None where it has not. Plain names do not count."""
     count = sum(1 for text in texts if not _PLAIN.fullmatch(text))
     return None if count <= MOST_PATTERNS else f"{count} patterns, and at most {MOST_PATTERNS} beside plain names"
 
@@ -220,8 +220,8 @@ def most_steps(text: str) -> float:
     return float(FAST_NAME) ** repetitions * 2.0**optional * (bare.count("|") / groups + 1) ** groups
 
 
-def _escaped(found: re.Match[str]) -> str:
-    return found[0] if found[1] else "\\" + found[0]
+def _escaped(part: re.Match[str]) -> str:
+    return part[0] if part[1] else "\\" + part[0]
 
 
 def shortened(text: str) -> str:

@@ -29,6 +29,13 @@ EXPERTS = re.compile(r"(?:^|_)(?:num|n|local|routed|moe)_.*experts$|^experts$|(?
 POSITIVE = ("factor", "rope_theta", "original_max_position_embeddings")
 """Keys of rotary embeddings that a position is divided by, or a power is taken of."""
 
+SIZES = re.compile(
+    r"(?:text_config\.)?"
+    r"(?:num_hidden_layers|n_layers?|vocab_size|hidden_size|num_attention_heads|max_position_embeddings)"
+    r"|[\w-]+\.block_count"
+)
+"""Sizes that each model has: in config.json or its part for text, or in a GGUF file."""
+
 CHECK = "Check that {file} belongs to these tensors, and was not changed"
 
 
@@ -52,6 +59,8 @@ def number_problems(config: Mapping[str, Any], tensors: Mapping[str, Sequence[in
                 yield Problem(where, f"{value} is not above 0", fix)
         elif abs(value) >= MOST:
             yield Problem(where, f"{_short(value)} is not between -2^63 and 2^63", fix)
+        elif value <= 0 and SIZES.fullmatch(path):
+            yield Problem(where, f"{value} is not above 0", fix)
         elif LAYERS.search(key) and value > layers:
             fault = f"{value} layers, and the checkpoint has {len(tensors)} tensors (at most {layers} are built)"
             yield Problem(where, fault, fix)

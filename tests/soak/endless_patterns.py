@@ -45,7 +45,7 @@ INVALID = (
     "\\",
     "(?P<a>b)(?P<a>c)",
 )
-"""Texts that are no patterns, or would take too much to compile."""
+"""Texts that are not patterns, or would take too much to compile."""
 
 LISTS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "bitsandbytes skip": lambda each: {

@@ -324,7 +324,7 @@ def cases() -> Iterator[Case]:
         yield from kind()
 
 
-def tried(chosen: Sequence[Case], patience: float = 12.0) -> Iterator[Trial]:
+def tried(chosen: Sequence[Case], patience: float = 60.0) -> Iterator[Trial]:
     """Tries cases, each in a fork and a folder of its own."""
     for kind, name, make in chosen:
         with tempfile.TemporaryDirectory() as folder:

@@ -61,6 +61,12 @@ def test_rotary_embeddings_divide_by_numbers_above_0(value: float) -> None:
     assert len(faults({"rope_parameters": {"full_attention": {"rope_theta": value}}})) == 1
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "text_config.hidden_size", "llama.block_count", "vocab_size"])
+def test_sizes_are_above_0(key: str) -> None:
+    assert len(faults({key: 0})) == len(faults({key: -1})) == 1
+    assert faults({f"vision_config.{key}": 0}) == []
+
+
 def test_a_deep_configuration_is_walked() -> None:
     deep: Any = 2**64
     for _ in range(100_000):
