@@ -95,9 +95,9 @@ MOST_NAME = 1000
 """Characters of a tensor's name at most; a name of many dots is taken apart in time that grows with its square."""
 
 
-def name_problem(name: str) -> str | None:
-    """Returns what is wrong with the length of a tensor's name, if anything."""
-    return None if len(name) <= MOST_NAME else f"name of {len(name)} characters, and at most {MOST_NAME} are read"
+def long_name(name: str) -> str:
+    """Returns what is wrong with a tensor's name of more than `MOST_NAME` characters."""
+    return f"name of {len(name)} characters, and at most {MOST_NAME} are read"
 
 
 class Faults:

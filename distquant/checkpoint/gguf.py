@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from distquant.checkpoint.faults import Faults, HeaderFault, name_problem, shown
+from distquant.checkpoint.faults import MOST_NAME, Faults, HeaderFault, long_name, shown
 from distquant.checkpoint.headers import MAX_U64, ShardHeader, TensorInfo
 from distquant.files import open_file
 
@@ -213,8 +213,8 @@ def _values(cursor: _Cursor, count: int) -> tuple[dict[str, Any], dict[str, int]
 def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     """Reads name, dims (outermost first), number of the type, and offset of one tensor."""
     name = cursor.text("a tensor's name")
-    if too_long := name_problem(name):
-        raise _Bad(HeaderFault.BAD_ENTRY, too_long, name)
+    if len(name) > MOST_NAME:
+        raise _Bad(HeaderFault.BAD_ENTRY, long_name(name), name)
     dims = cursor.number("I")
     if not 1 <= dims <= MAX_DIMS:
         raise _Bad(HeaderFault.BAD_ENTRY, f"has {dims} dims, not 1 to {MAX_DIMS}", name)

@@ -54,7 +54,7 @@ def number_problems(config: Mapping[str, Any], tensors: Mapping[str, Sequence[in
         where, key = f"{file}: {path}", path.rpartition(".")[2]
         if isinstance(value, float):
             if math.isnan(value) or ("rope" in path and math.isinf(value)):
-                yield Problem(where, f"{value} is no number to compute with", fix)
+                yield Problem(where, f"{value} is not finite", fix)
             elif "rope" in path and key in POSITIVE and value <= 0:
                 yield Problem(where, f"{value} is not above 0", fix)
         elif abs(value) >= MOST:
