@@ -75,6 +75,10 @@ Progress = Callable[[LoadProgress], None]
 """Called as rows arrive."""
 
 
+MOST_SECONDS = 10**9
+"""Of a timeout: 31 years. Far longer ones overflow the system's clocks."""
+
+
 DECLARED = ("ranks_per_node", "capability", "context", "batch")
 """Options of `plan` alone: facts about devices, which a load measures, and what is to be generated."""
 
@@ -185,8 +189,9 @@ class RunOptions:
             object.__setattr__(self, "trace", os.fspath(self.trace))
             if (problem := output_problem("trace", self.trace)) is not None:
                 problems.extend([problem])
-        if self.timeout is not None and not self.timeout > 0:
-            problems.add("timeout", f"invalid timeout {self.timeout}", "Give a number of seconds above 0")
+        if self.timeout is not None and not 0 < self.timeout <= MOST_SECONDS:
+            fix = f"Give a number of seconds above 0, {MOST_SECONDS} at most"
+            problems.add("timeout", f"invalid timeout {self.timeout}", fix)
         named = isinstance(self.adapter, (str, os.PathLike)) and os.fspath(self.adapter)
         if self.adapter is not None and self.adapter is not False and not named:
             problems.add("adapter", f"invalid adapter {self.adapter!r}", "Give its folder, or False for none")

@@ -32,6 +32,7 @@ class Checkpoint:
         shards: headers of all files, in the order of their names.
         types: GGML type of each tensor of a GGUF file; empty for safetensors.
         architecture: `general.architecture` of a GGUF file.
+        numbers: whole numbers among the values of a GGUF file, by key.
         notes: what is odd about its files, though nothing is wrong.
         read_otherwise: those of the notes about what transformers itself would read in another way.
         absent: tensor that the index lists and no file has -> the fault, for a model that needs it.
@@ -50,6 +51,7 @@ class Checkpoint:
     absent: Mapping[str, Fault] = field(default_factory=dict)
     unlisted: Mapping[str, str] = field(default_factory=dict)
     hidden: frozenset[str] = frozenset()
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -156,7 +158,8 @@ def _open_gguf(path: Path, faults: Faults) -> Checkpoint:
     config = {"quantization_config": {"quant_method": "gguf", "gguf_file": path.name}}
     tensors = {tensor.name: tensor for header in headers for tensor in header.shard.tensors}
     types = {name: kind for header in headers for name, kind in header.types.items()}
-    return Checkpoint(path, config, tensors, tuple(header.shard for header in headers), types, headers[0].architecture)
+    shards, first = tuple(header.shard for header in headers), headers[0]
+    return Checkpoint(path, config, tensors, shards, types, first.architecture, numbers=first.numbers)
 
 
 def _hidden(folder: Path) -> frozenset[str]:

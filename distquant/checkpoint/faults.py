@@ -91,6 +91,15 @@ class CheckpointError(InputError):
         return cls([Fault(where, reason, fix, fault, where)])
 
 
+MOST_NAME = 1000
+"""Characters of a tensor's name at most; a name of many dots is taken apart in time that grows with its square."""
+
+
+def long_name(name: str) -> str:
+    """Returns what is wrong with a tensor's name of more than `MOST_NAME` characters."""
+    return f"name of {len(name)} characters, and at most {MOST_NAME} are read"
+
+
 class Faults:
     """Collects faults: at most `LISTED_PER_KIND` of one kind in one file, so that 90,000 lines become 20 and a count.
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from distquant.checkpoint.faults import Faults, HeaderFault, shown
+from distquant.checkpoint.faults import MOST_NAME, Faults, HeaderFault, long_name, shown
 from distquant.checkpoint.headers import MAX_U64, ShardHeader, TensorInfo
 from distquant.files import open_file
 from distquant.stamps import Stamp
@@ -70,6 +70,7 @@ class GgufHeader:
         architecture: `general.architecture`; "" in further files of a split model.
         parts: number of files of the model.
         part: which of them this is, from 0.
+        numbers: all single whole numbers among the values, by key.
     """
 
     shard: ShardHeader
@@ -77,6 +78,7 @@ class GgufHeader:
     architecture: str
     parts: int = 1
     part: int = 0
+    numbers: dict[str, int] = field(default_factory=dict)
 
 
 class _Cursor:
@@ -177,7 +179,7 @@ def _header(data: bytes, stamp: Stamp, name: str) -> GgufHeader:
         reason = "is big-endian" if swapped else f"is GGUF of version {version}"
         raise _Bad(HeaderFault.BAD_ENTRY, f"{reason}; little-endian files of versions 2 and 3 are read")
     tensors, pairs = cursor.count("tensors", 24), cursor.count("key-value pairs", 13)
-    values = _values(cursor, pairs)
+    values, numbers = _values(cursor, pairs)
     entries = [_entry(cursor) for _ in range(tensors)]
     alignment = values.get("general.alignment", 32)
     if alignment <= 0 or alignment & (alignment - 1):
@@ -187,13 +189,14 @@ def _header(data: bytes, stamp: Stamp, name: str) -> GgufHeader:
     digest = hashlib.sha256(data[: cursor.position]).hexdigest()
     shard = ShardHeader(name=name, size=size, digest=digest, tensors=infos, metadata={}, stamp=stamp)
     parts, part = max(values.get("split.count", 1), 1), values.get("split.no", 0)
-    return GgufHeader(shard, types, values.get("general.architecture", ""), parts, part)
+    return GgufHeader(shard, types, values.get("general.architecture", ""), parts, part, numbers)
 
 
-def _values(cursor: _Cursor, count: int) -> dict[str, Any]:
-    """Reads the values of `_KEPT`; all others are skipped."""
+def _values(cursor: _Cursor, count: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """Reads the values of `_KEPT`, and all whole numbers; others are skipped."""
     seen: set[str] = set()
     kept: dict[str, Any] = {}
+    numbers: dict[str, int] = {}
     for _ in range(count):
         key = cursor.text("a key")
         if key in seen:
@@ -204,12 +207,16 @@ def _values(cursor: _Cursor, count: int) -> dict[str, Any]:
             if type(value) is not _KEPT[key]:
                 raise _Bad(HeaderFault.BAD_ENTRY, f"{key} is {shown(value)}, not {_KEPT[key].__name__}")
             kept[key] = value
-    return kept
+        if type(value) is int:
+            numbers[key] = value
+    return kept, numbers
 
 
 def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     """Reads name, dims (outermost first), number of the type, and offset of one tensor."""
     name = cursor.text("a tensor's name")
+    if len(name) > MOST_NAME:
+        raise _Bad(HeaderFault.BAD_ENTRY, long_name(name), name)
     dims = cursor.number("I")
     if not 1 <= dims <= MAX_DIMS:
         raise _Bad(HeaderFault.BAD_ENTRY, f"has {dims} dims, not 1 to {MAX_DIMS}", name)

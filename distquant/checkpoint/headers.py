@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from distquant.checkpoint.faults import Faults, HeaderFault, shown
+from distquant.checkpoint.faults import MOST_NAME, Faults, HeaderFault, long_name, shown
 from distquant.dtypes import DTYPE_BITS
 from distquant.files import open_file
 from distquant.stamps import Stamp
@@ -184,6 +184,9 @@ def _metadata(metadata: Any, name: str, faults: Faults) -> dict[str, str]:
 
 def _entry(tensor: str, entry: Any, file: str, data_start: int, faults: Faults) -> TensorInfo | None:
     """Checks one tensor's entry; returns None if its place in the file is unknown."""
+    if len(tensor) > MOST_NAME:
+        faults.add(HeaderFault.BAD_ENTRY, file, long_name(tensor), tensor=tensor)
+        return None
     if problem := _malformed(entry):
         faults.add(problem[0], file, problem[1], tensor=tensor)
         return None

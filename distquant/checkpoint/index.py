@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distquant.checkpoint.faults import NAME_SHOWN, Fault, Faults, HeaderFault, shown
+from distquant.checkpoint.faults import MOST_NAME, NAME_SHOWN, Fault, Faults, HeaderFault, long_name, shown
 from distquant.checkpoint.headers import ShardHeader, TensorInfo, load_json
 from distquant.files import INDEX_BYTES, read_file
 
@@ -43,6 +43,9 @@ def read_index(folder: Path, faults: Faults) -> dict[str, str]:
     weight_map = {}
     inside: dict[str, bool] = {}  # few files hold many tensors
     for tensor, file in listed.items():
+        if len(tensor) > MOST_NAME:
+            faults.add(HeaderFault.INDEX_BAD_ENTRY, INDEX_NAME, long_name(tensor), tensor=tensor)
+            continue
         if not isinstance(file, str):
             reason = f"file is {shown(file)}, not a file name"
             faults.add(HeaderFault.INDEX_BAD_ENTRY, INDEX_NAME, reason, tensor=tensor)

@@ -18,21 +18,33 @@ from typing import Any
 from distquant.config import parse
 from distquant.errors import InputError, Problems
 from distquant.options import DECLARED, DISPATCH, FORWARDS, IO_MODES, KERNELS, PlanOptions, RunOptions, select
+from distquant.patterns import shortened
 from distquant.planning.arguments import ALIASES, check_early, check_world, early_classes, fold
 from distquant.planning.request import collected
 from distquant.sharding.mesh import AXES, Mesh
 
+MOST_THREADS = 1024
+"""OpenMP makes room for as many at once, and ends the process where there is none."""
 
-def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
-    """Returns a type for argparse: a number with a lower limit."""
+MOST_TOKENS = 10_000_000
+"""Of an answer; no model has a longer context."""
+
+MOST = 10**9
+"""Largest number of an option that counts something or is a number of seconds: 31 years."""
+
+
+def at_least(least: float, kind: type = int, most: float = MOST) -> Callable[[str], Any]:
+    """Returns a type for argparse: a number with a lower and an upper limit."""
 
     def number(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not value >= least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {_KINDS[kind]} of at least {least}")
+        if value is None or not least <= value:
+            raise argparse.ArgumentTypeError(f"{shortened(text)} is not {_KINDS[kind]} of at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{shortened(text)} is more than {most}")
         return value
 
     return number
@@ -237,9 +249,9 @@ def _text_or_json(text: str | None, name: str) -> Any:
 
 
 def _capability(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)\.(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,3})\.([0-9]{1,3})", text)
     if not match:
-        raise InputError.one("--capability", f"invalid compute capability {text!r}", "Write it as 9.0")
+        raise InputError.one("--capability", f"invalid compute capability {shortened(text)}", "Write it as 9.0")
     return int(match.group(1)), int(match.group(2))
 
 

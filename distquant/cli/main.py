@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from distquant.cli.flags import add_flags, at_least, group, prepare
+from distquant.cli.flags import MOST_THREADS, MOST_TOKENS, add_flags, at_least, group, prepare
 from distquant.cli.lacks import lack_of
 from distquant.cli.ranks import STARTED_HERE
 from distquant.errors import CheckFailed, DistquantError, InputError
@@ -78,7 +78,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     running = group(parser, "running")
     running.add_argument("--runtime", choices=RUNTIMES, help="default: local for one rank, torchrun for more")
     threads = "torch threads of a rank; default: OMP_NUM_THREADS, or an equal part of the cores"
-    running.add_argument("--threads", type=at_least(1), default=0, metavar="N", help=threads)
+    running.add_argument("--threads", type=at_least(1, most=MOST_THREADS), default=0, metavar="N", help=threads)
     add_flags(parser, RunOptions)
 
 
@@ -146,7 +146,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(default_mesh="tp=2")
     output = group(demo, "output")
     output.add_argument("--prompt", default="In the beginning", metavar="TEXT", help="text that the model goes on from")
-    output.add_argument("--max-new-tokens", type=at_least(1), default=40, metavar="N", help="tokens of the answer")
+    tokens = at_least(1, most=MOST_TOKENS)
+    output.add_argument("--max-new-tokens", type=tokens, default=40, metavar="N", help="tokens of the answer")
     return parser
 
 
@@ -169,7 +170,7 @@ def _chat_flags(chat: _Parser) -> None:
 
 
 def _new_tokens(output: argparse._ArgumentGroup, text: str) -> None:
-    output.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help=text)
+    output.add_argument("--max-new-tokens", type=at_least(1, most=MOST_TOKENS), metavar="N", help=text)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -27,6 +27,7 @@ from distquant.config.quantization_group import (
 from distquant.config.selection import ModuleSelection
 from distquant.config.vocabulary import Precision
 from distquant.errors import Problem, Problems
+from distquant.patterns import pattern_error, shortened, too_many
 
 
 def _group(weights: Mapping[str, Any], file_format: str, inputs: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
@@ -128,11 +129,12 @@ class CompressedTensorsConfig(QuantizationConfig):
             read_group(group, where(f"config_groups.{name}"), problems)
         read_args(self.kv_cache_scheme, where("kv_cache_scheme"), problems)
         problems.extend(ModuleSelection(include=self.include_modules, layers=self.layers).problems())
+        if (reason := too_many(self.ignore or ())) is not None:
+            problems.add(where("ignore"), reason, "Join some of them, or write module names.")
+            return list(problems)
         for pattern in self.ignore or ():
-            try:
-                re.compile(pattern.removeprefix("re:"))
-            except re.error as error:
-                reason = f"{pattern!r} is not a regular expression ({error})"
+            if (error := pattern_error(pattern.removeprefix("re:"))) is not None:
+                reason = f"{shortened(pattern)} is not a regular expression ({error})"
                 problems.add(where("ignore"), reason, "Give a module's name, or escape what is meant literally.")
         return list(problems)
 

@@ -14,6 +14,7 @@ from distquant.config.evidence import without_unknown
 from distquant.config.records import read_record
 from distquant.config.vocabulary import Group
 from distquant.errors import Problem, Problems
+from distquant.patterns import compiled, pattern_error, shortened
 
 Format = Literal[
     "dense", "fakequant", "sparse-bitmask", "sparse-24-bitmask", "int-quantized", "float-quantized", "naive-quantized",
@@ -58,7 +59,7 @@ class QuantizationArgs:
     def block(self) -> tuple[int, int] | None:
         """The tile `(rows, columns)`, which older files write as `"128x128"`."""
         if isinstance(self.block_structure, str):
-            tile = re.fullmatch(r"(\d+)x(\d+)", self.block_structure)
+            tile = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", self.block_structure)
             return (int(tile[1]), int(tile[2])) if tile else None
         return self.block_structure
 
@@ -162,6 +163,10 @@ def read_group(given: Any, path: str, problems: Problems) -> QuantizationGroup |
     raw = read_record(_RawGroup, given, path, problems)
     if raw is None:
         return None
+    for target in raw.targets:
+        if target.startswith("re:") and (error := pattern_error(target[3:])) is not None:
+            reason = f"{shortened(target)} is not a regular expression ({error})"
+            problems.add(f"{path}.targets", reason, "Correct the pattern")
     tensors = {name: read_args(getattr(raw, name), f"{path}.{name}", problems) for name in _TENSORS}
     return QuantizationGroup(targets=raw.targets, format=raw.format, **tensors)
 
@@ -195,5 +200,5 @@ def normalized_group(group: QuantizationGroup, file_format: Format) -> Quantizat
 def matches(target: str, name: str, class_name: str = "Linear") -> bool:
     """Returns True if a target or an entry of `ignore` names this module (`compressed_tensors/utils/match.py`)."""
     if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
+        return compiled(target[3:]).match(name)
     return target in (name, class_name)

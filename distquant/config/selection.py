@@ -19,11 +19,15 @@ from functools import lru_cache
 
 from distquant.config.values import did_you_mean
 from distquant.errors import Problem
+from distquant.patterns import InvalidPattern, Pattern, compiled, shortened, too_many
+from distquant.whole_numbers import MOST_DIGITS, whole_number
+
+LISTED = 10
+"""Patterns that are named with near matches where they match no module: looking for these takes long."""
 
 
-@lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.)|$)")
+def _compiled(pattern: str) -> Pattern:
+    return compiled(rf"(?:{pattern})(?:(?<=\.)|(?=\.)|$)", pattern)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -35,7 +39,7 @@ def matches(pattern: str, name: str) -> bool:
     module, star, _ = name.partition(".*.")
     if star:
         return module.endswith(pattern) or matches(pattern, name.replace(star, ".0."))
-    return name.endswith(pattern) or _compiled(pattern).match(name) is not None
+    return name.endswith(pattern) or _compiled(pattern).match(name)
 
 
 @lru_cache(maxsize=256)
@@ -46,7 +50,9 @@ def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
         match = re.fullmatch(r"\s*([0-9]+)(?:\s*-\s*([0-9]+))?\s*", part)
         if not match:
             raise ValueError(f"{part.strip()!r} is neither a layer nor a range")
-        first, last = int(match[1]), int(match[2] or match[1])
+        first, last = whole_number(match[1]), whole_number(match[2] or match[1])
+        if first is None or last is None:
+            raise ValueError(f"{shortened(part.strip())} has more than {MOST_DIGITS} digits")
         if last < first:
             raise ValueError(f"{part.strip()!r} runs backwards")
         ranges.append((first, last))
@@ -56,7 +62,7 @@ def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
 @lru_cache(maxsize=1 << 16)
 def layer_of(name: str) -> int | None:
     """Returns the first integer component of a dotted name, or None outside the layers."""
-    return next((int(part) for part in name.split(".") if part.isascii() and part.isdigit()), None)
+    return next((number for part in name.split(".") if (number := whole_number(part)) is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +98,26 @@ class ModuleSelection:
         """Returns problems of the patterns themselves; the arguments are the options' names in messages."""
         problems = []
         for option, patterns in ((skip_name, self.skip), (include_name, self.include)):
+            if (reason := too_many(patterns or ())) is not None:
+                problems.append(Problem(option, reason, "Join some of them, or write module names."))
+                continue
             for pattern in patterns or ():
                 if not pattern:
                     problems.append(Problem(option, "'' matches every module", "Remove the empty pattern."))
                     continue
                 try:
                     _compiled(pattern)
-                except re.error as error:
+                except InvalidPattern as error:
                     fix = "Give a module name, or escape what is meant literally."
-                    problems.append(Problem(option, f"{pattern!r} is not a regular expression ({error})", fix))
+                    problems.append(Problem(option, f"{shortened(pattern)} is not a regular expression ({error})", fix))
         if self.include == ():
             problems.append(Problem(include_name, "includes no module", "Remove it to include all, or name some."))
         if self.layers is not None:
             try:
                 parse_layers(self.layers)
             except ValueError as error:
-                problems.append(Problem("layers", f"{self.layers!r}: {error}", "Write ranges such as '2-5,7'."))
+                fault = f"{shortened(self.layers)}: {error}"
+                problems.append(Problem("layers", fault, "Write ranges such as '2-5,7'."))
         return problems
 
     def unmatched(self, names: Iterable[str]) -> list[Problem]:
@@ -119,10 +129,13 @@ class ModuleSelection:
         names = list(names)
         problems = []
         for option, patterns in (("skipped modules", self.skip), ("include_modules", self.include)):
-            for pattern in patterns or ():
-                if not any(matches(pattern, name) for name in names):
-                    fix = did_you_mean(pattern, _vocabulary(names)) or "Name a module of this model, or remove it."
-                    problems.append(Problem(option, f"{pattern!r} matches no module", fix))
+            missed = [each for each in patterns or () if not any(matches(each, name) for name in names)]
+            vocabulary = _vocabulary(names) if missed else set()
+            for pattern in missed[:LISTED]:
+                fix = did_you_mean(pattern, vocabulary) or "Name a module of this model, or remove it."
+                problems.append(Problem(option, f"{shortened(pattern)} matches no module", fix))
+            if (left := len(missed) - LISTED) > 0:
+                problems.append(Problem(option, f"{left} more patterns match no module", "Remove them."))
         if self.layers is not None:
             problems += _missing_layers(self.layers, names)
         return problems

@@ -6,6 +6,7 @@ Everything that depends on the version of `transformers` lives in this package.
 from distquant.model.as_stored import PLAIN_FLOATS, QuantizedTensors, as_stored
 from distquant.model.build import build, describe_model
 from distquant.model.cache import CacheLayer, Decoder, describe_decoder
+from distquant.model.config_numbers import number_problems
 from distquant.model.description import (
     ROWS,
     STAR,
@@ -49,6 +50,7 @@ __all__ = [
     "describe_model",
     "gguf_names",
     "model_file_problems",
+    "number_problems",
     "source_numel",
     "source_of",
     "sources_by_expert",

@@ -13,6 +13,7 @@ from distquant.errors import InputError, Problems, one_line
 from distquant.model.description import Attention, Linear, ModelDescription, Param, Source
 from distquant.model.experts import experts_of
 from distquant.model.gguf import source_of
+from distquant.model.module_limit import module_limit
 from distquant.model.sidecars import model_file_problems
 from distquant.model.unbuilt import why_not_built
 from distquant.model.weight_mapping import ignorable, map_names
@@ -44,6 +45,7 @@ def build(
     attn_implementation: str | None = None,
     stored_dtype: str | None = None,
     has_head: bool = False,
+    tensors: int = 0,
 ) -> PreTrainedModel:
     """Builds the model of a checkpoint folder or GGUF file on `meta`.
 
@@ -54,6 +56,7 @@ def build(
         attn_implementation: that of transformers; None leaves the choice to it.
         stored_dtype: dtype of the checkpoint's tensors.
         has_head: True if the files of a GGUF model have an output head. transformers looks at the first one only.
+        tensors: number of the checkpoint's.
 
     Raises:
         InputError: transformers does not know the model or this attention, or it needs code from the checkpoint.
@@ -76,7 +79,7 @@ def build(
         if has_head:
             config.tie_word_embeddings = False
         wanted = dtype or _config_dtype(config) or stored_dtype or "float32"
-        with torch.device("meta"), Uninitialized(), warnings.catch_warnings():
+        with torch.device("meta"), Uninitialized(), module_limit(tensors), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, wanted), trust_remote_code=trust_remote_code, **attention

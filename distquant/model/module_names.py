@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
 from distquant.model.description import STAR, Source
+from distquant.whole_numbers import whole_number
 
 WRAPPERS = (
     "model.language_model.model.", "language_model.model.", "model.language_model.", "language_model.",
@@ -55,7 +56,7 @@ class ModuleNames:
         for number in re.finditer(r"(?<=\.)\d+(?=\.)", weight):
             stack = f"{weight[: number.start()]}{STAR}{weight[number.end() :]}"
             for source in self._sources.get(stack, ()):
-                if source.offset is None or source.offset[0] == int(number[0]):
+                if source.offset is None or source.offset[0] == whole_number(number[0]):
                     yield owner(source.tensor)
 
     def matching(self, pattern: str, module: str, matches: Callable[[str, str], bool]) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from distquant.errors import Problems
 from distquant.model.description import STAR, MergedComponent, Source
+from distquant.whole_numbers import whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +23,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def natural(key: str) -> list[tuple[int, Any]]:
     """Returns a sort key that orders numbers in a path by value, as transformers orders experts to merge."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in key.split(".")]
+    numbered = ((whole_number(part), part) for part in key.split("."))
+    return [(1, part) if number is None else (0, number) for number, part in numbered]
 
 
 def split_component(name: str, suffixes: Mapping[str, str]) -> tuple[str, str]:
@@ -197,7 +199,8 @@ def check_merged_components(parts: Mapping[str, tuple[MergedComponent, ...]], pr
 
 def _last_number(name: str) -> int:
     """Returns the last number among the parts of a path, an expert's; 0 if there is none."""
-    return next((int(part) for part in reversed(name.split(".")) if part.isdigit()), 0)
+    numbers = map(whole_number, reversed(name.split(".")))
+    return next((number for number in numbers if number is not None), 0)
 
 
 def _follow(

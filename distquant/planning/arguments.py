@@ -21,6 +21,7 @@ from distquant.errors import InputError, Problems
 from distquant.options import KERNELS, Aliases, PlanOptions, RunOptions, select
 from distquant.planning.request import Request, collected, read_request
 from distquant.sharding.mesh import AXES, Mesh, is_number, world_problem
+from distquant.whole_numbers import whole_number
 
 ALIASES = tuple(Aliases.__annotations__)
 
@@ -162,8 +163,8 @@ def _notes(name: str, value: Any) -> list[str]:
     if name == "quantization_config":
         short = respelled(value, [short for cls in CONFIG_CLASSES for short in cls.short_names])
         return [f"{value!r} is read as quantization_config={short!r} (--quant {short})"] if short else []
-    if name == "mesh" and is_number(value) and int(value) > 1:
-        return [f"{str(value).strip()!r} is read as mesh='tp={int(value)}' (--mesh tp={int(value)})"]
+    if name == "mesh" and is_number(value) and (ranks := whole_number(str(value).strip()) or 0) > 1:
+        return [f"{str(value).strip()!r} is read as mesh='tp={ranks}' (--mesh tp={ranks})"]
     if name in ("max_memory", "staging"):
         match = re.fullmatch(r"\s*([\d.]+)\s*([KMGTP])\s*", str(value), re.IGNORECASE)
         if match:

@@ -18,11 +18,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from distquant.config.resolve import resolve
+from distquant.config.pattern_places import places_of
+from distquant.config.resolve import Merged, resolve
 from distquant.environment import Environment
 from distquant.errors import InputError, Problems
 from distquant.garbage_collection import without_collector
 from distquant.model import STAR, Decoder, Linear, describe_decoder
+from distquant.patterns import limited_matching
 from distquant.planning.changes import with_changes
 from distquant.planning.described import Described, describe, fields_of
 from distquant.planning.estimates import estimate
@@ -33,7 +35,7 @@ from distquant.planning.plan_builder import Partitioned
 from distquant.planning.planned import Planned, freeze, plan_memory
 from distquant.planning.prepared import Prepared, build_for_load, open_for_load
 from distquant.planning.read_strategy import read_strategy
-from distquant.planning.request import Request, check_model, collected, read_request
+from distquant.planning.request import Given, Request, check_model, collected, read_request
 from distquant.planning.tensor_parallel import (
     COLWISE,
     COLWISE_GATHER,
@@ -83,6 +85,21 @@ def _plan(request: Request, environment: Environment, advise: bool) -> tuple[Loa
         checkpoint = open_for_load(request)
         merged, skipped = resolve(checkpoint.config, given.config, config_classes(), request.on_unsupported)
         prepared = Prepared(checkpoint, build_for_load(checkpoint, given.dtype, request))
+    with limited_matching(places_of(merged.config)):
+        return _plan_opened(request, environment, advise, given, prepared, merged, skipped, problems), prepared
+
+
+def _plan_opened(
+    request: Request,
+    environment: Environment,
+    advise: bool,
+    given: Given,
+    prepared: Prepared,
+    merged: Merged,
+    skipped: dict[str, Any] | None,
+    problems: Problems,
+) -> LoadPlan:
+    """Plans a load whose checkpoint and model are open; arguments are those of `_plan` and `describe`."""
     model, attention, trusted = prepared.model, request.attn_implementation, request.trust_remote_code
     described = describe(request, given, environment, prepared, merged, skipped, problems)
     has_device_map = request.device_map is not None
@@ -104,7 +121,7 @@ def _plan(request: Request, environment: Environment, advise: bool) -> tuple[Loa
         with collected(problems):
             check_device_memory(partitioned, described.device_map, request.max_memory, problems)
     problems.raise_if_any()  # also if `plan_memory` raised, so from here on there is a planned load
-    return freeze(planned, dtype, environment, trusted, attention, estimates), prepared
+    return freeze(planned, dtype, environment, trusted, attention, estimates)
 
 
 def _estimate(

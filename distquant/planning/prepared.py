@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from distquant.checkpoint import Checkpoint, open_checkpoint
+from distquant.checkpoint.sidecar_configs import CONFIG_NAME
 from distquant.errors import InputError, Problems
-from distquant.model import build
+from distquant.model import build, number_problems
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.request import Request, read_request
 
@@ -40,7 +41,15 @@ def open_for_load(request: Request) -> Checkpoint:
 
 
 def build_for_load(checkpoint: Checkpoint, dtype: str | None, options: Request | LoadPlan) -> Any:
-    """Builds the model of a checkpoint on `meta`; `dtype` is None where the checkpoint decides."""
+    """Builds the model of a checkpoint on `meta`; `dtype` is None where the checkpoint decides.
+
+    Raises:
+        InputError: the configuration asks for more than the checkpoint has, or transformers cannot build it.
+    """
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    numbers, file = (checkpoint.numbers, checkpoint.path.name) if checkpoint.types else (checkpoint.config, CONFIG_NAME)
+    if problems := list(number_problems(numbers, shapes, file)):
+        raise InputError(problems)
     return build(
         checkpoint.path,
         dtype,
@@ -48,6 +57,7 @@ def build_for_load(checkpoint: Checkpoint, dtype: str | None, options: Request |
         attn_implementation=options.attn_implementation,
         stored_dtype=checkpoint.dtype,
         has_head=GGUF_HEAD in checkpoint.types,
+        tensors=len(shapes),
     )
 
 

@@ -7,7 +7,6 @@ each expert and must agree on all of them. The first expert stands for the other
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -39,15 +38,6 @@ def in_blocks(
         return [name for name in names if layer_of(name) is not None]
     inside = tuple(f"{block}." for block in blocks)
     return [name for name in names if any(f"{one}.".startswith(inside) for one in known.of(first_expert_name(name)))]
-
-
-def pattern_error(pattern: str) -> str | None:
-    """Reason why a pattern is not a regular expression; None where it is one."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return str(error)
-    return None
 
 
 def first_expert_name(name: str) -> str:

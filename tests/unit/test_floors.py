@@ -33,7 +33,7 @@ FLOORS = [
         "process_state",
         "memory",
     ],
-    ["environment", "units", "tables", "quiet", "outputs", "interpreter_end"],
+    ["environment", "units", "tables", "quiet", "outputs", "interpreter_end", "patterns", "whole_numbers"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],
     ["model"],

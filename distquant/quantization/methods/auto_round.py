@@ -8,7 +8,6 @@ match anywhere in the name; 16 bits leave it unquantized.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -16,8 +15,9 @@ from distquant.config import AutoRoundConfig
 from distquant.config.checks import where
 from distquant.errors import Problem
 from distquant.model.description import ModelDescription
+from distquant.patterns import compiled, pattern_error
 from distquant.quantization.algorithms.rtn import Grid
-from distquant.quantization.module_selection import disagreements, first_expert_name, in_blocks, pattern_error
+from distquant.quantization.module_selection import disagreements, first_expert_name, in_blocks
 from distquant.quantization.packed_int import PackedIntScheme
 from distquant.quantization.packing import Packing, problems_of_fields, valid_fields
 from distquant.quantization.registry import register
@@ -112,7 +112,7 @@ class AutoRoundScheme(PackedIntScheme):
 
 def _holds(regex: str, name: str) -> bool:
     """True if the regular expression matches somewhere in a name."""
-    return re.search(regex, name) is not None
+    return compiled(regex).search(name)
 
 
 def _flat(names: Any) -> Iterator[str]:

@@ -9,7 +9,6 @@ Rounding to nearest (`gptq-rtn`) takes the grid of `rtn`, and the config's `bits
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -18,13 +17,13 @@ from distquant.config.checks import where
 from distquant.config.evidence import changed_meaning
 from distquant.errors import Problem
 from distquant.model.description import ModelDescription
+from distquant.patterns import compiled, pattern_error, shortened
 from distquant.quantization.algorithms.rtn import Grid
 from distquant.quantization.module_selection import (
     disagreements,
     first_expert_name,
     in_blocks,
     members,
-    pattern_error,
 )
 from distquant.quantization.packed_int import PackedIntScheme
 from distquant.quantization.packing import (
@@ -140,7 +139,7 @@ class GptqScheme(PackedIntScheme):
 
 def _starts(regex: str, name: str) -> bool:
     """True if a name begins as the regular expression says."""
-    return re.match(regex, name) is not None
+    return compiled(regex).match(name)
 
 
 def regex_of(pattern: str) -> str:
@@ -152,7 +151,9 @@ def _problems_of_rule(pattern: str, own: Any, stored: bool) -> Iterator[Problem]
     """Faults of one rule: its pattern, and the fields that it sets; a stored one may record what changes nothing."""
     error = pattern_error(regex_of(pattern))
     if error is not None:
-        yield Problem(where("dynamic"), f"{pattern!r} is not a regular expression ({error})", "Correct the pattern")
+        yield Problem(
+            where("dynamic"), f"{shortened(pattern)} is not a regular expression ({error})", "Correct the pattern"
+        )
     if pattern.startswith("-:"):
         return
     yield from problems_of_fields("dynamic", pattern, own)
