@@ -25,7 +25,8 @@ from distquant.cli.link import Link, Remote, answer_questions, receive
 from distquant.cli.ranks import Ranks
 from distquant.errors import InputError, Problem
 from distquant.progress import first_rank, give_back, handed_over, working
-from distquant.runtime.answer import Answer, End, Messages, answer, has_template, template_inputs
+from distquant.runtime.answer import Answer, End, answer
+from distquant.runtime.tokens import Messages, has_template, template_inputs
 from distquant.sharding.mesh import Mesh
 
 if TYPE_CHECKING:

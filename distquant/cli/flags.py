@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from distquant.options import DECLARED, DISPATCH, FORWARDS, IO_MODES, KERNELS, P
 from distquant.planning.arguments import ALIASES, check_early, check_world, early_classes, fold
 from distquant.planning.request import collected
 from distquant.sharding.mesh import AXES, Mesh
+from distquant.strict_json import parse_json
 
 
 def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
@@ -230,8 +230,8 @@ def _text_or_json(text: str | None, name: str) -> Any:
     if text is None or not text.lstrip().startswith("{"):
         return text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise InputError.one(name, f"invalid JSON ({error})", f"Write it as {JSON_EXAMPLES[name]}") from error
 
 

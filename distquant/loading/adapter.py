@@ -9,7 +9,6 @@ Of LoRA on a partitioned module each rank takes its part: rows of `lora_B` where
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,11 +20,12 @@ from torch import Tensor
 
 from distquant.checkpoint import ADAPTER_CONFIG
 from distquant.checkpoint.locate import locate
-from distquant.errors import InputError, Problem, one_line
+from distquant.errors import RAISED_BY_LIBRARIES, InputError, Problem, one_line
 from distquant.files import CONFIG_BYTES, check_file, read_file
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.tensor_parallel import COLWISE, COLWISE_GATHER, ROWWISE, ROWWISE_SPLIT, VOCAB_EMBEDDING
 from distquant.sharding.partition import Partition
+from distquant.strict_json import parse_json
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -61,8 +61,10 @@ def find_adapter(plan: LoadPlan, asked: str | os.PathLike[str] | bool | None) ->
 def _problems(folder: Path, plan: LoadPlan) -> Iterator[Problem]:
     """Yields reasons why an adapter cannot be applied to the model of a plan."""
     try:
-        config = json.loads(read_file(folder / ADAPTER_CONFIG, CONFIG_BYTES))
+        config = parse_json(read_file(folder / ADAPTER_CONFIG, CONFIG_BYTES))
         check_file(folder / WEIGHTS, None)
+        if not isinstance(config, dict):
+            raise ValueError(f"{ADAPTER_CONFIG} is not a JSON object")
     except (OSError, ValueError) as error:
         fault = f"{folder} holds no adapter that can be read ({one_line(error)})"
         yield Problem("adapter", fault, f"Give a folder with {ADAPTER_CONFIG} and {WEIGHTS}, as PEFT saves them")
@@ -71,7 +73,7 @@ def _problems(folder: Path, plan: LoadPlan) -> Iterator[Problem]:
         import peft  # noqa: F401
     except ImportError:
         yield Problem("environment", "peft is not installed, an adapter needs it", "Run: pip install 'peft>=0.21'")
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    kind = config.get("peft_type")
     if plan.mesh.tp * plan.mesh.ep > 1 and kind != "LORA":
         fault = f"{folder} is of type {kind!r}, and under {plan.mesh} only LoRA is supported"
         yield Problem("adapter", fault, "Load it in one process, without a mesh")
@@ -107,7 +109,7 @@ def apply_adapter(model: Any, plan: LoadPlan, tp: int, folder: Path) -> None:
             known = dict(model.named_parameters())
             own = {name: _part(name, value, plan, tp) for name, value in tensors.items()}
             result = set_peft_model_state_dict(model, own, "default")
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
+    except RAISED_BY_LIBRARIES as error:
         fix = "Check that the adapter was made for this model"
         raise InputError.one("adapter", f"{folder} cannot be applied ({one_line(error)})", fix) from error
     _check_complete(folder, known, result)

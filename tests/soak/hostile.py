@@ -1,6 +1,6 @@
 """Hand-made hostile inputs, by kind: each is tried in a fork, and a table tells how they ended.
 
-    python tests/soak/hostile.py [--every N] [--kind TEXT]
+python tests/soak/hostile.py [--every N] [--kind TEXT]
 """
 
 from __future__ import annotations
@@ -21,7 +21,18 @@ from spoiled import Input, ready, tried
 def inputs(model_of: Callable[[str], str]) -> Iterator[Input]:
     """Yields all of them; `model_of` gives the folder of a family of `models.py`."""
     yield from configs(model_of)
-    for group in (quantization_configs, sidecars, tokenizers, adapters, headers, indices, ggufs, arguments, quant_json, folders):
+    for group in (
+        quantization_configs,
+        sidecars,
+        tokenizers,
+        adapters,
+        headers,
+        indices,
+        ggufs,
+        arguments,
+        quant_json,
+        folders,
+    ):
         yield from group()
 
 
@@ -41,9 +52,10 @@ def main() -> int:
     ready()
     with tempfile.TemporaryDirectory() as folder:
         chosen = [one for one in inputs(families(Path(folder) / "models")) if given.kind in one.kind][:: given.every]
-        done = list(tried(chosen, Path(folder) / "copies", progress=True))
-    for text in trials.failures(done):
-        print(text)
+        done = []
+        for trial in tried(chosen, Path(folder) / "copies", progress=True):
+            done.append(trial)
+            print(*trials.failures([trial]), sep="\n", end="", flush=True)
     print(trials.table(done))
     return int(not all(trial.good for trial in done))
 

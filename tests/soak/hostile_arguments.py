@@ -25,15 +25,37 @@ OPTIONS = (
     "--revision", "--cache-dir", "--on-unsupported", "--attn-implementation", "--json", "--html", "--dispatch", "--ranks-per-node",
     "--device", "--unknown-option",
 )  # fmt: skip
-OF_LOAD = ("--report", "--trace", "--timeout", "--io", "--kernel", "--forward", "--runtime", "--threads", "--adapter", "--prompt", "--max-new-tokens")
+OF_LOAD = (
+    "--report",
+    "--trace",
+    "--timeout",
+    "--io",
+    "--kernel",
+    "--forward",
+    "--runtime",
+    "--threads",
+    "--adapter",
+    "--prompt",
+    "--max-new-tokens",
+)
 
 
 def arguments() -> Iterator[Input]:
     """Yields command lines with hostile text in each place."""
     for label, text in TEXTS.items():
         for option in OPTIONS:
-            for words in ((f"{option}={text}",), (option, text)) if option in ("--quant", "--mesh") else ((f"{option}={text}",),):
-                if option in ("--json", "--html") and label in ("newline", "home", "minus", "space", "escape", "C1", "number"):
+            for words in (
+                ((f"{option}={text}",), (option, text)) if option in ("--quant", "--mesh") else ((f"{option}={text}",),)
+            ):
+                if option in ("--json", "--html") and label in (
+                    "newline",
+                    "home",
+                    "minus",
+                    "space",
+                    "escape",
+                    "C1",
+                    "number",
+                ):
                     continue  # writes a file of that name where the test runs
                 yield Input("argument", f"{option} {label}", commands=(("plan", "MODEL", *words),))
         for option in OF_LOAD:
@@ -47,7 +69,9 @@ def arguments() -> Iterator[Input]:
         yield Input("argument", f"one more {label}", commands=(("plan", "MODEL", text),))
         yield Input("argument", f"perplexity --text {label}", commands=(("perplexity", "MODEL", "--text", text),))
         yield Input("argument", f"doctor --quant {label}", commands=(("doctor", "--quant", text),))
-        yield Input("argument", f"verify --mesh {label}", commands=(("verify", "MODEL", f"--mesh={text}", "--mesh=tp=1"),))
+        yield Input(
+            "argument", f"verify --mesh {label}", commands=(("verify", "MODEL", f"--mesh={text}", "--mesh=tp=1"),)
+        )
 
 
 RAW = {
@@ -67,7 +91,11 @@ def quant_json() -> Iterator[Input]:
                     (("plan", "MODEL", "--quant", "COPY/q.json"),))  # fmt: skip
         text = raw.decode(errors="surrogateescape")
         if "\0" not in text:
-            yield Input("--quant JSON", f"text {label}", commands=(("plan", "MODEL", f"--quant={text}"), ("load", "MODEL", f"--quant={text}")))
+            yield Input(
+                "--quant JSON",
+                f"text {label}",
+                commands=(("plan", "MODEL", f"--quant={text}"), ("load", "MODEL", f"--quant={text}")),
+            )
         for option in ("--device-map", "--max-memory"):
             yield Input("--quant JSON", f"{option} {label}", commands=(("plan", "MODEL", f"{option}={text}"),))
     fields: dict[str, dict[str, Any]] = {
@@ -81,11 +109,19 @@ def quant_json() -> Iterator[Input]:
         for key in ("quant_method", *known):
             for label, value in WRONG.items():
                 text = json.dumps({"quant_method": method, **known, key: value})
-                yield Input("--quant JSON", f"{method} {key}={label}", commands=(("plan", "MODEL", f"--quant={text}"), ("load", "MODEL", f"--quant={text}")))
+                yield Input(
+                    "--quant JSON",
+                    f"{method} {key}={label}",
+                    commands=(("plan", "MODEL", f"--quant={text}"), ("load", "MODEL", f"--quant={text}")),
+                )
     for label, value in WRONG.items():
         for option in ("--device-map", "--max-memory"):
             for key in ("", "0", "cpu", "lm_head", "\ud800", "\x1b[2J"):
-                yield Input("--quant JSON", f"{option} {key!r}={label}", commands=(("plan", "MODEL", f"{option}={json.dumps({key: value})}"),))
+                yield Input(
+                    "--quant JSON",
+                    f"{option} {key!r}={label}",
+                    commands=(("plan", "MODEL", f"{option}={json.dumps({key: value})}"),),
+                )
 
 
 def folders() -> Iterator[Input]:
@@ -120,6 +156,20 @@ def folders() -> Iterator[Input]:
                 os.symlink(os.fsencode(file), os.fsencode(folder) + b"/" + odd + b"/" + os.fsencode(file.name))
 
         place = f"COPY/{os.fsdecode(odd)}"
-        yield Input("folder", f"named {label}", KJV, renamed, (("plan", place), ("load", place, *PROMPT), ("inspect", place)))
-        yield Input("folder", f"named {label}, as a page", KJV, renamed, (("plan", place, "--html", "COPY/x.html", "--json", "COPY/x.json"),))
-        yield Input("folder", f"named {label}, with a report", KJV, renamed, (("load", place, "-q", "nf4", "--report", "COPY/r.json", "--trace", "COPY/t.json"),))
+        yield Input(
+            "folder", f"named {label}", KJV, renamed, (("plan", place), ("load", place, *PROMPT), ("inspect", place))
+        )
+        yield Input(
+            "folder",
+            f"named {label}, as a page",
+            KJV,
+            renamed,
+            (("plan", place, "--html", "COPY/x.html", "--json", "COPY/x.json"),),
+        )
+        yield Input(
+            "folder",
+            f"named {label}, with a report",
+            KJV,
+            renamed,
+            (("load", place, "-q", "nf4", "--report", "COPY/r.json", "--trace", "COPY/t.json"),),
+        )

@@ -64,12 +64,20 @@ def leaves(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
             yield from leaves(document[key], (*path, key))
 
 
-def of_fields(kind: str, base: Path, name: str, document: Any, prefix: tuple[Any, ...] = (), **more: Any) -> Iterator[Input]:
+def of_fields(
+    kind: str, base: Path, name: str, document: Any, prefix: tuple[Any, ...] = (), **more: Any
+) -> Iterator[Input]:
     """Yields an input for each field of a document in a file, and each wrong value."""
     for path in leaves(document):
         for label, value in WRONG.items():
             where = ".".join(map(str, (*prefix, *path)))
-            yield Input(kind, f"{base.name} {name} {where}={label}", base, partial(set_field, name, (*prefix, *path), value), **more)
+            yield Input(
+                kind,
+                f"{base.name} {name} {where}={label}",
+                base,
+                partial(set_field, name, (*prefix, *path), value),
+                **more,
+            )
 
 
 def configs(model_of: Callable[[str], str]) -> Iterator[Input]:
@@ -78,8 +86,15 @@ def configs(model_of: Callable[[str], str]) -> Iterator[Input]:
         document = json.loads((base / "config.json").read_text())
         yield from of_fields("config.json", base, "config.json", document)
     for label, value in WRONG.items():
-        yield Input("config.json", f"all of it {label}", KJV, lambda folder, value=value: write_json(folder / "config.json", value))
-        yield Input("config.json", f"text_config {label}", KJV, partial(set_field, "config.json", ("text_config",), value))
+        yield Input(
+            "config.json",
+            f"all of it {label}",
+            KJV,
+            lambda folder, value=value: write_json(folder / "config.json", value),
+        )
+        yield Input(
+            "config.json", f"text_config {label}", KJV, partial(set_field, "config.json", ("text_config",), value)
+        )
         for key in ("rope_scaling", "layer_types", "sliding_window", "torch_dtype", "auto_map", "id2label", "quantization_config",
                     "compression_config", "num_local_experts", "label2id", "base_model_tp_plan", "_attn_implementation",
                     "per_layer_config", "vision_config", "use_bfloat16", "is_encoder_decoder", "tp_plan", "name_or_path"):  # fmt: skip
@@ -114,7 +129,9 @@ def sidecars() -> Iterator[Input]:
         for key in gptq:
             yield Input("sidecar", f"quantize_config.json {key}={label}", DATA / "gptq/v1-4bit",
                         partial(beside, "quantize_config.json", {**gptq, key: value}))  # fmt: skip
-        yield Input("sidecar", f"quanto_qmap.json {label}", DATA / "quanto/int8", partial(beside, "quanto_qmap.json", value))
+        yield Input(
+            "sidecar", f"quanto_qmap.json {label}", DATA / "quanto/int8", partial(beside, "quanto_qmap.json", value)
+        )
         yield Input("sidecar", f"quanto_qmap.json entry {label}", DATA / "quanto/int8",
                     partial(beside, "quanto_qmap.json", {"model.layers.0.mlp.up_proj": value}))  # fmt: skip
         for key in ("weights", "activations"):
@@ -165,8 +182,15 @@ def tokenizers() -> Iterator[Input]:
             "added_tokens_decoder": {}, "extra_special_tokens": {}, "chat_template": "a", "auto_map": {}})  # fmt: skip
         yield from of_fields(name, KJV, name, document, commands=PROMPTED)
         for label, value in WRONG.items():
-            yield Input(name, f"all of it {label}", KJV, lambda folder, n=name, v=value: write_json(folder / n, v), PROMPTED)
-        for label, raw in (("binary", b"\xff\x00\x80"), ("deep", b"[" * 100_000), ("nothing", b""), ("UTF-16", "{}".encode("utf-16"))):
+            yield Input(
+                name, f"all of it {label}", KJV, lambda folder, n=name, v=value: write_json(folder / n, v), PROMPTED
+            )
+        for label, raw in (
+            ("binary", b"\xff\x00\x80"),
+            ("deep", b"[" * 100_000),
+            ("nothing", b""),
+            ("UTF-16", "{}".encode("utf-16")),
+        ):
             yield Input(name, label, KJV, lambda folder, n=name, v=raw: write(folder / n, v), PROMPTED)
     document = json.loads((KJV / "tokenizer.json").read_text())
     for path in leaves({key: value for key, value in document.items() if key != "model"}):
@@ -178,12 +202,22 @@ def tokenizers() -> Iterator[Input]:
             yield Input("tokenizer.json", f"model.{key}={label}", KJV,
                         partial(set_field, "tokenizer.json", ("model", key), value), PROMPTED)  # fmt: skip
     for label, text in TEMPLATES.items():
-        yield Input("chat template", label, KJV, lambda folder, t=text: write(folder / "chat_template.jinja", t), PROMPTED)
+        yield Input(
+            "chat template", label, KJV, lambda folder, t=text: write(folder / "chat_template.jinja", t), PROMPTED
+        )
 
     def past(folder: Path) -> None:
         """Adds a token past the model's vocabulary."""
         document = json.loads((folder / "tokenizer.json").read_text())
-        token = {"id": 5000, "content": "In the", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        token = {
+            "id": 5000,
+            "content": "In the",
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": False,
+        }
         document["added_tokens"].append(token)
         document["model"]["vocab"]["In the"] = 5000
         write_json(folder / "tokenizer.json", document)

@@ -14,7 +14,21 @@ from spoiled import DATA, KJV, Input, write, write_json
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"
-NAMES = ("..", "../x", "/etc/passwd", "a\0b", "", ".", "\ud800", "\x1b[2J", "a/../b", "C:\\x", "x" * 5000, "é\u202e", "a\nb")
+NAMES = (
+    "..",
+    "../x",
+    "/etc/passwd",
+    "a\0b",
+    "",
+    ".",
+    "\ud800",
+    "\x1b[2J",
+    "a/../b",
+    "C:\\x",
+    "x" * 5000,
+    "é\u202e",
+    "a\nb",
+)
 
 
 def header_of(file: Path) -> tuple[dict[str, Any], bytes]:
@@ -70,9 +84,17 @@ def headers() -> Iterator[Input]:
     for label, text in texts.items():
         yield Input("safetensors header", label, spoil=partial(edited, lambda h, t=text: t))
     for length in (0, 1, 7, 99_999_999, 100_000_000, 100_000_001, 2**32, 2**63, 2**64 - 1):
-        yield Input("safetensors header", f"length {length}", spoil=partial(lambda folder, n: with_header(folder / SHARD, "{}", b"", n), n=length))
+        yield Input(
+            "safetensors header",
+            f"length {length}",
+            spoil=partial(lambda folder, n: with_header(folder / SHARD, "{}", b"", n), n=length),
+        )
     for size in (0, 1, 7, 8, 9, 100, 5000):
-        yield Input("safetensors header", f"cut at {size}", spoil=partial(lambda folder, n: write(folder / SHARD, (KJV / SHARD).read_bytes()[:n]), n=size))
+        yield Input(
+            "safetensors header",
+            f"cut at {size}",
+            spoil=partial(lambda folder, n: write(folder / SHARD, (KJV / SHARD).read_bytes()[:n]), n=size),
+        )
 
 
 def indices() -> Iterator[Input]:
@@ -87,16 +109,42 @@ def indices() -> Iterator[Input]:
         yield Input("index", f"all of it {label}", spoil=partial(index, value))
         yield Input("index", f"weight_map={label}", spoil=partial(index, {**good, "weight_map": value}))
         yield Input("index", f"metadata={label}", spoil=partial(index, {**good, "metadata": value}))
-        yield Input("index", f"a file={label}", spoil=partial(index, {"weight_map": {**good["weight_map"], tensor: value}}))
-        yield Input("index", f"all files={label}", spoil=partial(index, {"weight_map": dict.fromkeys(good["weight_map"], value)}))
+        yield Input(
+            "index", f"a file={label}", spoil=partial(index, {"weight_map": {**good["weight_map"], tensor: value}})
+        )
+        yield Input(
+            "index",
+            f"all files={label}",
+            spoil=partial(index, {"weight_map": dict.fromkeys(good["weight_map"], value)}),
+        )
     for name in NAMES:
-        yield Input("index", f"a file named {name[:20]!r}", spoil=partial(index, {"weight_map": {**good["weight_map"], tensor: name}}))
-        yield Input("index", f"a tensor named {name[:20]!r}", spoil=partial(index, {"weight_map": {**good["weight_map"], name: SHARD}}))
-        yield Input("index", f"another tensor named {name[:20]!r}", spoil=partial(index, {"weight_map": {**good["weight_map"], name: "x.safetensors"}}))
+        yield Input(
+            "index",
+            f"a file named {name[:20]!r}",
+            spoil=partial(index, {"weight_map": {**good["weight_map"], tensor: name}}),
+        )
+        yield Input(
+            "index",
+            f"a tensor named {name[:20]!r}",
+            spoil=partial(index, {"weight_map": {**good["weight_map"], name: SHARD}}),
+        )
+        yield Input(
+            "index",
+            f"another tensor named {name[:20]!r}",
+            spoil=partial(index, {"weight_map": {**good["weight_map"], name: "x.safetensors"}}),
+        )
     many = {f"model.x.{i}": f"model-{i:05d}.safetensors" for i in range(100_000)}
     yield Input("index", "100,000 files", spoil=partial(index, {"weight_map": many}))
-    yield Input("index", "100,000 tensors", spoil=partial(index, {"weight_map": {**good["weight_map"], **dict.fromkeys(many, SHARD)}}))
-    yield Input("index", "a config as a shard", spoil=partial(index, {"weight_map": {**good["weight_map"], tensor: "config.json"}}))
+    yield Input(
+        "index",
+        "100,000 tensors",
+        spoil=partial(index, {"weight_map": {**good["weight_map"], **dict.fromkeys(many, SHARD)}}),
+    )
+    yield Input(
+        "index",
+        "a config as a shard",
+        spoil=partial(index, {"weight_map": {**good["weight_map"], tensor: "config.json"}}),
+    )
     for label, raw in (("twice", json.dumps(good)[:-1] + "," + json.dumps(good)[1:]), ("deep", '{"a":' * 100_000), ("binary", b"\xff\xfe\x00"),
                        ("mark", "\ufeff" + json.dumps(good)), ("UTF-16", json.dumps(good).encode("utf-16")), ("nothing", ""),
                        ("digits", '{"a": ' + "1" * 5000 + "}")):  # fmt: skip
@@ -118,7 +166,9 @@ def ggufs() -> Iterator[Input]:
         for number in (0, 1, 2**31, 2**63, 2**64 - 1, int.from_bytes(b"\x1b[2J\x1b[2J", "little")):
             yield Input("GGUF header", f"{number:#x} at {place}", GGUF, partial(at, place, struct.pack("<Q", number)))
     for size in (0, 3, 4, 8, 12, 24, 100, 500, 1000, len(content) - 1):
-        yield Input("GGUF header", f"cut at {size}", GGUF, lambda folder, n=size: write(folder / GGUF.name, content[:n]))
+        yield Input(
+            "GGUF header", f"cut at {size}", GGUF, lambda folder, n=size: write(folder / GGUF.name, content[:n])
+        )
     for key in (b"llama.block_count", b"llama.embedding_length", b"llama.attention.head_count", b"general.architecture",
                 b"llama.context_length", b"tokenizer.ggml.tokens", b"general.alignment", b"llama.feed_forward_length",
                 b"llama.attention.head_count_kv", b"llama.rope.freq_base", b"tokenizer.ggml.model"):  # fmt: skip
@@ -127,8 +177,12 @@ def ggufs() -> Iterator[Input]:
             continue
         after = found + len(key)
         for kind in range(14):
-            yield Input("GGUF value", f"{key.decode()} of type {kind}", GGUF, partial(at, after, struct.pack("<I", kind)))
+            yield Input(
+                "GGUF value", f"{key.decode()} of type {kind}", GGUF, partial(at, after, struct.pack("<I", kind))
+            )
         for number in (0, 1, 3, 2**31 - 1, 2**32 - 1):
-            yield Input("GGUF value", f"{key.decode()} = {number}", GGUF, partial(at, after + 4, struct.pack("<I", number)))
+            yield Input(
+                "GGUF value", f"{key.decode()} = {number}", GGUF, partial(at, after + 4, struct.pack("<I", number))
+            )
         for name in (b"\xff" * len(key), b"\0" * len(key), b"\x1b" * len(key), b"x" * len(key)):
             yield Input("GGUF value", f"{key.decode()} renamed {name[:2]!r}", GGUF, partial(at, found, name))

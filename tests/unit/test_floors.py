@@ -21,8 +21,9 @@ import distquant
 PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
+    ["tables", "strict_json"],
     ["errors", "version", "dtypes", "old_names", "garbage_collection", "files", "process_state", "memory"],
-    ["environment", "units", "tables", "quiet"],
+    ["environment", "units", "quiet"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],
     ["model"],
