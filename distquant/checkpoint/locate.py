@@ -70,7 +70,7 @@ def _from_cache(model: str, revision: str | None, cache_dir: str | os.PathLike[s
     folder = repo / "snapshots" / commit
     download = f"hf download {model}" + (f" --revision {revision}" if revision else "")
     download += f" --cache-dir {cache}" if cache_dir is not None else ""
-    if not is_inside(commit) or not folder.is_dir():
+    if not is_inside(commit) or not os.path.isdir(folder):
         reason = f"revision {wanted!r} is not in the Hugging Face cache {cache}, and there is no folder of this name"
         raise CheckpointError.one(model, reason, f"Run `{download}` first", HeaderFault.NOT_IN_CACHE)
     return folder, f"Download it: `{download}` (with `--force-download` if the file is there)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -78,7 +79,7 @@ def build(
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, wanted), trust_remote_code=trust_remote_code, **attention
             )
-        if model.can_generate() and (path / "generation_config.json").is_file():
+        if model.can_generate() and os.path.isfile(path / "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(path)
             problems = list(generation_problems(model.generation_config, _vocabulary(config)))
     except (*RAISED_BY_LIBRARIES, _strict_error()) as error:
