@@ -126,7 +126,7 @@ def token_problems(arguments: argparse.Namespace, query: Query) -> Iterator[Prob
 
 
 def _vocabulary(arguments: argparse.Namespace) -> int | None:
-    """Returns the entries of the model's vocabulary; None where its config.json does not say, or planning reports it."""
+    """Returns the entries of the vocabulary; None where config.json does not say, or planning reports it."""
     from distquant.checkpoint.faults import Faults
     from distquant.checkpoint.locate import locate
     from distquant.checkpoint.sidecar_configs import read_config

@@ -276,8 +276,10 @@ class QuantizationConfig:
         aliases = {**more, **cls.aliases}
         renamed = {key: value for key, value in given.items() if key not in aliases}
         for old, new in aliases.items():
-            # `is` first: NaN is not equal to itself.
-            if old in given and (other := renamed.setdefault(new, given[old])) is not given[old] and other != given[old]:
+            if old not in given:
+                continue
+            other = renamed.setdefault(new, given[old])
+            if other is not given[old] and other != given[old]:  # `is`, because NaN is not equal to itself
                 reason = f"{given[old]!r} contradicts {new}={other!r}"
                 problems.add(where(old), reason, f"They mean the same: give {new} only.")
         return renamed

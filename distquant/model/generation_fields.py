@@ -81,8 +81,8 @@ _NUMBER: _Rule = (_number(-INT64), "a number")
 FIELDS: Mapping[str, _Rule] = {
     **dict.fromkeys(
         ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "token_healing", "output_attentions",
-         "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate", "low_memory", "is_assistant",
-         "use_mtp", "disable_compile"),
+         "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate", "low_memory",
+         "is_assistant", "use_mtp", "disable_compile"),
         _FLAG,
     ),
     **dict.fromkeys(("max_length", "max_new_tokens", "num_beams", "num_return_sequences", "num_beam_groups"), _FROM_1),
@@ -97,7 +97,8 @@ FIELDS: Mapping[str, _Rule] = {
     "temperature": (_number(0), "a number from 0"),
     "bos_token_id": _ENDS, "eos_token_id": _ENDS, "pad_token_id": _TOKEN, "decoder_start_token_id": _ENDS,
     "forced_bos_token_id": _TOKEN, "forced_eos_token_id": _ENDS,
-    "suppress_tokens": _TOKENS, "begin_suppress_tokens": _TOKENS, "bad_words_ids": _PHRASES, "force_words_ids": _PHRASES,
+    "suppress_tokens": _TOKENS, "begin_suppress_tokens": _TOKENS,
+    "bad_words_ids": _PHRASES, "force_words_ids": _PHRASES,
     "stop_strings": (_texts, "a text, or a list of texts"),
     "sequence_bias": (_biases, "a list of pairs: tokens' numbers, and a number"),
     "cache_implementation": (lambda value: isinstance(value, str), "the name of a cache"),
