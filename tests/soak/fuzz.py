@@ -22,7 +22,8 @@ import trials
 from hostile_configs import BNB, QUANTIZED
 from hostile_headers import GGUF, INDEX, SHARD, header_of, with_header
 from mutations import Mutator
-from spoiled import DATA, KJV, PROMPT, Input, ready, tried, write, write_json
+from corpus import keep_input
+from spoiled import DATA, KJV, PROMPT, Input, ready, tried, write
 
 PLAN, LOAD = ("plan", "MODEL"), ("load", "MODEL")
 TALK = ("load", "MODEL", *PROMPT)
@@ -149,24 +150,8 @@ def fuzzed(seed: int, root: Path, seconds: float, count: int, keep: Path | None 
         (trial,) = tried([given], root / f"copy{number}")
         (root / f"copy{number}").rmdir()
         if not trial.good and keep is not None:
-            keep_input(number, root, keep)
+            keep_input(made(number, root), keep / f"seed-{number}")
         yield trial
-
-
-def keep_input(seed: int, root: Path, keep: Path) -> None:
-    """Writes what a seed changes into a folder: files that differ, and `case.json` with the rest."""
-    given, folder = made(seed, root), keep / f"seed-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as copy:
-        for file in given.base.iterdir() if given.base.is_dir() else [given.base]:
-            (Path(copy) / file.name).symlink_to(file.resolve())
-        assert given.spoil is not None
-        given.spoil(Path(copy))
-        for file in Path(copy).iterdir():
-            if not file.is_symlink():
-                write(folder / file.name, file.read_bytes())
-    base = str(given.base.relative_to(KJV.parents[2])) if given.base.is_relative_to(KJV.parents[2]) else "bitsandbytes"
-    write_json(folder / "case.json", {"kind": given.kind, "base": base, "commands": given.commands})
 
 
 def main() -> int:

@@ -104,7 +104,7 @@ class Mutator:
         elif how == 3:
             owner[key] = [value] * self.random.choice((1, 2, 1000))
         elif how == 4:
-            owner[key] = self.random.choice(places)[1]
+            owner[key] = json.loads(json.dumps(self.random.choice(places)[1]))  # a copy: it may hold this place
         elif how == 5 and isinstance(value, (int, float)):
             owner[key] = self.random.choice(
                 (value + 1, value - 1, value * 2, -value, value // 2 if value == value else 0, str(value))
