@@ -16,7 +16,7 @@ from distquant.files import TEXT_BYTES, read_text
 from distquant.loading.report import write_report
 from distquant.progress import first_rank, working
 from distquant.runtime.query import Outcome, Query
-from distquant.tables import printable
+from distquant.tables import printable, printable_lines, without_controls
 
 
 def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -24,12 +24,12 @@ def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
     _check_output("--html", arguments.html)
     with working("planning"):
         plan = make(arguments.model, **launch.load_options(arguments, arguments.mesh))
-    print(plan)
+    print(printable_lines(str(plan)))
     if arguments.json:
         with open(arguments.json, "w") as file:
             file.write(plan.to_json() + "\n")
     if arguments.html:
-        with open(arguments.html, "w", encoding="utf-8") as file:
+        with open(arguments.html, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(plan_html(plan))
     return 0
 
@@ -45,7 +45,7 @@ def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
     for note in outcome.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
     if outcome.answer is not None:
-        print(f"\n{render.answer_text(outcome)}")
+        print(without_controls(f"\n{render.answer_text(outcome)}"))
     if arguments.report:
         write_report(outcome.report, arguments.report)
     return 0

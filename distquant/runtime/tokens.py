@@ -139,10 +139,14 @@ def template_inputs(tokenizer: Any, messages: Messages) -> Any:
     with tokenizer_call(
         "messages", "the model's chat template does not take them", "Give roles and contents that it knows"
     ):
-        return tokenizer.apply_chat_template(
+        inputs = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             add_generation_prompt=True,
             return_dict=True,
             return_tensors="pt",
             tokenizer_kwargs={"verbose": False},  # the context's end has a message of its own
         )
+    if not inputs["input_ids"].numel():
+        fix = "Take a checkpoint whose template writes them"
+        raise InputError.one("messages", "the model's chat template makes no tokens of them", fix)
+    return inputs
