@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 
-def parse_json(source: str | bytes, **hooks: Callable[..., Any] | None) -> Any:
+def parse_json(source: str | bytes, **hooks: Any) -> Any:
     """Returns the value of a JSON text.
 
     Args:

@@ -172,7 +172,7 @@ def _prepared(model: Any, tokenizer: Any, prompt: Any, kwargs: dict[str, Any]) -
     if (kwargs.get("generation_config") or model.generation_config).stop_strings or kwargs.get("stop_strings"):
         kwargs = {"tokenizer": tokenizer, **kwargs}
     if not is_messages(prompt):
-        batch = {} if isinstance(prompt, str) else {"padding": True, "padding_side": "left"}
+        batch: dict[str, Any] = {} if isinstance(prompt, str) else {"padding": True, "padding_side": "left"}
         inputs = encoded(tokenizer, prompt, return_tensors="pt", **batch)
         check_vocabulary(inputs["input_ids"], vocabulary_of(model))
         return inputs.to(model.device), kwargs, 0

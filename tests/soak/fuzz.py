@@ -69,8 +69,26 @@ def quant_state(mutator: Mutator, folder: Path) -> None:
     with_header(file, json.dumps(stored), data[:begin] + text[: end - begin].ljust(end - begin) + data[end:])
 
 
-OPTIONS = ("--quant", "--mesh", "--tp", "--dp", "--ep", "--dtype", "--device-map", "--max-memory", "--staging", "--capability", "--context",
-           "--batch", "--revision", "--on-unsupported", "--attn-implementation", "--dispatch", "--ranks-per-node", "--device")  # fmt: skip
+OPTIONS = (
+    "--quant",
+    "--mesh",
+    "--tp",
+    "--dp",
+    "--ep",
+    "--dtype",
+    "--device-map",
+    "--max-memory",
+    "--staging",
+    "--capability",
+    "--context",
+    "--batch",
+    "--revision",
+    "--on-unsupported",
+    "--attn-implementation",
+    "--dispatch",
+    "--ranks-per-node",
+    "--device",
+)
 GOOD = (
     "nf4",
     "tp=2",

@@ -13,18 +13,56 @@ from hostile_configs import WRONG
 from spoiled import KJV, PROMPT, Input, write
 
 TEXTS = {
-    "empty": "", "space": " ", "newline": "a\nb", "escape": "\x1b[2J\x07", "C1": "\x9b2J", "surrogate": "\udcff\udc80",
-    "long": "x" * 2_000, "slashes": "/" * 5000, "right to left": "\u202eabc", "minus": "-", "home": "~",
-    "somebody": "~nobody-of-this-name/x", "brace": "{", "object": "{}", "list": "[]", "number": "12", "percent": "%s%n", "markup": "[red]x[/]",
-    "url": "https://example.org/model", "words": "a b c", "comma": ",", "equals": "=", "digits": "9" * 5000, "dots": "..", "null": "null",
-}  # fmt: skip
+    "empty": "",
+    "space": " ",
+    "newline": "a\nb",
+    "escape": "\x1b[2J\x07",
+    "C1": "\x9b2J",
+    "surrogate": "\udcff\udc80",
+    "long": "x" * 2_000,
+    "slashes": "/" * 5000,
+    "right to left": "\u202eabc",
+    "minus": "-",
+    "home": "~",
+    "somebody": "~nobody-of-this-name/x",
+    "brace": "{",
+    "object": "{}",
+    "list": "[]",
+    "number": "12",
+    "percent": "%s%n",
+    "markup": "[red]x[/]",
+    "url": "https://example.org/model",
+    "words": "a b c",
+    "comma": ",",
+    "equals": "=",
+    "digits": "9" * 5000,
+    "dots": "..",
+    "null": "null",
+}
 """Values of options and arguments. A command line's bytes that are not UTF-8 reach Python as surrogates."""
 
 OPTIONS = (
-    "--quant", "--mesh", "--tp", "--dtype", "--device-map", "--max-memory", "--staging", "--capability", "--context", "--batch",
-    "--revision", "--cache-dir", "--on-unsupported", "--attn-implementation", "--json", "--html", "--dispatch", "--ranks-per-node",
-    "--device", "--unknown-option",
-)  # fmt: skip
+    "--quant",
+    "--mesh",
+    "--tp",
+    "--dtype",
+    "--device-map",
+    "--max-memory",
+    "--staging",
+    "--capability",
+    "--context",
+    "--batch",
+    "--revision",
+    "--cache-dir",
+    "--on-unsupported",
+    "--attn-implementation",
+    "--json",
+    "--html",
+    "--dispatch",
+    "--ranks-per-node",
+    "--device",
+    "--unknown-option",
+)
 OF_LOAD = (
     "--report",
     "--trace",
@@ -75,20 +113,38 @@ def arguments() -> Iterator[Input]:
 
 
 RAW = {
-    "binary": b"\x00\xff\x80\x1b[2J", "deep": b'{"a":' * 100_000, "deep list": b'{"a":' + b"[" * 100_000, "mark": b"\xef\xbb\xbf{}",
-    "UTF-16": '{"quant_method": "gptq"}'.encode("utf-16"), "surrogate": b'{"quant_method": "\\ud800"}', "nothing": b"", "twice": b'{"bits": 4, "bits": 8}',
-    "digits": b'{"bits": ' + b"9" * 5000 + b"}", "constant": b'{"quant_method": "bitsandbytes", "load_in_4bit": true, "llm_int8_threshold": NaN}',
-    "escape": b'{"quant_method": "\\u001b[2J"}', "escaped key": b'{"quant_method": "bitsandbytes", "load_in_4bit": true, "\\u001b[2J": 1}',
-    "surrogate key": b'{"quant_method": "bitsandbytes", "load_in_4bit": true, "\\ud800": 1}', "list": b"[1]", "text": b'"nf4"', "spaces": b" " * 1000,
-    "wide list": b'{"quant_method": "bitsandbytes", "load_in_4bit": true, "llm_int8_skip_modules": [' + b'"a",' * 100_000 + b'"a"]}',
-}  # fmt: skip
+    "binary": b"\x00\xff\x80\x1b[2J",
+    "deep": b'{"a":' * 100_000,
+    "deep list": b'{"a":' + b"[" * 100_000,
+    "mark": b"\xef\xbb\xbf{}",
+    "UTF-16": '{"quant_method": "gptq"}'.encode("utf-16"),
+    "surrogate": b'{"quant_method": "\\ud800"}',
+    "nothing": b"",
+    "twice": b'{"bits": 4, "bits": 8}',
+    "digits": b'{"bits": ' + b"9" * 5000 + b"}",
+    "constant": b'{"quant_method": "bitsandbytes", "load_in_4bit": true, "llm_int8_threshold": NaN}',
+    "escape": b'{"quant_method": "\\u001b[2J"}',
+    "escaped key": b'{"quant_method": "bitsandbytes", "load_in_4bit": true, "\\u001b[2J": 1}',
+    "surrogate key": b'{"quant_method": "bitsandbytes", "load_in_4bit": true, "\\ud800": 1}',
+    "list": b"[1]",
+    "text": b'"nf4"',
+    "spaces": b" " * 1000,
+    "wide list": b'{"quant_method": "bitsandbytes", "load_in_4bit": true, "llm_int8_skip_modules": ['
+    + b'"a",' * 100_000
+    + b'"a"]}',
+}
 
 
 def quant_json() -> Iterator[Input]:
     """Yields JSON of `--quant`, in a file and on the command line."""
     for label, raw in RAW.items():
-        yield Input("--quant JSON", f"file {label}", KJV, partial(lambda folder, r: write(folder / "q.json", r), r=raw),
-                    (("plan", "MODEL", "--quant", "COPY/q.json"),))  # fmt: skip
+        yield Input(
+            "--quant JSON",
+            f"file {label}",
+            KJV,
+            partial(lambda folder, r: write(folder / "q.json", r), r=raw),
+            (("plan", "MODEL", "--quant", "COPY/q.json"),),
+        )
         text = raw.decode(errors="surrogateescape")
         if "\0" not in text:
             yield Input(
@@ -99,12 +155,21 @@ def quant_json() -> Iterator[Input]:
         for option in ("--device-map", "--max-memory"):
             yield Input("--quant JSON", f"{option} {label}", commands=(("plan", "MODEL", f"{option}={text}"),))
     fields: dict[str, dict[str, Any]] = {
-        "bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": [],
-                         "include_modules": [], "layers": "1", "dequantize": False},
-        "hqq": {"quant_config": {}, "skip_modules": []}, "quanto": {"weights": "int8", "modules_to_not_convert": []},
-        "torchao": {"quant_type": {}, "include_input_output_embeddings": False}, "fp8": {"weight_block_size": [128, 128], "modules_to_not_convert": []},
+        "bitsandbytes": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "llm_int8_skip_modules": [],
+            "include_modules": [],
+            "layers": "1",
+            "dequantize": False,
+        },
+        "hqq": {"quant_config": {}, "skip_modules": []},
+        "quanto": {"weights": "int8", "modules_to_not_convert": []},
+        "torchao": {"quant_type": {}, "include_input_output_embeddings": False},
+        "fp8": {"weight_block_size": [128, 128], "modules_to_not_convert": []},
         "compressed-tensors": {"config_groups": {}, "ignore": [], "format": "int-quantized"},
-    }  # fmt: skip
+    }
     for method, known in fields.items():
         for key in ("quant_method", *known):
             for label, value in WRONG.items():
@@ -143,9 +208,21 @@ def folders() -> Iterator[Input]:
         (folder / name).symlink_to(folder / "\x1b[2J")
 
     prompted = (("load", "MODEL", *PROMPT),)
-    for name in ("config.json", "model.safetensors.index.json", "model.safetensors", "model-00002-of-00003.safetensors", "tokenizer.json",
-                 "tokenizer_config.json", "generation_config.json", "quanto_qmap.json", "adapter_config.json", "chat_template.jinja",
-                 "special_tokens_map.json", "added_tokens.json", "additional_chat_templates"):  # fmt: skip
+    for name in (
+        "config.json",
+        "model.safetensors.index.json",
+        "model.safetensors",
+        "model-00002-of-00003.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "quanto_qmap.json",
+        "adapter_config.json",
+        "chat_template.jinja",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "additional_chat_templates",
+    ):
         for how in (loop, directory, gone, dangling):
             yield Input("folder", f"{how.__name__} {name}", KJV, partial(how, name), prompted)
     for label, odd in (("escape", b"\x1b[2J"), ("binary", b"\xff\xfe"), ("newline", b"a\nb")):

@@ -34,16 +34,31 @@ FAMILIES = ("gemma2", "neox-per-head", "qwen3-head-norms", "phi3-packed", "gpt-o
 """Families of `models.py` whose configs are spoiled beside that of the example."""
 
 QUANTIZED = (
-    "gptq/v1-4bit", "awq/gemm", "auto_round/auto_gptq", "fp8/blocks", "fbgemm_fp8", "mxfp8", "hqq/4-bits",
-    "quanto/int8", "torchao/int8-row", "torchao/int4-group", "compressed_tensors/int4", "compressed_tensors/fp8-block",
-)  # fmt: skip
+    "gptq/v1-4bit",
+    "awq/gemm",
+    "auto_round/auto_gptq",
+    "fp8/blocks",
+    "fbgemm_fp8",
+    "mxfp8",
+    "hqq/4-bits",
+    "quanto/int8",
+    "torchao/int8-row",
+    "torchao/int4-group",
+    "compressed_tensors/int4",
+    "compressed_tensors/fp8-block",
+)
 """Checkpoints of other tools in the tests' data."""
 
 BNB = {
-    "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_use_double_quant": False, "llm_int8_threshold": 6.0,
-    "llm_int8_skip_modules": None, "bnb_4bit_quant_storage": "uint8",
-}  # fmt: skip
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_use_double_quant": False,
+    "llm_int8_threshold": 6.0,
+    "llm_int8_skip_modules": None,
+    "bnb_4bit_quant_storage": "uint8",
+}
 
 
 def set_field(name: str, path: tuple[Any, ...], value: Any, folder: Path) -> None:
@@ -95,9 +110,26 @@ def configs(model_of: Callable[[str], str]) -> Iterator[Input]:
         yield Input(
             "config.json", f"text_config {label}", KJV, partial(set_field, "config.json", ("text_config",), value)
         )
-        for key in ("rope_scaling", "layer_types", "sliding_window", "torch_dtype", "auto_map", "id2label", "quantization_config",
-                    "compression_config", "num_local_experts", "label2id", "base_model_tp_plan", "_attn_implementation",
-                    "per_layer_config", "vision_config", "use_bfloat16", "is_encoder_decoder", "tp_plan", "name_or_path"):  # fmt: skip
+        for key in (
+            "rope_scaling",
+            "layer_types",
+            "sliding_window",
+            "torch_dtype",
+            "auto_map",
+            "id2label",
+            "quantization_config",
+            "compression_config",
+            "num_local_experts",
+            "label2id",
+            "base_model_tp_plan",
+            "_attn_implementation",
+            "per_layer_config",
+            "vision_config",
+            "use_bfloat16",
+            "is_encoder_decoder",
+            "tp_plan",
+            "name_or_path",
+        ):
             yield Input("config.json", f"{key} {label}", KJV, partial(set_field, "config.json", (key,), value))
 
 
@@ -111,8 +143,12 @@ def quantization_configs() -> Iterator[Input]:
     for key in BNB:
         for label, value in WRONG.items():
             changed = {**BNB, key: value}
-            yield Input("quantization_config", f"bitsandbytes {key}={label}", KJV,
-                        partial(set_field, "config.json", ("quantization_config",), changed))  # fmt: skip
+            yield Input(
+                "quantization_config",
+                f"bitsandbytes {key}={label}",
+                KJV,
+                partial(set_field, "config.json", ("quantization_config",), changed),
+            )
 
 
 def sidecars() -> Iterator[Input]:
@@ -127,21 +163,37 @@ def sidecars() -> Iterator[Input]:
 
     for label, value in WRONG.items():
         for key in gptq:
-            yield Input("sidecar", f"quantize_config.json {key}={label}", DATA / "gptq/v1-4bit",
-                        partial(beside, "quantize_config.json", {**gptq, key: value}))  # fmt: skip
+            yield Input(
+                "sidecar",
+                f"quantize_config.json {key}={label}",
+                DATA / "gptq/v1-4bit",
+                partial(beside, "quantize_config.json", {**gptq, key: value}),
+            )
         yield Input(
             "sidecar", f"quanto_qmap.json {label}", DATA / "quanto/int8", partial(beside, "quanto_qmap.json", value)
         )
-        yield Input("sidecar", f"quanto_qmap.json entry {label}", DATA / "quanto/int8",
-                    partial(beside, "quanto_qmap.json", {"model.layers.0.mlp.up_proj": value}))  # fmt: skip
+        yield Input(
+            "sidecar",
+            f"quanto_qmap.json entry {label}",
+            DATA / "quanto/int8",
+            partial(beside, "quanto_qmap.json", {"model.layers.0.mlp.up_proj": value}),
+        )
         for key in ("weights", "activations"):
             entry = {"weights": "qint8", "activations": "none", key: value}
-            yield Input("sidecar", f"quanto_qmap.json {key}={label}", DATA / "quanto/int8",
-                        partial(beside, "quanto_qmap.json", {"model.layers.0.mlp.up_proj": entry}))  # fmt: skip
+            yield Input(
+                "sidecar",
+                f"quanto_qmap.json {key}={label}",
+                DATA / "quanto/int8",
+                partial(beside, "quanto_qmap.json", {"model.layers.0.mlp.up_proj": entry}),
+            )
         for key in ("quant_algo", "exclude_modules", "kv_cache_quant_algo", "group_size"):
             entry = {"quant_algo": "FP8", "exclude_modules": [], key: value}
-            yield Input("sidecar", f"hf_quant_config.json {key}={label}", DATA / "fp8/tensor",
-                        partial(beside, "hf_quant_config.json", {"quantization": entry}))  # fmt: skip
+            yield Input(
+                "sidecar",
+                f"hf_quant_config.json {key}={label}",
+                DATA / "fp8/tensor",
+                partial(beside, "hf_quant_config.json", {"quantization": entry}),
+            )
 
 
 PROMPTED = (("load", "MODEL", *PROMPT),)
@@ -173,13 +225,37 @@ TEMPLATES = {
 
 def tokenizers() -> Iterator[Input]:
     """Yields wrong types in what a tokenizer and generation are made of, and templates that do harm."""
-    generation = {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 5, "do_sample": True, "num_beams": 1,
-                  "stop_strings": None, "max_length": 20, "repetition_penalty": 1.0, "suppress_tokens": None,
-                  "cache_implementation": None, "bad_words_ids": None, "forced_eos_token_id": None,
-                  "sequence_bias": None, "watermarking_config": None, "num_return_sequences": 1, "min_p": None}  # fmt: skip
+    generation = {
+        "max_new_tokens": 4,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 5,
+        "do_sample": True,
+        "num_beams": 1,
+        "stop_strings": None,
+        "max_length": 20,
+        "repetition_penalty": 1.0,
+        "suppress_tokens": None,
+        "cache_implementation": None,
+        "bad_words_ids": None,
+        "forced_eos_token_id": None,
+        "sequence_bias": None,
+        "watermarking_config": None,
+        "num_return_sequences": 1,
+        "min_p": None,
+    }
     for name in ("generation_config.json", "tokenizer_config.json"):
-        document = json.loads((KJV / name).read_text()) | (generation if name[0] == "g" else {"add_bos_token": True,
-            "added_tokens_decoder": {}, "extra_special_tokens": {}, "chat_template": "a", "auto_map": {}})  # fmt: skip
+        document = json.loads((KJV / name).read_text()) | (
+            generation
+            if name[0] == "g"
+            else {
+                "add_bos_token": True,
+                "added_tokens_decoder": {},
+                "extra_special_tokens": {},
+                "chat_template": "a",
+                "auto_map": {},
+            }
+        )
         yield from of_fields(name, KJV, name, document, commands=PROMPTED)
         for label, value in WRONG.items():
             yield Input(
@@ -195,12 +271,22 @@ def tokenizers() -> Iterator[Input]:
     document = json.loads((KJV / "tokenizer.json").read_text())
     for path in leaves({key: value for key, value in document.items() if key != "model"}):
         for label, value in WRONG.items():
-            yield Input("tokenizer.json", f"{'.'.join(map(str, path))}={label}", KJV,
-                        partial(set_field, "tokenizer.json", path, value), PROMPTED)  # fmt: skip
+            yield Input(
+                "tokenizer.json",
+                f"{'.'.join(map(str, path))}={label}",
+                KJV,
+                partial(set_field, "tokenizer.json", path, value),
+                PROMPTED,
+            )
     for key in document["model"]:
         for label, value in WRONG.items():
-            yield Input("tokenizer.json", f"model.{key}={label}", KJV,
-                        partial(set_field, "tokenizer.json", ("model", key), value), PROMPTED)  # fmt: skip
+            yield Input(
+                "tokenizer.json",
+                f"model.{key}={label}",
+                KJV,
+                partial(set_field, "tokenizer.json", ("model", key), value),
+                PROMPTED,
+            )
     for label, text in TEMPLATES.items():
         yield Input(
             "chat template", label, KJV, lambda folder, t=text: write(folder / "chat_template.jinja", t), PROMPTED
@@ -227,9 +313,23 @@ def tokenizers() -> Iterator[Input]:
 
 def adapters() -> Iterator[Input]:
     """Yields adapters whose configuration has wrong types."""
-    good = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none", "use_rslora": False,
-            "fan_in_fan_out": False, "task_type": "CAUSAL_LM", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
-            "layers_to_transform": None, "use_dora": False, "exclude_modules": None, "layers_pattern": None}  # fmt: skip
+    good = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "task_type": "CAUSAL_LM",
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "layers_to_transform": None,
+        "use_dora": False,
+        "exclude_modules": None,
+        "layers_pattern": None,
+    }
 
     def beside(value: Any, folder: Path) -> None:
         (folder / "adapter").mkdir()

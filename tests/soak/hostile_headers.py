@@ -59,28 +59,58 @@ def headers() -> Iterator[Input]:
     def entry(key: str | None, value: Any, header: dict[str, Any]) -> dict[str, Any]:
         return {**header, tensor: value if key is None else {**header[tensor], key: value}}
 
-    values = {**WRONG, "minus": [-1, 5], "reversed": [9, 3], "words": ["a", "b"], "floats": [0.0, 2.0], "three": [0, 1, 2],
-              "past 64 bits": [0, 2**64], "flags": [False, True], "huge": [0, 2**62], "many": [1] * 100_000,
-              "zeros": [0, 0], "many zeros": [2**40, 2**40, 0]}  # fmt: skip
+    values = {
+        **WRONG,
+        "minus": [-1, 5],
+        "reversed": [9, 3],
+        "words": ["a", "b"],
+        "floats": [0.0, 2.0],
+        "three": [0, 1, 2],
+        "past 64 bits": [0, 2**64],
+        "flags": [False, True],
+        "huge": [0, 2**62],
+        "many": [1] * 100_000,
+        "zeros": [0, 0],
+        "many zeros": [2**40, 2**40, 0],
+    }
     for label, value in values.items():
         for key in (None, "dtype", "shape", "data_offsets", "extra"):
             yield Input("safetensors header", f"{key}={label}", spoil=partial(edited, partial(entry, key, value)))
-        yield Input("safetensors header", f"__metadata__={label}",
-                    spoil=partial(edited, lambda h, v=value: {**h, "__metadata__": v}))  # fmt: skip
-        yield Input("safetensors header", f"__metadata__.format={label}",
-                    spoil=partial(edited, lambda h, v=value: {**h, "__metadata__": {"format": v}}))  # fmt: skip
+        yield Input(
+            "safetensors header",
+            f"__metadata__={label}",
+            spoil=partial(edited, lambda h, v=value: {**h, "__metadata__": v}),
+        )
+        yield Input(
+            "safetensors header",
+            f"__metadata__.format={label}",
+            spoil=partial(edited, lambda h, v=value: {**h, "__metadata__": {"format": v}}),
+        )
         yield Input("safetensors header", f"all of it {label}", spoil=partial(edited, lambda h, v=value: json.dumps(v)))
     for name in NAMES:
-        yield Input("safetensors header", f"a tensor named {name[:20]!r}",
-                    spoil=partial(edited, lambda h, n=name: {n if k == tensor else k: v for k, v in h.items()}))  # fmt: skip
+        yield Input(
+            "safetensors header",
+            f"a tensor named {name[:20]!r}",
+            spoil=partial(edited, lambda h, n=name: {n if k == tensor else k: v for k, v in h.items()}),
+        )
     texts: dict[str, str | bytes] = {
         "twice": f'{{"a": 1, {json.dumps(header)[1:-1]}, {json.dumps(header)[1:]}',
-        "deep": '{"a":' * 100_000, "deep list": '{"a":' + "[" * 200_000 + "]" * 200_000 + "}",
-        "zeros": b"\0" * 1000, "binary": bytes(range(256)), "surrogate bytes": b'{"\xed\xa0\x80": 1}',
+        "deep": '{"a":' * 100_000,
+        "deep list": '{"a":' + "[" * 200_000 + "]" * 200_000 + "}",
+        "zeros": b"\0" * 1000,
+        "binary": bytes(range(256)),
+        "surrogate bytes": b'{"\xed\xa0\x80": 1}',
         "surrogate": '{"\\ud800": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}',
-        "digits": '{"a": ' + "9" * 5000 + "}", "long fraction": '{"a": 1e' + "9" * 400 + "}", "constant": '{"a": NaN}',
-        "spaces": " " * 1000, "mark": "\ufeff{}", "nothing": "", "open": "{", "text": '"text"', "names": json.dumps(dict.fromkeys(map(str, range(50_000)), 1)),
-    }  # fmt: skip
+        "digits": '{"a": ' + "9" * 5000 + "}",
+        "long fraction": '{"a": 1e' + "9" * 400 + "}",
+        "constant": '{"a": NaN}',
+        "spaces": " " * 1000,
+        "mark": "\ufeff{}",
+        "nothing": "",
+        "open": "{",
+        "text": '"text"',
+        "names": json.dumps(dict.fromkeys(map(str, range(50_000)), 1)),
+    }
     for label, text in texts.items():
         yield Input("safetensors header", label, spoil=partial(edited, lambda h, t=text: t))
     for length in (0, 1, 7, 99_999_999, 100_000_000, 100_000_001, 2**32, 2**63, 2**64 - 1):
@@ -145,9 +175,15 @@ def indices() -> Iterator[Input]:
         "a config as a shard",
         spoil=partial(index, {"weight_map": {**good["weight_map"], tensor: "config.json"}}),
     )
-    for label, raw in (("twice", json.dumps(good)[:-1] + "," + json.dumps(good)[1:]), ("deep", '{"a":' * 100_000), ("binary", b"\xff\xfe\x00"),
-                       ("mark", "\ufeff" + json.dumps(good)), ("UTF-16", json.dumps(good).encode("utf-16")), ("nothing", ""),
-                       ("digits", '{"a": ' + "1" * 5000 + "}")):  # fmt: skip
+    for label, raw in (
+        ("twice", json.dumps(good)[:-1] + "," + json.dumps(good)[1:]),
+        ("deep", '{"a":' * 100_000),
+        ("binary", b"\xff\xfe\x00"),
+        ("mark", "\ufeff" + json.dumps(good)),
+        ("UTF-16", json.dumps(good).encode("utf-16")),
+        ("nothing", ""),
+        ("digits", '{"a": ' + "1" * 5000 + "}"),
+    ):
         yield Input("index", label, spoil=lambda folder, r=raw: write(folder / INDEX, r))
 
 
@@ -169,9 +205,19 @@ def ggufs() -> Iterator[Input]:
         yield Input(
             "GGUF header", f"cut at {size}", GGUF, lambda folder, n=size: write(folder / GGUF.name, content[:n])
         )
-    for key in (b"llama.block_count", b"llama.embedding_length", b"llama.attention.head_count", b"general.architecture",
-                b"llama.context_length", b"tokenizer.ggml.tokens", b"general.alignment", b"llama.feed_forward_length",
-                b"llama.attention.head_count_kv", b"llama.rope.freq_base", b"tokenizer.ggml.model"):  # fmt: skip
+    for key in (
+        b"llama.block_count",
+        b"llama.embedding_length",
+        b"llama.attention.head_count",
+        b"general.architecture",
+        b"llama.context_length",
+        b"tokenizer.ggml.tokens",
+        b"general.alignment",
+        b"llama.feed_forward_length",
+        b"llama.attention.head_count_kv",
+        b"llama.rope.freq_base",
+        b"tokenizer.ggml.model",
+    ):
         found = content.find(key)
         if found < 0:
             continue

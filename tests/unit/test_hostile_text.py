@@ -1,4 +1,4 @@
-"""Text that a checkpoint or a user chooses: what is no text is refused, and what a terminal would obey is spelled out."""
+"""Text that others choose: what is no text is refused, and what a terminal would obey is spelled out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distquant.cli.main import main
-from distquant.config.torchao import TorchAoConfig
+from distquant.config.torchao import TorchaoConfig
 from distquant.errors import InputError, Problem
 from distquant.model.generation_fields import FIELDS, generation_problems
 from distquant.runtime.tokens import check_vocabulary, encoded, template_inputs, tokenizer_call
@@ -111,4 +111,4 @@ GRANULARITY = {"_type": "PerGroup", "_version": 1, "_data": {"group_size": 32}}
 def test_types_inside_a_torchao_config(field: str, value: Any) -> None:
     inner = {"_type": "Int8WeightOnlyConfig", "_version": 1, "_data": {field: value}}
     with pytest.raises(InputError, match=f"quant_type.default._data.{field}"):
-        TorchAoConfig(quant_type={"default": inner})
+        TorchaoConfig(quant_type={"default": inner})
