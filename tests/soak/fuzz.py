@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import trials
+from corpus import keep_input
 from hostile_configs import BNB, QUANTIZED
 from hostile_headers import GGUF, INDEX, SHARD, header_of, with_header
 from mutations import Mutator
-from corpus import keep_input
 from spoiled import DATA, KJV, PROMPT, Input, ready, tried, write
 
 PLAN, LOAD = ("plan", "MODEL"), ("load", "MODEL")

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import trials
 from hostile_arguments import arguments, folders, quant_json
-from hostile_configs import adapters, configs, quantization_configs, sidecars, tokenizers
+from hostile_configs import configs, quantization_configs, sidecars
 from hostile_headers import ggufs, headers, indices
+from hostile_tokenizers import adapters, tokenizers
 from spoiled import Input, ready, tried
 
 
