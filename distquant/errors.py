@@ -20,7 +20,7 @@ class Problem:
     """One thing that cannot work.
 
     Its texts may quote a hostile file or argument. They go to terminals, logs and pages, so that control characters,
-    and what is no Unicode text at all, are spelled out here, for all of them.
+    and what is not Unicode text at all, are spelled out here, for all of them.
 
     Attributes:
         where: module path, file, option or tensor that has the problem.

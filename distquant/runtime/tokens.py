@@ -19,16 +19,16 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 @contextmanager
-def tokenizer_call(where: str, what: str, fix: str) -> Iterator[None]:
+def tokenizer_call(where: str, fault: str, fix: str) -> Iterator[None]:
     """Turns whatever a call of the tokenizer raises into an `InputError`. Holds such a call alone, no code of ours."""
     try:
         yield
     except Exception as error:
-        raise InputError.one(where, f"{what} ({one_line(error)})", fix) from error
+        raise InputError.one(where, f"{fault} ({one_line(error)})", fix) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of pyo3; KeyboardInterrupt and others pass
             raise
-        raise InputError.one(where, f"{what} ({one_line(error)})", fix) from error
+        raise InputError.one(where, f"{fault} ({one_line(error)})", fix) from error
 
 
 def tokenizer_of(model: Any) -> Any:
@@ -84,7 +84,7 @@ def _check_text(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        fault = f"character {error.start} is {text[error.start]!r}, a lone surrogate, which is no text"
+        fault = f"character {error.start} is {text[error.start]!r}, a lone surrogate, which is not text"
         raise InputError.one(where, fault, "Give text in UTF-8") from error
 
 

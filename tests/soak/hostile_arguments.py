@@ -1,4 +1,4 @@
-"""Hostile arguments: text that is no text, options of every wrong form, and folders of odd shapes."""
+"""Hostile arguments: text that is not valid, options of every wrong form, and folders of odd shapes."""
 
 from __future__ import annotations
 

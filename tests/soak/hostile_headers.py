@@ -122,7 +122,7 @@ def headers() -> Iterator[Input]:
     for size in (0, 1, 7, 8, 9, 100, 5000):
         yield Input(
             "safetensors header",
-            f"cut at {size}",
+            f"ends at {size}",
             spoil=partial(lambda folder, n: write(folder / SHARD, (KJV / SHARD).read_bytes()[:n]), n=size),
         )
 
@@ -194,16 +194,18 @@ def ggufs() -> Iterator[Input]:
     """Yields GGUF files with other bytes at each place of the header where a length, count or type stands."""
     content = GGUF.read_bytes()
 
-    def at(place: int, raw: bytes, folder: Path) -> None:
+    def with_bytes(place: int, raw: bytes, folder: Path) -> None:
         write(folder / GGUF.name, content[:place] + raw + content[place + len(raw) :])
 
     places = [0, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 100, 150, 200, 300, 400, 500, 700, 900, 1100]
     for place in places:
         for number in (0, 1, 2**31, 2**63, 2**64 - 1, int.from_bytes(b"\x1b[2J\x1b[2J", "little")):
-            yield Input("GGUF header", f"{number:#x} at {place}", GGUF, partial(at, place, struct.pack("<Q", number)))
+            yield Input(
+                "GGUF header", f"{number:#x} at {place}", GGUF, partial(with_bytes, place, struct.pack("<Q", number))
+            )
     for size in (0, 3, 4, 8, 12, 24, 100, 500, 1000, len(content) - 1):
         yield Input(
-            "GGUF header", f"cut at {size}", GGUF, lambda folder, n=size: write(folder / GGUF.name, content[:n])
+            "GGUF header", f"ends at {size}", GGUF, lambda folder, n=size: write(folder / GGUF.name, content[:n])
         )
     for key in (
         b"llama.block_count",
@@ -224,11 +226,17 @@ def ggufs() -> Iterator[Input]:
         after = found + len(key)
         for kind in range(14):
             yield Input(
-                "GGUF value", f"{key.decode()} of type {kind}", GGUF, partial(at, after, struct.pack("<I", kind))
+                "GGUF value",
+                f"{key.decode()} of type {kind}",
+                GGUF,
+                partial(with_bytes, after, struct.pack("<I", kind)),
             )
         for number in (0, 1, 3, 2**31 - 1, 2**32 - 1):
             yield Input(
-                "GGUF value", f"{key.decode()} = {number}", GGUF, partial(at, after + 4, struct.pack("<I", number))
+                "GGUF value",
+                f"{key.decode()} = {number}",
+                GGUF,
+                partial(with_bytes, after + 4, struct.pack("<I", number)),
             )
         for name in (b"\xff" * len(key), b"\0" * len(key), b"\x1b" * len(key), b"x" * len(key)):
-            yield Input("GGUF value", f"{key.decode()} renamed {name[:2]!r}", GGUF, partial(at, found, name))
+            yield Input("GGUF value", f"{key.decode()} renamed {name[:2]!r}", GGUF, partial(with_bytes, found, name))

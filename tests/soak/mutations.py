@@ -114,7 +114,7 @@ class Mutator:
         return json.loads(json.dumps(document))  # no part stands in two places
 
     def bytes(self, content: bytes, end: int | None = None) -> bytes:
-        """Returns bytes with some of the first `end` flipped, cut out, repeated, or replaced by an integer."""
+        """Returns bytes with some of the first `end` flipped, removed, repeated, or replaced by an integer."""
         made = bytearray(content)
         for _ in range(self.random.choice((1, 1, 2, 4))):
             size = min(len(made), len(made) if end is None else end)

@@ -1,4 +1,4 @@
-"""Each input that once failed is refused: one error, no traceback. In this process, because a fork of it is no faster."""
+"""Each input that once failed is refused: one error, no traceback. In this process, because a fork is not faster."""
 
 # ruff: noqa: E501  (tables of inputs)
 
