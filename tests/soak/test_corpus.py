@@ -1,7 +1,5 @@
 """Each input that once failed is refused: one error, no traceback. In this process, because a fork is not faster."""
 
-# ruff: noqa: E501  (tables of inputs)
-
 from __future__ import annotations
 
 from pathlib import Path

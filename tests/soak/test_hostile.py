@@ -1,7 +1,5 @@
 """A part of the hostile inputs and of the fuzzer, at fixed seeds. All of them: `python tests/soak/hostile.py`."""
 
-# ruff: noqa: E501  (tables of inputs)
-
 from __future__ import annotations
 
 from collections.abc import Callable
