@@ -12,10 +12,15 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from distquant.tables import printable
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that cannot work.
+
+    Its texts may quote a hostile file or argument. They go to terminals, logs and pages, so that control characters,
+    and what is not Unicode text at all, are spelled out here, for all of them.
 
     Attributes:
         where: module path, file, option or tensor that has the problem.
@@ -26,6 +31,10 @@ class Problem:
     where: str
     what: str
     fix: str
+
+    def __post_init__(self) -> None:
+        for name in ("where", "what", "fix"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}. {self.fix}"
@@ -57,6 +66,13 @@ class InputError(DistquantError, ValueError):
 def one_line(error: object) -> str:
     """Returns the message of another library's error in one line, to be part of a sentence."""
     return textwrap.shorten(str(error).rstrip(".: \n"), 300, placeholder=" ...") or type(error).__name__
+
+
+RAISED_BY_LIBRARIES = (
+    ValueError, LookupError, OSError, ImportError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+    AssertionError, SyntaxError,
+)  # fmt: skip
+"""What transformers, PEFT and others raise for files whose fields they do not check. Catch these around their calls."""
 
 
 class CheckFailed(DistquantError):

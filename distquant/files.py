@@ -35,7 +35,11 @@ _KINDS = (
 
 def check_file(path: str | os.PathLike[str], limit: int | None = None) -> None:
     """Raises OSError where `path` is not a regular file of at most `limit` bytes; opens nothing."""
-    _check(os.stat(path), limit)
+    try:
+        status = os.stat(path)
+    except ValueError as error:  # a NUL byte, or a lone surrogate
+        raise OSError(errno.EINVAL, f"no file can have this name ({error})") from error
+    _check(status, limit)
 
 
 def open_file(path: str | os.PathLike[str], flags: int = 0) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -43,3 +44,15 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Returns a text of several lines with its control characters spelled out, except ends of lines."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def without_controls(text: str) -> str:
+    """Returns the text of an answer with its control characters spelled out, except line ends and tabs.
+
+    A model's tokenizer may hold tokens that a terminal obeys. Spaces and joiners of other scripts stay as they are,
+    unlike in `printable`.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+_CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")

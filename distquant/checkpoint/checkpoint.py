@@ -107,7 +107,7 @@ def open_checkpoint(
     """
     folder, damaged = locate(model, revision, cache_dir)
     faults = Faults(damaged)
-    if folder.suffix == SUFFIX and not folder.is_dir():
+    if folder.suffix == SUFFIX and not os.path.isdir(folder):
         return _open_gguf(folder, faults)
     config = read_config(folder, faults)
     hidden, otherwise, merged = frozenset[str](), list[str](), Merged()

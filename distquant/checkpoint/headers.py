@@ -8,7 +8,6 @@ leaves room (unknown fields). All problems of a file are collected, and the weig
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -17,6 +16,7 @@ from distquant.checkpoint.faults import MOST_NAME, Faults, HeaderFault, long_nam
 from distquant.dtypes import DTYPE_BITS
 from distquant.files import open_file
 from distquant.stamps import Stamp
+from distquant.strict_json import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # `MAX_HEADER_SIZE` of safetensors' tensor.rs
 LENGTH_BYTES = 8
@@ -142,13 +142,13 @@ def _parse_json(raw: bytes, name: str, faults: Faults) -> dict[str, Any] | None:
         faults.add(HeaderFault.NOT_JSON, name, f"header starts with {shown(text[:20])}, not with '{{'")
         return None
     try:
-        return load_json(text, name, faults)
+        return load_json(raw, name, faults)
     except ValueError as error:
         faults.add(HeaderFault.NOT_JSON, name, f"header is not JSON ({error})")
         return None
 
 
-def load_json(text: str, name: str, faults: Faults) -> Any:
+def load_json(text: str | bytes, name: str, faults: Faults) -> Any:
     """Parses strict JSON: adds `DUPLICATE_KEY` to `faults`; anything else outside RFC 8259 raises ValueError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -164,13 +164,7 @@ def load_json(text: str, name: str, faults: Faults) -> Any:
     def reject_constant(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not a JSON number")
 
-    try:
-        document = json.loads(text, object_pairs_hook=unique, parse_constant=reject_constant)
-        if "\\u" in text:  # a lone surrogate parses, and then cannot be printed, hashed or sent
-            json.dumps(document, ensure_ascii=False).encode()
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    return document
+    return parse_json(text, object_pairs_hook=unique, parse_constant=reject_constant)
 
 
 def _metadata(metadata: Any, name: str, faults: Faults) -> dict[str, str]:

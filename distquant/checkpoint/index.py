@@ -27,7 +27,7 @@ LISTED = 3
 def read_index(folder: Path, faults: Faults) -> dict[str, str]:
     """Reads the weight map, tensor name -> file name; a file name outside the folder is a fault and left out."""
     try:
-        document = load_json(read_file(folder / INDEX_NAME, INDEX_BYTES).decode(), INDEX_NAME, faults)
+        document = load_json(read_file(folder / INDEX_NAME, INDEX_BYTES), INDEX_NAME, faults)
     except OSError as error:
         reason = f"cannot be read ({error.strerror or error})"
         faults.add(HeaderFault.UNREADABLE, INDEX_NAME, reason, fix="Put the model's index there, readable")

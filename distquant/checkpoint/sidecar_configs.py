@@ -12,7 +12,6 @@ One is only read if tensors are stored in its form: a finetuned or merged model 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from distquant.checkpoint.faults import Faults, HeaderFault, shown
 from distquant.files import CONFIG_BYTES, read_file
+from distquant.strict_json import parse_json
 
 CONFIG_NAME = "config.json"
 QUANTO_MAP_NAME = "quanto_qmap.json"
@@ -29,14 +29,14 @@ KEY = "quantization_config"
 def read_config(folder: Path, faults: Faults, name: str = CONFIG_NAME) -> dict[str, Any]:
     """Returns the JSON object of a file; an empty one after adding a fault."""
     try:
-        config = json.loads(read_file(folder / name, CONFIG_BYTES))
+        config = parse_json(read_file(folder / name, CONFIG_BYTES))
     except FileNotFoundError:
         reason = f"is missing in {folder}"
         faults.add(HeaderFault.CONFIG_MISSING, name, reason, fix=f"Put the model's {name} there")
     except OSError as error:
         reason = f"cannot be read ({error.strerror or error})"
         faults.add(HeaderFault.UNREADABLE, name, reason, fix=f"Put the model's {name} there, readable")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         faults.add(HeaderFault.CONFIG_NOT_JSON, name, f"is not JSON ({error})")
     else:
         if isinstance(config, dict):

@@ -25,8 +25,10 @@ from distquant.cli.ranks import Ranks
 from distquant.errors import InputError, Problem
 from distquant.outputs import temporary_folder
 from distquant.progress import first_rank, give_back, handed_over, working
-from distquant.runtime.answer import Answer, End, Messages, answer, has_template, template_inputs
+from distquant.runtime.answer import Answer, End, answer
+from distquant.runtime.tokens import Messages, has_template, template_inputs
 from distquant.sharding.mesh import Mesh
+from distquant.tables import without_controls
 
 if TYPE_CHECKING:
     from distquant.runtime.ray_model import Sharded
@@ -201,7 +203,7 @@ def _ask(model: Model, messages: list[dict[str, str]], line: str) -> None:
     asked = {"role": "user", "content": line}
     try:
         with _interruptible(model):
-            found = model.answer([*messages, asked], lambda text: print(text, end="", flush=True))
+            found = model.answer([*messages, asked], lambda text: print(without_controls(text), end="", flush=True))
     except InputError as error:
         if [problem.where for problem in error.problems] == ["context"]:
             error = InputError.one("context", error.problems[0].what, "Begin a new conversation with /reset")

@@ -17,7 +17,7 @@ from distquant.loading.report import report_text
 from distquant.outputs import output_problem, write_output
 from distquant.progress import first_rank, working
 from distquant.runtime.query import Outcome, Query
-from distquant.tables import printable
+from distquant.tables import printable, printable_lines, without_controls
 
 
 def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -28,7 +28,7 @@ def run_plan(arguments: argparse.Namespace, argv: list[str]) -> int:
         write_output("--json", arguments.json, plan.to_json() + "\n")
     if arguments.html is not None:
         write_output("--html", arguments.html, plan_html(plan))
-    print(plan)
+    print(printable_lines(str(plan)))
     return 0
 
 
@@ -45,7 +45,7 @@ def run_load(arguments: argparse.Namespace, argv: list[str]) -> int:
     for note in outcome.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
     if outcome.answer is not None:
-        print(f"\n{render.answer_text(outcome)}")
+        print(without_controls(f"\n{render.answer_text(outcome)}"))
     return 0
 
 

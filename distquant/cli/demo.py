@@ -10,7 +10,7 @@ from distquant.cli import launch, render, terminal
 from distquant.errors import CheckFailed, InputError
 from distquant.files import TEXT_BYTES, read_text
 from distquant.sharding.mesh import Mesh
-from distquant.tables import table
+from distquant.tables import table, without_controls
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -31,7 +31,8 @@ def demo(arguments: argparse.Namespace) -> None:
         report = sharded.report()
         terminal.show(*render.report_parts(report, arguments.model, verbose=True))
         print(f"\n== {arguments.prompt!r} goes on\n", flush=True)
-        print(sharded.generate(arguments.prompt, max_new_tokens=arguments.max_new_tokens, do_sample=False))
+        text = sharded.generate(arguments.prompt, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+        print(without_controls(text))
         quantized = sharded.perplexity(text) if text else None
 
     print("\n== the same model on one device\n", flush=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from distquant.patterns import shortened
 from distquant.planning.arguments import ALIASES, check_early, check_world, early_classes, fold
 from distquant.planning.request import collected
 from distquant.sharding.mesh import AXES, Mesh
+from distquant.strict_json import parse_json
 
 MOST_THREADS = 1024
 """OpenMP makes room for as many at once, and ends the process where there is none."""
@@ -243,8 +243,8 @@ def _text_or_json(text: str | None, name: str) -> Any:
     if text is None or not text.lstrip().startswith("{"):
         return text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise InputError.one(name, f"invalid JSON ({error})", f"Write it as {JSON_EXAMPLES[name]}") from error
 
 

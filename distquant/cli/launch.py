@@ -107,23 +107,39 @@ def all_problems(problems: Problems, arguments: argparse.Namespace, mesh: str | 
 
 def token_problems(arguments: argparse.Namespace, query: Query) -> Iterator[Problem]:
     """Yields why a prompt or text cannot be given to the model, before anything is loaded."""
+    from distquant.runtime.tokens import check_vocabulary, encoded, has_template, template_inputs
+
     texts = [("--prompt", query.prompt, 1), ("--text", query.text and query.text[:1000], 2)]
-    texts = [(option, text, least) for option, text, least in texts if text is not None]
-    if not texts:
-        return
     for option, text, least in texts:
-        tokenizer = yield from tokenizer_or_problems(arguments, option)
-        if tokenizer is None:
+        tokenizer = None if text is None else (yield from tokenizer_or_problems(arguments, option))
+        if text is None or tokenizer is None:
             continue
-        count = len(tokenizer(text).input_ids)
-        if count < least:
-            yield Problem(option, f"has {count} tokens, {least} are needed", "Give a longer text")
+        try:
+            ids = encoded(tokenizer, text, option).input_ids
+            if len(ids) < least:
+                yield Problem(option, f"has {len(ids)} tokens, {least} are needed", "Give a longer text")
+            elif option == "--prompt" and not query.raw and has_template(tokenizer):
+                ids = template_inputs(tokenizer, [{"role": "user", "content": text}])["input_ids"]
+            check_vocabulary(ids, _vocabulary(arguments), option)
+        except InputError as error:
+            yield from error.problems
+
+
+def _vocabulary(arguments: argparse.Namespace) -> int | None:
+    """Returns the entries of the vocabulary; None where config.json does not say, or planning reports it."""
+    from distquant.checkpoint.faults import Faults
+    from distquant.checkpoint.locate import locate
+    from distquant.checkpoint.sidecar_configs import read_config
+    from distquant.runtime.tokens import stored_vocabulary
+
+    folder, _ = locate(arguments.model, arguments.revision, arguments.cache_dir)
+    return stored_vocabulary(read_config(folder, Faults(""))) if folder.is_dir() else None
 
 
 def tokenizer_or_problems(arguments: argparse.Namespace, option: str) -> Generator[Problem, None, Any]:
     """Yields why the model's tokenizer, which an option needs, cannot be read; returns it if it can."""
     from distquant.checkpoint.locate import locate
-    from distquant.runtime.answer import read_tokenizer
+    from distquant.runtime.tokens import read_tokenizer
 
     try:
         folder, _ = locate(arguments.model, arguments.revision, arguments.cache_dir)

@@ -18,7 +18,8 @@ from typing import Any
 
 from distquant.cli.ranks import Ranks
 from distquant.errors import InputError, Problem
-from distquant.runtime.answer import Answer, Messages, answer
+from distquant.runtime.answer import Answer, answer
+from distquant.runtime.tokens import Messages
 
 POLL = 0.1
 """Seconds between looks at the ranks while rank 0 says nothing."""

@@ -18,6 +18,7 @@ from distquant.errors import CheckFailed, DistquantError, InputError
 from distquant.options import DECLARED, PlanOptions, RunOptions
 from distquant.planning.arguments import ELSEWHERE, unreported
 from distquant.quiet import quiet_imports
+from distquant.tables import printable
 from distquant.version import __version__
 
 RUNTIMES = ("local", "torchrun", "ray")
@@ -49,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"distquant: {message}. See '{self.prog} --help'.\n")
+        self.exit(2, f"distquant: {printable(message)}. See '{self.prog} --help'.\n")
 
     def unknown(self, left: Sequence[str]) -> None:
         """Ends with an error for arguments that the command does not have."""
@@ -57,7 +58,9 @@ class _Parser(argparse.ArgumentParser):
         known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         hints = dict.fromkeys(hint for option in options if (hint := _meant(option, known)))
         advice = f" Did you mean {' and '.join(hints)}?" if hints else ""
-        self.exit(2, f"distquant: unrecognized arguments: {' '.join(left)}.{advice} See '{self.prog} --help'.\n")
+        self.exit(
+            2, f"distquant: unrecognized arguments: {printable(' '.join(left))}.{advice} See '{self.prog} --help'.\n"
+        )
 
 
 def _meant(option: str, known: Sequence[str]) -> str | None:
@@ -198,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in unreported(notes):
         # Ranks that the command line has started read the same arguments again.
         if os.environ.get("RANK", "0") == "0" and STARTED_HERE not in os.environ:
-            print(f"distquant: {note}", file=sys.stderr)
+            print(f"distquant: {printable(note)}", file=sys.stderr)
     _quiet()
     from distquant.progress import first_rank, working
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def show(*parts: str) -> None:
     """Prints lines and tables on standard output."""
     if not is_terminal(sys.stdout):
-        print("\n".join(parts))
+        print("\n".join(map(printable_lines, parts)))
         return
     console = _console(sys.stdout)
     for part in parts:
@@ -32,7 +32,7 @@ def show(*parts: str) -> None:
 def show_error(error: DistquantError | str, prefix: str = "") -> None:
     """Prints an error on standard error; on a terminal its problems as a list with aligned parts."""
     if not is_terminal(sys.stderr):
-        print(f"distquant: {prefix}{error}", file=sys.stderr)
+        print(printable_lines(f"distquant: {prefix}{error}"), file=sys.stderr)
         return
     console = _console(sys.stderr)
     problems = error.problems if isinstance(error, InputError) else ()

@@ -173,7 +173,8 @@ class QuantizationConfig:
     @classmethod
     def is_for(cls, method: Any) -> bool:
         """Returns True if a `quant_method` names this class's method."""
-        return plain(method) == cls.quant_method or plain(method) in cls.method_spellings
+        word = plain(method)
+        return isinstance(word, str) and (word == cls.quant_method or word in cls.method_spellings)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], *, stored: bool = False) -> Self:
@@ -275,8 +276,11 @@ class QuantizationConfig:
         aliases = {**more, **cls.aliases}
         renamed = {key: value for key, value in given.items() if key not in aliases}
         for old, new in aliases.items():
-            if old in given and renamed.setdefault(new, given[old]) != given[old]:
-                reason = f"{given[old]!r} contradicts {new}={given[new]!r}"
+            if old not in given:
+                continue
+            other = renamed.setdefault(new, given[old])
+            if other is not given[old] and other != given[old]:  # `is`, because NaN is not equal to itself
+                reason = f"{given[old]!r} contradicts {new}={other!r}"
                 problems.add(where(old), reason, f"They mean the same: give {new} only.")
         return renamed
 

@@ -14,6 +14,7 @@ from distquant.config.base import QuantizationConfig
 from distquant.config.checks import where
 from distquant.config.evidence import without_unknown
 from distquant.config.frozen import FrozenDict
+from distquant.config.torchao_items import item_problems
 from distquant.config.vocabulary import Group, Precision
 from distquant.errors import Problem
 
@@ -105,6 +106,8 @@ class TorchaoConfig(QuantizationConfig):
             yield Problem(where("quant_type.default"), reason, "Give an object with _type, _version and _data.")
         elif not isinstance(inner.get("_data", FrozenDict()), Mapping):
             yield Problem(where("quant_type.default._data"), f"{inner['_data']!r} is not an object", "Give an object.")
+        else:
+            yield from item_problems(inner, where("quant_type.default"))
 
     @property
     def type_name(self) -> str:

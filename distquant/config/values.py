@@ -7,7 +7,6 @@ accepted on input. Nothing here imports torch, except `torch_dtype` when it is c
 from __future__ import annotations
 
 import difflib
-import json
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from distquant.config.frozen import FrozenDict, freeze
 from distquant.config.plain import plain
 from distquant.errors import InputError
 from distquant.files import CONFIG_BYTES, read_file
+from distquant.strict_json import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,7 @@ def read_json(source: str | Path) -> dict[str, Any]:
     is_text = isinstance(source, str) and source.lstrip().startswith("{")
     place = "quantization_config" if is_text else str(source)
     try:
-        document = json.loads(str(source) if is_text else read_file(source, CONFIG_BYTES))
+        document = parse_json(str(source) if is_text else read_file(source, CONFIG_BYTES))
     except OSError as error:
         raise InputError.one(place, f"cannot be read ({error.strerror})", "Give the path of a JSON file.") from error
     except ValueError as error:

@@ -9,7 +9,6 @@ Of LoRA on a partitioned module each rank takes its part: rows of `lora_B` where
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,11 +20,12 @@ from torch import Tensor
 
 from distquant.checkpoint import ADAPTER_CONFIG, CheckpointError, read_header
 from distquant.checkpoint.locate import locate
-from distquant.errors import InputError, Problem, one_line
+from distquant.errors import RAISED_BY_LIBRARIES, InputError, Problem, one_line
 from distquant.files import CONFIG_BYTES, check_file, read_file
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.tensor_parallel import COLWISE, COLWISE_GATHER, ROWWISE, ROWWISE_SPLIT, VOCAB_EMBEDDING
 from distquant.sharding.partition import Partition
+from distquant.strict_json import parse_json
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -68,7 +68,7 @@ def _problems(folder: Path, plan: LoadPlan) -> Iterator[Problem]:
         for problem in error.problems:
             yield Problem("adapter", f"{folder}/{problem.where}: {problem.what}", "Copy or download the adapter again")
         return
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         fault = f"{folder} holds no adapter that can be read ({one_line(error)})"
         yield Problem("adapter", fault, f"Give a folder with {ADAPTER_CONFIG} and {WEIGHTS}, as PEFT saves them")
         return
@@ -89,7 +89,7 @@ def _problems(folder: Path, plan: LoadPlan) -> Iterator[Problem]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """Returns PEFT's configuration of an adapter; raises OSError, or ValueError for anything but a JSON object."""
-    config = json.loads(read_file(folder / ADAPTER_CONFIG, CONFIG_BYTES))
+    config = parse_json(read_file(folder / ADAPTER_CONFIG, CONFIG_BYTES))
     if not isinstance(config, dict):
         raise ValueError(f"{ADAPTER_CONFIG} holds a JSON {type(config).__name__}, not an object")
     config.pop("runtime_config", None)  # PEFT ignores it, too
@@ -124,7 +124,7 @@ def apply_adapter(model: Any, plan: LoadPlan, tp: int, folder: Path) -> None:
             known = dict(model.named_parameters())
             own = {name: _part(name, value, plan, tp) for name, value in tensors.items()}
             result = set_peft_model_state_dict(model, own, "default")
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
+    except (SafetensorError, *RAISED_BY_LIBRARIES) as error:
         fix = "Check that the adapter was made for this model"
         raise InputError.one("adapter", f"{folder} cannot be applied ({one_line(error)})", fix) from error
     _check_complete(folder, known, result)

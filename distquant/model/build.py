@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from distquant.errors import InputError, Problems, one_line
+from distquant.errors import RAISED_BY_LIBRARIES, InputError, Problems, one_line
 from distquant.model.description import Attention, Linear, ModelDescription, Param, Source
 from distquant.model.experts import experts_of
+from distquant.model.generation_fields import generation_problems
 from distquant.model.gguf import source_of
 from distquant.model.module_limit import module_limit
 from distquant.model.sidecars import model_file_problems
@@ -23,10 +25,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
-
-
-UNBUILDABLE = (ValueError, LookupError, OSError, ImportError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-"""Errors that transformers raises for an invalid config.json; all of it is the user's input."""
 
 
 def _strict_error() -> type[Exception]:
@@ -84,15 +82,23 @@ def build(
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, wanted), trust_remote_code=trust_remote_code, **attention
             )
-        if model.can_generate() and (path / "generation_config.json").is_file():
+        if model.can_generate() and os.path.isfile(path / "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(path)
-    except (*UNBUILDABLE, _strict_error()) as error:
+            problems = list(generation_problems(model.generation_config, _vocabulary(config)))
+    except (*RAISED_BY_LIBRARIES, _strict_error()) as error:
         if attention and re.search("attn_implementation|attention", str(error), re.IGNORECASE):
             fault = f"transformers cannot use {attn_implementation!r} ({one_line(error)})"
             raise InputError.one("attn_implementation", fault, "Give 'sdpa' or 'eager', or leave it out") from error
         fault, fix = why_not_built(error, config, trust_remote_code)
         raise InputError.one(str(path), fault, fix) from error
+    if problems:
+        raise InputError(problems)
     return model.eval()
+
+
+def _vocabulary(config: Any) -> int | None:
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    return size if type(size) is int else None
 
 
 def _config_dtype(config: Any) -> str | None:

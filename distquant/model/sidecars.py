@@ -36,7 +36,7 @@ def model_file_problems(path: Path, *, weights: bool = False) -> Iterator[Proble
         path: the folder or file.
         weights: True if transformers loads the weights.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         yield from _problems(path, MODEL_FILES, CONFIG_BYTES)
         if weights:
             yield from _problems(path, WEIGHT_FILES, None)
@@ -46,7 +46,7 @@ def model_file_problems(path: Path, *, weights: bool = False) -> Iterator[Proble
 
 def tokenizer_file_problems(path: Path) -> Iterator[Problem]:
     """Yields such files of a tokenizer."""
-    if path.is_dir():
+    if os.path.isdir(path):
         yield from _problems(path, TOKENIZER_FILES, TOKENIZER_BYTES)
         yield from _problems(path / TEMPLATES, ("*.jinja",), TOKENIZER_BYTES)
     else:

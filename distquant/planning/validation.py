@@ -25,7 +25,7 @@ from distquant.planning.plan_builder import Partitioned
 from distquant.planning.planned import Planned
 from distquant.planning.source_checks import check_sources
 from distquant.planning.summary import change_text
-from distquant.quantization import Context, Scheme, config_classes
+from distquant.quantization import Context, Scheme, config_classes, refused_config
 from distquant.quantization.registry import discover
 from distquant.sharding.device_map import is_offloaded, main_place, place_of
 from distquant.sharding.mesh import world_problem
@@ -56,6 +56,8 @@ def check_described(described: Described, environment: Environment, has_device_m
         prequantized=described.prequantized,
     )
     refusals = described.scheme.validate(context)
+    if not refusals and not described.dequantize:
+        refusals = list(refused_config(described.scheme.config))
     problems.extend(refusals)
     refused = described.prequantized and described.scheme.unsupported_form(refusals)
     # With a device map one process uses many devices, so their number says nothing about ranks.

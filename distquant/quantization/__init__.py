@@ -5,6 +5,7 @@ from distquant.quantization.module_factory import ModuleFactory
 from distquant.quantization.quantized_scheme import QuantizedScheme
 from distquant.quantization.registry import SCHEMES, config_classes, register, scheme_for
 from distquant.quantization.scheme import Context, Scheme
+from distquant.quantization.weight_only import refused_config
 from distquant.sharding.shard import Shard
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Shard",
     "Stream",
     "config_classes",
+    "refused_config",
     "register",
     "scheme_for",
 ]

@@ -8,7 +8,8 @@ its own `pack` where the encoded components are not yet the stored ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from distquant.config import QuantizationConfig
 from distquant.config.frozen import thaw
-from distquant.errors import Problem
+from distquant.errors import RAISED_BY_LIBRARIES, Problem, one_line
 from distquant.quantization.linear.quantized_linear import QuantizedLinear
 from distquant.quantization.quantized_scheme import QuantizedScheme
 from distquant.quantization.stored_checks import lacks, misshapen
@@ -68,6 +69,27 @@ def carry_unused(ours: QuantizationConfig, theirs: Any) -> None:
     for key in ours.unused_keys:
         if not hasattr(theirs, key):
             setattr(theirs, key, thaw(ours.recorded[key]))
+
+
+def refused_config(config: QuantizationConfig) -> Iterator[Problem]:
+    """Yields why transformers does not read a configuration, which a loaded model gets as transformers' own object.
+
+    It has fields that are not used here, and so are not checked here: without this, a load would fail at its end.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
+
+    plain = {key: value for key, value in config.recorded.items() if "." not in key}
+    written = replace(config, recorded=plain).to_dict()
+    method = written["quant_method"]
+    if not any(known == method or known.startswith(f"{method}_") for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
+        return  # bitsandbytes has an entry for 4 bits and one for 8
+    try:
+        AutoQuantizationConfig.from_dict(written)
+    except ImportError:
+        return  # what is not installed is reported by its name
+    except RAISED_BY_LIBRARIES as error:
+        fix = "Correct the quantization_config: of the checkpoint's config.json, or of your own"
+        yield Problem("quantization_config", f"transformers does not read it ({one_line(error)})", fix)
 
 
 def mark_quantized(model: Any, scheme: QuantizedScheme) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
-from distquant.errors import InputError, one_line
-from distquant.model import source_of, tokenizer_file_problems
-
-Messages = Sequence[Mapping[str, Any]]
-"""A conversation: dicts with `role` (`system`, `user` or `assistant`) and `content`."""
+from distquant.errors import InputError
+from distquant.runtime.tokens import (
+    Messages,
+    check_vocabulary,
+    encoded,
+    template_inputs,
+    tokenizer_of,
+    vocabulary_of,
+)
 
 ANSWER_TOKENS = 512
 """Tokens of an answer in a conversation, at most, where neither the caller nor the model's generation config says."""
@@ -158,73 +161,6 @@ def is_messages(prompt: Any) -> bool:
     return not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(each, Mapping) for each in prompt)
 
 
-def tokenizer_of(model: Any) -> Any:
-    """Returns the tokenizer of a loaded model, with a token for padding; it is read once.
-
-    Raises:
-        InputError: one of its files cannot be read.
-    """
-    loaded = model.distquant
-    if loaded.tokenizer is None:
-        plan = loaded.plan
-        loaded.tokenizer = read_tokenizer(plan.model, plan.trust_remote_code)
-    return loaded.tokenizer
-
-
-def read_tokenizer(path: str | Path, trust_remote_code: bool, where: str = "tokenizer") -> Any:
-    """Returns the tokenizer of a checkpoint, with a token for padding.
-
-    Raises:
-        InputError: a file cannot be read, or transformers cannot make a tokenizer of them.
-    """
-    from transformers import AutoTokenizer
-
-    if problems := list(tokenizer_file_problems(Path(path))):
-        raise InputError(problems)
-    folder, gguf = source_of(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        fault = f"transformers cannot load a tokenizer from {path} ({one_line(error)})"
-        raise InputError.one(where, fault, "Put the model's tokenizer.json there") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # the attention mask hides every padding
-    return tokenizer
-
-
-def has_template(tokenizer: Any) -> bool:
-    """Returns True if the model's tokenizer has a chat template."""
-    return getattr(tokenizer, "chat_template", None) is not None
-
-
-def template_inputs(tokenizer: Any, messages: Messages) -> Any:
-    """Returns the input of `generate` for a conversation: tokens `[1, length]` that end where the answer begins.
-
-    Raises:
-        InputError: the messages have another form, or the template does not take them, or there is none.
-    """
-    from jinja2 import TemplateError
-
-    for number, message in enumerate(messages):
-        if missing := [key for key in ("role", "content") if key not in message]:
-            fix = "Write messages as [{'role': 'user', 'content': 'Hello'}]"
-            raise InputError.one(f"messages[{number}]", f"has no {' and no '.join(missing)}", fix)
-    if not has_template(tokenizer):
-        fault = "the model has no chat template: it continues text, and knows no messages"
-        raise InputError.one("messages", fault, "Give a prompt, a text that the model continues")
-    try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            tokenizer_kwargs={"verbose": False},  # the context's end has a message of its own
-        )
-    except (TemplateError, TypeError) as error:
-        fault = f"the model's chat template does not take them ({one_line(error)})"
-        raise InputError.one("messages", fault, "Give roles and contents that it knows") from error
-
-
 def context_length(model: Any) -> int | None:
     """Returns the tokens that the model was made for, prompt and answer together; None if its config does not say."""
     length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -236,9 +172,13 @@ def _prepared(model: Any, tokenizer: Any, prompt: Any, kwargs: dict[str, Any]) -
     if (kwargs.get("generation_config") or model.generation_config).stop_strings or kwargs.get("stop_strings"):
         kwargs = {"tokenizer": tokenizer, **kwargs}
     if not is_messages(prompt):
-        batch = {} if isinstance(prompt, str) else {"padding": True, "padding_side": "left"}
-        return tokenizer(prompt, return_tensors="pt", **batch).to(model.device), kwargs, 0
-    inputs = template_inputs(tokenizer, prompt).to(model.device)
+        batch: dict[str, Any] = {} if isinstance(prompt, str) else {"padding": True, "padding_side": "left"}
+        inputs = encoded(tokenizer, prompt, return_tensors="pt", **batch)
+        check_vocabulary(inputs["input_ids"], vocabulary_of(model))
+        return inputs.to(model.device), kwargs, 0
+    inputs = template_inputs(tokenizer, prompt)
+    check_vocabulary(inputs["input_ids"], vocabulary_of(model), "messages")
+    inputs = inputs.to(model.device)
     length = inputs["input_ids"].shape[1]
     room = _room(model, length)
     if (wanted := _wanted(model, kwargs)) is not None:

@@ -9,7 +9,8 @@ from typing import Any
 from distquant.loading.report import RankReport, make_report
 from distquant.planning import LoadPlan
 from distquant.progress import status
-from distquant.runtime.answer import answer, generate, has_template, tokenizer_of
+from distquant.runtime.answer import answer, generate
+from distquant.runtime.tokens import check_vocabulary, encoded, has_template, tokenizer_of, vocabulary_of
 
 TEXT_TOKENS = 40
 """New tokens where a prompt is continued and nobody says how far."""
@@ -66,7 +67,9 @@ def perform(model: Any, query: Query, runtime: str) -> Outcome:
         _answer(model, query.prompt, query, outcome)
     if query.text is not None:
         status("measuring perplexity")
-        outcome.perplexity = perplexity(model, tokenizer_of(model), query.text, query.window)
+        tokenizer = tokenizer_of(model)
+        check_vocabulary(encoded(tokenizer, query.text, "text").input_ids, vocabulary_of(model), "text")
+        outcome.perplexity = perplexity(model, tokenizer, query.text, query.window)
     return outcome
 
 

@@ -30,12 +30,13 @@ from distquant.planning.request import Request
 from distquant.planning.validation import check_supported
 from distquant.progress import showing, status
 from distquant.quiet import quiet_imports
-from distquant.runtime.answer import Answer, Messages
+from distquant.runtime.answer import Answer
 from distquant.runtime.gathering import POLL, gather
 from distquant.runtime.measure import check_rank_count, declared, numbered
 from distquant.runtime.placement import Placement, Resources, check_started, place, remove_after
 from distquant.runtime.query import Outcome, Query
 from distquant.runtime.ray_model import Sharded, stop
+from distquant.runtime.tokens import Messages
 from distquant.sharding.mesh import Mesh
 
 if TYPE_CHECKING:

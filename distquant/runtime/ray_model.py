@@ -15,9 +15,10 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from distquant.errors import DistquantError, InputError, RankError
 from distquant.planning import LoadPlan
-from distquant.runtime.answer import Answer, Messages
+from distquant.runtime.answer import Answer
 from distquant.runtime.gathering import GRACE, POLL, Gathering, failure_of, gather, lost_peer
 from distquant.runtime.query import Outcome, Query
+from distquant.runtime.tokens import Messages
 
 
 class Sharded:

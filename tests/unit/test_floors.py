@@ -21,6 +21,7 @@ import distquant
 PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
+    ["tables", "strict_json"],
     [
         "errors",
         "version",
@@ -33,7 +34,7 @@ FLOORS = [
         "process_state",
         "memory",
     ],
-    ["environment", "units", "tables", "quiet", "outputs", "interpreter_end", "patterns", "whole_numbers"],
+    ["environment", "units", "quiet", "outputs", "interpreter_end", "patterns", "whole_numbers"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],
     ["model"],

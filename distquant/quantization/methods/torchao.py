@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from distquant.config import TorchaoConfig, torch_dtype
 from distquant.config.frozen import thaw
 from distquant.dtypes import STORED_NAMES
-from distquant.errors import Problem
+from distquant.errors import RAISED_BY_LIBRARIES, Problem, one_line
 from distquant.kernels.protocol import Kernels
 from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.linear.torchao_tensors import FLOAT8, INT8, INTX, SCALE, ZERO, TorchaoTensors
@@ -161,8 +161,8 @@ class TorchaoScheme(WeightOnlyScheme, Encoder):
             _ = self.torchao_config
         except ImportError:
             return None
-        except (ValueError, TypeError, NotImplementedError) as error:
-            return str(error)
+        except RAISED_BY_LIBRARIES as error:
+            return one_line(error)
         return None
 
     # -- layout rules ----------------------------------------------------------------------------------------------
