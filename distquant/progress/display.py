@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
+from distquant import activity
 from distquant.errors import InputError
+from distquant.left_behind import temporary_folder
 from distquant.options import LoadProgress
 from distquant.progress.snapshot import Snapshot, View
 
@@ -159,7 +160,8 @@ _open: list[Display] = []
 
 
 def status(text: str) -> None:
-    """Shows what is being done now, if a display is open."""
+    """Shows what is being done now, if a display is open; other ranks name it if this one falls silent."""
+    activity.enter(text)
     if _open:
         _open[0].set_status(text)
 
@@ -175,7 +177,7 @@ def handed_over() -> Iterator[None]:
         yield
         return
     display = _open[0]
-    with tempfile.TemporaryDirectory(prefix="distquant-") as folder:
+    with temporary_folder() as folder:
         os.environ[TAKEN] = path = os.path.join(folder, "taken")
 
         def taken() -> bool:

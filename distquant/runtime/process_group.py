@@ -14,7 +14,6 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-import traceback
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +23,9 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor
 
-from distquant.errors import InputError, Problems, one_line
+from distquant.errors import InputError, Problems, RankError, one_line
 from distquant.parallel.comm import DEFAULT_TIMEOUT, Axis, SoloAxis
+from distquant.runtime.collectives import collect, finish, share, silent_rank
 from distquant.sharding.mesh import AXES, REPLICA, Mesh
 
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -51,7 +51,7 @@ class GroupAxis:
         return group
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        dist.all_reduce(tensor, OPS[op], group=self.group)
+        finish(dist.all_reduce(tensor, OPS[op], group=self.group, async_op=True), tensor)
         return tensor
 
     def all_gather(self, tensor: Tensor, sizes: list[int], dim: int) -> Tensor:
@@ -61,16 +61,16 @@ class GroupAxis:
         padded = torch.zeros((longest, *moved.shape[1:]), dtype=tensor.dtype, device=tensor.device)
         padded[: moved.shape[0]] = moved
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=self.group)
+        finish(dist.all_gather(parts, padded, group=self.group, async_op=True), padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).movedim(0, dim)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        dist.broadcast(tensor, self.ranks[source], group=self.group)
+        finish(dist.broadcast(tensor, self.ranks[source], group=self.group, async_op=True), tensor)
         return tensor
 
     def all_to_all(self, tensor: Tensor, sent: list[int], got: list[int]) -> Tensor:
         result = tensor.new_empty((sum(got), *tensor.shape[1:]))
-        dist.all_to_all_single(result, tensor, got, sent, group=self.group)
+        finish(dist.all_to_all_single(result, tensor, got, sent, group=self.group, async_op=True), tensor)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupAxis:
@@ -121,6 +121,9 @@ class GroupComm:
     def collect(self, value: Any) -> list[Any]:
         return collect(value, self._everyone())
 
+    def silent(self, seconds: float | None = None) -> RankError | None:
+        return silent_rank(seconds)
+
 
 def _world() -> dist.ProcessGroup:
     group = dist.group.WORLD
@@ -133,33 +136,6 @@ def make_group(ranks: Sequence[int] | None, timeout: float) -> dist.ProcessGroup
     group = dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout))
     assert group is not None
     return group
-
-
-def share(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """Returns rank 0's value on every rank of a group of all ranks; None: the default group."""
-    box = [value]
-    dist.broadcast_object_list(box, 0, group)
-    return box[0]
-
-
-def collect(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Returns every rank's value, in rank order; `group` as in `share`."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value, group)
-    return everyone
-
-
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Returns True if a collective of torch failed, as it does when another rank ends or does not answer.
-
-    NCCL's errors have a type. Gloo raises plain RuntimeErrors: they are known by where they are raised, which is inside
-    torch.distributed. A collective with invalid arguments raises other types.
-    """
-    if isinstance(error, dist.DistError):
-        return True
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    inner = next((name for name in reversed(modules) if name != "torch._ops"), "")  # which calls every operator
-    return inner.split(".")[:2] == ["torch", "distributed"]
 
 
 def backend() -> str:

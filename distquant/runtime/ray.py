@@ -154,7 +154,7 @@ class Worker:
     @contextmanager
     def _lost_peers_named(self) -> Iterator[None]:
         """Gives a type to the error of a collective whose other ranks are gone: the driver sees types, not frames."""
-        from distquant.runtime.process_group import is_lost_peer
+        from distquant.runtime.collectives import is_lost_peer
 
         try:
             yield

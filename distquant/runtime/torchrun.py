@@ -12,13 +12,15 @@ from distquant.errors import InputError, RankError
 from distquant.garbage_collection import without_collector
 from distquant.loading.loader import load_shard
 from distquant.options import Progress, RunOptions
+from distquant.parallel.comm import DEFAULT_TIMEOUT
 from distquant.planning import LoadPlan
 from distquant.planning.arguments import check_world
 from distquant.planning.planner import plan_and_open
 from distquant.planning.prepared import Prepared, open_early
 from distquant.planning.request import Request
 from distquant.progress import Viewer, status
-from distquant.runtime import process_group
+from distquant.runtime import heartbeat, process_group
+from distquant.runtime.collectives import collect, share, silent_ranks_named
 from distquant.runtime.measure import measure, node_name, numbered
 from distquant.runtime.shared_progress import SharedProgress
 
@@ -48,12 +50,13 @@ def load(
     status("waiting for the other ranks")
     own, timeout = device(), options.timeout if options else None
     everyone = _join(timeout)
-    shared = SharedProgress(viewer)  # on every rank, so that ranks count their loads alike
-    status("planning")
-    plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own, everyone)
-    check_world(plan.mesh, dist.get_world_size())
-    comm = process_group.GroupComm(plan.mesh, timeout, everyone)
-    return load_shard(plan, comm, own, options, progress or shared, prepared)
+    with heartbeat.beating(DEFAULT_TIMEOUT if timeout is None else timeout), silent_ranks_named():
+        shared = SharedProgress(viewer)  # on every rank, so that ranks count their loads alike
+        status("planning")
+        plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own, everyone)
+        check_world(plan.mesh, dist.get_world_size())
+        comm = process_group.GroupComm(plan.mesh, timeout, everyone)
+        return load_shard(plan, comm, own, options, progress or shared, prepared)
 
 
 def _join(timeout: float | None) -> dist.ProcessGroup | None:
@@ -66,7 +69,7 @@ def _join(timeout: float | None) -> dist.ProcessGroup | None:
         process_group.check_launcher()
         process_group.init(timeout=timeout)
         return None
-    given = process_group.collect(timeout)
+    given = collect(timeout)
     if any(one != given[0] for one in given):
         fault = f"ranks were given different values ({', '.join(str(one) for one in given)})"
         raise InputError.one("timeout", fault, "Give all ranks the same")
@@ -84,7 +87,7 @@ def agree(
         everyone: a group of all ranks; None: the default group.
     """
     outcome: Any = None
-    nodes = numbered(process_group.collect(node_name(), everyone))
+    nodes = numbered(collect(node_name(), everyone))
     if dist.get_rank() != 0:
         prepared = open_early(request)
     else:
@@ -94,9 +97,9 @@ def agree(
         except InputError as error:
             outcome = error
         except Exception as error:  # the others must not wait for a plan that never comes
-            process_group.share(RankError(0, f"{type(error).__name__}: {error}"), everyone)
+            share(RankError(0, f"{type(error).__name__}: {error}"), everyone)
             raise
-    outcome = process_group.share(outcome, everyone)
+    outcome = share(outcome, everyone)
     if isinstance(outcome, Exception):
         raise outcome
     plan = LoadPlan.from_json(outcome)

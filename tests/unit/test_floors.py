@@ -21,7 +21,18 @@ import distquant
 PACKAGE = Path(distquant.__file__).parent
 
 FLOORS = [
-    ["errors", "version", "dtypes", "old_names", "garbage_collection", "files", "process_state", "memory"],
+    [
+        "errors",
+        "version",
+        "dtypes",
+        "old_names",
+        "garbage_collection",
+        "files",
+        "process_state",
+        "memory",
+        "activity",
+        "left_behind",
+    ],
     ["environment", "units", "tables", "quiet"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],

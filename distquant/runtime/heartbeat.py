@@ -1,0 +1,193 @@
+"""Signs of life of ranks: each writes what it is doing into a store every second, and sees whose beat stands still.
+
+A rank that waits knows only whom it waits for, and that one may wait in turn. Every rank's own beat names the one that
+is stopped. Beats come from a thread of their own, so a rank that works for long, or waits for others, still has them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from distquant import activity
+from distquant.errors import SilentRankError
+from distquant.parallel.comm import MISSED
+
+EVERY = 1.0
+"""Seconds between two beats."""
+
+RANKS = 32
+"""Ranks up to which beats come this often; each sees those of all, so more of them beat less often."""
+
+
+class Quiet:
+    """Seconds since something last changed, as far as this process was awake to see it.
+
+    A process that was stopped itself, as all are when a whole job is, must not blame others for that time.
+    """
+
+    def __init__(self) -> None:
+        self.value: object = None
+        self.seconds = 0.0
+
+    def look(self, value: object, step: float, most: float = 2 * EVERY) -> None:
+        """Takes the value that is there now, `step` seconds after the last look, of which `most` count."""
+        self.seconds = 0.0 if value != self.value else self.seconds + min(step, most)
+        self.value = value
+
+
+class Heartbeats:
+    """This rank's beats, and those of the others as this rank sees them. Use as a context manager.
+
+    Args:
+        store: of all ranks; a connection of its own, because a wait on a shared one holds up all its users.
+        rank: this rank.
+        world: the number of ranks.
+        timeout: seconds of silence that are given.
+        served_by: the rank whose process holds the store; None: a launcher's.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int, timeout: float, served_by: int | None = None):
+        self._store, self._rank, self._timeout, self._served_by = store, rank, timeout, served_by
+        self._quiet = {other: Quiet() for other in range(world) if other != rank}
+        self._seen: dict[int, tuple[str, str, int]] = {}
+        """What each rank was doing at its last beat, its machine, and its process."""
+        self._every = EVERY * max(1.0, world / RANKS)
+        self._asked = Quiet()
+        """The store itself: it does not answer if the process that holds it is stopped."""
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._beat, self._look_at_store)]
+        self._beats = 0
+
+    def __enter__(self) -> Heartbeats:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._threads[0].join(EVERY)  # so that others learn that this rank has left
+
+    def silent(self, seconds: float | None = None) -> SilentRankError | None:
+        """Returns the error of the rank that is silent for longest, if for so many seconds (None: the timeout)."""
+        least = self._timeout if seconds is None else min(seconds, self._timeout)
+        # What this rank sees of others is as old as the last answer of the store.
+        blind = self._asked.seconds
+        if blind >= least and blind >= MISSED and self._served_by != self._rank:
+            if self._served_by is None:
+                return None
+            return self._error(self._served_by, blind)
+        rank = max(self._quiet, key=lambda other: self._quiet[other].seconds, default=None)
+        if rank is None or self._quiet[rank].seconds < least:
+            return None
+        return self._error(rank, self._quiet[rank].seconds)
+
+    def wake(self, rank: int) -> None:
+        """Lets a stopped rank of this machine go on, so that its launcher's SIGTERM can end it."""
+        _, machine, process = self._seen.get(rank, ("", "", 0))
+        if machine == socket.gethostname():
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGCONT)
+
+    def _error(self, rank: int, seconds: float) -> SilentRankError:
+        return SilentRankError.of(rank, seconds, self._seen[rank][0] if rank in self._seen else None)
+
+    def _beat(self) -> None:
+        """Writes this rank's beat and reads the others', until the end; a store that is gone ends it, too."""
+        before = time.monotonic()
+        with suppress(RuntimeError):  # ranks notice by themselves that others have ended
+            while not self._ended.is_set():
+                own = [self._beats, activity.current(), socket.gethostname(), os.getpid()]
+                self._store.set(str(self._rank), json.dumps(own))
+                self._beats += 1
+                now = time.monotonic()
+                self._look(now - before)
+                before = now
+                self._ended.wait(self._every)
+            self._store.set(str(self._rank), "")
+
+    def _look(self, step: float) -> None:
+        known = [other for other in self._quiet if self._store.check([str(other)])]
+        texts = [self._store.get(str(other)) for other in known]
+        for other, text in zip(known, texts, strict=True):
+            if text:
+                self._quiet[other].look(text, step, 2 * self._every)
+                self._seen[other] = tuple(json.loads(text)[1:])
+            else:  # it has left, and is not waited for any more
+                self._quiet[other] = Quiet()
+
+    def _look_at_store(self) -> None:
+        """Counts how long the store has not answered the thread that beats."""
+        before = time.monotonic()
+        while not self._ended.wait(EVERY):
+            now = time.monotonic()
+            self._asked.look(self._beats, now - before)
+            before = now
+
+
+_current: Heartbeats | None = None
+_kept: ExitStack | None = None
+"""Where beats go on when the load that began them is done."""
+
+
+def current() -> Heartbeats | None:
+    """Returns the beats of this process, if there are any now."""
+    return _current
+
+
+@contextmanager
+def beating(timeout: float) -> Iterator[None]:
+    """Beats meanwhile for this rank of the default process group; inside another call, that one's go on.
+
+    Args:
+        timeout: seconds of silence that are given.
+    """
+    if _current is not None:
+        yield
+    elif _kept is not None:
+        _kept.enter_context(_of_default_group(timeout))
+        yield
+    else:
+        with _of_default_group(timeout):
+            yield
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Lets beats that begin meanwhile go on until the end."""
+    global _kept
+    with ExitStack() as stack:
+        _kept = stack
+        try:
+            yield
+        finally:
+            _kept = None
+
+
+@contextmanager
+def _of_default_group(timeout: float) -> Iterator[None]:
+    global _current
+    shared = _get_default_store()
+    store = shared.clone()
+    store.set_timeout(datetime.timedelta(seconds=timeout))
+    while isinstance(shared, dist.PrefixStore):
+        shared = shared.underlying_store
+    by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    served_by = 0 if isinstance(shared, dist.TCPStore) and not by_launcher else None
+    store = dist.PrefixStore("distquant/heartbeat", store)
+    with Heartbeats(store, dist.get_rank(), dist.get_world_size(), timeout, served_by) as beats:
+        _current = beats
+        try:
+            yield
+        finally:
+            _current = None
