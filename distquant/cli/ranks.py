@@ -13,9 +13,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import FrameType
-from typing import NoReturn
 
+from distquant.cli import signals
 from distquant.errors import DistquantError, InputError, SilentRankError
 from distquant.left_behind import guard_process
 
@@ -124,7 +123,7 @@ def started(
     store = process_group.serve(process_group.LOOPBACK)
     command = [sys.executable, "-m", "distquant", *arguments]
     ranks = Ranks(DEFAULT_TIMEOUT if timeout is None else timeout)
-    with _ended_by_signals():
+    with signals.as_exits():
         try:
             for rank in range(size):
                 own = _variables(rank, size, process_group.LOOPBACK, store.port)
@@ -171,18 +170,3 @@ def _failure(rank: int, code: int) -> DistquantError:
     if code < 0:
         how, fix = f"was killed by signal {-code}", "If memory ran out (signal 9), use more ranks"
     return InputError.one(f"rank {rank}", f"{how}, and the other ranks were stopped", fix)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Turns signals that would end this process at once into an exit, so that the ranks are ended first."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

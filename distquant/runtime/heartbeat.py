@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -28,6 +29,14 @@ EVERY = 1.0
 
 RANKS = 32
 """Ranks up to which beats come this often; each sees those of all, so more of them beat less often."""
+
+
+class Meeting(NamedTuple):
+    """The store at which ranks meet, and this rank's place among them."""
+
+    store: dist.Store
+    rank: int
+    world_size: int
 
 
 class Quiet:
@@ -100,7 +109,7 @@ class Heartbeats:
                 os.kill(process, signal.SIGCONT)
 
     def _error(self, rank: int, seconds: float) -> SilentRankError:
-        return SilentRankError.of(rank, seconds, self._seen[rank][0] if rank in self._seen else None)
+        return SilentRankError.of(rank, seconds, self._seen[rank][0] if rank in self._seen else "starting")
 
     def _beat(self) -> None:
         """Writes this rank's beat and reads the others', until the end; a store that is gone ends it, too."""
@@ -117,14 +126,14 @@ class Heartbeats:
             self._store.set(str(self._rank), "")
 
     def _look(self, step: float) -> None:
-        known = [other for other in self._quiet if self._store.check([str(other)])]
-        texts = [self._store.get(str(other)) for other in known]
-        for other, text in zip(known, texts, strict=True):
+        for other, quiet in self._quiet.items():
+            # A rank that has not come yet is silent, too.
+            text = self._store.get(str(other)) if self._store.check([str(other)]) else None
+            quiet.look(text, step, 2 * self._every)
             if text:
-                self._quiet[other].look(text, step, 2 * self._every)
                 self._seen[other] = tuple(json.loads(text)[1:])
-            else:  # it has left, and is not waited for any more
-                self._quiet[other] = Quiet()
+            elif text is not None:  # it has left, and is not waited for any more
+                quiet.seconds = 0.0
 
     def _look_at_store(self) -> None:
         """Counts how long the store has not answered the thread that beats."""
@@ -146,19 +155,20 @@ def current() -> Heartbeats | None:
 
 
 @contextmanager
-def beating(timeout: float) -> Iterator[None]:
-    """Beats meanwhile for this rank of the default process group; inside another call, that one's go on.
+def beating(meeting: Meeting | None, timeout: float) -> Iterator[None]:
+    """Beats meanwhile for this rank; inside another call, that one's beats go on.
 
     Args:
+        meeting: where ranks meet; None: at the store of the default process group.
         timeout: seconds of silence that are given.
     """
     if _current is not None:
         yield
     elif _kept is not None:
-        _kept.enter_context(_of_default_group(timeout))
+        _kept.enter_context(_begun(meeting, timeout))
         yield
     else:
-        with _of_default_group(timeout):
+        with _begun(meeting, timeout):
             yield
 
 
@@ -175,17 +185,17 @@ def kept() -> Iterator[None]:
 
 
 @contextmanager
-def _of_default_group(timeout: float) -> Iterator[None]:
+def _begun(meeting: Meeting | None, timeout: float) -> Iterator[None]:
     global _current
-    shared = _get_default_store()
-    store = shared.clone()
+    shared, rank, world = meeting or (_get_default_store(), dist.get_rank(), dist.get_world_size())
+    store = shared.clone()  # type: ignore[attr-defined]
     store.set_timeout(datetime.timedelta(seconds=timeout))
     while isinstance(shared, dist.PrefixStore):
         shared = shared.underlying_store
     by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     served_by = 0 if isinstance(shared, dist.TCPStore) and not by_launcher else None
     store = dist.PrefixStore("distquant/heartbeat", store)
-    with Heartbeats(store, dist.get_rank(), dist.get_world_size(), timeout, served_by) as beats:
+    with Heartbeats(store, rank, world, timeout, served_by) as beats:
         _current = beats
         try:
             yield

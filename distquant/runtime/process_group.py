@@ -26,6 +26,7 @@ from torch import Tensor
 from distquant.errors import InputError, Problems, RankError, one_line
 from distquant.parallel.comm import DEFAULT_TIMEOUT, Axis, SoloAxis
 from distquant.runtime.collectives import collect, finish, share, silent_rank
+from distquant.runtime.heartbeat import Meeting
 from distquant.sharding.mesh import AXES, REPLICA, Mesh
 
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -175,15 +176,26 @@ def stay_on_this_machine() -> None:
         os.environ.setdefault(variable, str(name))
 
 
-def init(timeout: float | None = None, rank: int = -1, world_size: int = -1, store: dist.Store | None = None) -> None:
-    """Joins the default process group: at a store, or as the environment says (`env://`)."""
-    seconds = datetime.timedelta(seconds=DEFAULT_TIMEOUT if timeout is None else timeout)
+def meet(timeout: float | None = None) -> Meeting:
+    """Opens the store that the environment names (`env://`); if that is this rank's to serve, opens it for all.
+
+    Raises:
+        InputError: no store can be reached.
+    """
     try:
-        dist.init_process_group(backend(), timeout=seconds, rank=rank, world_size=world_size, store=store)
+        return Meeting(*next(iter(dist.rendezvous("env://", timeout=_delta(timeout)))))
     except dist.DistNetworkError as error:
-        if store is not None:
-            raise
         raise _unreachable(error) from error
+
+
+def init(meeting: Meeting, timeout: float | None = None) -> None:
+    """Joins the default process group."""
+    store, rank, world_size = meeting
+    dist.init_process_group(backend(), timeout=_delta(timeout), rank=rank, world_size=world_size, store=store)
+
+
+def _delta(timeout: float | None) -> datetime.timedelta:
+    return datetime.timedelta(seconds=DEFAULT_TIMEOUT if timeout is None else timeout)
 
 
 def _unreachable(error: dist.DistNetworkError) -> InputError:

@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import queue
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -93,13 +94,14 @@ class Worker:
     def load(self, plan: str, address: tuple[str, int], options: RunOptions) -> None:
         from distquant.loading.loader import load_shard
         from distquant.runtime import local, process_group
+        from distquant.runtime.heartbeat import Meeting
 
         loaded = LoadPlan.from_json(plan)
         if address[0] == process_group.LOOPBACK:
             process_group.stay_on_this_machine()
         with self._lost_peers_named():
             store = self.store or process_group.connect(*address)
-            process_group.init(options.timeout, self.rank, self.world, store)
+            process_group.init(Meeting(store, self.rank, self.world), options.timeout)
             comm = process_group.GroupComm(loaded.mesh, options.timeout)
             self.model = load_shard(loaded, comm, local.device(), options, self._progress)
 
@@ -280,9 +282,18 @@ def _start(world: int) -> bool:
         check_rank_count(world)
     arguments: dict[str, Any] = {"include_dashboard": False, "num_cpus": world, **_temp_dir()} if local else {}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with _on_loopback() if local else nullcontext():
+    with _on_loopback() if local else nullcontext(), _own_signals():
         ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=False, **arguments)
     return True
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keeps this process's handler of SIGTERM, if it has one: Ray's would exit with code 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if before not in (signal.SIG_DFL, signal.SIG_IGN, None):
+        signal.signal(signal.SIGTERM, before)
 
 
 SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"

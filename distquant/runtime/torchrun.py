@@ -21,6 +21,7 @@ from distquant.planning.request import Request
 from distquant.progress import Viewer, status
 from distquant.runtime import heartbeat, process_group
 from distquant.runtime.collectives import collect, share, silent_ranks_named
+from distquant.runtime.heartbeat import Meeting
 from distquant.runtime.measure import measure, node_name, numbered
 from distquant.runtime.shared_progress import SharedProgress
 
@@ -49,8 +50,9 @@ def load(
     """
     status("waiting for the other ranks")
     own, timeout = device(), options.timeout if options else None
-    everyone = _join(timeout)
-    with heartbeat.beating(DEFAULT_TIMEOUT if timeout is None else timeout), silent_ranks_named():
+    meeting = _meeting(timeout)
+    with heartbeat.beating(meeting, DEFAULT_TIMEOUT if timeout is None else timeout), silent_ranks_named():
+        everyone = _join(meeting, timeout)
         shared = SharedProgress(viewer)  # on every rank, so that ranks count their loads alike
         status("planning")
         plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own, everyone)
@@ -59,15 +61,22 @@ def load(
         return load_shard(plan, comm, own, options, progress or shared, prepared)
 
 
-def _join(timeout: float | None) -> dist.ProcessGroup | None:
+def _meeting(timeout: float | None) -> Meeting | None:
+    """Returns where ranks meet that have no process group yet."""
+    if dist.is_initialized():
+        return None
+    process_group.check_launcher()
+    return process_group.meet(timeout)
+
+
+def _join(meeting: Meeting | None, timeout: float | None) -> dist.ProcessGroup | None:
     """Joins the default group unless it exists; returns a group of all ranks with this timeout if that has another.
 
     Raises:
-        InputError: ranks were given different timeouts, or cannot meet.
+        InputError: ranks were given different timeouts.
     """
-    if not dist.is_initialized():
-        process_group.check_launcher()
-        process_group.init(timeout=timeout)
+    if meeting is not None:
+        process_group.init(meeting, timeout)
         return None
     given = collect(timeout)
     if any(one != given[0] for one in given):
