@@ -21,9 +21,11 @@ import ray
 from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup
 
+from distquant import activity
 from distquant.environment import Environment, rank_threads
 from distquant.errors import InputError, LostPeerError
 from distquant.options import Aliases, LoadProgress, Model, RunOptions
+from distquant.parallel.comm import DEFAULT_TIMEOUT
 from distquant.planning import LoadPlan
 from distquant.planning.arguments import read_arguments
 from distquant.planning.planner import make_plan
@@ -37,6 +39,7 @@ from distquant.runtime.measure import check_rank_count, declared, numbered
 from distquant.runtime.placement import Placement, Resources, check_started, place, remove_after
 from distquant.runtime.query import Outcome, Query
 from distquant.runtime.ray_model import Sharded, stop
+from distquant.runtime.ray_watch import Sign, Watch
 from distquant.sharding.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -134,8 +137,9 @@ class Worker:
             )
 
     @ray.method(concurrency_group="alive")
-    def alive(self) -> None:
-        """Returns, as long as the worker lives."""
+    def alive(self) -> Sign:
+        """Returns at once, as long as the worker lives."""
+        return Sign(activity.current(), self.ray_node(), os.getpid())
 
     @ray.method(concurrency_group="progress")
     def pieces(self, stream: int, seconds: float) -> list[str]:
@@ -248,7 +252,7 @@ def _load(
     status("starting Ray")
     started_ray = _start(world)
     workers: list[Any] = []
-    group = None
+    group, watch = None, None
     try:
         status(f"starting {world} workers")
         placement = find(world)
@@ -258,18 +262,19 @@ def _load(
         load_id = uuid.uuid4().hex
         names = [f"distquant-{load_id}-{rank}" for rank in range(world)]
         workers = _workers(names, placement, threads)
+        watch = Watch(workers, DEFAULT_TIMEOUT if options.timeout is None else options.timeout)
         remove_after(placement, names)
         check_started(placement, workers, schedule_timeout)
-        plan = _plan(request, workers)
-        alone = len(set(gather([worker.ray_node.remote() for worker in workers]))) == 1
+        plan = _plan(request, workers, watch)
+        alone = len(set(gather([worker.ray_node.remote() for worker in workers], watch=watch))) == 1
         status("loading")
-        address = ray.get(workers[0].serve.remote(alone))
+        (address,) = gather([workers[0].serve.remote(alone)], watch=watch)
         text = plan.to_json()
         tick = (lambda: progress(_progress_of(workers))) if progress is not None else None
-        gather([worker.load.remote(text, address, options) for worker in workers], tick)
-        return Sharded(plan, workers, group, started_ray)
+        gather([worker.load.remote(text, address, options) for worker in workers], tick, watch)
+        return Sharded(plan, workers, group, started_ray, watch)
     except BaseException:
-        stop(workers, group, started_ray)
+        stop(workers, group, started_ray, watch)
         raise
 
 
@@ -349,10 +354,11 @@ def _workers(names: list[str], placement: Placement, threads: int) -> list[Any]:
     return workers
 
 
-def _plan(request: Request, workers: list[Any]) -> LoadPlan:
+def _plan(request: Request, workers: list[Any], watch: Watch) -> LoadPlan:
     """Plans with what the workers measured; the weakest device counts."""
-    nodes = numbered(gather([worker.node.remote() for worker in workers]))
-    environment = gather([worker.environment.remote(request.rank_memory(), nodes) for worker in workers])
+    nodes = numbered(gather([worker.node.remote() for worker in workers], watch=watch))
+    measured = [worker.environment.remote(request.rank_memory(), nodes) for worker in workers]
+    environment = gather(measured, watch=watch)
     weakest = min(environment, key=lambda f: (f.capability or (0, 0), f.memory or 0))
     return make_plan(request, weakest)
 
