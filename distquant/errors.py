@@ -83,10 +83,11 @@ class SilentRankError(RankError):
         self.args = (f"rank {rank} {message}",)
 
     @classmethod
-    def of(cls, rank: int, seconds: float, activity: str | None) -> SilentRankError:
+    def of(cls, rank: int, seconds: float, activity: str, process: int | None = None) -> SilentRankError:
         """Returns the error for a rank of which nothing was heard for so long, and what it was doing before."""
         seen = f", last seen while {activity}" if activity else ""
-        fix = "See whether its process is stopped, or its disk or machine hangs"
+        own = "its process" if process is None else f"its process {process}"
+        fix = f"See whether {own} is stopped, or its disk or machine hangs"
         return cls(rank, f"has been silent for {seconds:.0f} s{seen}. {fix}")
 
 

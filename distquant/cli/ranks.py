@@ -80,7 +80,7 @@ class Ranks:
             stopped = process.poll() is None and _is_stopped(process.pid)
             self._stopped[rank] = self._stopped.get(rank, 0.0) + step if stopped else 0.0
             if self._stopped[rank] > self._timeout + LATER:
-                raise SilentRankError.of(rank, self._stopped[rank], None)
+                raise SilentRankError.of(rank, self._stopped[rank], "", process.pid)
 
     def wait(self) -> None:
         """Returns when all ranks have ended well; raises as `ended` does."""

@@ -109,7 +109,10 @@ class Heartbeats:
                 os.kill(process, signal.SIGCONT)
 
     def _error(self, rank: int, seconds: float) -> SilentRankError:
-        return SilentRankError.of(rank, seconds, self._seen[rank][0] if rank in self._seen else "starting")
+        if rank not in self._seen:
+            return SilentRankError.of(rank, seconds, "starting")
+        doing, _, process = self._seen[rank]
+        return SilentRankError.of(rank, seconds, doing, process)
 
     def _beat(self) -> None:
         """Writes this rank's beat and reads the others', until the end; a store that is gone ends it, too."""

@@ -80,7 +80,9 @@ class Watch:
         least = self._timeout if seconds is None else min(seconds, self._timeout)
         if quiet < (least if sign is not None else max(least, STARTING)):
             return None
-        return SilentRankError.of(rank, quiet, "starting" if sign is None else sign.activity)
+        if sign is None:
+            return SilentRankError.of(rank, quiet, "starting")
+        return SilentRankError.of(rank, quiet, sign.activity, sign.process)
 
     def end_silent(self) -> None:
         """Kills workers of this machine that do not answer: one that is stopped cannot end when Ray asks it to."""
