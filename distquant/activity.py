@@ -1,4 +1,4 @@
-"""What this process is doing now, in a few words: others that wait for it name it in their errors.
+"""The record of this process's present work, in a few words: others that wait for it name it in their errors.
 
 One text for the process: who waits needs a hint, and threads that load at the same time may overwrite each other's.
 """

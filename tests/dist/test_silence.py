@@ -21,10 +21,11 @@ TIMEOUT = 4.0
 
 def stopped_while_loading(path: str, victim: int) -> str:
     """Error of a load in which a rank stops itself; the other one lets it go on afterwards."""
-    processes, here = collect(os.getpid()), rank()
+    processes, here, stops = collect(os.getpid()), rank(), [signal.SIGSTOP]
 
     def progress(seen: Any) -> None:
-        if here == victim:
+        if here == victim and stops:
+            stops.clear()
             os.kill(os.getpid(), signal.SIGSTOP)
 
     error = error_of(dq.load, path, "nf4", mesh="tp=2", timeout=TIMEOUT, progress=progress)
