@@ -91,6 +91,22 @@ class RankError(DistquantError, RuntimeError):
         return type(self), (self.rank, self.message)
 
 
+class SilentRankError(RankError):
+    """A rank gives no sign of life: its process is stopped, or its machine or network does not answer."""
+
+    def __init__(self, rank: int, message: str):
+        super().__init__(rank, message)
+        self.args = (f"rank {rank} {message}",)
+
+    @classmethod
+    def of(cls, rank: int, seconds: float, activity: str, process: int | None = None) -> SilentRankError:
+        """Returns the error for a rank of which nothing was heard for so long, and what it was doing before."""
+        seen = f", last seen while {activity}" if activity else ""
+        own = "its process" if process is None else f"its process {process}"
+        fix = f"See whether {own} is stopped, or its disk or machine hangs"
+        return cls(rank, f"has been silent for {seconds:.0f} s{seen}. {fix}")
+
+
 class LostPeerError(RankError):
     """A collective of this rank failed because another rank ended or did not answer; that rank's error is the cause."""
 

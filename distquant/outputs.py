@@ -10,7 +10,6 @@ import errno
 import os
 import secrets
 import stat
-import tempfile
 from contextlib import suppress
 
 from distquant.errors import InputError, Problem
@@ -58,16 +57,6 @@ def write_output(where: str, path: str | os.PathLike[str], text: str) -> None:
     except (OSError, ValueError) as error:
         problem = _problem(where, path, error)
         raise InputError([problem]) from error
-
-
-def temporary_folder(kind: str = "") -> tempfile.TemporaryDirectory[str]:
-    """Returns a folder of this process's own, which goes when it is closed; raises InputError if none can be made."""
-    try:
-        return tempfile.TemporaryDirectory(prefix=f"distquant-{kind}")
-    except OSError as error:
-        fault = f"no folder for temporary files can be made ({error.strerror or error})"
-        fix = "Set TMPDIR to a folder on a local disk that can be written to and has room"
-        raise InputError.one("TMPDIR", fault, fix) from error
 
 
 def _target(path: str | os.PathLike[str]) -> tuple[str, os.stat_result | None]:

@@ -23,7 +23,7 @@ from distquant.cli import launch
 from distquant.cli.link import Link, Remote, answer_questions, receive
 from distquant.cli.ranks import Ranks
 from distquant.errors import InputError, Problem
-from distquant.outputs import temporary_folder
+from distquant.left_behind import temporary_folder
 from distquant.progress import first_rank, give_back, handed_over, working
 from distquant.runtime.answer import Answer, End, answer
 from distquant.runtime.tokens import Messages, has_template, template_inputs
@@ -311,18 +311,19 @@ def _as_rank(arguments: argparse.Namespace, options: dict[str, Any], talk: Calla
 
     Under a launcher of the user's, rank 0 also reads the lines and prints, in a thread of its own.
     """
-    with working("planning") if first_rank() else nullcontext():
-        model = launch.load_here(arguments, arguments.mesh, "torchrun")
-    give_back()
-    if os.environ["RANK"] != "0":
-        answer_questions(model, None)
-    elif launch.TALK in os.environ:
-        end = socket.socket(socket.AF_UNIX)
-        end.connect(os.environ[launch.TALK])
-        answer_questions(model, Link(end))
-    else:
-        _here_and_there(model, options, talk)
-    launch.leave()
+    with launch.watched():
+        with working("planning") if first_rank() else nullcontext():
+            model = launch.load_here(arguments, arguments.mesh, "torchrun")
+        give_back()
+        if os.environ["RANK"] != "0":
+            answer_questions(model, None)
+        elif launch.TALK in os.environ:
+            end = socket.socket(socket.AF_UNIX)
+            end.connect(os.environ[launch.TALK])
+            answer_questions(model, Link(end))
+        else:
+            _here_and_there(model, options, talk)
+        launch.leave()
 
 
 def _here_and_there(model: Any, options: dict[str, Any], talk: Callable[[Model], None]) -> None:

@@ -16,7 +16,7 @@ from distquant.tables import table, without_controls
 def demo(arguments: argparse.Namespace) -> None:
     """Runs the demo; raises `CheckFailed` if the sharded bits differ from the unsharded ones."""
     from distquant.runtime import ray
-    from distquant.runtime.answer import read_tokenizer
+    from distquant.runtime.tokens import read_tokenizer
     from distquant.verification.perplexity import perplexity
 
     quant = arguments.quantization_config = arguments.quantization_config or "nf4-dq"

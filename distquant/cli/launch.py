@@ -16,9 +16,10 @@ from distquant.cli import ranks, terminal
 from distquant.cli.flags import read_flags
 from distquant.cli.ranks import STARTED_HERE
 from distquant.environment import is_rank, rank_threads
-from distquant.errors import DistquantError, InputError, Problem, Problems, RankError
+from distquant.errors import DistquantError, InputError, Problem, Problems, RankError, SilentRankError
+from distquant.left_behind import temporary_folder
 from distquant.options import PlanOptions, RunOptions
-from distquant.outputs import temporary_folder, write_output
+from distquant.outputs import write_output
 from distquant.planning.validation import check_supported
 from distquant.progress import give_back, handed_over, status
 from distquant.runtime.measure import check_rank_count
@@ -170,10 +171,11 @@ def load_here(arguments: argparse.Namespace, mesh: str | None, runtime: str) -> 
 
 def _as_rank(arguments: argparse.Namespace, query: Query, mesh: str | None) -> Outcome | None:
     """Loads this rank's part and runs the query; the outcome is printed by one process, or None is returned."""
-    model = load_here(arguments, mesh, "torchrun")
-    outcome = perform(model, query, "torchrun")
-    status("ending the ranks")
-    leave()
+    with watched():
+        model = load_here(arguments, mesh, "torchrun")
+        outcome = perform(model, query, "torchrun")
+        status("ending the ranks")
+        leave()
     if os.environ["RANK"] != "0":
         return None
     if OUTCOME in os.environ:
@@ -181,6 +183,28 @@ def _as_rank(arguments: argparse.Namespace, query: Query, mesh: str | None) -> O
         give_back()
         return None
     return outcome
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Watches for ranks that fall silent, from the load on until the end."""
+    from distquant.runtime import collectives, heartbeat
+
+    with heartbeat.kept(), collectives.silent_ranks_named():
+        try:
+            yield
+        except SilentRankError as error:
+            _wake(error.rank)
+            raise
+
+
+def _wake(rank: int) -> None:
+    """Lets a silent rank go on if it is stopped: torchrun's SIGTERM would wait 30 s for it, and then kill it."""
+    from distquant.runtime import heartbeat
+
+    beats = heartbeat.current()
+    if beats is not None and not started_here():
+        beats.wake(rank)
 
 
 def leave() -> None:
@@ -223,7 +247,7 @@ def started_ranks(
     with temporary_folder() as folder:
         own[STARTED_HERE] = folder
         try:
-            with ranks.started(argv, size, {**own, **environment}) as started:
+            with ranks.started(argv, size, {**own, **environment}, arguments.timeout) as started:
                 yield started
         except DistquantError:
             _show_errors_of_ranks(folder)
@@ -234,14 +258,22 @@ def lost_peer(error: RuntimeError) -> bool:
     """Returns True if a collective of this rank failed because another rank ended, which reports its own error."""
     if not is_launched() or "torch" not in sys.modules:
         return False
-    from distquant.runtime.process_group import is_lost_peer
+    from distquant.runtime.collectives import is_lost_peer
 
     return is_lost_peer(error)
 
 
 def of_another_rank(error: DistquantError) -> bool:
-    """Returns True if this process is a rank that stopped because another rank failed, which reports its own error."""
-    return is_launched() and isinstance(error, RankError) and error.rank != int(os.environ["RANK"])
+    """Returns True if this process is a rank that stopped because another rank failed, which reports its own error.
+
+    One that is silent cannot: the first of the others does.
+    """
+    if not is_launched() or not isinstance(error, RankError):
+        return False
+    own = int(os.environ["RANK"])
+    if isinstance(error, SilentRankError):
+        return own != (1 if error.rank == 0 else 0)
+    return error.rank != own
 
 
 def wait_for_the_end() -> None:

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from distquant.cli import signals
 from distquant.cli.flags import MOST_THREADS, MOST_TOKENS, add_flags, at_least, group, prepare
 from distquant.cli.lacks import lack_of
 from distquant.cli.ranks import STARTED_HERE
+from distquant.environment import is_rank
 from distquant.errors import CheckFailed, DistquantError, InputError
 from distquant.options import DECLARED, PlanOptions, RunOptions
 from distquant.planning.arguments import ELSEWHERE, unreported
@@ -190,9 +192,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0 done, 1 a check failed, 2 the input cannot work."""
+    """Runs a command; returns its exit code: 0 done, 1 a check failed, 2 the input cannot work, 130 or 143 a signal."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = parse(argv)
+    try:
+        if is_rank():  # its launcher decides when it ends, and tells it by signals that must not wait
+            return _run(parse(argv), argv)
+        with signals.as_exits():
+            return _run(parse(argv), argv)
+    except (KeyboardInterrupt, SystemExit) as error:
+        if is_rank() and isinstance(error, KeyboardInterrupt):
+            return 130
+        code = signals.code_of(error)
+        if code is None:
+            raise
+        return code
+
+
+def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Runs a command and prints its error; returns its exit code."""
     try:
         notes = prepare(arguments)
     except InputError as error:

@@ -207,7 +207,7 @@ class _Loading:
         self.coordinates = self.plan.mesh.coordinates(self.comm.rank)
         self.devices = Devices(self.device, self.plan.device_map)
         self.stages = StageTimer(traced=self.options.trace is not None)
-        self.load_state = LoadState(self.comm.timeout)
+        self.load_state = LoadState(self.comm.timeout, self.comm.silent)
         self.collectives = Collectives(self.load_state)
         self.kernels: dict[torch.device, Choice] = {}
         self.started = time.perf_counter()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distquant.errors import InputError
-from distquant.outputs import temporary_folder
+from distquant.left_behind import made_folder
 from distquant.parallel.experts import LocalExperts
 from distquant.quantization.linear.keeps_dtypes import KeepsDtypes
 from distquant.quantization.public_names import PublicNames
@@ -38,7 +38,7 @@ class Offloaded(Mapping[str, Tensor]):
     def write(self, name: str, value: Tensor) -> None:
         """Writes a tensor to the disk; raises InputError where it has no room."""
         if self.folder is None:
-            self.folder = temporary_folder("offload-")
+            self.folder = made_folder("offload-")
         path = Path(self.folder.name, f"{len(self._files)}.bin")
         content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         try:

@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from distquant.errors import RankError
+
 
 DEFAULT_TIMEOUT = 600.0
 """Seconds after which a rank that receives nothing from the others gives up."""
+
+MISSED = 3.0
+"""Seconds without a sign of life after which a rank is named as the cause of a wait that was too long."""
 
 
 class Axis(Protocol):
@@ -53,6 +58,9 @@ class Comm(Protocol):
     def collect(self, value: Any) -> list[Any]:
         """Returns every rank's (picklable) value, in rank order, on every rank."""
 
+    def silent(self, seconds: float | None = None) -> RankError | None:
+        """Returns the error that names a rank without a sign of life for so long (None: the timeout), if one is."""
+
 
 class SoloAxis:
     """An axis with one rank on it."""
@@ -88,3 +96,6 @@ class SoloComm:
 
     def collect(self, value: Any) -> list[Any]:
         return [value]
+
+    def silent(self, seconds: float | None = None) -> RankError | None:
+        return None

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
+from distquant import activity
 from distquant.errors import InputError
+from distquant.left_behind import temporary_folder
 from distquant.options import LoadProgress
-from distquant.outputs import temporary_folder
 from distquant.progress.snapshot import Snapshot, View
 from distquant.threads import start_thread
 
@@ -160,7 +161,8 @@ _open: list[Display] = []
 
 
 def status(text: str) -> None:
-    """Shows what is being done now, if a display is open."""
+    """Shows what is being done now, if a display is open; other ranks name it if this one falls silent."""
+    activity.enter(text)
     if _open:
         _open[0].set_status(text)
 

@@ -10,6 +10,8 @@ from typing import Any
 import ray
 
 from distquant.errors import DistquantError, LostPeerError, RankError
+from distquant.parallel.comm import MISSED
+from distquant.runtime.ray_watch import Watch
 
 POLL = 0.2
 """Seconds between looks at the workers."""
@@ -24,7 +26,8 @@ class Gathering:
     The error of a rank that lost its peer may arrive before the peer's own, which is then awaited for a moment.
     """
 
-    def __init__(self, futures: list[Any]):
+    def __init__(self, futures: list[Any], watch: Watch | None = None):
+        self._watch = watch
         self._pending = {future: rank for rank, future in enumerate(futures)}
         self._found: dict[int, Any] = {}
         self._lost: dict[int, DistquantError] = {}
@@ -36,7 +39,12 @@ class Gathering:
         return not self._pending or time.monotonic() >= self._deadline
 
     def look(self, timeout: float) -> None:
-        """Takes what there is, or comes within `timeout` seconds; raises a failure, as that of the rank it is of."""
+        """Takes what there is, or comes within `timeout` seconds; raises a failure, as that of the rank it is of.
+
+        A rank that is silent is the cause of the others' failures.
+        """
+        if self._watch is not None:
+            self._watch.look()
         ready, _ = ray.wait(list(self._pending), timeout=timeout)
         for future in ready:
             rank = self._pending.pop(future)
@@ -44,10 +52,18 @@ class Gathering:
                 self._found[rank] = ray.get(future)
             except ray.exceptions.RayError as error:
                 failure = failure_of(rank, error)
+                if isinstance(failure, RankError) and self._watch is not None:
+                    failure = self._watch.silent(MISSED) or failure
                 if not isinstance(failure, LostPeerError):
                     raise failure from None
                 self._lost[rank] = failure
                 self._deadline = min(self._deadline, time.monotonic() + GRACE)
+
+    def take(self, future: Any) -> Any:
+        """Returns the result of another call to one of the workers; raises a failure as `look` does."""
+        while not ray.wait([future], timeout=POLL)[0]:
+            self.look(0)
+        return ray.get(future)
 
     def results(self) -> list[Any]:
         """Returns all results in rank order, once done; raises the failure of a rank whose peer told nothing."""
@@ -56,9 +72,9 @@ class Gathering:
         return [self._found[rank] for rank in range(len(self._found))]
 
 
-def gather(futures: list[Any], tick: Callable[[], None] | None = None) -> list[Any]:
+def gather(futures: list[Any], tick: Callable[[], None] | None = None, watch: Watch | None = None) -> list[Any]:
     """Returns results in rank order; raises a failure at once, as the error of the rank that caused it."""
-    gathering = Gathering(futures)
+    gathering = Gathering(futures, watch)
     while not gathering.done:
         gathering.look(POLL)
         if tick is not None:

@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import queue
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,9 +21,11 @@ import ray
 from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup
 
+from distquant import activity
 from distquant.environment import Environment, rank_threads
 from distquant.errors import InputError, LostPeerError
 from distquant.options import Aliases, LoadProgress, Model, RunOptions
+from distquant.parallel.comm import DEFAULT_TIMEOUT
 from distquant.planning import LoadPlan
 from distquant.planning.arguments import read_arguments
 from distquant.planning.planner import make_plan
@@ -36,6 +39,7 @@ from distquant.runtime.measure import check_rank_count, declared, numbered
 from distquant.runtime.placement import Placement, Resources, check_started, place, remove_after
 from distquant.runtime.query import Outcome, Query
 from distquant.runtime.ray_model import Sharded, stop
+from distquant.runtime.ray_watch import Sign, Watch
 from distquant.runtime.tokens import Messages
 from distquant.sharding.mesh import Mesh
 
@@ -75,12 +79,13 @@ class Worker:
         That is the address of the interface if one is given. Else it is loopback if all ranks are `alone` on a machine,
         and otherwise the address at which Ray knows this node.
         """
-        from distquant.runtime import addresses, process_group
+        from distquant.runtime import addresses
+        from distquant.runtime.meeting import serve
 
         address = addresses.LOOPBACK if alone else ray.util.get_node_ip_address()
         if interface is not None:
             address = addresses.address_of(interface)
-        self.store = store = process_group.serve(address)
+        self.store = store = serve(address)
         return address, store.port
 
     def ray_node(self) -> str:
@@ -100,12 +105,13 @@ class Worker:
     def load(self, plan: str, address: tuple[str, int], options: RunOptions) -> None:
         from distquant.loading.loader import load_shard
         from distquant.runtime import addresses, local, process_group
+        from distquant.runtime.meeting import Meeting, connect
 
         loaded = LoadPlan.from_json(plan)
         addresses.place_ranks(options.interface, address[0], alone=addresses.is_loopback(address[0]))
         with self._lost_peers_named():
-            store = self.store or process_group.connect(*address)
-            process_group.init(options.timeout, self.rank, self.world, store)
+            store = self.store or connect(*address)
+            process_group.init(Meeting(store, self.rank, self.world), options.timeout)
             comm = process_group.GroupComm(loaded.mesh, options.timeout)
             self.model = load_shard(loaded, comm, local.device(), options, self._progress)
 
@@ -138,8 +144,9 @@ class Worker:
             )
 
     @ray.method(concurrency_group="alive")
-    def alive(self) -> None:
-        """Returns, as long as the worker lives."""
+    def alive(self) -> Sign:
+        """Returns at once, as long as the worker lives."""
+        return Sign(activity.current(), self.ray_node(), os.getpid())
 
     @ray.method(concurrency_group="progress")
     def pieces(self, stream: int, seconds: float) -> list[str]:
@@ -160,7 +167,7 @@ class Worker:
     @contextmanager
     def _lost_peers_named(self) -> Iterator[None]:
         """Gives a type to the error of a collective whose other ranks are gone: the driver sees types, not frames."""
-        from distquant.runtime.process_group import is_lost_peer
+        from distquant.runtime.collectives import is_lost_peer
 
         try:
             yield
@@ -253,7 +260,7 @@ def _load(
     status("starting Ray")
     started_ray = _start(world)
     workers: list[Any] = []
-    group = None
+    group, watch = None, None
     try:
         status(f"starting {world} workers")
         placement = find(world)
@@ -263,18 +270,19 @@ def _load(
         load_id = uuid.uuid4().hex
         names = [f"distquant-{load_id}-{rank}" for rank in range(world)]
         workers = _workers(names, placement, threads)
+        watch = Watch(workers, DEFAULT_TIMEOUT if options.timeout is None else options.timeout)
         remove_after(placement, names)
         check_started(placement, workers, schedule_timeout)
-        plan = _plan(request, workers)
-        alone = len(set(gather([worker.ray_node.remote() for worker in workers]))) == 1
+        plan = _plan(request, workers, watch)
+        alone = len(set(gather([worker.ray_node.remote() for worker in workers], watch=watch))) == 1
         status("loading")
-        address = ray.get(workers[0].serve.remote(alone, options.interface))
+        (address,) = gather([workers[0].serve.remote(alone, options.interface)], watch=watch)
         text = plan.to_json()
         tick = (lambda: progress(_progress_of(workers))) if progress is not None else None
-        gather([worker.load.remote(text, address, options) for worker in workers], tick)
-        return Sharded(plan, workers, group, started_ray)
+        gather([worker.load.remote(text, address, options) for worker in workers], tick, watch)
+        return Sharded(plan, workers, group, started_ray, watch)
     except BaseException:
-        stop(workers, group, started_ray)
+        stop(workers, group, started_ray, watch)
         raise
 
 
@@ -287,9 +295,18 @@ def _start(world: int) -> bool:
         check_rank_count(world)
     arguments: dict[str, Any] = {"include_dashboard": False, "num_cpus": world, **_temp_dir()} if local else {}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with _on_loopback() if local else nullcontext():
+    with _on_loopback() if local else nullcontext(), _own_signals():
         ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=False, **arguments)
     return True
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keeps this process's handler of SIGTERM, if it has one: Ray's would exit with code 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if before not in (signal.SIG_DFL, signal.SIG_IGN, None):
+        signal.signal(signal.SIGTERM, before)
 
 
 SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
@@ -345,10 +362,11 @@ def _workers(names: list[str], placement: Placement, threads: int) -> list[Any]:
     return workers
 
 
-def _plan(request: Request, workers: list[Any]) -> LoadPlan:
+def _plan(request: Request, workers: list[Any], watch: Watch) -> LoadPlan:
     """Plans with what the workers measured; the weakest device counts."""
-    nodes = numbered(gather([worker.node.remote() for worker in workers]))
-    environment = gather([worker.environment.remote(request.rank_memory(), nodes) for worker in workers])
+    nodes = numbered(gather([worker.node.remote() for worker in workers], watch=watch))
+    measured = [worker.environment.remote(request.rank_memory(), nodes) for worker in workers]
+    environment = gather(measured, watch=watch)
     weakest = min(environment, key=lambda f: (f.capability or (0, 0), f.memory or 0))
     return make_plan(request, weakest)
 

@@ -18,6 +18,7 @@ from distquant.planning import LoadPlan
 from distquant.runtime.answer import Answer
 from distquant.runtime.gathering import GRACE, POLL, Gathering, failure_of, gather, lost_peer
 from distquant.runtime.query import Outcome, Query
+from distquant.runtime.ray_watch import Watch
 from distquant.runtime.tokens import Messages
 
 
@@ -28,8 +29,16 @@ class Sharded:
     One process holds it; others send their requests to that process (for example a Ray actor, or a replica of Serve).
     """
 
-    def __init__(self, plan: LoadPlan, workers: list[Any], group: PlacementGroup | None, started_ray: bool):
+    def __init__(
+        self,
+        plan: LoadPlan,
+        workers: list[Any],
+        group: PlacementGroup | None,
+        started_ray: bool,
+        watch: Watch | None = None,
+    ):
         self.plan, self._workers, self._group, self._started_ray = plan, workers, group, started_ray
+        self._watch = watch
         self._one_call = threading.Lock()
         self._streams = 0
         """Streams so far: the number of the last one."""
@@ -145,10 +154,10 @@ class Sharded:
         self._streams += 1
         number, stopped = self._streams, False
         futures = [worker.answer.remote(number, prompt, kwargs) for worker in self._workers]
-        answers = Gathering(futures)
+        answers = Gathering(futures, self._watch)
         try:
             while not answers.done:
-                for piece in ray.get(self._workers[0].pieces.remote(number, POLL)):
+                for piece in answers.take(self._workers[0].pieces.remote(number, POLL)):
                     put(piece)
                 if left.is_set() and not stopped:
                     ray.get([worker.stop.remote(number) for worker in self._workers])
@@ -192,7 +201,7 @@ class Sharded:
             self._check_usable()
             futures = [getattr(worker, method).remote(*args, **kwargs) for worker in self._workers]
             try:
-                return gather(futures)
+                return gather(futures, watch=self._watch)
             except DistquantError as error:
                 self._unfinished, self._failure = futures, error
                 raise
@@ -215,7 +224,7 @@ class Sharded:
 
     def close(self) -> None:
         """Ends the workers, gives back their resources, and stops Ray if this load started it."""
-        stop(self._workers, self._group, self._started_ray)
+        stop(self._workers, self._group, self._started_ray, self._watch)
         self._workers, self._group, self._started_ray = [], None, False
         self._waiting.shutdown(wait=False, cancel_futures=True)
 
@@ -227,8 +236,10 @@ def _check_equal(answers: list[Any]) -> None:
             raise RankError(rank, f"generated {answer!r}, rank 0 {answers[0]!r}")
 
 
-def stop(workers: list[Any], group: PlacementGroup | None, started_ray: bool) -> None:
+def stop(workers: list[Any], group: PlacementGroup | None, started_ray: bool, watch: Watch | None = None) -> None:
     """Ends workers and placement group, and Ray itself where this process started it."""
+    if watch is not None:
+        watch.end_silent()
     for worker in workers:
         ray.kill(worker)
     if group is not None and ray.is_initialized():

@@ -12,14 +12,17 @@ from distquant.errors import InputError, RankError
 from distquant.garbage_collection import without_collector
 from distquant.loading.loader import load_shard
 from distquant.options import Progress, RunOptions
+from distquant.parallel.comm import DEFAULT_TIMEOUT
 from distquant.planning import LoadPlan
 from distquant.planning.arguments import check_world
 from distquant.planning.planner import plan_and_open
 from distquant.planning.prepared import Prepared, open_early
 from distquant.planning.request import Request
 from distquant.progress import Viewer, status
-from distquant.runtime import process_group
+from distquant.runtime import heartbeat, process_group
+from distquant.runtime.collectives import collect, share, silent_ranks_named
 from distquant.runtime.measure import measure, node_name, numbered
+from distquant.runtime.meeting import Meeting, meet
 from distquant.runtime.shared_progress import SharedProgress
 
 NAME = "torchrun"
@@ -48,26 +51,27 @@ def load(
     status("waiting for the other ranks")
     options = options or RunOptions()
     own, timeout = device(), options.timeout
-    everyone = _join(timeout, options.interface)
-    shared = SharedProgress(viewer)  # on every rank, so that ranks count their loads alike
-    status("planning")
-    plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own, everyone)
-    check_world(plan.mesh, dist.get_world_size())
-    comm = process_group.GroupComm(plan.mesh, timeout, everyone)
-    return load_shard(plan, comm, own, options, progress or shared, prepared)
+    meeting = None if dist.is_initialized() else meet(timeout, options.interface)
+    with heartbeat.beating(meeting, DEFAULT_TIMEOUT if timeout is None else timeout), silent_ranks_named():
+        everyone = _join(meeting, timeout)
+        shared = SharedProgress(viewer)  # on every rank, so that ranks count their loads alike
+        status("planning")
+        plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own, everyone)
+        check_world(plan.mesh, dist.get_world_size())
+        comm = process_group.GroupComm(plan.mesh, timeout, everyone)
+        return load_shard(plan, comm, own, options, progress or shared, prepared)
 
 
-def _join(timeout: float | None, interface: str | None = None) -> dist.ProcessGroup | None:
+def _join(meeting: Meeting | None, timeout: float | None) -> dist.ProcessGroup | None:
     """Joins the default group unless it exists; returns a group of all ranks with this timeout if that has another.
 
     Raises:
-        InputError: ranks were given different timeouts, or cannot meet.
+        InputError: ranks were given different timeouts.
     """
-    if not dist.is_initialized():
-        process_group.check_launcher()
-        process_group.init(timeout=timeout, interface=interface)
+    if meeting is not None:
+        process_group.init(meeting, timeout)
         return None
-    given = process_group.collect(timeout)
+    given = collect(timeout)
     if any(one != given[0] for one in given):
         fault = f"ranks were given different values ({', '.join(str(one) for one in given)})"
         raise InputError.one("timeout", fault, "Give all ranks the same")
@@ -85,7 +89,7 @@ def agree(
         everyone: a group of all ranks; None: the default group.
     """
     outcome: Any = None
-    nodes = numbered(process_group.collect(node_name(), everyone))
+    nodes = numbered(collect(node_name(), everyone))
     if dist.get_rank() != 0:
         prepared = open_early(request)
     else:
@@ -95,9 +99,9 @@ def agree(
         except InputError as error:
             outcome = error
         except Exception as error:  # the others must not wait for a plan that never comes
-            process_group.share(RankError(0, f"{type(error).__name__}: {error}"), everyone)
+            share(RankError(0, f"{type(error).__name__}: {error}"), everyone)
             raise
-    outcome = process_group.share(outcome, everyone)
+    outcome = share(outcome, everyone)
     if isinstance(outcome, Exception):
         raise outcome
     plan = LoadPlan.from_json(outcome)

@@ -35,6 +35,6 @@ def test_a_device_that_stands_still_is_named_and_its_memory_is_kept(sim: Apart, 
     found = sim(on_sim.device_that_stands_still, model_of("llama-gqa"))
     assert found["raised"] == "rank 0 failed: a copy to sim:1 was not done within 0.5 s"
     assert len(found["warnings"]) == 1
-    assert "rank 0: a device still copies 0.5 s after the load ended" in found["warnings"][0]
+    assert "rank 0: a read or copy still goes on 0.5 s after the load ended" in found["warnings"][0]
     assert found["kept"] == 1
     assert found["faults"] == []

@@ -33,8 +33,9 @@ FLOORS = [
         "threads",
         "process_state",
         "memory",
+        "activity",
     ],
-    ["environment", "units", "quiet", "outputs", "interpreter_end", "patterns", "whole_numbers"],
+    ["environment", "units", "quiet", "outputs", "interpreter_end", "patterns", "whole_numbers", "left_behind"],
     ["sharding", "parallel.comm"],
     ["checkpoint", "config"],
     ["model"],
@@ -221,7 +222,7 @@ def test_arithmetic_does_no_io_and_knows_no_torch() -> None:
 
 def test_ray_is_imported_only_in_runtime_ray() -> None:
     where = {dotted(path) for path in MODULES for name, _ in imports(path) if name.split(".")[0] == "ray"}
-    assert where == {"runtime.ray", "runtime.ray_model", "runtime.gathering", "runtime.placement"}
+    assert where == {"runtime.ray", "runtime.ray_model", "runtime.ray_watch", "runtime.gathering", "runtime.placement"}
 
 
 def calls(path: Path) -> Iterator[str]:

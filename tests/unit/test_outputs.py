@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from distquant.errors import InputError
-from distquant.outputs import output_problem, temporary_folder, write_output
+from distquant.left_behind import made_folder
+from distquant.outputs import output_problem, write_output
 
 TEXT = "it is written\n"
 
@@ -129,4 +130,4 @@ def test_no_place_for_temporary_files(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(InputError, match=r"^TMPDIR: no folder .* made \(No such file or directory\)\. Set TMPDIR"):
-        temporary_folder()
+        made_folder()

@@ -49,7 +49,9 @@ class ArrivalTracker:
     def await_next(self) -> None:
         """Waits until the next tensor to finish is complete."""
         with self.load_state.watch:
-            self.load_state.wait(self.next_is_complete, self.late)
+            self.load_state.wait(
+                self.next_is_complete, self.late, lambda: f"waiting for rows of {self.tasks[self.next].name}"
+            )
 
     def unfinished_statistics(self, task: Task) -> int:
         """Returns the bytes of the statistics of all tensors from the next to finish up to this one."""

@@ -19,6 +19,7 @@ from time import monotonic, perf_counter
 
 import torch
 
+from distquant import activity
 from distquant.environment import cpu_limit
 from distquant.loading.stream.arrivals import ArrivalTracker
 from distquant.loading.stream.budget import Budget
@@ -39,6 +40,9 @@ from distquant.units import format_bytes
 
 READERS = 2
 """Reads in flight, where they may wait for a disk or a network."""
+
+HANGING = 2.0
+"""Seconds that a load which has failed waits for reads that have begun."""
 
 
 def cores_of_a_rank(ranks: int) -> int:
@@ -95,7 +99,7 @@ class Engine:
         self.peers = Peers(rank, staging_buffer, load_state)
         self.copier = copier = Copier(pinned, rank, load_state)
         self._sinks = sinks = Sinks(sink)
-        self._sender = sender = Sender(staging_buffer, sends, self.peers, load_state, arrivals.late)
+        self._sender = sender = Sender(staging_buffer, sends, self.peers, load_state, self.peers.no_slot)
         self._receiver = Receiver(tasks=tasks, reads=reads, sends=sends, arrivals=arrivals, sinks=sinks, timer=timer)
         self._emitter = Emitter(
             rank=rank, others=self.peers.peers, budget=budget, staging_buffer=staging_buffer, reads=reads,
@@ -113,10 +117,11 @@ class Engine:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.load_state.stop()
-        if self._reader is not None:
-            self._reader.join()
-        until = monotonic() + self.load_state.timeout
+        # Others first: they wait for this rank, and a read that hangs may never come back.
+        begun = monotonic()
+        until = begun + self.load_state.timeout
         ended = self.peers.close(error, until)
+        ended = (self._reader is None or self._reader.join(begun + HANGING if error else until)) and ended
         ended = self.copier.close(until) and ended
         self._sinks.clear()
         self._emitter.clear()
@@ -124,10 +129,10 @@ class Engine:
         if ended:
             self.staging_buffer.close()
         else:
-            # A device still reads from this memory: unmapped, it would fault; reused, it would give wrong weights.
+            # A read or device still uses this memory: unmapped, it would fault; reused, it would give wrong weights.
             self.staging_buffer.keep()
             size = format_bytes(self.staging_buffer.slot_bytes * self.staging_buffer.slots)
-            cause = f"rank {self.rank}: a device still copies {self.load_state.timeout:g} s after the load ended"
+            cause = f"rank {self.rank}: a read or copy still goes on {self.load_state.timeout:g} s after the load ended"
             warnings.warn(f"{cause}; {size} of the load buffer stay in use", RuntimeWarning, stacklevel=2)
 
     def start(self) -> None:
@@ -137,8 +142,9 @@ class Engine:
         self.peers.start(self._receiver)
         chunks, threads = batches(self._chunks(), self.budget.largest), self._readers()
         self._reader = Reader(
-            self.files, self.staging_buffer, self._reads, self.load_state, self.timer, chunks, threads
-        )
+            self.files, self.staging_buffer, self._reads, self.load_state, self.timer, chunks, threads,
+            self.peers.no_slot,
+        )  # fmt: skip
 
     def run(self) -> None:
         """Loads everything that this rank keeps; returns when it is finished."""
@@ -148,6 +154,7 @@ class Engine:
         for batch in self._reader:
             for chunk in batch:
                 done += chunk.nbytes
+                activity.enter(f"loading {chunk.task.name}")
                 self._hold_back(chunk.task)
                 self._emitter.consume(chunk)
                 chunk.raw = chunk.into = None  # a chunk must not keep its slot or final memory alive

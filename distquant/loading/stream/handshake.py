@@ -13,10 +13,11 @@ from contextlib import contextmanager, suppress
 import torch
 
 from distquant.errors import InputError, RankError
+from distquant.left_behind import made_folder
+from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.messages import Peer
 from distquant.loading.stream.staging_buffer import StagingBuffer
-from distquant.outputs import temporary_folder
-from distquant.parallel.comm import Comm
+from distquant.parallel.comm import MISSED, Comm
 
 HELLO = struct.Struct("<IQ")
 """Rank, and bytes of its shared memory."""
@@ -28,7 +29,9 @@ CONNECT = 60.0
 """Seconds that a peer of the same node may take to connect."""
 
 
-def connections(rank: int, staging_buffer: StagingBuffer, comm: Comm, node: tuple[int, ...]) -> Iterator[Peer]:
+def connections(
+    rank: int, staging_buffer: StagingBuffer, comm: Comm, node: tuple[int, ...], load_state: LoadState
+) -> Iterator[Peer]:
     """Yields the other ranks of a node as they connect. Every rank of the load must call it, also one that is alone.
 
     Raises:
@@ -39,28 +42,31 @@ def connections(rank: int, staging_buffer: StagingBuffer, comm: Comm, node: tupl
         problem = "this system has no memory that processes can share by descriptor (memfd)"
         raise InputError.one("environment", problem, "Use Linux, or one process")
     missing = set(node) - {rank}
-    with temporary_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
+    patience = min(CONNECT, load_state.timeout)
+    with made_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
         with _short(folder) as path:
             listener.bind(path)
         listener.listen(len(node))
-        listener.settimeout(CONNECT)
+        listener.settimeout(patience)
         try:
             # All ranks listen before any connects, because `collect` returns only when every rank has called it.
             folders = comm.collect(folder)
             # Each pair needs one socket: the higher rank connects, the lower accepts, so nobody waits in a circle.
             for other in node:
                 if other < rank:
-                    peer = handshake(_connect(rank, other, folders[other]), rank, staging_buffer, other)
+                    connection = _connect(rank, other, folders[other], patience)
+                    peer = handshake(connection, rank, staging_buffer, other, load_state.timeout)
                     missing.discard(peer.rank)
                     yield peer
             for other in node:
                 if other > rank:
                     # They come in any order: `other` is named only if one ends before it has sent its own rank.
-                    peer = handshake(listener.accept()[0], rank, staging_buffer, other)
+                    peer = handshake(listener.accept()[0], rank, staging_buffer, other, load_state.timeout)
                     missing.discard(peer.rank)
                     yield peer
         except TimeoutError as error:
-            raise RankError(min(missing), f"did not connect to rank {rank} within {CONNECT:g} s") from error
+            late = RankError(min(missing), f"did not connect to rank {rank} within {patience:g} s")
+            raise load_state.silent(MISSED) or late from error
 
 
 @contextmanager
@@ -73,9 +79,9 @@ def _short(folder: str) -> Iterator[str]:
         os.close(opened)
 
 
-def _connect(rank: int, other: int, folder: str) -> socket.socket:
+def _connect(rank: int, other: int, folder: str, patience: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(CONNECT)
+    connection.settimeout(patience)
     try:
         with _short(folder) as path:
             connection.connect(path)
@@ -87,7 +93,9 @@ def _connect(rank: int, other: int, folder: str) -> socket.socket:
     return connection
 
 
-def handshake(connection: socket.socket, rank: int, staging_buffer: StagingBuffer, other: int) -> Peer:
+def handshake(
+    connection: socket.socket, rank: int, staging_buffer: StagingBuffer, other: int, timeout: float = CONNECT
+) -> Peer:
     """Exchanges ranks and shared memory over a new connection.
 
     Args:
@@ -95,9 +103,10 @@ def handshake(connection: socket.socket, rank: int, staging_buffer: StagingBuffe
         rank: this rank.
         staging_buffer: this rank's, which the peer may read from now on.
         other: rank to name if the peer ends before it has sent its own.
+        timeout: seconds that a message to the peer may take.
     """
     assert staging_buffer.fd is not None
-    connection.settimeout(CONNECT)
+    connection.settimeout(min(CONNECT, timeout))
     data = b""
     fds: list[int] = []
     # A peer that has ended resets the connection: that shows as a short greeting, and is reported as one error below.
@@ -111,5 +120,5 @@ def handshake(connection: socket.socket, rank: int, staging_buffer: StagingBuffe
     peer_rank, size = HELLO.unpack(data)
     shared = mmap.mmap(fds[0], size)
     os.close(fds[0])  # the mapping keeps the memory
-    connection.settimeout(None)
+    connection.settimeout(timeout)  # a peer that is stopped reads nothing
     return Peer(peer_rank, connection, torch.frombuffer(shared, dtype=torch.uint8), threading.Lock())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from distquant.errors import DistquantError, RankError
+from distquant.errors import DistquantError, RankError, SilentRankError
 
 DATA, ACK, FAILED, CLOSE = range(4)
 HEADER = struct.Struct("<BxxxIIIQQQ")
@@ -22,7 +23,8 @@ class Message:
 
     - `DATA`: rows of a tensor are in the sender's memory.
     - `ACK`: pieces in a slot of the receiver's have been copied; `stop` is their number, `offset` the bytes taken.
-    - `FAILED`: the load has failed; `tensor` is the rank that failed first, `stop` the bytes of text that follow.
+    - `FAILED`: the load has failed; `tensor` is the rank that failed first, `stop` the bytes of text that follow, and
+      `mask` 1 if that rank is silent.
     - `CLOSE`: the sender has sent all it had to.
 
     Attributes:
@@ -60,6 +62,12 @@ class Peer:
     """Messages that are still to be sent."""
     received: bytearray = field(default_factory=bytearray)
     """The beginning of the next message."""
+    sent: int = 0
+    """Pieces that this rank has sent it."""
+    answered: int = 0
+    """Pieces of these that it has copied."""
+    heard: float = field(default_factory=time.monotonic)
+    """When its last message came (`time.monotonic`)."""
 
     def send(self, data: bytes) -> None:
         """Sends all of `data`; threads may send at the same time."""
@@ -76,4 +84,5 @@ def failure_message(rank: int, failure: BaseException) -> bytes:
     else:
         text = f"{type(failure).__name__}: {failure}"
     encoded = text.encode()
-    return Message(FAILED, tensor=rank, stop=len(encoded)).pack() + encoded
+    silent = int(isinstance(failure, SilentRankError))
+    return Message(FAILED, tensor=rank, stop=len(encoded), mask=silent).pack() + encoded

@@ -15,12 +15,12 @@ import time
 from contextlib import suppress
 from typing import Protocol
 
-from distquant.errors import RankError
+from distquant.errors import RankError, SilentRankError
 from distquant.loading.stream.handshake import connections
 from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.messages import ACK, CLOSE, DATA, FAILED, HEADER, Message, Peer, failure_message
 from distquant.loading.stream.staging_buffer import StagingBuffer
-from distquant.parallel.comm import Comm
+from distquant.parallel.comm import MISSED, Comm
 from distquant.threads import start_thread
 
 AT_ONCE = 256 * HEADER.size
@@ -64,7 +64,7 @@ class Peers:
             InputError: ranks that were planned on one node share no memory.
             RankError: a rank did not connect, or ended meanwhile.
         """
-        for peer in connections(self.rank, self.staging_buffer, comm, node):
+        for peer in connections(self.rank, self.staging_buffer, comm, node, self.load_state):
             self.peers[peer.rank] = peer
 
     # -- sending ---------------------------------------------------------------------------------------------------
@@ -82,7 +82,9 @@ class Peers:
 
     def post(self, rank: int, message: Message) -> None:
         """Keeps a message until `flush`; messages to a rank arrive in the order in which they were posted."""
-        self.peers[rank].posted += message.pack()
+        peer = self.peers[rank]
+        peer.posted += message.pack()
+        peer.sent += message.kind == DATA
 
     def flush(self) -> None:
         """Sends all messages that were posted."""
@@ -95,6 +97,8 @@ class Peers:
         peer.posted.clear()
         try:
             peer.send(data)
+        except TimeoutError as error:
+            raise self.load_state.silent(MISSED) or self._late("has read no message") from error
         except OSError as error:
             # A peer that fails sends its error before it closes. The listening thread may not have read it yet, and
             # that error names the cause, which this one does not.
@@ -103,6 +107,16 @@ class Peers:
                 state.watch.wait_for(lambda: state.failure is not None or state.stopped, LAST_WORDS)
                 failure = state.failure
             raise failure or _died(peer) from error
+
+    def no_slot(self) -> RankError:
+        """Returns the error for a slot that does not come back: it names the rank that copies from it for longest."""
+        return self._late("has not copied from the load buffer")
+
+    def _late(self, fault: str) -> RankError:
+        waiting = f"{self.load_state.timeout:g} s, and rank {self.rank} is waiting for a slot"
+        owing = [peer for peer in self.peers.values() if peer.sent > peer.answered] or list(self.peers.values())
+        peer = min(owing, key=lambda each: each.heard)
+        return RankError(peer.rank, f"{fault} of rank {self.rank} for {waiting}")
 
     def leave(self) -> None:
         """Sends `CLOSE` to all peers, and waits for theirs: until then they may copy from this rank's memory."""
@@ -114,7 +128,11 @@ class Peers:
             return RankError(rank, f"was not done {self.load_state.timeout:g} s after rank {self.rank}")
 
         with self.load_state.watch:
-            self.load_state.wait(lambda: all(peer.left for peer in self.peers.values()), late)
+            self.load_state.wait(
+                lambda: all(peer.left for peer in self.peers.values()),
+                late,
+                lambda: "waiting for the others to end",
+            )
 
     def close(self, failure: BaseException | None = None, until: float | None = None) -> bool:
         """Ends the thread and the connections; sends a failure to the others first.
@@ -167,6 +185,7 @@ class Peers:
                 self.load_state.fail(_died(peer))
             return False
         peer.received += data
+        peer.heard = time.monotonic()
         pieces: list[Message] = []
         copied: dict[int, list[int]] = {}  # slot -> pieces that were copied from it, and bytes that were kept of them
         while len(peer.received) >= HEADER.size:
@@ -178,6 +197,7 @@ class Peers:
                 counts[1] += handler.copy(peer, message)
                 pieces.append(message)
             elif message.kind == ACK:
+                peer.answered += message.stop
                 handler.freed(message)
             elif message.kind == FAILED:
                 self._failed(peer, message)
@@ -202,7 +222,8 @@ class Peers:
         text = bytes(peer.received[:length]) + (_receive_exactly(peer.socket, rest) or b"")
         peer.received.clear()
         complete = len(text) == length
-        self.load_state.fail(RankError(message.tensor, text.decode()) if complete else _died(peer))
+        kind = SilentRankError if message.mask else RankError
+        self.load_state.fail(kind(message.tensor, text.decode()) if complete else _died(peer))
 
 
 def _died(peer: Peer) -> RankError:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from distquant.errors import RankError
 from distquant.loading.stream.files import Files, ReadError
 from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.stage_timer import StageTimer
@@ -34,6 +35,7 @@ class Reader:
         timer: of the stages.
         batches: chunks that are read at once, in order.
         threads: reads in flight; 0 = the consumer reads.
+        no_slot: returns the error to raise when no slot comes back.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Reader:
         timer: StageTimer,
         batches: Iterator[list[Chunk]],
         threads: int,
+        no_slot: Callable[[], RankError],
     ):
         self._files, self._staging_buffer, self._slots = files, staging_buffer, slots
-        self._load_state, self._timer, self._batches = load_state, timer, batches
+        self._load_state, self._timer, self._batches, self._no_slot = load_state, timer, batches, no_slot
         self._order = threading.Lock()
         """Held by the thread that takes the next batch."""
         self._begun = self._taken = 0
@@ -80,7 +83,7 @@ class Reader:
         while True:
             start = time.perf_counter()
             with self._load_state.watch:
-                if not self._load_state.wait(self._next_is_ready, self._late):
+                if not self._load_state.wait(self._next_is_ready, self._late, self._doing):
                     return
                 if self._taken not in self._ready:
                     return
@@ -95,18 +98,35 @@ class Reader:
         """True if the next batch is there, or if the consumer itself reads it."""
         return not self._threads or self._taken in self._ready
 
-    def join(self) -> None:
-        """Waits for the threads; reads that have begun are not given up, as their memory must not vanish under them."""
+    def join(self, until: float | None = None) -> bool:
+        """Waits for the threads; returns False if a read has not come back by a time (`time.monotonic`).
+
+        Its memory must not vanish then.
+        """
         for thread in self._threads:
-            thread.join()
+            thread.join(None if until is None else max(until - time.monotonic(), 0))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _next_is_ready(self) -> bool:
         return self._taken in self._ready or (self._ended and self._taken == self._begun)
 
-    def _late(self) -> ReadError:
-        piece = self._reading[self._taken].ranges[0] if self._taken in self._reading else None
-        where = f"{piece.file} at byte {piece.offset} ({piece.tensor})" if piece else "the next piece"
+    def _late(self) -> ReadError | RankError:
+        where = self._next_read()
+        if where is None:
+            return self._no_slot()
         return ReadError(f"{where}: the read has not come back for {self._load_state.timeout:g} s")
+
+    def _doing(self) -> str:
+        where = self._next_read()
+        return "waiting for a slot" if where is None else f"reading {where}"
+
+    def _next_read(self) -> str | None:
+        """Returns what the consumer waits for; None if its read has not begun, because no slot is free."""
+        chunk = self._reading.get(self._taken)
+        if chunk is None:
+            return None
+        piece = chunk.ranges[0]
+        return f"{piece.file} at byte {piece.offset} ({piece.tensor})"
 
     def _work(self) -> None:
         try:
@@ -161,7 +181,7 @@ class Reader:
         """
         load_state = self._load_state
         if not self._threads:
-            return load_state.wait(room, self._late)
+            return load_state.wait(room, self._no_slot, lambda: "waiting for a slot")
         load_state.watch.wait_for(lambda: room() or load_state.stopped or load_state.failure is not None)
         return not load_state.stopped and load_state.failure is None
 

@@ -57,7 +57,7 @@ class Sender:
             # Receivers free only slots that they have heard of: a message that waits here would be waited for forever.
             self.flush()
         with self._load_state.watch:
-            self._load_state.wait(lambda: self._slots.any_free, self._late)
+            self._load_state.wait(lambda: self._slots.any_free, self._late, lambda: "waiting for a slot")
             self._slot = self._slots.take(1)
         self._filled = 0
 

@@ -11,7 +11,7 @@ import pytest
 from listening import listening, on_loopback
 
 from distquant.errors import InputError
-from distquant.runtime import addresses, process_group
+from distquant.runtime import addresses, meeting
 
 VARIABLES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
 
@@ -45,16 +45,16 @@ def test_interfaces_are_those_of_this_machine() -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.1.1", "localhost"])
 def test_a_store_listens_where_it_is_told_only(host: str) -> None:
     before = listening(psutil.Process())
-    store = process_group.serve(host)
+    store = meeting.serve(host)
     opened = listening(psutil.Process()) - before
     assert [on_loopback(address) for address, _, _ in opened] == [True]
-    process_group.connect(host, store.port, 10).set("key", "value")
+    meeting.connect(host, store.port, 10).set("key", "value")
     assert store.get("key") == b"value"
 
 
 def test_rank_0_listens_where_the_others_go_only(variables: pytest.MonkeyPatch) -> None:
     before = listening(psutil.Process())
-    rank, world, store = process_group._meet(10, None)
+    store, rank, world = meeting.meet(10)
     assert (rank, world, store.port) == (0, 2, int(os.environ["MASTER_PORT"]))
     assert [on_loopback(address) for address, _, _ in listening(psutil.Process()) - before] == [True]
     assert os.environ[addresses.GLOO] == "lo"
@@ -63,14 +63,14 @@ def test_rank_0_listens_where_the_others_go_only(variables: pytest.MonkeyPatch) 
 def test_an_address_of_nobody_is_named(variables: pytest.MonkeyPatch) -> None:
     variables.setenv("MASTER_ADDR", "nobody.invalid")
     with pytest.raises(InputError, match=r"^MASTER_ADDR: rank 0 cannot meet the others at nobody\.invalid:"):
-        process_group.init(1)
+        meeting.meet(1)
 
 
 def test_loopback_is_refused_where_ranks_are_elsewhere(variables: pytest.MonkeyPatch) -> None:
     variables.setenv("LOCAL_WORLD_SIZE", "1")
     fault = "MASTER_ADDR: 'localhost' is this machine alone (loopback), and some ranks are on others"
     with pytest.raises(InputError, match=re.escape(fault)):
-        process_group.init(1)
+        meeting.meet(1)
 
 
 @pytest.mark.parametrize("variable", ["interface", addresses.GLOO])
@@ -80,7 +80,7 @@ def test_an_unknown_interface_is_named(variables: pytest.MonkeyPatch, variable: 
         variables.setenv(variable, "eth99")
     fault = rf"^{variable}: 'eth99' is not a network interface with an address on .* here: lo"
     with pytest.raises(InputError, match=fault):
-        process_group.init(1, interface=interface)
+        meeting.meet(1, interface=interface)
 
 
 WHERE = {
