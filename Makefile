@@ -11,7 +11,7 @@ NATIVE := distquant/kernels/cpu/native
 SANITIZE = $(BIN)/cmake -S $(NATIVE) -B build/$@ -DCMAKE_BUILD_TYPE=Debug -DDISTQUANT_NATIVE=ON \
 	-DDISTQUANT_DRIVER=$(CURDIR)/tests/unit/kernels/native/driver.cpp -DDISTQUANT_SANITIZE=
 
-.PHONY: demo test test-wide test-versions check lint types docs format clean venv sanitize sanitize-memory sanitize-threads
+.PHONY: demo test test-wide soak test-versions check lint types docs format clean venv sanitize sanitize-memory sanitize-threads
 
 demo: venv
 	$(BIN)/distquant demo examples/models/kjv-tiny
@@ -25,6 +25,11 @@ test: venv
 # The sweeps: every family, method and width. They find the odd one out, and take as long as all else.
 test-wide: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m wide
+
+# Hostile inputs, faults of files, kills of ranks and launchers: for about an hour. Tables are printed, and written to build/soak.
+soak: export OMP_WAIT_POLICY := passive
+soak: venv
+	$(BIN)/python tests/soak/soak.py build/soak
 
 # Tests of what depends on transformers' version, with the pins of a file of constraints/ in place of ours.
 CONSTRAINTS ?= constraints/transformers-5.24.txt

@@ -71,7 +71,9 @@ def _meant(option: str, known: Sequence[str]) -> str | None:
     flag = "--quant" if other == "quantization_config" else "--" + other.replace("_", "-")
     if flag in known:
         return flag
-    return next(iter(difflib.get_close_matches("--" + name.replace("_", "-"), known, 1)), None)
+    # Without the dashes, which all have: they would make short names alike.
+    near = difflib.get_close_matches(name.replace("_", "-"), [flag.removeprefix("--") for flag in known], 1)
+    return f"--{near[0]}" if near else None
 
 
 def _model_argument(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ The process is a fork of this one, which has imported all that commands need: a 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import select
@@ -50,6 +51,9 @@ class Outcome(Enum):
     UNCHECKED = "unchecked"
     """It was done, and should have been refused, or gave other bits than it should."""
 
+
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2): the signal that a process gets when its parent ends."""
 
 GOOD = frozenset((Outcome.DONE, Outcome.REFUSED))
 
@@ -186,6 +190,7 @@ def bytes_of(folder: Path) -> int:
 def _run(function: Callable[[], int], out: int, err: int) -> None:
     """Runs in the fork, and ends it."""
     os.setsid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a harness that is stopped leaves no trial behind
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(out, 1)
