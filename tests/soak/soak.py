@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 PARTS = {
-    "hostile.py": [],
+    "hostile.py": ["--every", "3"],
     "huge_numbers.py": [],
     "endless_patterns.py": [],
     "stored_values.py": [],
