@@ -43,7 +43,8 @@ def finish(work: dist.Work | None, tensor: Tensor) -> None:
             return
         except RuntimeError:
             if work.is_completed():
-                raise
+                work.wait()  # raises its own error, if any: it may have been done just after the last wait gave up
+                return
         if (silent := silent_rank()) is not None:
             raise silent
 
