@@ -1,4 +1,4 @@
-"""Where ranks meet before they have a process group: a store, at one address only."""
+"""The store at which ranks meet before they have a process group. It listens at one address only."""
 
 from __future__ import annotations
 

@@ -70,6 +70,7 @@ class KillTrial:
         seconds: from the signal to the command's end; `PATIENCE` if it did not end.
         code: its exit code.
         said: its message.
+        missed: True if the command had ended before the signal, or ended well in spite of it.
         named: True if the right rank, or signal, is named.
         left: processes, folders and files that were left behind.
         next_right: True if the next load gave the right fingerprint.
@@ -83,6 +84,7 @@ class KillTrial:
     seconds: float
     code: int | None
     said: str
+    missed: bool
     named: bool
     left: tuple[str, ...]
     next_right: bool
@@ -95,7 +97,7 @@ class KillTrial:
     @property
     def good(self) -> bool:
         """True but for the time, which depends on the machine; a hang is not good."""
-        return self.named and not self.left and self.next_right and self.seconds < PATIENCE
+        return (self.named or self.missed) and not self.left and self.next_right and self.seconds < PATIENCE
 
 
 @dataclass
@@ -175,7 +177,8 @@ def undisturbed(runtime: str) -> tuple[float, float, str]:
             time.sleep(0.05)
         seconds = time.monotonic() - run.begun
         fingerprint = fingerprint_of(run.text("out"))
-        assert run.process.returncode == 0 and fingerprint and ranks_at, run.text()
+        if run.process.returncode or not fingerprint or ranks_at is None:
+            raise RuntimeError(run.text())
         return ranks_at, seconds, fingerprint
 
 
@@ -225,10 +228,11 @@ def kill(
         took = time.monotonic() - begun
         left = _left(run, before)
         said = "\n".join(line for line in run.text().splitlines() if line.startswith("distquant: ")).strip()
-        named = over or code == 0 or _named(name, number, code, run.text(), said)
+        missed = over or code == 0
+        named = not missed and _named(name, number, code, run.text(), said)
     next_right = not load_again or loads_right(runtime, fingerprint)
     victim = victim if victim == "launcher" else f"rank {victim}"
-    return KillTrial(runtime, victim, number, moment, doing, took, code, said, named, left, next_right)
+    return KillTrial(runtime, victim, number, moment, doing, took, code, said, missed, named, left, next_right)
 
 
 def loads_right(runtime: str, fingerprint: str) -> bool:
@@ -304,12 +308,14 @@ def table(trials: list[KillTrial]) -> str:
     for trial in trials:
         victim = "rank" if trial.victim.startswith("rank") else "launcher"
         rows.setdefault((trial.runtime, victim, trial.number.name), []).append(trial)
-    lines = ["| runtime | victim | signal | tried | longest | named | nothing left | next right |", "|---" * 8 + "|"]
+    heads = ["runtime", "victim", "signal", "tried", "missed", "longest", "named", "nothing left", "next right"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for key, each in sorted(rows.items()):
-        longest = max(trial.seconds for trial in each)
+        longest = max((trial.seconds for trial in each if not trial.missed), default=0.0)
         counts = [sum(trial.named for trial in each), sum(not trial.left for trial in each)]
         counts.append(sum(trial.next_right for trial in each))
-        lines.append(f"| {' | '.join(key)} | {len(each)} | {longest:.1f} s | {' | '.join(map(str, counts))} |")
+        cells = [*key, len(each), sum(trial.missed for trial in each), f"{longest:.1f} s", *counts]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

@@ -77,5 +77,5 @@ class Broken(LlamaForCausalLM):
         raise Defect("a defect of this code")
 """)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    with pytest.raises(Exception, match="^a defect of this code"):
+    with pytest.raises(Exception, match=r"^a defect of this code"):
         open_early(Request(model=folder, trust_remote_code=True))
