@@ -32,7 +32,7 @@ MOST_ITEMS = 1_000_000
 ONE_SECONDS = 1.0
 """Seconds of work for one pattern on one name."""
 
-ALL_SECONDS = 5.0
+ALL_SECONDS = 3.0
 """Seconds for all patterns on all names while a load is planned; those of 90,000 modules take a few tenths."""
 
 FAST_NAME = 128

@@ -262,8 +262,6 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
             raise
         launch.report(InputError([lack]), launch.rank_prefix())
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def _report_early(error: InputError) -> None:

@@ -47,5 +47,8 @@ def code_of(error: BaseException) -> int | None:
         number = signal.Signals(int(error.code) - 128)
     else:
         return None
+    # A KeyboardInterrupt that passed a call of `exec`, as imports have them, is noted by Python, which then ends the
+    # process by SIGINT in place of its exit code, although the exception was caught. The next call clears the note.
+    exec("")
     print(f"distquant: ended by {NAMES[number]}", file=sys.stderr, flush=True)
     return 128 + number
