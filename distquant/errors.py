@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -134,6 +135,22 @@ def _folded(alike: list[Problem]) -> Problem:
         return first
     named = ", ".join(places[: FIRST - 1]) + (", ..." if len(places) >= FIRST else "")
     return Problem(first.where, f"{first.what} (and {len(places)} more alike: {named})", first.fix)
+
+
+LISTED = 10
+"""Entries of one list that are each reported, where many may be wrong."""
+
+
+def listed(problems: Iterable[Problem]) -> Iterator[Problem]:
+    """Yields the first problems of each place, and how many more there are."""
+    counts: Counter[str] = Counter()
+    for problem in problems:
+        counts[problem.where] += 1
+        if counts[problem.where] <= LISTED:
+            yield problem
+    for where, count in counts.items():
+        if count > LISTED:
+            yield Problem(where, f"{count - LISTED} more like the ones before", "Correct or remove them all")
 
 
 class Problems:

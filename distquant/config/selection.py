@@ -18,12 +18,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from distquant.config.values import did_you_mean
-from distquant.errors import Problem
+from distquant.errors import LISTED, Problem
 from distquant.patterns import InvalidPattern, Pattern, compiled, shortened, too_many
 from distquant.whole_numbers import MOST_DIGITS, whole_number
-
-LISTED = 10
-"""Patterns that are named with near matches where they match no module: looking for these takes long."""
 
 
 def _compiled(pattern: str) -> Pattern:
@@ -131,7 +128,7 @@ class ModuleSelection:
         for option, patterns in (("skipped modules", self.skip), ("include_modules", self.include)):
             missed = [each for each in patterns or () if not any(matches(each, name) for name in names)]
             vocabulary = _vocabulary(names) if missed else set()
-            for pattern in missed[:LISTED]:
+            for pattern in missed[:LISTED]:  # looking for near matches takes long
                 fix = did_you_mean(pattern, vocabulary) or "Name a module of this model, or remove it."
                 problems.append(Problem(option, f"{shortened(pattern)} matches no module", fix))
             if (left := len(missed) - LISTED) > 0:

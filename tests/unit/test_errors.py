@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from distquant.errors import CheckFailed, DistquantError, InputError, Problem, Problems, RankError, one_line
+from distquant.errors import CheckFailed, DistquantError, InputError, Problem, Problems, RankError, listed, one_line
 
 FIRST = Problem("config.json", "'nf5' is not allowed", "Give 'nf4'")
 SECOND = Problem("--mesh", "tp=3 does not fit", "Give tp=2")
@@ -97,3 +97,13 @@ def test_an_error_of_another_library_is_one_line(text: str, line: str) -> None:
 def test_a_long_error_of_another_library_is_shortened() -> None:
     assert one_line(ValueError("word " * 1000)).endswith("word ...")
     assert len(one_line(ValueError("word " * 1000))) <= 300
+
+
+def test_entries_of_a_long_list_are_counted() -> None:
+    many = [Problem("list", f"{number} matches nothing", "Remove it") for number in range(25)]
+    found = list(listed([*many, Problem("other", "wrong", "Mend it")]))
+    assert found[:10] == many[:10]
+    assert [str(problem) for problem in found[10:]] == [
+        "other: wrong. Mend it",
+        "list: 15 more like the ones before. Correct or remove them all",
+    ]

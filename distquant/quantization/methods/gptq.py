@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from distquant.config import GptqConfig
 from distquant.config.checks import where
 from distquant.config.evidence import changed_meaning
-from distquant.errors import Problem
+from distquant.errors import Problem, listed
 from distquant.model.description import ModelDescription
 from distquant.patterns import compiled, pattern_error, shortened
 from distquant.quantization.algorithms.rtn import Grid
@@ -120,7 +120,7 @@ class GptqScheme(PackedIntScheme):
             )
         if not context.prequantized:
             problems += problems_of_calibration(config)
-            problems += self._unmatched(context.description)
+            problems += listed(self._unmatched(context.description))
         return problems
 
     def _unmatched(self, description: ModelDescription) -> Iterator[Problem]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from distquant.config import CompressedTensorsConfig, ModuleSelection, torch_dtype
 from distquant.config.quantization_group import matches
-from distquant.errors import Problem
+from distquant.errors import Problem, listed
 from distquant.kernels.protocol import Kernels
 from distquant.model.description import Linear, ModelDescription
 from distquant.model.module_names import matches_any
@@ -134,14 +134,16 @@ class CompressedTensorsScheme(WeightOnlyScheme, Encoder, Float8Multiplier):
         for name, stored in self._storages.items():
             problems += stored.problems(f"{field}.config_groups.{name}", context.prequantized)
         if not context.prequantized:
-            names = [member for name in context.description.linears for member in members(context.description, name)]
-            for target, group in self._targets.items():
-                if not any(self.names.matching(target, name, matches) for name in names):
-                    fault = f"{target!r} matches no linear module"
-                    problems.append(
-                        Problem(f"{field}.config_groups.{group}.targets", fault, "Name one, or write 'Linear'")
-                    )
+            problems += listed(self._unmatched(context.description))
         return problems
+
+    def _unmatched(self, description: ModelDescription) -> Iterator[Problem]:
+        """Yields the targets that this model does not have."""
+        names = [member for name in description.linears for member in members(description, name)]
+        for target, group in self._targets.items():
+            if not any(self.names.matching(target, name, matches) for name in names):
+                where = f"quantization_config.config_groups.{group}.targets"
+                yield Problem(where, f"{target!r} matches no linear module", "Name one, or write 'Linear'")
 
     def notes(self, converted: Iterable[str]) -> Iterator[str]:
         if self.config.kv_cache_scheme is not None:
