@@ -36,9 +36,9 @@ class Devices:
         return resolved("cpu" if place == "disk" else place)
 
     def accelerators(self, names: Iterable[str]) -> list[torch.device]:
-        """Returns the devices but the CPU that these tensors are filled on, in order of first use."""
-        used = dict.fromkeys(map(self.of, names))
-        return [device for device in used if device.type != "cpu"]
+        """Returns the devices but the CPU that these tensors are filled on, by number."""
+        used = {device for device in map(self.of, names) if device.type != "cpu"}
+        return sorted(used, key=lambda device: device.index or 0)
 
     def is_offloaded(self, name: str) -> bool:
         """Returns True if a tensor is kept elsewhere than where it is used."""

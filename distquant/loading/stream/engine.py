@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from time import monotonic, perf_counter
 
 import torch
@@ -130,6 +130,8 @@ class Engine:
         # Each of these runs whatever the others raise, from the last to the first: a device that has failed raises at
         # every question, and what it raises must not leave a thread, a socket or the memory behind.
         with ExitStack() as closing:
+            if error is not None:  # the load has failed: what closing raises then is a consequence
+                closing.enter_context(suppress(RuntimeError, OSError))
             closing.callback(self._give_back, ended)
             closing.callback(self._emitter.clear)
             closing.callback(self._sinks.clear)
