@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
+from distquant.accelerator.names import runs_cuda_kernels
 from distquant.errors import InputError, Problems
 from distquant.kernels.choice import Kernel
 from distquant.outputs import output_problem
@@ -53,7 +54,7 @@ class Forward(str, Enum):
 
     def tries(self, way: Forward, device: torch.device) -> bool:
         """Returns True if this way is tried on a device: where it is asked for, and on a GPU by `AUTO`."""
-        return self is way or (self is Forward.AUTO and device.type == "cuda")
+        return self is way or (self is Forward.AUTO and runs_cuda_kernels(device))
 
 
 FORWARDS = tuple(each.value for each in Forward)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from distquant.config import QuantizationConfig
 from distquant.environment import Environment, installed, usable_cores
+from distquant.errors import InputError
 from distquant.quantization import Context, Scheme
 from distquant.tables import table
 from distquant.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 HEADER = ("method", "names", "pre-quantized", "on the fly", "tp", "ep", "experts", "train", "state")
 """`experts`: how they are held when they are distributed over ep or sharded over tp."""
@@ -25,8 +30,6 @@ OPTIONAL = {
 
 def doctor_parts(quant: str | None) -> list[str]:
     """Returns the lines and tables, for all methods or the one that `quant` names."""
-    import torch
-
     from distquant.config import parse
     from distquant.quantization import config_classes, scheme_for
     from distquant.quantization.registry import discover
@@ -34,16 +37,12 @@ def doctor_parts(quant: str | None) -> list[str]:
     from distquant.runtime.measure import host_memory, measure, watched
 
     names = list(dict.fromkeys((*watched(), *OPTIONAL)))
-    versions, environment = {name: installed(name) for name in names}, measure(local.device(), None)
-    gpu = (
-        f" {torch.cuda.get_device_name()}, capability {environment.capability}"
-        if environment.device_type == "cuda"
-        else ""
-    )
+    versions, device = {name: installed(name) for name in names}, local.device()
+    environment = measure(device, None)
     lines = [
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {_cores()}, "
         f"{format_bytes(host_memory())} free",
-        f"device: {environment.device_type}{gpu}",
+        *device_lines(device, environment.capability),
         "",
         table(("package", "version"), [(name, version or "missing") for name, version in versions.items()]),
         "",
@@ -64,6 +63,37 @@ def doctor_parts(quant: str | None) -> list[str]:
     absent = [name for name in OPTIONAL if versions[name] is None]
     lines += [f"note: without {name}, {OPTIONAL[name]} is not available: pip install {name}" for name in absent]
     return lines
+
+
+def device_lines(device: torch.device, capability: tuple[int, int] | None) -> list[str]:
+    """Returns a device's name, and what was tried on it: what a load would otherwise be the first to find out."""
+    from distquant.accelerator import host_memory
+    from distquant.accelerator.facts import device_label
+    from distquant.accelerator.names import runs_cuda_kernels
+
+    if device.type == "cpu":
+        return ["device: cpu"]
+    known = f", capability {capability}" if capability is not None else ""
+    lines = [f"device: {device.type} {device_label(device)}{known}"]
+    failure = host_memory.trial(device)
+    slow = "loads are right, but wait for each copy to the device"
+    lines.append(f"host memory: not pinned: {failure}; {slow}" if failure else "host memory: can be pinned")
+    if runs_cuda_kernels(device):
+        lines.append(_triton(device))
+    return lines
+
+
+def _triton(device: torch.device) -> str:
+    """Returns the state of Triton's kernels on a device, for people."""
+    from distquant.kernels.choice import Kernel, choose
+    from distquant.kernels.compiler_trial import triton_problem
+
+    try:
+        choose(Kernel.TRITON, device)
+    except InputError as error:
+        return f"Triton: {error.problems[0].what}. {error.problems[0].fix}"
+    problem = triton_problem(device)
+    return "Triton: compiles and runs" if problem is None else f"Triton: {problem.what}. {problem.fix}"
 
 
 def _abilities(scheme: Scheme) -> tuple[str, ...]:

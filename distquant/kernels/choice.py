@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from distquant.accelerator.names import runs_cuda_kernels
 from distquant.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def choose(kernel: Kernel | str, device: torch.device) -> Choice:
 
 
 def _automatic(device: torch.device) -> Choice:
-    if device.type == "cuda":
+    if runs_cuda_kernels(device):
         return _triton(device)
     if device.type != "cpu":
         return _reference(f"reference: plain torch, no other kernels run on {device}")
@@ -102,24 +103,23 @@ def _cpu(device: torch.device) -> Choice:
 
 
 def _triton(device: torch.device) -> Choice:
-    import torch
-
     try:
         import triton
 
+        from distquant.accelerator.facts import device_label
         from distquant.kernels import gpu
     except ImportError as error:
         fix = "Install the triton that belongs to this torch, or take 'reference'"
         raise InputError.one("kernel", f"'triton' is not available: {error}", fix) from error
-    if device.type == "cuda":
-        return Choice(Kernel.TRITON, gpu, f"triton: {torch.cuda.get_device_name(device)}, Triton {triton.__version__}")
+    if runs_cuda_kernels(device):
+        return Choice(Kernel.TRITON, gpu, f"triton: {device_label(device)}, Triton {triton.__version__}")
     if device.type == "cpu" and triton.knobs.runtime.interpret:
         return Choice(Kernel.TRITON, gpu, f"triton: interpreted on the CPU, very slow, Triton {triton.__version__}")
     raise InputError.one("kernel", f"'triton' cannot quantize on {device}", "Take 'auto', 'cpu' or 'reference'")
 
 
 def _bitsandbytes(device: torch.device) -> Choice:
-    if device.type not in ("cpu", "cuda"):
+    if device.type != "cpu" and not runs_cuda_kernels(device):
         raise InputError.one("kernel", f"'bitsandbytes' cannot quantize on {device}", "Take 'reference'")
     try:
         import bitsandbytes

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distquant.accelerator.facts import resolved
+from distquant.accelerator.names import device_number
 from distquant.loading.offload import Offloaded, keep_plain_buffers, place_module, save_offloaded
 from distquant.parallel.experts import LocalExperts
 from distquant.sharding.device_map import is_offloaded, main_place, place_of
@@ -17,7 +19,7 @@ class Devices:
     """Places of tensors; keeps what goes to the disk until the model is dispatched."""
 
     def __init__(self, device: torch.device, device_map: Mapping[str, str] | None):
-        self.device, self.device_map = device, device_map
+        self.device, self.device_map = resolved(device), device_map
         self.offloaded = Offloaded()
 
     def place(self, name: str) -> str:
@@ -31,7 +33,12 @@ class Devices:
     def of(self, name: str) -> torch.device:
         """Returns the device that a tensor is filled on."""
         place = self.place(name)
-        return torch.device("cpu" if place == "disk" else place)
+        return resolved("cpu" if place == "disk" else place)
+
+    def accelerators(self, names: Iterable[str]) -> list[torch.device]:
+        """Returns the devices but the CPU that these tensors are filled on, by number."""
+        used = {device for device in map(self.of, names) if device.type != "cpu"}
+        return sorted(used, key=lambda device: device.index or 0)
 
     def is_offloaded(self, name: str) -> bool:
         """Returns True if a tensor is kept elsewhere than where it is used."""
@@ -40,7 +47,7 @@ class Devices:
     def runs_on(self, name: str) -> torch.device:
         """Returns the device that a tensor is used on."""
         if self.device_map is not None and self.is_offloaded(name):
-            return torch.device(main_place(self.device_map))
+            return resolved(main_place(self.device_map))
         return self.of(name)
 
     def offload(self, name: str, value: Tensor) -> None:
@@ -61,15 +68,15 @@ class Devices:
         from accelerate import dispatch_model
 
         given = self.device_map or {}
-        model.hf_device_map = {key: _of_accelerate(place) for key, place in given.items()}
+        model.hf_device_map = {key: device_number(place) for key, place in given.items()}
         if len(set(given.values())) < 2 and "disk" not in given.values():
             return
         self._hold(model, tied)
         asked = model.hf_device_map
         dispatch_model(
             model,
-            {name: _of_accelerate(place) for name, place in _flat(model, given).items()},
-            main_device=_of_accelerate(main_place(given)),
+            {name: device_number(place) for name, place in _flat(model, given).items()},
+            main_device=device_number(main_place(given)),
             state_dict=self.offloaded,
             offload_dir=self.offloaded.folder.name if self.offloaded.folder else None,
             offload_index={},  # all there is stands in `state_dict`
@@ -113,7 +120,3 @@ def _flat(model: nn.Module, device_map: Mapping[str, str]) -> dict[str, str]:
 
     add("", model)
     return found
-
-
-def _of_accelerate(place: str) -> int | str:
-    return int(place.removeprefix("cuda:")) if place.startswith("cuda:") else place

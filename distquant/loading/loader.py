@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from distquant.accelerator.facts import peak_memory, reset_peak_memory, resolved
 from distquant.checkpoint import Checkpoint
 from distquant.config import parse
 from distquant.errors import DistquantError, RankError
@@ -22,12 +23,13 @@ from distquant.loading.dropped_biases import check_dropped_biases
 from distquant.loading.fill import WeightPlacer
 from distquant.loading.finish import check_complete, fill_computed_buffers, finish, forbid_saving
 from distquant.loading.forward import check_forward, set_forward
+from distquant.loading.kernel_trial import check_compiles
 from distquant.loading.local_modules import shard_experts, shard_modules
 from distquant.loading.node_tasks import buffer_for, tasks_of
 from distquant.loading.planned_files import check_paths, check_unchanged, open_planned
-from distquant.loading.report import RankReport
+from distquant.loading.report import PINNED, RankReport
 from distquant.loading.shard_buffer import ShardBuffer
-from distquant.loading.stream.accelerator import Collectives
+from distquant.loading.stream.accelerator import Collectives, await_devices
 from distquant.loading.stream.engine import Engine
 from distquant.loading.stream.files import Files, ReadError
 from distquant.loading.stream.load_state import LoadState
@@ -105,7 +107,7 @@ def load_shard(
     """
     check_supported(plan)
     options = options or RunOptions()
-    device = torch.device(device)
+    device = resolved(device)
     adapter = find_adapter(plan, options.adapter)
     load = _delegate if scheme_of(plan).delegated else _load
     model = load(plan, comm, device, options, progress, prepared)
@@ -129,6 +131,7 @@ def _load(
     with changing_process_state():
         check_kernel(plan, scheme_of(plan), choose(options.kernel, device).kernel)
         check_forward(plan, scheme_of(plan), Forward(options.forward), device)
+        check_compiles(plan, options.kernel, device)
         _import_libraries(plan)
     if comm.world_size > 1:
         status("waiting for the other ranks")
@@ -206,6 +209,7 @@ class _Loading:
         self.axis = self.comm.axis("tp")
         self.coordinates = self.plan.mesh.coordinates(self.comm.rank)
         self.devices = Devices(self.device, self.plan.device_map)
+        self.accelerators = self.devices.accelerators(tensor.name for tensor in self.plan.tensors)
         self.stages = StageTimer(traced=self.options.trace is not None)
         self.load_state = LoadState(self.comm.timeout, self.comm.silent)
         self.collectives = Collectives(self.load_state)
@@ -213,6 +217,8 @@ class _Loading:
         self.started = time.perf_counter()
 
     def run(self) -> Any:
+        for device in self.accelerators:
+            reset_peak_memory(device)
         files = Files(self.checkpoint.folder, self.options.io, self.checkpoint.stamps())
         try:
             placer = self._fill(files)
@@ -220,6 +226,7 @@ class _Loading:
         finally:
             files.close()
         self._complete(placer.model, placer.filled)
+        await_devices(self.accelerators, self.load_state, self._late)  # before any seconds are taken
         self._fill_report(files)
         return placer.model
 
@@ -236,6 +243,9 @@ class _Loading:
         self._stream(placer, files)
         return placer
 
+    def _late(self, device: torch.device) -> RankError:
+        return RankError(self.comm.rank, f"{device} was not done within {self.load_state.timeout:g} s")
+
     def _ops(self, device: torch.device) -> Any:
         """Returns the kernels for a device."""
         if device not in self.kernels:
@@ -250,8 +260,9 @@ class _Loading:
         report.stages = dict(self.stages.busy)
         report.limit = self.stages.limit(time.perf_counter() - self.started)
         report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if self.device.type == "cuda":
-            report.peak_device_bytes = torch.cuda.max_memory_allocated(self.device)
+        for device in self.accelerators:
+            report.devices.append({"device": str(device), "peak_bytes": peak_memory(device)})
+        report.peak_device_bytes = max((one["peak_bytes"] or 0 for one in report.devices), default=0)
 
     def _complete(self, model: Any, filled: list[str]) -> None:
         plan = self.plan
@@ -324,6 +335,8 @@ class _Loading:
                 )  # while the first weights are read
             engine.run()
             self.report.staging_bytes = engine.staging_buffer.slot_bytes * engine.staging_buffer.slots
+            if self.accelerators:
+                self.report.load_buffer = f"not {PINNED}: {engine.not_pinned}" if engine.not_pinned else PINNED
             self.report.bytes_sent += engine.traffic.sent
             self.report.bytes_received += engine.traffic.received
 

@@ -10,6 +10,8 @@ from typing import Any
 from distquant.loading.stream.stage_timer import STAGES
 from distquant.planning.load_plan import LoadPlan
 
+PINNED = "pinned"
+
 
 @dataclass(kw_only=True)
 class RankReport:
@@ -30,6 +32,12 @@ class RankReport:
     """Reads that failed and were tried again."""
     peak_rss_bytes: int = 0
     peak_device_bytes: int = 0
+    """The highest of the devices' peaks."""
+    devices: list[dict[str, Any]] = field(default_factory=list)
+    """For each accelerator that holds weights: `device`, its name, and `peak_bytes`, the most that tensors took there
+    during the load; None where the backend does not count."""
+    load_buffer: str = ""
+    """`pinned`, or `not pinned` and the reason; empty where nothing is copied to a device."""
     kernel: str = ""
     """Kernels that quantized, and the reason for their choice."""
     forward: str = ""
@@ -37,6 +45,19 @@ class RankReport:
     limit: str = ""
     """Stage that limited the rank."""
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+
+def load_notes(ranks: list[RankReport]) -> list[str]:
+    """Returns what users should know of a load that went otherwise than it should, one line for each cause."""
+    having: dict[str, list[int]] = {}
+    for rank in ranks:
+        if rank.load_buffer not in ("", PINNED):
+            having.setdefault(rank.load_buffer, []).append(rank.rank)
+    return [
+        f"the load buffer of rank{'s' if len(of) > 1 else ''} {', '.join(map(str, of))} is {why}. The load is right, "
+        "but each copy to the device was waited for"
+        for why, of in having.items()
+    ]
 
 
 def make_report(plan: LoadPlan, runtime: str, ranks: list[RankReport], fingerprint: str | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distquant.accelerator.facts import random_state, set_random_state
 from distquant.errors import CheckFailed, InputError
 from distquant.parallel.comm import Axis
 
@@ -63,9 +64,9 @@ class Generate:
     def _take_random_state(self, model: Any) -> None:
         """Takes over rank 0's random state, so that all ranks sample the same tokens."""
         torch.set_rng_state(self.axis.broadcast(torch.get_rng_state()))
-        if model.device.type == "cuda":
-            on_device = torch.cuda.get_rng_state(model.device)
-            torch.cuda.set_rng_state(self.axis.broadcast(on_device.to(model.device)).cpu(), model.device)
+        if model.device.type != "cpu":
+            on_device = random_state(model.device)
+            set_random_state(self.axis.broadcast(on_device.to(model.device)).cpu(), model.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
         return self

@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distquant.accelerator.facts import reaches
+
 AT_ONCE = 256 << 20
 """Bytes of dequantized weights that one grouped product may hold; of one expert at least."""
 
 ALIGN = 16
 """Alignment in bytes that the kernel needs for the rows of both operands."""
+
+CAPABILITY = (8, 0)
+"""Least CUDA compute capability that the kernel runs on."""
 
 Weights = list[tuple[Callable[[], Tensor], int]]
 """For each expert a function that returns its weight `[out, in]`, and how many rows it has."""
@@ -23,10 +28,10 @@ Weights = list[tuple[Callable[[], Tensor], int]]
 
 def has_kernel(rows: Tensor, shape: tuple[int, int]) -> bool:
     """Returns True if one kernel on their device multiplies rows `[n, in]` with weights of this shape `[out, in]`."""
-    if rows.device.type != "cuda" or rows.dtype != torch.bfloat16 or not hasattr(nn.functional, "grouped_mm"):
+    if rows.dtype != torch.bfloat16 or not hasattr(nn.functional, "grouped_mm"):
         return False
     aligned = all(size * rows.element_size() % ALIGN == 0 for size in shape)
-    return aligned and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    return aligned and reaches(rows.device, CAPABILITY)
 
 
 def grouped_matmul(rows: Tensor, weights: Weights, at_once: int = AT_ONCE) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import fields
 from typing import Any
 
+from distquant.accelerator.names import first_device
 from distquant.checkpoint import open_checkpoint
 from distquant.config import CONFIG_CLASSES, QuantizationConfig
 from distquant.config.resolve import resolve, respelled
@@ -154,8 +155,7 @@ def _set(options: MutableMapping[str, Any], option: str, value: Any, spelled: st
 
 def _device(device: Any) -> Any:
     """Returns a device as a device map has it: a number as it is, a `torch.device` as text, `cuda` as its first."""
-    text = device if isinstance(device, int) else str(device).strip()
-    return {"cuda": "cuda:0", "gpu": "cuda:0"}.get(str(text).lower(), text)
+    return device if isinstance(device, int) else first_device(str(device).strip())
 
 
 def _notes(name: str, value: Any) -> list[str]:

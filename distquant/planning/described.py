@@ -325,4 +325,5 @@ def _device_map(
     sizes = {} if placement.dequantize else {name: nbytes(name) for name in selected.converted}
     asked = scheme.update_device_map(asked) if isinstance(asked, dict) else asked
     max_memory = memory_by_device(request.max_memory, environment.device_type)
-    return infer_device_map(model, asked, max_memory, sizes, scheme.adjust_max_memory, problems)
+    kind = environment.device_type
+    return infer_device_map(model, asked, max_memory, sizes, scheme.adjust_max_memory, problems, kind)

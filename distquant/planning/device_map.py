@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from distquant.accelerator.names import device_name, device_number, device_type
 from distquant.errors import InputError, Problems, one_line
 from distquant.model import STAR
 from distquant.sharding.device_map import main_place, place_of
@@ -31,6 +32,7 @@ def infer_device_map(
     quantized: Mapping[str, int],
     adjust: Callable[[int], int],
     problems: Problems,
+    kind: str | None = None,
 ) -> dict[str, str] | None:
     """Returns the complete map, module -> device; None if it is invalid.
 
@@ -41,13 +43,14 @@ def infer_device_map(
         quantized: bytes that each converted module's weight takes.
         adjust: the scheme's `adjust_max_memory`.
         problems: gets an incomplete map, unknown modules and devices, and invalid sizes.
+        kind: type of the devices that are given by number; None: of CUDA's.
     """
     from accelerate.utils import check_device_map
 
     if isinstance(asked, str) and asked in AUTO:
-        return _infer(model, asked, max_memory, quantized, adjust, problems)
+        return _infer(model, asked, max_memory, quantized, adjust, problems, kind)
     given = asked if isinstance(asked, dict) else {"": asked}
-    device_map = {key: _device(value) for key, value in given.items()}
+    device_map = {key: device_name(value, kind) for key, value in given.items()}
     invalid = [(key, device) for key, device in device_map.items() if not is_device(device)]
     for key, device in invalid:
         problem = f"invalid device {device!r} (for {key or 'the whole model'})"
@@ -83,11 +86,12 @@ def _with_computed_buffers(model: PreTrainedModel, device_map: dict[str, str]) -
 
 def _infer(
     model: PreTrainedModel,
-    kind: str,
+    way: str,
     max_memory: Any,
     quantized: Mapping[str, int],
     adjust: Callable[[int], int],
     problems: Problems,
+    kind: str | None,
 ) -> dict[str, str] | None:
     """Returns the map that accelerate infers from the sizes that weights will have."""
     from accelerate import infer_auto_device_map
@@ -96,21 +100,21 @@ def _infer(
     resized = _with_quantized_sizes(model, quantized)
     no_split = list(model._no_split_modules or [])
     try:
-        declared = read_memory(max_memory)
+        declared = read_memory(max_memory, kind)
     except InputError as error:
         problems.extend(error.problems)
         return None
     # The disk takes what is left, and accelerate has no limit for it; `check_memory` compares it afterwards.
-    limits = None if declared is None else {_accelerate_key(k): v for k, v in declared.items() if k != "disk"}
+    limits = None if declared is None else {device_number(k): v for k, v in declared.items() if k != "disk"}
     with _without_accelerate_warnings():
         memory = get_max_memory(limits)
-        if kind != "sequential":
-            low_zero = kind == "balanced_low_0"
+        if way != "sequential":
+            low_zero = way == "balanced_low_0"
             memory = get_balanced_memory(resized, memory, no_split_module_classes=no_split, low_zero=low_zero)
         # In transformers' order: balance first, then leave free what the scheme needs on each device.
         memory = {key: adjust(value) for key, value in memory.items()}
         inferred = infer_auto_device_map(resized, max_memory=memory, no_split_module_classes=no_split)
-    return {key: _device(value) for key, value in inferred.items()}
+    return {key: device_name(value, kind) for key, value in inferred.items()}
 
 
 @contextmanager
@@ -144,11 +148,11 @@ def _with_quantized_sizes(model: PreTrainedModel, quantized: Mapping[str, int]) 
     return resized
 
 
-def memory_by_device(max_memory: Any, device_type: str | None) -> Mapping[Any, Any] | None:
+def memory_by_device(max_memory: Any, kind: str | None) -> Mapping[Any, Any] | None:
     """Returns `max_memory` by device; a single size is that of the first device."""
     if max_memory is None or isinstance(max_memory, Mapping):
         return max_memory
-    return {"cpu" if device_type == "cpu" else 0: max_memory}
+    return {"cpu" if kind == "cpu" else 0: max_memory}
 
 
 def memory_limits(max_memory: Any, device_map: Mapping[str, str]) -> dict[str, int]:
@@ -157,17 +161,20 @@ def memory_limits(max_memory: Any, device_map: Mapping[str, str]) -> dict[str, i
     A single size is that of every device but the disk. Raises `InputError` for invalid sizes.
     """
     if max_memory is None or isinstance(max_memory, Mapping):
-        return read_memory(max_memory) or {}
+        return read_memory(max_memory, device_type(main_place(device_map))) or {}
     return dict.fromkeys(set(device_map.values()) - {"disk"}, parse_bytes(max_memory, "max_memory"))
 
 
-def read_memory(given: Mapping[Any, Any] | None) -> dict[str, int] | None:
-    """Returns device -> bytes; raises `InputError` with every entry of an invalid device or size."""
+def read_memory(given: Mapping[Any, Any] | None, kind: str | None) -> dict[str, int] | None:
+    """Returns device -> bytes; a number is a device of type `kind` (`accelerator.names.device_name`).
+
+    Raises `InputError` with every entry of an invalid device or size.
+    """
     if given is None:
         return None
     problems, sizes = Problems(), dict[str, int]()
     for key, value in given.items():
-        device, where = _device(key), f"max_memory[{key!r}]"
+        device, where = device_name(key, kind), f"max_memory[{key!r}]"
         if not is_device(device):
             problems.add(where, f"invalid device {key!r}", "Give 'cpu', 'disk', or the number of a GPU")
             continue
@@ -204,16 +211,6 @@ def is_device(name: str) -> bool:
         return torch.device(name).type != "meta"
     except RuntimeError:
         return False
-
-
-def _accelerate_key(device: str) -> int | str:
-    """Returns accelerate's name of a device: a GPU's is its number."""
-    return int(device.removeprefix("cuda:")) if device.startswith("cuda:") else device
-
-
-def _device(value: Any) -> str:
-    """Returns our name of a device: a GPU's is `cuda:` and its number."""
-    return f"cuda:{value}" if isinstance(value, int) or str(value).isdigit() else str(value)
 
 
 def _names(model: PreTrainedModel) -> list[str]:

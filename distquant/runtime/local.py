@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from distquant.accelerator.facts import own_device
 from distquant.garbage_collection import without_collector
 from distquant.loading.loader import load_shard
 from distquant.options import Progress, RunOptions
@@ -21,7 +22,7 @@ NAME = "local"
 
 def device() -> torch.device:
     """Returns the device that a process without others uses."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return own_device()
 
 
 @without_collector()

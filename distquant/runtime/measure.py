@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from distquant.accelerator.facts import capability, free_memory
 from distquant.environment import Environment, installed
 from distquant.errors import InputError
 from distquant.options import PlanOptions
@@ -91,17 +92,17 @@ def measure(device: torch.device, max_memory: int | None, nodes: tuple[int, ...]
         nodes: the node of each rank.
         rank: of this process.
     """
-    capability = None
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        free, source = torch.cuda.mem_get_info(device)[0], "free on the device"
-    else:
+    free: int | None
+    if device.type == "cpu":
         local_ranks = nodes.count(nodes[rank])
         free, source = host_memory() // local_ranks, "free on the host, divided by its ranks"
+    else:
+        free = free_memory(device)
+        source = "unknown" if free is None else "free on the device"
     return Environment(
         device_type=device.type,
         device_count=len(nodes),
-        capability=capability,
+        capability=capability(device),
         memory=free if max_memory is None else max_memory,
         memory_source=source if max_memory is None else "max_memory",
         nodes=nodes,

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor
 
+from distquant.accelerator.facts import group_backend
 from distquant.errors import RankError
 from distquant.parallel.comm import DEFAULT_TIMEOUT, Axis, SoloAxis
 from distquant.runtime.collectives import collect, finish, share, silent_rank
@@ -137,11 +138,6 @@ def make_group(ranks: Sequence[int] | None, timeout: float) -> dist.ProcessGroup
     return group
 
 
-def backend() -> str:
-    """Returns the backend: NCCL where there are GPUs (with gloo for CPU tensors), gloo otherwise."""
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-
-
 def init(meeting: Meeting, timeout: float | None = None) -> None:
     """Joins the default process group.
 
@@ -152,4 +148,4 @@ def init(meeting: Meeting, timeout: float | None = None) -> None:
     limit = datetime.timedelta(seconds=DEFAULT_TIMEOUT if timeout is None else timeout)
     store, rank, world_size = meeting
     store.set_timeout(limit)
-    dist.init_process_group(backend(), timeout=limit, rank=rank, world_size=world_size, store=store)
+    dist.init_process_group(group_backend(), timeout=limit, rank=rank, world_size=world_size, store=store)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from distquant.loading.report import RankReport, make_report
+from distquant.loading.report import RankReport, load_notes, make_report
 from distquant.planning import LoadPlan
 from distquant.progress import status
 from distquant.runtime.answer import answer, generate
@@ -45,7 +45,7 @@ class Outcome:
     """A value of `answer.End`, for an answer of a chat model."""
     perplexity: float | None = None
     notes: list[str] = field(default_factory=list)
-    """Those of the plan."""
+    """Those of the plan, and of the load."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -61,7 +61,8 @@ def perform(model: Any, query: Query, runtime: str) -> Outcome:
     plan: LoadPlan = loaded.plan
     digest = fingerprint(model) if query.fingerprint and not loaded.scheme.delegated else None
     ranks: list[RankReport] = loaded.comm.collect(loaded.report)
-    outcome = Outcome(report=make_report(plan, runtime, ranks, digest), notes=list(plan.notes))
+    notes = [*plan.notes, *load_notes(ranks)]
+    outcome = Outcome(report=make_report(plan, runtime, ranks, digest), notes=notes)
     if query.prompt is not None:
         status("generating")
         _answer(model, query.prompt, query, outcome)

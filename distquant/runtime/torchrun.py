@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distquant.accelerator import facts
 from distquant.errors import InputError, RankError
 from distquant.garbage_collection import without_collector
 from distquant.loading.loader import load_shard
@@ -29,12 +30,9 @@ NAME = "torchrun"
 
 
 def device() -> torch.device:
-    """Returns this rank's device: the GPU of its local rank, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    """Returns this rank's device: the accelerator of its local rank, or the CPU."""
+    count = facts.device_count()
+    return facts.select(int(os.environ.get("LOCAL_RANK", "0")) % count) if count else facts.CPU
 
 
 @without_collector()

@@ -24,7 +24,10 @@ RANK = {
 }  # fmt: skip
 """The keys of one rank that the design promises."""
 
-MORE_OF_RANK = {"unquantized_bytes", "staging_bytes", "direct_bytes", "retries", "kernel", "forward", "limit"}
+MORE_OF_RANK = {
+    "unquantized_bytes", "staging_bytes", "direct_bytes", "retries", "kernel", "forward", "limit", "devices",
+    "load_buffer",
+}  # fmt: skip
 """What each rank tells beyond them."""
 
 

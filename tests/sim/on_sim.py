@@ -146,7 +146,7 @@ def over_two_nodes(path: str, quant: str, staging: str, seconds: float) -> dict[
     """Four ranks of two nodes, each a thread with a device of its own; collectives run on the devices' streams."""
     import _sim
 
-    on_cpu = dq.fingerprint(dq.load(path, quantization_config=quant))
+    on_cpu = dq.fingerprint(load_shard(dq.plan(path, quantization_config=quant), SoloComm(), "cpu"))
     plan = dq.plan(path, quantization_config=quant, mesh="tp=4", ranks_per_node=2, staging=staging)
     meeting, axis = Meeting(4), Meeting(4)
     _sim.set_cost(50e9, 6e9, seconds)

@@ -115,6 +115,7 @@ KINDS = frozenset(("identifier", "docstring", "comment", "message"))
 
 CHECKED: dict[str, frozenset[str]] = {
     ".": KINDS,  # the single files
+    "accelerator": KINDS,
     "checkpoint": KINDS,
     "cli": KINDS,
     "config": KINDS,

@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from distquant.accelerator.names import runs_cuda_kernels
+
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 """Options of every launch: a product and a sum keep their two roundings."""
 
@@ -25,8 +27,8 @@ def on(weight: Tensor) -> AbstractContextManager[Any]:
     """
     if weight.dtype not in TRITON_DTYPES and weight.dtype not in (torch.uint8, torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"a tensor of {weight.dtype}: GPU kernels read bfloat16, float16 and float32")
-    if weight.device.type == "cuda":
-        return torch.cuda.device(weight.device)
+    if runs_cuda_kernels(weight.device):
+        return torch.accelerator.device_index(weight.device.index)
     if knobs.runtime.interpret:
         return nullcontext()
     raise ValueError(f"a tensor on {weight.device}: GPU kernels need one on a GPU, or TRITON_INTERPRET=1")

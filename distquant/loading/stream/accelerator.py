@@ -8,7 +8,7 @@ own.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -68,6 +68,18 @@ def await_event(event: torch.Event, load_state: LoadState, late: Callable[[], Ba
     """
     if not reached(event, time.monotonic() + load_state.timeout, lambda: load_state.failure is not None):
         raise load_state.failure or late()
+
+
+def await_devices(
+    devices: Iterable[torch.device], load_state: LoadState, late: Callable[[torch.device], BaseException]
+) -> None:
+    """Waits until devices have done what is on their current streams: all of a load, once its copies are waited for.
+
+    Not by `synchronize`, which would also wait for other work of the process, and without an end.
+    """
+    for device in devices:
+        done = torch.accelerator.current_stream(device).record_event()
+        await_event(done, load_state, lambda device=device: late(device))  # type: ignore[misc]
 
 
 class Collectives:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from time import monotonic, perf_counter
 
 import torch
@@ -40,6 +41,9 @@ from distquant.units import format_bytes
 
 READERS = 2
 """Reads in flight, where they may wait for a disk or a network."""
+
+USERS = 3
+"""Users of the load buffer that end before it: peers, the reader, the copier."""
 
 HANGING = 2.0
 """Seconds that a load which has failed waits for reads that have begun."""
@@ -92,7 +96,9 @@ class Engine:
         self.staging_buffer = staging_buffer = StagingBuffer(READ_SLOTS + SEND_SLOTS, budget.slot)
         self._devices = {task.device: None for task in tasks if task.device.type != "cpu"}
         """Devices that weights go to, in their order of use."""
-        pinned = bool(self._devices) and staging_buffer.pin(next(iter(self._devices)))
+        self.not_pinned = staging_buffer.pin(next(iter(self._devices))) if self._devices else ""
+        """Why the buffer is not pinned for copies to devices; "" = it is, or there are none."""
+        pinned = bool(self._devices) and not self.not_pinned
         self._reads = reads = Slots(range(READ_SLOTS), load_state.watch)
         sends = Slots(range(READ_SLOTS, READ_SLOTS + SEND_SLOTS), load_state.watch)
         self.arrivals = arrivals = ArrivalTracker(tasks, rank, load_state)
@@ -117,23 +123,35 @@ class Engine:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.load_state.stop()
-        # Others first: they wait for this rank, and a read that hangs may never come back.
         begun = monotonic()
         until = begun + self.load_state.timeout
-        ended = self.peers.close(error, until)
-        ended = (self._reader is None or self._reader.join(begun + HANGING if error else until)) and ended
-        ended = self.copier.close(until) and ended
-        self._sinks.clear()
-        self._emitter.clear()
-        self._reader = None
-        if ended:
+        reader, self._reader = self._reader, None
+        ended: list[bool] = []
+        # Each of these runs whatever the others raise, from the last to the first: a device that has failed raises at
+        # every question, and what it raises must not leave a thread, a socket or the memory behind.
+        with ExitStack() as closing:
+            if error is not None:  # the load has failed: what closing raises then is a consequence
+                closing.enter_context(suppress(RuntimeError, OSError))
+            closing.callback(self._give_back, ended)
+            closing.callback(self._emitter.clear)
+            closing.callback(self._sinks.clear)
+            closing.callback(lambda: ended.append(self.copier.close(until)))
+            closing.callback(
+                lambda: ended.append(reader is None or reader.join(begun + HANGING if error else until)),
+            )
+            # Others first: they wait for this rank, and a read that hangs may never come back.
+            closing.callback(lambda: ended.append(self.peers.close(error, until)))
+
+    def _give_back(self, ended: list[bool]) -> None:
+        """Gives back the load buffer if its users have ended: peers, reads and copies. One that raised may not have."""
+        if len(ended) == USERS and all(ended):
             self.staging_buffer.close()
-        else:
-            # A read or device still uses this memory: unmapped, it would fault; reused, it would give wrong weights.
-            self.staging_buffer.keep()
-            size = format_bytes(self.staging_buffer.slot_bytes * self.staging_buffer.slots)
-            cause = f"rank {self.rank}: a read or copy still goes on {self.load_state.timeout:g} s after the load ended"
-            warnings.warn(f"{cause}; {size} of the load buffer stay in use", RuntimeWarning, stacklevel=2)
+            return
+        # A read or device still uses this memory: unmapped, it would fault; reused, it would give wrong weights.
+        self.staging_buffer.keep()
+        size = format_bytes(self.staging_buffer.slot_bytes * self.staging_buffer.slots)
+        cause = f"rank {self.rank}: a read or copy still goes on {self.load_state.timeout:g} s after the load ended"
+        warnings.warn(f"{cause}; {size} of the load buffer stay in use", RuntimeWarning, stacklevel=3)
 
     def start(self) -> None:
         """Begins to listen and, where threads read ahead, to read; `run` goes on."""

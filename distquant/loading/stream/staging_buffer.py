@@ -10,11 +10,11 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from distquant.accelerator.host_memory import HostRegistration
 from distquant.planning.slots import PAGE
 
 IN_USE: set[StagingBuffer] = set()
@@ -35,24 +35,19 @@ class StagingBuffer:
             os.ftruncate(self.fd, size)
             self._map = mmap.mmap(self.fd, size)
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._runtime: Any = None
-        """The runtime that has pinned the memory, if any."""
+        self._registration: HostRegistration | None = None
+        """With a device that copies from the memory, if any."""
 
     def slot(self, index: int) -> Tensor:
         """uint8 `[slot_bytes]`."""
         return self.memory[index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
-    def pin(self, device: torch.device) -> bool:
-        """Pins the memory for copies to a device; returns False if the backend has no interface like CUDA's."""
-        runtime = getattr(torch.get_device_module(device), "cudart", None)
-        if runtime is None:
-            return False
-        with torch.accelerator.device_index(device.index):
-            code = runtime().cudaHostRegister(self.memory.data_ptr(), self.memory.numel(), 0)
-        if int(code) == 0:
-            self._runtime = runtime()
+    def pin(self, device: torch.device) -> str:
+        """Pins the memory for copies to a device; returns why that failed, or "". Copies from it work all the same."""
+        self._registration = HostRegistration(self.memory, device)
+        if self._registration.pinned:
             IN_USE.add(self)
-        return int(code) == 0
+        return self._registration.failure
 
     def keep(self) -> None:
         """Keeps the memory mapped until the process ends: a device or thread may still use it."""
@@ -61,8 +56,8 @@ class StagingBuffer:
     def close(self) -> None:
         """Gives the memory back. Views of it must not be used any more."""
         IN_USE.discard(self)
-        if self._runtime is not None:
-            self._runtime.cudaHostUnregister(self.memory.data_ptr())
+        if self._registration is not None:
+            self._registration.release()
         del self.memory
         if self.fd is not None:
             # Frees the pages even if something still refers to the mapping, such as a traceback that is kept. A read

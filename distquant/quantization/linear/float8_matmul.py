@@ -23,6 +23,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from distquant.accelerator.facts import reaches
 from distquant.options import Forward
 from distquant.sharding.shard import Shard
 
@@ -73,9 +74,7 @@ class Float8Multiplier(ABC):
 
 def runs_float8(device: torch.device) -> bool:
     """Returns True if the device multiplies float8 by itself."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= CAPABILITY
+    return reaches(device, CAPABILITY)
 
 
 def missing(kernel: Float8Kernel, device: torch.device) -> str | None:
@@ -102,7 +101,7 @@ def is_float8(forward: Forward, kernel: Float8Kernel, shape: tuple[int, int], de
     """Returns True if a kernel multiplies a weight `[out, in]` on a device."""
     if not forward.tries(Forward.FLOAT8, device) or missing(kernel, device) is not None:
         return False
-    alignment = TILE[0] if kernel is Float8Kernel.TILES else ALIGNMENT if device.type == "cuda" else 1
+    alignment = TILE[0] if kernel is Float8Kernel.TILES else ALIGNMENT if device.type != "cpu" else 1
     return not (shape[0] % alignment or shape[1] % alignment)
 
 

@@ -253,7 +253,7 @@ class HqqScheme(QuantizedScheme, Encoder):
         module.W_q = nn.Parameter(words, requires_grad=False)
         module.meta = self._metadata(shard, components)
         module.device, module.ready = words.device, True
-        module.in_gpu = words.device.type == "cuda"
+        module.in_gpu = words.device.type != "cpu"
 
     def components(self, module: Any) -> dict[str, Tensor]:
         return {"W_q": module.W_q.data, "scale": module.meta["scale"], "zero": module.meta["zero"]}
