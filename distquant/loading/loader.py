@@ -24,6 +24,7 @@ from distquant.loading.finish import check_complete, fill_computed_buffers, fini
 from distquant.loading.forward import check_forward, set_forward
 from distquant.loading.local_modules import shard_experts, shard_modules
 from distquant.loading.node_tasks import buffer_for, tasks_of
+from distquant.loading.mapped import MappedTensors
 from distquant.loading.planned_files import check_paths, check_unchanged, open_planned
 from distquant.loading.report import RankReport
 from distquant.loading.shard_buffer import ShardBuffer
@@ -289,10 +290,14 @@ class _Loading:
         plan = self.plan
         node = node_ranks(plan.nodes, self.comm.rank)
         tasks = list(tasks_of(plan, self.scheme, node, self.checkpoint.tensors, self.devices.of, self._ops))
+        # What hooks move for each forward is read: a page of a file would be read from the disk again and again.
+        placed = [task for task in tasks if not self.devices.is_offloaded(task.transfer.tensor.name)]
+        positions = [plan.mesh.coordinates(rank)["tp"] for rank in range(plan.mesh.size)]
+        mapped = MappedTensors.of(placed, files, self.options.io, self.comm, node, positions)
         partial = any(plan.nodes[rank] != plan.nodes[self.comm.rank] for rank in plan.mesh.peers(self.comm.rank, "tp"))
 
         def sink(task: Task) -> ShardBuffer:
-            return buffer_for(task, self.coordinates["tp"], partial, placer.allocator(task))
+            return buffer_for(task, self.coordinates["tp"], partial, mapped.allocator(task) or placer.allocator(task))
 
         def finished(task: Task, filled: Any) -> None:
             if partial:
@@ -323,6 +328,7 @@ class _Loading:
                     placer.model, plan, self.scheme, self.coordinates["tp"]
                 )  # while the first weights are read
             engine.run()
+            self.report.mapped_bytes = mapped.nbytes
             self.report.staging_bytes = engine.staging_buffer.slot_bytes * engine.staging_buffer.slots
             self.report.bytes_sent += engine.traffic.sent
             self.report.bytes_received += engine.traffic.received
