@@ -163,9 +163,9 @@ class RunOptions:
     that keep the stored words.
     """
     io: str = "auto"
-    """Way to read files: `buffered` (through the page cache), `direct` (past it), `mapped` (on the CPU, weights that stay
-    as stored are the file's own pages), or `auto` (cached files mapped if they are local, else read through the cache;
-    the rest past it).
+    """Way to read files: `buffered` (through the page cache), `direct` (past it), `mapped` (on the CPU, weights that
+    stay as stored are the file's own pages), or `auto` (cached files mapped if they are local, else read through the
+    cache; the rest past it).
 
     Mapped files must not change as long as the model is used: see docs/streaming.md.
     """

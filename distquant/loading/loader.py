@@ -23,8 +23,8 @@ from distquant.loading.fill import WeightPlacer
 from distquant.loading.finish import check_complete, fill_computed_buffers, finish, forbid_saving
 from distquant.loading.forward import check_forward, set_forward
 from distquant.loading.local_modules import shard_experts, shard_modules
-from distquant.loading.node_tasks import buffer_for, tasks_of
 from distquant.loading.mapped import MappedTensors
+from distquant.loading.node_tasks import buffer_for, tasks_of
 from distquant.loading.planned_files import check_paths, check_unchanged, open_planned
 from distquant.loading.report import RankReport
 from distquant.loading.shard_buffer import ShardBuffer

@@ -22,8 +22,8 @@ LOCAL = {
     0x73717368: "SquashFS",
     0xE0F5E1E2: "EROFS",
 }
-"""Linux' numbers of local file systems (statfs(2), linux/magic.h). A list of those that are not would never be complete:
-NFS, CIFS, FUSE, Lustre, GPFS, Ceph, 9P and others."""
+"""Linux' numbers of local file systems (statfs(2), linux/magic.h). All others may go away: NFS, CIFS, FUSE, Lustre,
+GPFS, Ceph, 9P and those that are not known here."""
 
 _STATFS_BYTES = 256
 """More than any Linux' `struct statfs` has (120 bytes on 64-bit machines)."""
