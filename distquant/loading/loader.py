@@ -212,6 +212,7 @@ class _Loading:
         self.collectives = Collectives(self.load_state)
         self.kernels: dict[torch.device, Choice] = {}
         self.started = time.perf_counter()
+        self.mapped = MappedTensors()
 
     def run(self) -> Any:
         files = Files(self.checkpoint.folder, self.options.io, self.checkpoint.stamps())
@@ -221,6 +222,7 @@ class _Loading:
         finally:
             files.close()
         self._complete(placer.model, placer.filled)
+        self.mapped.protect_files(placer.model)
         self._fill_report(files)
         return placer.model
 
@@ -293,7 +295,7 @@ class _Loading:
         # What hooks move for each forward is read: a page of a file would be read from the disk again and again.
         placed = [task for task in tasks if not self.devices.is_offloaded(task.transfer.tensor.name)]
         positions = [plan.mesh.coordinates(rank)["tp"] for rank in range(plan.mesh.size)]
-        mapped = MappedTensors.of(placed, files, self.options.io, self.comm, node, positions)
+        self.mapped = mapped = MappedTensors.of(placed, files, self.options.io, self.comm, node, positions)
         partial = any(plan.nodes[rank] != plan.nodes[self.comm.rank] for rank in plan.mesh.peers(self.comm.rank, "tp"))
 
         def sink(task: Task) -> ShardBuffer:

@@ -12,8 +12,11 @@ system ends the process that touches such a page (SIGBUS).
 from __future__ import annotations
 
 import mmap
+import os
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,10 +39,12 @@ class MappedTensors:
 
     Attributes:
         nbytes: bytes of the files that this rank has mapped as weights.
+        identities: (device, inode) of each of these files.
     """
 
     def __init__(self) -> None:
         self.nbytes = 0
+        self.identities: set[tuple[int, int]] = set()
         self._runs: dict[int, tuple[mmap.mmap, RowRange]] = {}
 
     @classmethod
@@ -75,6 +80,8 @@ class MappedTensors:
             task.reads = ()
             if (own := kept.get(comm.rank)) is not None:
                 found._runs[task.index] = (maps[own.file], own)
+        for name in {run.file for _, run in found._runs.values()}:
+            found.identities.add(_identity(os.fstat(files.open(name))))
         return found
 
     def allocator(self, task: Task) -> Allocator | None:
@@ -92,6 +99,34 @@ class MappedTensors:
             raise ReadError(f"{where}: the file ends {missing} bytes too early")
         self.nbytes += run.nbytes
         return torch.frombuffer(mapped, dtype=dtype, count=count, offset=run.offset)
+
+    def protect_files(self, model: Any) -> None:
+        """Makes `save_pretrained` refuse to overwrite files whose pages are the model's own weights."""
+        own, identities = model.__dict__.get("save_pretrained"), frozenset(self.identities)
+        if not identities or (own is not None and not isinstance(own, types.MethodType)):
+            return  # an object in its place refuses to save at all
+        save = type(model).save_pretrained if own is None else own.__func__
+
+        def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+            for path in _files_in(save_directory):
+                if _identity(os.stat(path)) in identities:
+                    fault = f"the pages of {path} are the memory of this model's weights, and would be overwritten"
+                    raise InputError.one("save_pretrained", fault, "Save to another folder, or load with io='buffered'")
+            save(self, save_directory, *args, **kwargs)
+
+        model.save_pretrained = types.MethodType(save_pretrained, model)
+
+
+def _files_in(folder: str | os.PathLike[str]) -> list[str]:
+    """Returns the paths of all files in a folder, links to files included; none if there is no such folder."""
+    try:
+        return [entry.path for entry in os.scandir(folder) if entry.is_file()]
+    except OSError:  # `save_pretrained` says what is wrong with it, if anything is
+        return []
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _stays(task: Task) -> bool:
