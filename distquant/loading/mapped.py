@@ -5,7 +5,7 @@ the file. All others are read. The mapping is private: whoever writes to a weigh
 written to, and the file stays as it is. Pages that nobody has written to are the page cache's own, so all processes of
 a machine share them, and the system may drop them and read them again.
 
-Hence the file must stay, too. Whatever changes its bytes changes weights, and where it was cut or cannot be read, the
+Hence the file must stay, too. Whatever changes its bytes changes weights, and where it was shortened or cannot be read, the
 system ends the process that touches such a page (SIGBUS).
 """
 
@@ -66,9 +66,9 @@ class MappedTensors:
             InputError: a file cannot be mapped, and `io` asks for it.
             ReadError: a file is not the one whose header was read.
         """
-        found = cls()
+        mapped = cls()
         if io not in ("auto", "mapped"):
-            return found
+            return mapped
         runs = {task.index: _runs(task, node, positions) for task in tasks if _stays(task)}
         names = sorted({run.file for each in runs.values() if each is not None for run in each.values()})
         maps = _agreed(files, names, io, comm, node)
@@ -79,10 +79,10 @@ class MappedTensors:
             # Nobody reads it, and nobody waits for its rows: it is finished in its turn.
             task.reads = ()
             if (own := kept.get(comm.rank)) is not None:
-                found._runs[task.index] = (maps[own.file], own)
-        for name in {run.file for _, run in found._runs.values()}:
-            found.identities.add(_identity(os.fstat(files.open(name))))
-        return found
+                mapped._runs[task.index] = (maps[own.file], own)
+        for name in {run.file for _, run in mapped._runs.values()}:
+            mapped.identities.add(_identity(os.fstat(files.open(name))))
+        return mapped
 
     def allocator(self, task: Task) -> Allocator | None:
         """Returns what gives the final memory of a mapped tensor; None for one that is read."""
@@ -138,7 +138,7 @@ def _stays(task: Task) -> bool:
 
 def _runs(task: Task, node: Iterable[int], positions: Sequence[int]) -> Mapping[int, RowRange] | None:
     """Returns the run of bytes that each rank of a node keeps of a tensor; None if one of them keeps no such run."""
-    found: dict[int, RowRange] = {}
+    kept: dict[int, RowRange] = {}
     by_position: dict[int, RowRange | None] = {}
     for rank in filter(task.is_for, node):
         tp = positions[rank]
@@ -147,8 +147,8 @@ def _runs(task: Task, node: Iterable[int], positions: Sequence[int]) -> Mapping[
         run = by_position[tp]
         if run is None:
             return None
-        found[rank] = run
-    return found
+        kept[rank] = run
+    return kept
 
 
 def _run(task: Task, tp: int) -> RowRange | None:

@@ -19,9 +19,9 @@ MAPPED = {"io": "mapped"}
 def run(ranks, path: str, mesh: str, **kwargs) -> list:
     """Reports of all ranks; their fingerprint is that of one rank that reads."""
     plan = dq.plan(path, mesh=mesh, **kwargs)
-    found = ranks.run(plan.mesh.size, work.loaded, plan, MAPPED)
-    assert {fingerprint for fingerprint, _ in found} == {work.fingerprint(path, None, io="buffered")}
-    return [report for _, report in found]
+    results = ranks.run(plan.mesh.size, work.loaded, plan, MAPPED)
+    assert {fingerprint for fingerprint, _ in results} == {work.fingerprint(path, None, io="buffered")}
+    return [report for _, report in results]
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def _one_cannot(plan: dq.LoadPlan) -> tuple[str, object]:
 def test_what_one_rank_cannot_map_all_read(ranks, model_of) -> None:
     """Each rank that keeps a row must know alike if it comes from another one."""
     path = model_of("llama-gqa")
-    found = ranks.run(2, _one_cannot, dq.plan(path, mesh="dp=2"))
-    assert {fingerprint for fingerprint, _ in found} == {work.fingerprint(path, None)}
-    assert [report.mapped_bytes for _, report in found] == [0, 0]
+    results = ranks.run(2, _one_cannot, dq.plan(path, mesh="dp=2"))
+    assert {fingerprint for fingerprint, _ in results} == {work.fingerprint(path, None)}
+    assert [report.mapped_bytes for _, report in results] == [0, 0]
 
 
 def _memory(path: str, io: str) -> tuple[int, int]:
@@ -91,9 +91,9 @@ def _memory(path: str, io: str) -> tuple[int, int]:
     for value in weights:
         value.sum()
     dist.barrier()
-    found = _share() - before
+    added = _share() - before
     dist.barrier()
-    return found, sum(value.nbytes for value in weights)
+    return added, sum(value.nbytes for value in weights)
 
 
 def _share() -> int:
@@ -103,9 +103,9 @@ def _share() -> int:
 def test_two_ranks_take_the_memory_of_one(ranks, large: str) -> None:
     """Pages that no one writes to are in memory once: a rank's proportional share of them is half."""
     for io, times in (("mapped", 1), ("buffered", 2)):
-        found = ranks.run(2, _memory, large, io)
-        nbytes = found[0][1]
-        assert abs(sum(share for share, _ in found) - times * nbytes) < 0.3 * nbytes, io
+        results = ranks.run(2, _memory, large, io)
+        nbytes = results[0][1]
+        assert abs(sum(share for share, _ in results) - times * nbytes) < 0.3 * nbytes, io
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ def test_auto_maps_local_files_that_are_in_memory(llama: str, monkeypatch, local
     assert report_of(llama, io="buffered")[1] == 0
 
 
-def test_file_systems_are_told_apart() -> None:
+def test_local_file_systems_are_known() -> None:
     for path, local in (("/dev/shm", True), ("/proc", False), ("/sys", False)):
         if os.path.isdir(path):
             fd = os.open(path, os.O_RDONLY)
@@ -184,16 +184,16 @@ def test_a_change_during_the_load_is_refused(copy_of, monkeypatch) -> None:
         dq.load(folder, io="mapped")
 
 
-def test_a_file_that_was_cut_after_its_header_was_read_is_not_touched(llama: str, tmp_path: Path, monkeypatch) -> None:
-    plan = dq.plan(shutil.copytree(llama, tmp_path / "cut"))
+def test_a_file_that_was_shortened_after_its_header_was_read_is_not_touched(llama: str, tmp_path: Path, monkeypatch) -> None:
+    plan = dq.plan(shutil.copytree(llama, tmp_path / "model"))
     of = Files.open
 
-    def cut(self: Files, file: str) -> int:
+    def shorten(self: Files, file: str) -> int:
         fd = of(self, file)
-        os.truncate(tmp_path / "cut" / FILE, 4096)
+        os.truncate(tmp_path / "model" / FILE, 4096)
         return fd
 
-    monkeypatch.setattr(Files, "open", cut)
+    monkeypatch.setattr(Files, "open", shorten)
     with pytest.raises(ReadError, match=r"the file ends \d+ bytes too early"):
         dq.load(plan, io="mapped")
 
