@@ -24,7 +24,9 @@ RANK = {
 }  # fmt: skip
 """The keys of one rank that the design promises."""
 
-MORE_OF_RANK = {"unquantized_bytes", "staging_bytes", "direct_bytes", "retries", "kernel", "forward", "limit"}
+MORE_OF_RANK = {
+    "unquantized_bytes", "staging_bytes", "direct_bytes", "mapped_bytes", "retries", "kernel", "forward", "limit",
+}  # fmt: skip
 """What each rank tells beyond them."""
 
 

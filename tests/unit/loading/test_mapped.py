@@ -184,7 +184,9 @@ def test_a_change_during_the_load_is_refused(copy_of, monkeypatch) -> None:
         dq.load(folder, io="mapped")
 
 
-def test_a_file_that_was_shortened_after_its_header_was_read_is_not_touched(llama: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_file_that_was_shortened_after_its_header_was_read_is_not_touched(
+    llama: str, tmp_path: Path, monkeypatch
+) -> None:
     plan = dq.plan(shutil.copytree(llama, tmp_path / "model"))
     of = Files.open
 
