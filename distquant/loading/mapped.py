@@ -5,8 +5,8 @@ the file. All others are read. The mapping is private: whoever writes to a weigh
 written to, and the file stays as it is. Pages that nobody has written to are the page cache's own, so all processes of
 a machine share them, and the system may drop them and read them again.
 
-Hence the file must stay, too. Whatever changes its bytes changes weights, and where it was shortened or cannot be read, the
-system ends the process that touches such a page (SIGBUS).
+Hence the file must stay, too. Whatever changes its bytes changes weights, and where it was shortened or cannot be read,
+the system ends the process that touches such a page (SIGBUS).
 """
 
 from __future__ import annotations
