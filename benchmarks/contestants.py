@@ -16,7 +16,7 @@ class Contestant:
         quant: distquant's short name of the quantization; "none" is unquantized bf16, "" the checkpoint's own.
         ranks, threads: processes, and threads of each.
         mesh: distquant's mesh; "" is tp over all ranks.
-        staging: distquant's option; "" is its default.
+        staging, io: distquant's options; "" is their default.
         cold: True if the files are dropped from the page cache before a run, not read into it.
         once: True if one run is enough, because it measures bytes and not seconds.
         peer: a key of `peers.PEERS`, for the system "upstream".
@@ -30,6 +30,7 @@ class Contestant:
     threads: int = 1
     mesh: str = ""
     staging: str = ""
+    io: str = ""
     cold: bool = False
     once: bool = False
     peer: str = ""

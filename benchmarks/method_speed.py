@@ -37,7 +37,7 @@ class Match:
         return self.contestants if self.copying is None else (*self.contestants, self.copying)
 
 
-def match(name: str, path: str, work: str) -> Match:
+def match(name: str, path: str, work: str, io: str) -> Match:
     """Returns the contestants under a name of `NAMES`; makes the stored checkpoints that they need."""
     cores = os.cpu_count() or 1
     stored = name.startswith(STORED_PREFIX)
@@ -48,7 +48,7 @@ def match(name: str, path: str, work: str) -> Match:
         quant, peer = "", "stored quanto" if method.startswith("quanto") else "stored"
         path, small = store(path, method, work), store(str(SMALL), method, work)
     ours = [
-        Contestant(f"{name} distquant tp={tp}", "distquant", quant, tp, max(1, cores // tp), small=small)
+        Contestant(f"{name} distquant tp={tp}", "distquant", quant, tp, max(1, cores // tp), small=small, io=io)
         for tp in (1, 2)
     ]
     theirs = Contestant(f"{name} upstream", "upstream", quant, 1, cores, peer=peer, small=small)
@@ -127,9 +127,11 @@ def speed_page(
         "processes started, imports done, the small example model loaded, files in the page cache. tp=1 and upstream:\n"
         f"one process with {cores} threads; tp=2: two with {max(1, cores // 2)}. The bar is met where neither\n"
         "distquant tp=1 nor tp=2 took longer. `stored:` is a checkpoint that upstream quantized and saved;\n"
-        "every byte of what is loaded from it is read once within the time, because upstream maps files.\n"
+        "every byte of what is loaded from it is read once within the time, because upstream maps files, and so does\n"
+        "distquant with --io mapped and, where they are in the page cache, with --io auto.\n"
         "Copying alone: all bytes of the files read from the page cache into new memory (huge pages), by a thread for\n"
-        "each core, and touched. No loader is faster whose weights are in memory of its own, as distquant's are.\n"
+        "each core, and touched. No loader is faster whose weights are in memory of its own, as distquant's are with\n"
+        "--io buffered.\n"
         "Peak memory: resident memory over that before the load, summed over the processes\n"
         "(pages of mapped files count). Upstream loads in bfloat16 and quantizes the same linears.",
     ]
@@ -158,13 +160,13 @@ def speed(arguments: argparse.Namespace) -> int:
     matches, not_made = [], {}
     for name in [name for name in NAMES if not arguments.only or name in arguments.only]:
         try:
-            matches.append(match(name, path, arguments.work))
+            matches.append(match(name, path, arguments.work, arguments.io))
         except SystemExit as error:  # the library cannot make the checkpoint
             not_made[name] = f"{name}: {error}"
     runs, failed = alternate(matches, arguments.runs)
     failed |= not_made
     only = f" --only {shlex.join(arguments.only)}" if arguments.only else ""
-    command = f"python benchmarks/methods.py speed {Path(path).name} --runs {arguments.runs}{only}"
+    command = f"python benchmarks/methods.py speed {Path(path).name} --runs {arguments.runs} --io {arguments.io}{only}"
     page = speed_page(path, command, matches, runs, failed, load, arguments.runs)
     write(page, f"methods-{slug(Path(path).name)}", arguments.out)
     names = [[contestant.name in failed for contestant in each.contestants] for each in matches]

@@ -1,7 +1,8 @@
 """Measures the quality of every method, and the speed of its loads beside the library that it comes from.
 
     python benchmarks/methods.py quality MODEL --text FILE [--only nf4 hqq ...] [--out FILE]
-    python benchmarks/methods.py speed CHECKPOINT [--runs 5] [--only nf4 stored:nf4 ...] [--work FOLDER] [--out FILE]
+    python benchmarks/methods.py speed CHECKPOINT [--runs 5] [--only nf4 stored:nf4 ...] [--io buffered] [--work FOLDER]
+                                     [--out FILE]
 
 MODEL and CHECKPOINT are folders of a bf16 model with safetensors files. A benchmark of CPUs: GPUs are hidden.
 
@@ -164,11 +165,17 @@ def main() -> None:
         "speed",
         help="seconds of distquant, of each method's own library, and their ratio",
         description="How long loading with every method takes, beside the library that the method comes from.",
-        usage="%(prog)s CHECKPOINT [--runs N] [--only NAME ...] [--work FOLDER] [--out FILE]",
+        usage="%(prog)s CHECKPOINT [--runs N] [--only NAME ...] [--io WAY] [--work FOLDER] [--out FILE]",
     )
     two.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a bf16 model")
     two.add_argument("--runs", type=int, default=5, metavar="N", help="loads of each, of which the median counts")
     two.add_argument("--only", nargs="+", metavar="NAME", help=f"only these: {' '.join(NAMES)}")
+    two.add_argument(
+        "--io",
+        default="auto",
+        choices=("auto", "buffered", "direct", "mapped"),
+        help="distquant's way to read files; default: auto",
+    )
     two.add_argument("--out", metavar="FILE", help="page to write; default: benchmarks/results/WHAT_HARDWARE_DATE.md")
     two.add_argument(
         "--work",

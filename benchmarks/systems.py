@@ -22,7 +22,8 @@ QUANTIZED_AT_ONCE = (1024, 2048)
 def distquant(path: str, contestant: Contestant, rank: int) -> Run:
     import distquant as dq
 
-    options: dict[str, Any] = {"staging": contestant.staging} if contestant.staging else {}
+    given = {"staging": contestant.staging, "io": contestant.io}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value}
     mesh = contestant.mesh or f"tp={contestant.ranks}"
     sizes = {name: nbytes for name, (_, nbytes) in tensors(path).items()}
 

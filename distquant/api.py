@@ -132,8 +132,10 @@ def load(
             takes its fastest kernel for the layouts of GPTQ and AWQ. That kernel may rearrange the stored words; such a
             model can be neither saved nor trained. `auto` takes, on a GPU, float8 or those kernels of gptqmodel that
             keep the stored words.
-        io: Way to read files: `buffered` (through the page cache), `direct` (past it), or `auto` (cached pages through
-            it, the rest past it).
+        io: Way to read files: `buffered` (through the page cache), `direct` (past it), `mapped` (on the CPU, weights
+            that stay as stored are the file's own pages), or `auto` (cached files mapped if they are local, else read
+            through the cache; the rest past it). Mapped files must not change as long as the model is used: see
+            docs/streaming.md.
         trace: File to write a trace of all ranks' stages to, for Perfetto.
         timeout: Seconds that a rank waits for the others before it gives up.
         interface: Network interface on which ranks listen, such as `eth0`. Default: loopback if all ranks are on one

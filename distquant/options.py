@@ -35,8 +35,8 @@ DISPATCH = {
 }
 """Routes of tokens to experts on other ranks of ep."""
 
-IO_MODES = ("auto", "buffered", "direct")
-"""By measurement, through the page cache, past it."""
+IO_MODES = ("auto", "buffered", "direct", "mapped")
+"""By measurement, through the page cache, past it, and not at all where a weight can be the file's own pages."""
 
 
 class Forward(str, Enum):
@@ -164,8 +164,12 @@ class RunOptions:
     that keep the stored words.
     """
     io: str = "auto"
-    """Way to read files: `buffered` (through the page cache), `direct` (past it), or `auto` (cached pages through
-    it, the rest past it)."""
+    """Way to read files: `buffered` (through the page cache), `direct` (past it), `mapped` (on the CPU, weights that
+    stay as stored are the file's own pages), or `auto` (cached files mapped if they are local, else read through the
+    cache; the rest past it).
+
+    Mapped files must not change as long as the model is used: see docs/streaming.md.
+    """
     trace: str | os.PathLike[str] | None = None
     """File to write a trace of all ranks' stages to, for Perfetto."""
     timeout: float | None = None

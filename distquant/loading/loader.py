@@ -25,6 +25,7 @@ from distquant.loading.finish import check_complete, fill_computed_buffers, fini
 from distquant.loading.forward import check_forward, set_forward
 from distquant.loading.kernel_trial import check_compiles
 from distquant.loading.local_modules import shard_experts, shard_modules
+from distquant.loading.mapped import MappedTensors
 from distquant.loading.node_tasks import buffer_for, tasks_of
 from distquant.loading.planned_files import check_paths, check_unchanged, open_planned
 from distquant.loading.report import PINNED, RankReport
@@ -215,6 +216,7 @@ class _Loading:
         self.collectives = Collectives(self.load_state)
         self.kernels: dict[torch.device, Choice] = {}
         self.started = time.perf_counter()
+        self.mapped = MappedTensors()
 
     def run(self) -> Any:
         for device in self.accelerators:
@@ -226,6 +228,7 @@ class _Loading:
         finally:
             files.close()
         self._complete(placer.model, placer.filled)
+        self.mapped.protect_files(placer.model)
         await_devices(self.accelerators, self.load_state, self._late)  # before any seconds are taken
         self._fill_report(files)
         return placer.model
@@ -300,10 +303,14 @@ class _Loading:
         plan = self.plan
         node = node_ranks(plan.nodes, self.comm.rank)
         tasks = list(tasks_of(plan, self.scheme, node, self.checkpoint.tensors, self.devices.of, self._ops))
+        # What hooks move for each forward is read: a page of a file would be read from the disk again and again.
+        placed = [task for task in tasks if not self.devices.is_offloaded(task.transfer.tensor.name)]
+        positions = [plan.mesh.coordinates(rank)["tp"] for rank in range(plan.mesh.size)]
+        self.mapped = mapped = MappedTensors.of(placed, files, self.options.io, self.comm, node, positions)
         partial = any(plan.nodes[rank] != plan.nodes[self.comm.rank] for rank in plan.mesh.peers(self.comm.rank, "tp"))
 
         def sink(task: Task) -> ShardBuffer:
-            return buffer_for(task, self.coordinates["tp"], partial, placer.allocator(task))
+            return buffer_for(task, self.coordinates["tp"], partial, mapped.allocator(task) or placer.allocator(task))
 
         def finished(task: Task, filled: Any) -> None:
             if partial:
@@ -334,6 +341,7 @@ class _Loading:
                     placer.model, plan, self.scheme, self.coordinates["tp"]
                 )  # while the first weights are read
             engine.run()
+            self.report.mapped_bytes = mapped.nbytes
             self.report.staging_bytes = engine.staging_buffer.slot_bytes * engine.staging_buffer.slots
             if self.accelerators:
                 self.report.load_buffer = f"not {PINNED}: {engine.not_pinned}" if engine.not_pinned else PINNED

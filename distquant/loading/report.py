@@ -28,6 +28,8 @@ class RankReport:
     """Host memory that weights passed through."""
     direct_bytes: int = 0
     """Of the bytes read, those that were read past the page cache."""
+    mapped_bytes: int = 0
+    """Bytes of weights that are pages of the files, and were not read."""
     retries: int = 0
     """Reads that failed and were tried again."""
     peak_rss_bytes: int = 0

@@ -25,8 +25,8 @@ RANK = {
 """The keys of one rank that the design promises."""
 
 MORE_OF_RANK = {
-    "unquantized_bytes", "staging_bytes", "direct_bytes", "retries", "kernel", "forward", "limit", "devices",
-    "load_buffer",
+    "unquantized_bytes", "staging_bytes", "direct_bytes", "mapped_bytes", "retries", "kernel", "forward", "limit",
+    "devices", "load_buffer",
 }  # fmt: skip
 """What each rank tells beyond them."""
 

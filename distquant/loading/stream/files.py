@@ -2,7 +2,7 @@
 
 A file whose pages are mostly in memory is read through the page cache. Any other is read with O_DIRECT, which saves a
 copy and leaves the machine's memory to others. A sample of its pages decides, once for each file. Nothing is read
-through a mapping, so a file on a network may vanish without a crash.
+through a mapping, so a file on a network may vanish without a crash. (What `loading.mapped` maps is not read.)
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ class Files:
 
     Args:
         folder: that holds the files.
-        mode: `auto`, `buffered` or `direct`.
+        mode: `auto`, `buffered` or `direct`; `mapped` reads what is not mapped as `auto` does.
         stamps: file -> what the system said of it when its header was read. It must say the same when the file is
             opened, and at the end (`check_unchanged`). A file that is not in it is not compared.
     """
 
     def __init__(self, folder: Path, mode: str = "auto", stamps: Mapping[str, Stamp] | None = None):
-        self.folder, self.mode = folder, mode
+        self.folder, self.mode = folder, "auto" if mode == "mapped" else mode
         self._stamps = stamps or {}
         self.stats = ReadStats()
         self._open: dict[tuple[str, bool], int] = {}
@@ -93,9 +93,9 @@ class Files:
         while self._stale:
             os.close(self._stale.pop())
 
-    def open(self, file: str) -> None:
-        """Opens a file, as its first read would."""
-        self._fd(file, False)
+    def open(self, file: str) -> int:
+        """Opens a file, as its first read would; returns its descriptor, which stays this object's."""
+        return self._fd(file, False)
 
     def check_unchanged(self) -> None:
         """Raises ReadError if bytes of a file that has been read may be others than when its header was read."""
