@@ -74,12 +74,17 @@ def unaligned(value: Any) -> Any:
     return 1001 if isinstance(value, int) and value < 2**31 else value
 
 
+def take_any_device() -> None:
+    """Lets kernels be called with tensors of a CPU."""
+    for module in (blockwise, four_bit, fp8, groups, int8, mxfp4, scaled_rows):
+        module.on = lambda weight: nullcontext()
+
+
 def main() -> None:
     compiler = Compiler()
     JITFunction.run = lambda kernel, *args, **options: compiler.launch(kernel, *args, **options)
     triton.knobs.nvidia.dump_ptxas_log = True
-    for module in (blockwise, four_bit, fp8, groups, int8, mxfp4, scaled_rows):
-        module.on = lambda weight: nullcontext()
+    take_any_device()
     for capability in map(int, sys.argv[1:]):
         triton.runtime.driver.set_active(Elsewhere(capability))
         calls(torch.bfloat16)

@@ -1,6 +1,6 @@
 """FBGEMM's product of float8 rows, `f8f8bf16_rowwise`: what transformers 5.23 multiplies `fbgemm_fp8` with on CUDA.
 
-It is in the package `fbgemm-gpu-genai` (facts of version 1.8.0, which has code for sm_80, sm_90a and sm_100a), built for
+It is in the package `fbgemm-gpu-genai` (facts of version 1.8.0, with code for sm_80, sm_90a and sm_100a), built for
 one release of torch. A library for another may end the process when it is loaded, so the versions are compared first.
 Before it multiplies a model it is tried on a few rows: where it fails, or gives another product than the float8 numbers
 have, torch's `scaled_mm` is taken, and the report says why.

@@ -58,6 +58,18 @@ def test_compiled_for_a_gpu_nothing_is_approximate_flushed_fused_or_spilled(tmp_
     assert not {name: entry for name, entry in found.items() if entry["instructions"] or entry["spilled"]}
 
 
+@pytest.mark.wide
+def test_pieces_of_any_number_of_rows_compile_nothing_after_the_warm_up(tmp_path: Path, kjv_tiny: str) -> None:
+    pytest.importorskip("triton.backends.nvidia", reason="this triton has no backend for NVIDIA GPUs")
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    methods = ("nf4-dq", "int8", "fp8", "fbgemm_fp8", "int4", "mxfp4", "mxfp8", "quanto-int8", "torchao-int8")
+    found = answer("kernel_warmth.py", kjv_tiny, *methods, **environment)
+    assert found.keys() == set(methods)
+    for method, (warm, later) in found.items():
+        assert warm > 0, method
+        assert later == 0, method
+
+
 @pytest.mark.parametrize("line", ["div.full.f32 ", "rcp.approx.ftz.f32 ", "fma.rn.f32 ", "mul.ftz.f32 "])
 def test_the_search_knows_what_it_looks_for(line: str) -> None:
     from kernel_ptx import FORBIDDEN

@@ -1,4 +1,4 @@
-"""Loops over tiles that fit a CPU's cache are no loops on other devices: each round would be launches of small kernels."""
+"""Loops over tiles that fit a CPU's cache are none on other devices: each round would be launches of small kernels."""
 
 from __future__ import annotations
 
