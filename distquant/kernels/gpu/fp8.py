@@ -38,7 +38,7 @@ WALKED = 1 << 17
 
 @triton.jit
 def _scales(largest, FORM: tl.constexpr):
-    """What weights are multiplied by (`FACTORS`) or divided by, and the scale as it is stored."""
+    """Returns what weights are multiplied by (`FACTORS`) or divided by, and the scale as it is stored."""
     if FORM == ROWS_OF_FBGEMM:
         quotient = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
         by = tl.where(quotient < LEAST_OF_ROWS, LEAST_OF_ROWS, quotient)

@@ -1,4 +1,4 @@
-"""How much of a weight the reference works on at once: what is best depends on the device."""
+"""Sizes of the tiles that the reference works on at once: the best one depends on the device."""
 
 from __future__ import annotations
 

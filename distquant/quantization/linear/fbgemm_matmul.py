@@ -71,8 +71,8 @@ def tried(device: torch.device) -> str | None:
         found = rows_product(*(value.to(device) for value in (x, scales[0], weight, scales[1]))).float().cpu()
     except (RuntimeError, AttributeError) as error:  # of the operation; it is not there
         return f"f8f8bf16_rowwise fails ({one_line(error)})"
-    error = float((found - expected).norm() / expected.norm())
-    return None if error < TOLERANCE else f"f8f8bf16_rowwise is wrong by {error:.2g} on {device}"
+    distance = float((found - expected).norm() / expected.norm())
+    return None if distance < TOLERANCE else f"f8f8bf16_rowwise is wrong by {distance:.2g} on {device}"
 
 
 def rows_product(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def _tiles_missing() -> str | None:
 
 
 def taken(kernel: Float8Kernel, device: torch.device) -> tuple[Float8Kernel, str]:
-    """What multiplies in the place of a kernel on a device, and why nothing better does, if there may be."""
+    """Returns what multiplies in the place of a kernel on a device, and why nothing faster does where it might."""
     if kernel is not Float8Kernel.SCALED_MM or device.type != "cuda":
         return kernel, ""
     reason = fbgemm_matmul.why_not(device)
