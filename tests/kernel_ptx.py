@@ -31,7 +31,7 @@ SPILLS = re.compile(r"(\d+) bytes spill (?:stores|loads)")
 
 
 class Elsewhere:
-    """What Triton asks of its driver to compile: a device of a given capability."""
+    """Driver that names a device of a given capability: all that Triton asks of one to compile."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)

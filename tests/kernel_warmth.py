@@ -1,4 +1,4 @@
-"""Which kernels a load's pieces compile after its kernels were warmed up: none. Prints a line of JSON.
+"""Counts the kernels that pieces compile after a load's kernels were warmed up: none. Prints a line of JSON.
 
     python tests/kernel_warmth.py MODEL METHOD...
 

@@ -1,8 +1,8 @@
 """Compiles a load's Triton kernels in a thread, while the model is built and the first bytes are read.
 
 Triton compiles a kernel when it is first launched, for the length of a row: the first piece of every kind of weight
-would wait for that, a second or more each. What is compiled here is what the scheme calls for a few rows of each. Triton
-specializes nothing on the number of rows.
+would wait for that, a second or more each. What is compiled here is what the scheme calls for a few rows of each.
+Triton specializes nothing on the number of rows.
 """
 
 from __future__ import annotations

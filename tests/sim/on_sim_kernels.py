@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from on_sim import faults
 
+import distquant as dq
 from distquant.kernels import reference
+from distquant.loading.loader import load_shard
+from distquant.parallel.comm import SoloComm
 from distquant.quantization.algorithms.hqq_optimizer import quantize_hqq
 
 
@@ -52,3 +55,10 @@ def rows_and_tiles(rows: int, columns: int) -> dict[str, Any]:
         *zip(reference.quantize_fp8_rows(there), reference.quantize_fp8_rows(weight), strict=True),
     ]
     return {"equal": [torch.equal(a.cpu().float(), b.float()) for a, b in pairs], "faults": faults()}
+
+
+def loaded(path: str, quant: str) -> dict[str, Any]:
+    """Loads a model onto the device and onto the CPU."""
+    plan = dq.plan(path, quantization_config=quant)
+    on_cpu, model = (load_shard(plan, SoloComm(), device) for device in ("cpu", "sim:0"))
+    return {"equal": dq.fingerprint(model) == dq.fingerprint(on_cpu), "faults": faults()}

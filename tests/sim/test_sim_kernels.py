@@ -16,3 +16,8 @@ def test_hqq_quantizes_where_the_weight_is(sim: Apart, axis, optimize):
 
 def test_tiles_of_a_device_are_the_cpus(sim: Apart):
     assert sim(on_sim_kernels.rows_and_tiles, 520, 1030) == {"equal": [True] * 5, "faults": []}
+
+
+@pytest.mark.parametrize("quant", ["hqq", "fp8", "fbgemm_fp8", "gptq-rtn-g64"])
+def test_a_load_has_the_fingerprint_of_the_cpu(sim: Apart, model_of, quant):
+    assert sim(on_sim_kernels.loaded, model_of("llama-gqa"), quant) == {"equal": True, "faults": []}
