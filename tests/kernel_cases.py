@@ -127,20 +127,19 @@ def case_fp8(gpu: Any, device: str, dtype: str, block: reference.Block, shape: t
 
 
 def case_fp8_powers(gpu: Any, device: str, dtype: str, block: reference.Block, shape: tuple[int, int]) -> None:
-    for what, weight in weights(shape, DTYPES[dtype], device):
-        expected = reference.quantize_fp8_ue8m0(weight.cpu(), block)
-        codes, scale = (torch.empty_like(tensor, device=device) for tensor in expected)
-        same(gpu.quantize_fp8_ue8m0(weight, block), expected, what)
-        gpu.quantize_fp8_ue8m0(weight, block, codes=codes, scale=scale)
-        same((codes, scale), expected, f"{what}, into outputs")
+    _quantized_equally("quantize_fp8_ue8m0", gpu, device, dtype, shape, block)
 
 
 def case_fp8_rows(gpu: Any, device: str, dtype: str, shape: tuple[int, int]) -> None:
+    _quantized_equally("quantize_fp8_rows", gpu, device, dtype, shape)
+
+
+def _quantized_equally(name: str, gpu: Any, device: str, dtype: str, shape: tuple[int, int], *args: Any) -> None:
     for what, weight in weights(shape, DTYPES[dtype], device):
-        expected = reference.quantize_fp8_rows(weight.cpu())
+        expected = getattr(reference, name)(weight.cpu(), *args)
         codes, scale = (torch.empty_like(tensor, device=device) for tensor in expected)
-        same(gpu.quantize_fp8_rows(weight), expected, what)
-        gpu.quantize_fp8_rows(weight, codes=codes, scale=scale)
+        same(getattr(gpu, name)(weight, *args), expected, what)
+        getattr(gpu, name)(weight, *args, codes=codes, scale=scale)
         same((codes, scale), expected, f"{what}, into outputs")
 
 
