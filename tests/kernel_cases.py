@@ -126,6 +126,39 @@ def case_fp8(gpu: Any, device: str, dtype: str, block: reference.Block, shape: t
             same(gpu.dequantize_fp8(codes, scale, block, to), reference.dequantize_fp8(*expected, block, to), what)
 
 
+def case_fp8_powers(gpu: Any, device: str, dtype: str, block: reference.Block, shape: tuple[int, int]) -> None:
+    _quantized_equally("quantize_fp8_ue8m0", gpu, device, dtype, shape, block)
+
+
+def case_fp8_rows(gpu: Any, device: str, dtype: str, shape: tuple[int, int]) -> None:
+    _quantized_equally("quantize_fp8_rows", gpu, device, dtype, shape)
+
+
+def _quantized_equally(name: str, gpu: Any, device: str, dtype: str, shape: tuple[int, int], *args: Any) -> None:
+    for what, weight in weights(shape, DTYPES[dtype], device):
+        expected = getattr(reference, name)(weight.cpu(), *args)
+        codes, scale = (torch.empty_like(tensor, device=device) for tensor in expected)
+        same(getattr(gpu, name)(weight, *args), expected, what)
+        getattr(gpu, name)(weight, *args, codes=codes, scale=scale)
+        same((codes, scale), expected, f"{what}, into outputs")
+
+
+def case_scaled_rows(gpu: Any, device: str, dtype: str, code: str, shape: tuple[int, int]) -> None:
+    to = getattr(torch, code)
+    for what, weight in weights(shape, DTYPES[dtype], device):
+        largest = torch.finfo(to).max if to.is_floating_point else 127
+        amax = reference.row_absmax(weight.cpu().float())
+        scale = (amax / largest).view(-1)
+        scale[0] = 0.0
+        others = [{"inverse": True}, {"rounded": True}, {"low": -7, "high": 7}]
+        for options in [{}, *(others if chosen_dtypes(what) else [])]:
+            expected = reference.encode_scaled_rows(weight.cpu(), scale, to, **options)
+            same(gpu.encode_scaled_rows(weight, scale.to(device), to, **options), expected, f"{what} {options}")
+        codes = torch.empty_like(expected, device=device)
+        gpu.encode_scaled_rows(weight, scale.to(device), to, codes=codes, **options)
+        same(codes, expected, f"{what}, into outputs")
+
+
 def case_fp8_every_value(gpu: Any, device: str) -> None:
     """Every bfloat16 in [-448, 448] under scale 1, and float32 on and next to every place where e4m3 rounds."""
     positive = torch.arange(0x43E1, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
@@ -231,7 +264,16 @@ def cases() -> dict[str, Case]:
     add(case_fp8, dtypes, [(None, None)], [(7, 50)])
     add(case_fp8, ["bfloat16"], [(1, None), (3, 24)], [(7, 50)])
     add(case_fp8, ["float32"], [(128, 128)], [(130, 150)])
-    add(case_fp8, ["bfloat16"], [(None, None), (1, None)], [(2, 33000)])
+    add(case_fp8, ["bfloat16"], [(1, None)], [(2, 33000)])
+    add(case_fp8, ["bfloat16"], [(None, None)], [(4, 33000)])
+    add(case_fp8_powers, dtypes, [(1, 32)], [(7, 96)])
+    add(case_fp8_powers, ["bfloat16"], [(128, 128)], [(130, 150)])
+    add(case_fp8_powers, ["bfloat16"], [(1, 20), (None, None)], [(7, 50)])
+    add(case_fp8_powers, ["float32"], [(1, None), (1, 32)], [(2, 33000)])
+    add(case_fp8_rows, dtypes, [(1, 1), (9, 300)])
+    add(case_fp8_rows, ["bfloat16"], [(2, 33000)])
+    add(case_scaled_rows, dtypes, ["int8", "float8_e4m3fn"], [(9, 520)])
+    add(case_scaled_rows, ["bfloat16"], ["float8_e5m2"], [(9, 60)])
     add(case_fp8_every_value)
     add(case_groups, dtypes, [(4, True), (4, False), (8, True), (8, False)], [32, 24], [(9, 100)])
     add(case_groups, ["bfloat16"], [(4, True), (4, False)], [128], [(3, 256)])

@@ -16,7 +16,7 @@ from distquant.parallel.expert_stack import ExpertStack
 from distquant.planning.load_plan import LoadPlan
 from distquant.quantization import Scheme
 from distquant.quantization.linear import gptqmodel_matmul
-from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Multiplier, is_float8, missing
+from distquant.quantization.linear.float8_matmul import Float8Kernel, Float8Multiplier, is_float8, missing, taken
 from distquant.quantization.linear.quantized_linear import QuantizedLinear
 from distquant.quantization.packed_int import PackedIntScheme
 from distquant.sharding.device_map import is_offloaded
@@ -104,7 +104,7 @@ def set_forward(model: nn.Module, scheme: Scheme, forward: Forward, devices: Dev
             module.float8 = kernel is not None and is_float8(forward, kernel, module.shard.local_shape, device)
             if not devices.is_offloaded(name):
                 reason = _take_gptqmodel(module, forward, device)
-        if (way := _multiplied_by(module, scheme)) is not None:
+        if (way := _multiplied_by(module, scheme, devices)) is not None:
             counts[f"{way} ({reason})" if reason else way] += 1
     return "; ".join(f"{name}: {count} modules" for name, count in counts.items())
 
@@ -122,13 +122,16 @@ def _take_gptqmodel(module: QuantizedLinear, forward: Forward, device: torch.dev
     return reason or ""
 
 
-def _multiplied_by(module: Any, scheme: Scheme) -> str | None:
+def _multiplied_by(module: Any, scheme: Scheme, devices: Devices) -> str | None:
     """Returns what multiplies a module's weights, if they are quantized."""
     if isinstance(module, QuantizedLinear):
         if module.kernel is not None:
             return str(module.kernel)
         kernel = _float8_kernel(scheme, module.shard.name) if module.float8 else None
-        return f"{kernel.value} with float8 activations" if kernel is not None else DEQUANTIZED
+        if kernel is None:
+            return DEQUANTIZED
+        kernel, reason = taken(kernel, devices.runs_on(module.shard.name))
+        return f"{kernel.value} with float8 activations" + (f" ({reason})" if reason else "")
     if isinstance(module, ExpertStack):
         return "experts, dequantized and multiplied"
     weight = module._parameters.get("weight", getattr(module, "W_q", None))

@@ -37,6 +37,7 @@ from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.stage_timer import StageTimer
 from distquant.loading.stream.tasks import Task
 from distquant.loading.stream.trace import write_trace
+from distquant.loading.warm_up import warming_up
 from distquant.model import ModuleNames
 from distquant.options import ALL_REDUCE, Forward, LoadProgress, Progress, RunOptions
 from distquant.parallel.attention_weights import install_weight_gathering
@@ -222,8 +223,10 @@ class _Loading:
         for device in self.accelerators:
             reset_peak_memory(device)
         files = Files(self.checkpoint.folder, self.options.io, self.checkpoint.stamps())
+        choice = choose(self.options.kernel, self.device)
         try:
-            placer = self._fill(files)
+            with warming_up(self.plan, self.scheme, self.device, choice):
+                placer = self._fill(files)
             check_unchanged(files, self.comm)
         finally:
             files.close()

@@ -150,7 +150,7 @@ class PackedIntScheme(WeightOnlyScheme, Encoder):
         by_rows = packing.kind == "awq"
         codes = out["qweight"].view(n // per, columns) if by_rows else out["qweight"].view(torch.uint8).view(n, -1)
         scales, zeros = out["scales"].view(n, -1), out["qzeros"].view(n, -1)
-        step = rows_at_once(columns, per if by_rows else 1)
+        step = rows_at_once(columns, rows.device, per if by_rows else 1)
         for start in range(0, n, step):
             tile = slice(start, start + step)
             values, scales[tile], zeros[tile] = quantize_rtn(rows[tile], size, packing.grid)

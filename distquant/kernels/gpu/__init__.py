@@ -5,16 +5,23 @@ are `div_rn` (`/` may be approximate). Launches forbid the fusion of a product a
 taken over the bits of magnitudes, which order like the floats and keep a NaN. Roundings to e4m3 and bfloat16 are
 integer arithmetic. The same source runs in Triton's interpreter on a CPU (`TRITON_INTERPRET=1`), for its tests.
 
-Functions that only look up or reduce, the rarer forms of float8 and rows under given scales are the reference's own:
-plain torch runs them on the device. This is the only package that imports Triton.
+Functions that only look up or reduce are the reference's own: plain torch runs them on the device. This is the only
+package that imports Triton.
 """
 
 from distquant.kernels.gpu.blockwise import quantize_blockwise
 from distquant.kernels.gpu.four_bit import dequantize_4bit, encode_4bit, quantize_4bit
-from distquant.kernels.gpu.fp8 import dequantize_fp8, encode_fp8, quantize_fp8
+from distquant.kernels.gpu.fp8 import (
+    dequantize_fp8,
+    encode_fp8,
+    quantize_fp8,
+    quantize_fp8_rows,
+    quantize_fp8_ue8m0,
+)
 from distquant.kernels.gpu.groups import dequantize_groups, quantize_groups
 from distquant.kernels.gpu.int8 import encode_int8_rows, quantize_int8_rows
 from distquant.kernels.gpu.mxfp4 import dequantize_mxfp4, quantize_mxfp4
+from distquant.kernels.gpu.scaled_rows import encode_scaled_rows
 from distquant.kernels.reference import (
     block_absmax,
     block_amax,
@@ -22,10 +29,7 @@ from distquant.kernels.reference import (
     blockwise_table,
     code_values,
     dequantize_blockwise,
-    encode_scaled_rows,
     fp8_factors,
-    quantize_fp8_rows,
-    quantize_fp8_ue8m0,
     row_absmax,
     unpack_4bit,
 )

@@ -17,7 +17,7 @@ from distquant.kernels.reference.blockwise import GRID, blockwise_table
 POINTS = tl.constexpr(GRID)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "blocks"])
 def _encode(values, table, absmax, codes, count, blocks, blocksize, SIZE: tl.constexpr, PER: tl.constexpr,
             KIND: tl.constexpr):  # fmt: skip
     """`PER` blocks, each padded to `SIZE` values."""

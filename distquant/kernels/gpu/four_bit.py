@@ -45,7 +45,7 @@ def _rank(x, bounds):
     return (first.to(tl.int32) << 3) | (second.to(tl.int32) << 2) | (third.to(tl.int32) << 1) | last.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "blocks"])
 def _encode(weight, absmax, codes, bounds, order, count, blocks, SIZE: tl.constexpr, PER: tl.constexpr,
             GIVEN: tl.constexpr, RAGGED: tl.constexpr, RANKED: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
     """`PER` blocks of `SIZE` elements; `order` holds the code of each rank, four bits each, unless `RANKED`."""
@@ -91,7 +91,7 @@ def _check(flat: Tensor, blocksize: int) -> None:
 def _run(flat: Tensor, absmax: Tensor, codes: Tensor, blocksize: int, quant_type: str, tail: int, given: bool) -> None:
     """Encodes the full blocks up to `tail`, and the ragged block that starts there, if any."""
     bounds, order = _decisions(quant_type, flat.device)
-    per = max(PER_PROGRAM // blocksize, 1)
+    per = max((PER_PROGRAM // 2 if given else PER_PROGRAM) // blocksize, 1)  # a given absmax is loaded by each thread
     full = tail // blocksize
     parts = [(slice(0, tail), slice(0, full), False, per), (slice(tail, None), slice(full, None), True, 1)]
     with on(flat):
@@ -141,7 +141,7 @@ def quantize_4bit(
     return packed, absmax
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _decode(codes, absmax, values, out, count, blocksize, PER: tl.constexpr, KIND: tl.constexpr):
     """`PER` bytes: two elements each."""
     byte = tl.program_id(0).to(tl.int64) * PER + tl.arange(0, PER)

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from distquant.kernels.gpu.arithmetic import clamped, magnitude, narrowed, rounded, rounded_to, widened
 from distquant.kernels.gpu.launch import EXACT, TRITON_DTYPES, by_rows, on, power, words
+from distquant.kernels.gpu.rectangles import covering, rectangle
 from distquant.kernels.outputs import prepared
 from distquant.kernels.reference.groups import check_bits
+
+PER_PROGRAM = 2048
+"""Elements that one program takes at once, where groups are not wider: more spill from registers to memory."""
 
 
 @triton.jit
@@ -23,12 +27,12 @@ def _largest_of(x):
     return tl.max(bits, axis=1).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups"])
 def _encode(weight, codes, scale, zero, rows, columns, stride, group, groups, eps, SIZE: tl.constexpr,
             PER: tl.constexpr, TOP: tl.constexpr, SYMMETRIC: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
     """`PER` groups, each padded to `SIZE` columns."""
-    index = tl.program_id(0).to(tl.int64) * PER + tl.arange(0, PER)
-    row, within = (index // groups)[:, None], tl.arange(0, SIZE)[None, :]
+    index = tl.program_id(0) * PER + tl.arange(0, PER)  # 32 bits: 2^31 groups would be of one weight
+    row, within = (index // groups).to(tl.int64)[:, None], tl.arange(0, SIZE)[None, :]
     column = (index % groups)[:, None] * group + within
     inside = (within < group) & (column < columns) & (row < rows)
     x = widened(tl.load(weight + row * stride + column, mask=inside, other=0), KIND)
@@ -71,7 +75,7 @@ def quantize_groups(
     scales = prepared(scale, (rows, groups), weight.dtype, weight.device)
     zeros = None if symmetric else prepared(zero, (rows, groups), torch.int8, weight.device)
     size = power(group_size)
-    per = max(4096 // size, 1)
+    per = max(PER_PROGRAM // size, 1)
     with on(source):
         if source.numel():
             _encode[(-(-rows * groups // per),)](
@@ -82,16 +86,16 @@ def quantize_groups(
     return packed, scales, zeros
 
 
-@triton.jit
-def _decode(codes, scale, zero, out, columns, group, groups, count, PER: tl.constexpr, ZERO: tl.constexpr,
-            SCALES: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
-    offsets = tl.program_id(0).to(tl.int64) * PER + tl.arange(0, PER)
-    index = offsets // columns * groups + offsets % columns // group
-    code = tl.load(codes + offsets, mask=offsets < count, other=0).to(tl.float32)
+@triton.jit(do_not_specialize=["rows", "groups"])
+def _decode(codes, scale, zero, out, rows, columns, group, groups, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+            ZERO: tl.constexpr, SCALES: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
+    row, column, inside = rectangle(rows, columns, ROWS, COLUMNS)
+    index = row * groups + column // group
+    code = tl.load(codes + row * columns + column, mask=inside, other=0).to(tl.float32)
     if ZERO:
-        code -= tl.load(zero + index, mask=offsets < count, other=0).to(tl.float32)
-    decoded = code * widened(tl.load(scale + index, mask=offsets < count, other=0), SCALES)
-    tl.store(out + offsets, narrowed(decoded, KIND), mask=offsets < count)
+        code -= tl.load(zero + index, mask=inside, other=0).to(tl.float32)
+    decoded = code * widened(tl.load(scale + index, mask=inside, other=0), SCALES)
+    tl.store(out + row * columns + column, narrowed(decoded, KIND), mask=inside)
 
 
 def dequantize_groups(
@@ -100,11 +104,12 @@ def dequantize_groups(
     """Equal to the reference's."""
     source, scales = codes.contiguous(), scale.contiguous()
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    grid, sizes = covering(*codes.shape)
     with on(source):
         if out.numel():
-            _decode[(-(-out.numel() // 4096),)](
-                source, words(scales), source if zero is None else zero.contiguous(), words(out), codes.shape[1],
-                group_size, scale.shape[1], out.numel(), PER=4096, ZERO=zero is not None,
-                SCALES=TRITON_DTYPES[scale.dtype], KIND=TRITON_DTYPES[dtype], **EXACT,
+            _decode[grid](
+                source, words(scales), source if zero is None else zero.contiguous(), words(out), *codes.shape,
+                group_size, scale.shape[1], ZERO=zero is not None, SCALES=TRITON_DTYPES[scale.dtype],
+                KIND=TRITON_DTYPES[dtype], **sizes, **EXACT,
             )  # fmt: skip
     return out

@@ -25,7 +25,7 @@ def _halves(weight, row, column, stride, rows, columns, KIND: tl.constexpr):
     return widened(x, KIND).to(tl.float16).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _encode(weight, absmax, codes, rows, columns, stride, WIDTH: tl.constexpr, PER: tl.constexpr,
             GIVEN: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
     """`PER` rows, `WIDTH` columns in each step; read twice unless the absmax are given."""
@@ -48,7 +48,7 @@ def _encode(weight, absmax, codes, rows, columns, stride, WIDTH: tl.constexpr, P
         tl.store(codes + row[:, None] * columns + here[None, :], rounded(x * factor).to(tl.int8), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _encode_held(weight, absmax, codes, rows, columns, stride, WIDTH: tl.constexpr, PER: tl.constexpr,
                  KIND: tl.constexpr):  # fmt: skip
     """`PER` rows of at most `WIDTH` columns, held from the search of their absmax to their codes."""

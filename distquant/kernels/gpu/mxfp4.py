@@ -19,7 +19,7 @@ PER_PROGRAM = 128
 """Runs of one program."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs"])
 def _encode(weight, codes, scale, runs, across, stride, PER: tl.constexpr, KIND: tl.constexpr):
     """`PER` runs, of which a row has `across`."""
     program = tl.program_id(0).to(tl.int64)
@@ -60,7 +60,7 @@ def quantize_mxfp4(
     return packed, stored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _decode(codes, scale, values, out, count, PER: tl.constexpr, KIND: tl.constexpr):
     """`PER` bytes: two elements each."""
     byte = tl.program_id(0).to(tl.int64) * PER + tl.arange(0, PER)

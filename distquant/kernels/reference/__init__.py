@@ -16,7 +16,6 @@ from distquant.kernels.reference.four_bit import (
     FP4,
     FP4_ASCENDING,
     NF4,
-    TILE,
     TINY,
     _tables,
     block_absmax,
@@ -42,6 +41,7 @@ from distquant.kernels.reference.groups import dequantize_groups, quantize_group
 from distquant.kernels.reference.int8 import encode_int8_rows, quantize_int8_rows, row_absmax
 from distquant.kernels.reference.mxfp4 import dequantize_mxfp4, quantize_mxfp4
 from distquant.kernels.reference.scaled_rows import encode_scaled_rows
+from distquant.kernels.reference.tiles import TILE
 
 __all__ = [
     "FP4",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distquant.kernels.outputs import prepared
+from distquant.kernels.reference.tiles import at_once
 
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -33,9 +34,6 @@ FP4_ASCENDING = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
 TINY = 1e-38
 """Smallest divisor: keeps a block of zeros from dividing by zero."""
-
-TILE = 1 << 18
-"""Elements worked on at a time, so that the temporaries stay in the cache."""
 
 
 @cache
@@ -96,7 +94,7 @@ def encode_4bit(
     """
     flat = weight.reshape(-1)
     packed = prepared(codes, ((flat.numel() + 1) // 2,), torch.uint8, flat.device)
-    tile = max(TILE // blocksize, 1) * blocksize
+    tile = max(at_once(flat.device) // blocksize, 1) * blocksize
     # The tail is divided and not multiplied, so it is encoded apart from the full blocks, also where it is full here.
     tail = (flat.numel() - 1) // blocksize * blocksize if ragged or flat.numel() % blocksize else flat.numel()
     for start in range(0, tail, tile):

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from distquant.kernels.outputs import prepared
-from distquant.kernels.reference.four_bit import TILE
 from distquant.kernels.reference.scaled_rows import E4M3_NAN, encode_scaled_rows
+from distquant.kernels.reference.tiles import at_once
 
 FP8_MAX = 448.0
 """Largest finite e4m3 value."""
@@ -39,6 +39,8 @@ MANTISSA = 23
 """Bits of a float32's fraction."""
 SMALLEST_POWER = torch.finfo(torch.float32).tiny
 """The least scale of ue8m0 that is ever stored, 2^-126."""
+LEAST_OF_ROWS = 1 / (FP8_MAX * 512)
+"""The least scale of FBGEMM's rows."""
 
 Block = tuple["int | None", "int | None"]
 
@@ -95,7 +97,7 @@ def _cast(weight: Tensor, values: Tensor, tile: tuple[int, int], scaled: Callabl
     """Fills `packed` with the e4m3 of `scaled(weight, value of its tile)`."""
     row_of = torch.arange(weight.shape[0], device=weight.device) // tile[0]
     column_of = torch.arange(weight.shape[1], device=weight.device) // tile[1]
-    step = max(TILE // max(weight.shape[1], 1), 1)
+    step = max(at_once(weight.device) // max(weight.shape[1], 1), 1)
     for start in range(0, len(weight), step):
         value = values[row_of[start : start + step]]
         value = value if value.shape[1] == 1 else value[:, column_of]
@@ -158,7 +160,7 @@ def quantize_fp8_ue8m0(
 def fbgemm_scales(amax: Tensor, out: Tensor) -> None:
     """Fills `out` (float32 like `amax`) with what FBGEMM divides rows of that amax by."""
     # Tensors, because torch on CUDA multiplies by the reciprocal of a plain number.
-    largest, least = (torch.tensor(v, dtype=amax.dtype, device=amax.device) for v in (FP8_MAX, 1 / (FP8_MAX * 512)))
+    largest, least = (torch.tensor(v, dtype=amax.dtype, device=amax.device) for v in (FP8_MAX, LEAST_OF_ROWS))
     torch.maximum(amax / largest, least, out=out)
 
 

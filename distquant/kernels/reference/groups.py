@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distquant.kernels.outputs import prepared
-from distquant.kernels.reference.four_bit import TILE
+from distquant.kernels.reference.tiles import at_once
 
 
 def quantize_groups(
@@ -55,7 +55,7 @@ def quantize_groups(
     packed = prepared(codes, (rows, columns), torch.int8, weight.device)
     scales = prepared(scale, (rows, groups), weight.dtype, weight.device)
     zeros = None if symmetric else prepared(zero, (rows, groups), torch.int8, weight.device)
-    step, full = max(TILE // max(columns, 1), 1), columns // group_size
+    step, full = max(at_once(weight.device) // max(columns, 1), 1), columns // group_size
     # Full groups form one tensor; a shorter last group cannot join them, and padding would change its range.
     for row in range(0, rows, step):
         for first, last, size in ((0, full, group_size), (full, groups, columns - full * group_size)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distquant.kernels.outputs import prepared
-from distquant.kernels.reference.four_bit import TILE
+from distquant.kernels.reference.tiles import at_once
 
 
 def row_absmax(weight: Tensor, *, absmax: Tensor | None = None) -> Tensor:
@@ -27,7 +27,7 @@ def encode_int8_rows(weight: Tensor, absmax: Tensor, out: Tensor | None = None) 
     """
     codes = prepared(out, tuple(weight.shape), torch.int8, weight.device)
     factor = (absmax.reciprocal() * 127.0).unsqueeze(-1)
-    per_tile = max(TILE // max(weight.shape[1], 1), 1)
+    per_tile = max(at_once(weight.device) // max(weight.shape[1], 1), 1)
     for start in range(0, len(weight), per_tile):
         tile = weight[start : start + per_tile].to(torch.float16) * factor[start : start + per_tile]
         codes[start : start + per_tile] = tile.round_().nan_to_num_(nan=0.0)

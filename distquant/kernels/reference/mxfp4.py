@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from distquant.kernels.outputs import prepared
-from distquant.kernels.reference.four_bit import TILE
 from distquant.kernels.reference.fp8 import MANTISSA, block_amax
+from distquant.kernels.reference.tiles import at_once
 
 RUN = 32
 """Columns that share a scale."""
@@ -69,7 +69,7 @@ def quantize_mxfp4(
     check_columns(columns)
     packed = prepared(codes, (rows, columns // 2), torch.uint8, weight.device)
     stored = prepared(scale, (rows, columns // RUN), torch.uint8, weight.device)
-    step = max(TILE // max(columns, 1), 1)
+    step = max(at_once(weight.device) // max(columns, 1), 1)
     for start in range(0, rows, step):
         part = weight[start : start + step]
         amax = block_amax(part, (1, RUN))
@@ -117,7 +117,7 @@ def dequantize_mxfp4(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.fl
     rows, columns = codes.shape[0], codes.shape[1] * 2
     check_columns(columns)
     out = torch.empty((rows, columns), dtype=dtype, device=codes.device)
-    values, step = e2m1_values(codes.device), max(TILE // max(columns, 1), 1)
+    values, step = e2m1_values(codes.device), max(at_once(codes.device) // max(columns, 1), 1)
     for start in range(0, rows, step):
         packed, byte = codes[start : start + step], scale[start : start + step].to(torch.int32)
         power = torch.where(byte > 0, byte << MANTISSA, SMALLEST)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distquant.kernels.outputs import prepared
-from distquant.kernels.reference.four_bit import TILE
+from distquant.kernels.reference.tiles import at_once
 
 E4M3_NAN = 0x7F
 """The one e4m3 NaN that is ever stored."""
@@ -48,7 +48,7 @@ def encode_scaled_rows(
     top = 0.0 if integer else torch.finfo(dtype).max
     if inverse:
         by = by.reciprocal()
-    step = max(TILE // max(weight.shape[1], 1), 1)
+    step = max(at_once(weight.device) // max(weight.shape[1], 1), 1)
     for start in range(0, len(weight), step):
         tile = weight[start : start + step].float()
         value = tile * by[start : start + step] if inverse else tile / by[start : start + step]

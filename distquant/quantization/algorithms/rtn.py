@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distquant.kernels.reference.four_bit import TILE
+from distquant.kernels.reference.tiles import at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ class Grid:
     minimum_range: float | None = None
 
 
-def rows_at_once(columns: int, multiple: int = 1) -> int:
-    """Rows to quantize at a time so that temporaries stay small: a multiple of `multiple`."""
-    return max(TILE // max(columns, 1) // multiple, 1) * multiple
+def rows_at_once(columns: int, device: torch.device, multiple: int = 1) -> int:
+    """Rows to quantize at a time on `device` so that temporaries stay small: a multiple of `multiple`."""
+    return max(at_once(device) // max(columns, 1) // multiple, 1) * multiple
 
 
 def quantize_rtn(rows: Tensor, group_size: int, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 A scale for each row, or one for all: what transformers 5.23 computes on a GPU for compressed-tensors
 (`integrations/compressed_tensors.py`, `CompressedTensorsFP8Linear`). Every row of activations becomes float8 under
-its own amax / 448, computed in float32, or under the scale that the checkpoint gives; `torch.nn.functional.scaled_mm`
-multiplies and applies both scales. FBGEMM's `f8f8bf16_rowwise` is the same product.
+its own amax / 448, computed in float32, or under the scale that the checkpoint gives. FBGEMM's `f8f8bf16_rowwise`
+multiplies and applies both scales where it is installed and runs (see `fbgemm_matmul.py`), and
+`torch.nn.functional.scaled_mm` elsewhere: the same product of the same float8 numbers.
 
 Tiles of 128 x 128: transformers' own `fp8_linear` (`integrations/finegrained_fp8.py`, DeepGEMM or Triton), where the
 package `kernels` is installed, which fetches them. Activations become float8 under a scale for each 128 of a row.
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from distquant.accelerator.facts import reaches
 from distquant.options import Forward
+from distquant.quantization.linear import fbgemm_matmul
 from distquant.sharding.shard import Shard
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -42,6 +44,7 @@ class Float8Kernel(Enum):
     """A kernel, by its name in reports."""
 
     SCALED_MM = "torch's scaled_mm"
+    FBGEMM = "FBGEMM's f8f8bf16_rowwise"
     TILES = "transformers' fp8_linear"
 
 
@@ -65,7 +68,10 @@ class Float8Multiplier(ABC):
 
     @abstractmethod
     def float8_kernel(self, name: str) -> Float8Kernel | None:
-        """The kernel that can multiply a parameter; None where it is stored in a form that none takes."""
+        """The kernel that can multiply a parameter; None where it is stored in a form that none takes.
+
+        `SCALED_MM` stands for all that multiply rows: `taken` decides between them.
+        """
 
     @abstractmethod
     def float8_matmul(self, shard: Shard, components: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -97,6 +103,14 @@ def _tiles_missing() -> str | None:
     return None
 
 
+def taken(kernel: Float8Kernel, device: torch.device) -> tuple[Float8Kernel, str]:
+    """Returns what multiplies in the place of a kernel on a device, and why nothing faster does where it might."""
+    if kernel is not Float8Kernel.SCALED_MM or device.type != "cuda":
+        return kernel, ""
+    reason = fbgemm_matmul.why_not(device)
+    return (Float8Kernel.FBGEMM, "") if reason is None else (kernel, reason)
+
+
 def is_float8(forward: Forward, kernel: Float8Kernel, shape: tuple[int, int], device: torch.device) -> bool:
     """Returns True if a kernel multiplies a weight `[out, in]` on a device."""
     if not forward.tries(Forward.FLOAT8, device) or missing(kernel, device) is not None:
@@ -107,14 +121,21 @@ def is_float8(forward: Forward, kernel: Float8Kernel, shape: tuple[int, int], de
 
 def float8_rows_matmul(x: Tensor, weight: Float8Rows) -> Tensor:
     """`x @ W.T` in the dtype of `x`, `[..., out]` from `[..., in]`; activations are rounded to float8."""
-    row_wise = nn.functional.ScalingType.RowWise
     rows = x.reshape(-1, x.shape[-1])
     scale = _scale(rows, weight.activation)
     codes = (rows.float() / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    scales = weight.scale.t().expand(1, len(weight.codes)).contiguous()
-    dtype = torch.float32 if x.device.type == "cpu" else torch.bfloat16  # CUDA's kernel gives no other
-    product = nn.functional.scaled_mm(codes, weight.codes.t(), scale, row_wise, scales, row_wise, output_dtype=dtype)
-    return product.to(x.dtype).view(*x.shape[:-1], -1)
+    scales = weight.scale.view(-1).expand(len(weight.codes)).contiguous()
+    if len(rows) and taken(Float8Kernel.SCALED_MM, x.device)[0] is Float8Kernel.FBGEMM:
+        product = fbgemm_matmul.rows_product(codes, scale.view(-1), weight.codes, scales)
+    else:
+        product = _scaled_mm(codes, scale, weight.codes, scales.view(1, -1))
+    return product.to(x.dtype).view(*x.shape[:-1], len(weight.codes))
+
+
+def _scaled_mm(codes: Tensor, scale: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    row_wise = nn.functional.ScalingType.RowWise
+    dtype = torch.float32 if codes.device.type == "cpu" else torch.bfloat16  # CUDA's kernel gives no other
+    return nn.functional.scaled_mm(codes, weight.t(), scale, row_wise, scales, row_wise, output_dtype=dtype)
 
 
 def _scale(rows: Tensor, given: Tensor | None) -> Tensor:

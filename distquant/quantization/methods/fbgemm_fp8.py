@@ -3,6 +3,7 @@
 Stored as transformers 5.23 does (`integrations/fbgemm_fp8.py`, `FbgemmFp8Linear`): `weight` float8_e4m3fn `[N, K]`,
 `weight_scale` float32 `[N, 1]`. Quantized by the definition of `torch.ops.fbgemm.quantize_fp8_per_row`
 (see `kernels/reference/fp8.py`), which takes bfloat16 only and exists for GPUs only: `fbgemm-gpu-cpu` lacks it.
+FBGEMM's Triton form, `quantize_fp8_row`, has other bits: it multiplies by 448 / amax (1.8.0, measured on a CPU).
 
 A row's scale reaches over `in`, so whole rows are quantized, by the rank that reads them, and a shard that is split
 along `in` keeps the scale of every row. In forward activations are float8, too, on a GPU that has it (see

@@ -1,8 +1,8 @@
 """HQQ: groups of 8 to 1 bits with a float scale and zero point, improved by an iteration over the whole weight.
 
 Every round moves the zero points, and the rounds end when the mean error of the *whole* weight no longer falls. So one
-rank quantizes the whole weight, in float32 on the CPU whatever device it is kept on, with the bits that hqq gives where
-torch has one thread (on two or three it gives a few other codes for 2048 x 2000 weights): see `hqq_optimizer.py`.
+rank quantizes the whole weight, in float32, on the device that it is loaded to. On a CPU it has the bits that hqq gives
+where torch has one thread (on two or three it gives a few other codes for 2048 x 2000 weights): see `hqq_optimizer.py`.
 
 Packed codes have no contiguous slice: `BitPack` (`hqq/core/bitpack.py`) puts the first part of the grouped rows into
 the high bits and the last into the low ones. Codes are therefore passed on unpacked, a byte each, and packed again as
@@ -174,12 +174,9 @@ class HqqScheme(QuantizedScheme, Encoder):
 
     def encode(self, name: str, rows: Tensor, out: dict[str, Tensor], ops: Kernels) -> None:
         weight, groups, target = self.weight(name), self.groups(name, tuple(rows.shape)), out[""]
-        codes = target if target.device.type == "cpu" else torch.empty(target.shape, dtype=target.dtype)
         scale, zero = quantize_hqq(
-            rows.cpu(), weight.nbits, groups.size, weight.axis, weight.optimize, weight.rounds_zero, codes
+            rows, weight.nbits, groups.size, weight.axis, weight.optimize, weight.rounds_zero, target
         )
-        if codes is not target:
-            target.copy_(codes)
         out["scales"].copy_(groups.repeated(scale))
         out["zeros"].copy_(groups.repeated(zero))
 

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kernel_cases import cases
@@ -20,9 +21,9 @@ TESTS = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def answer(script: str, **environment: str) -> dict[str, object]:
+def answer(script: str, *arguments: str, **environment: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, str(TESTS / script)],
+        [sys.executable, str(TESTS / script), *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -46,13 +47,27 @@ def test_no_case_is_left_out(interpreted: dict[str, object]) -> None:
     assert interpreted.keys() == cases().keys()
 
 
-def test_compiled_for_a_gpu_nothing_is_approximate_flushed_or_fused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("capabilities", ["90", pytest.param("80 100 120", marks=pytest.mark.wide)])
+def test_compiled_for_a_gpu_nothing_is_approximate_flushed_fused_or_spilled(tmp_path: Path, capabilities: str) -> None:
     pytest.importorskip("triton.backends.nvidia", reason="this triton has no backend for NVIDIA GPUs")
-    found = answer("kernel_ptx.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    for module in ("four_bit", "int8", "fp8", "groups", "mxfp4", "blockwise"):
-        assert any(f".{module}._encode" in name for name in found), module
-    wrong = {name: instructions for name, instructions in found.items() if instructions}
-    assert not wrong
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    found = answer("kernel_ptx.py", *capabilities.split(), **environment)
+    for capability in capabilities.split():
+        for module in ("four_bit", "int8", "fp8", "groups", "mxfp4", "blockwise", "scaled_rows"):
+            assert any(name.startswith(f"sm_{capability} ") and f".{module}._encode" in name for name in found), module
+    assert not {name: entry for name, entry in found.items() if entry["instructions"] or entry["spilled"]}
+
+
+@pytest.mark.wide
+def test_pieces_of_any_number_of_rows_compile_nothing_after_the_warm_up(tmp_path: Path, kjv_tiny: str) -> None:
+    pytest.importorskip("triton.backends.nvidia", reason="this triton has no backend for NVIDIA GPUs")
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    methods = ("nf4-dq", "int8", "fp8", "fbgemm_fp8", "int4", "mxfp4", "mxfp8", "quanto-int8", "torchao-int8")
+    found = answer("kernel_warmth.py", kjv_tiny, *methods, **environment)
+    assert found.keys() == set(methods)
+    for method, (warm, later) in found.items():
+        assert warm > 0, method
+        assert later == 0, method
 
 
 @pytest.mark.parametrize("line", ["div.full.f32 ", "rcp.approx.ftz.f32 ", "fma.rn.f32 ", "mul.ftz.f32 "])
@@ -63,6 +78,15 @@ def test_the_search_knows_what_it_looks_for(line: str) -> None:
     assert not FORBIDDEN.search(
         "\tmul.f32 %r1, %r2, %r3;\n\tdiv.rn.f32 %r1, %r2, %r3;\n\tmad.wide.s32 %rd1, %r1, 4, 0;"
     )
+
+
+def test_the_search_for_spills_reads_ptxas() -> None:
+    from kernel_ptx import SPILLS
+
+    line = (
+        "ptxas info    : Function properties\n    40 bytes stack frame, 156 bytes spill stores, 152 bytes spill loads"
+    )
+    assert SPILLS.findall(line) == ["156", "152"]
 
 
 def test_tensors_on_a_cpu_are_refused_outside_the_interpreter() -> None:
