@@ -12,7 +12,7 @@ from distquant.checkpoint import TensorInfo
 from distquant.loading.shard_buffer import Allocator, ShardBuffer
 from distquant.loading.stream.tasks import Encode, Task
 from distquant.planning.load_plan import LoadPlan
-from distquant.planning.node_rows import node_rows
+from distquant.planning.node_rows import Layouts, NodeRows, node_rows
 from distquant.planning.read_assignment import NodeReads, reads_of_node
 from distquant.planning.row_map import column_segments, row_segments, rows_and_width
 from distquant.planning.transfers import Transfer, transfers_of
@@ -38,9 +38,12 @@ def tasks_of(
         ops_of: gives the kernels of a device.
     """
     transfers = transfers_of(plan.tensors, plan.partitions, scheme, plan.prequantized, infos)
+    layouts: Layouts = {}
     for index, assigned in enumerate(reads_of_node(transfers, plan.mesh, node)):
         device = device_of(assigned.transfer.tensor.name)
-        yield _task(index, assigned, infos, device, _encode(assigned.transfer, scheme, device, ops_of))
+        encode = _encode(assigned.transfer, scheme, device, ops_of)
+        found = node_rows(assigned.transfer, assigned.columns, infos, layouts)
+        yield _task(index, assigned, found, device, encode)
 
 
 def _encode(
@@ -57,10 +60,9 @@ def _encode(
 
 
 def _task(
-    index: int, assigned: NodeReads, infos: Mapping[str, TensorInfo], device: torch.device, encode: Encode | None
+    index: int, assigned: NodeReads, found: NodeRows, device: torch.device, encode: Encode | None
 ) -> Task:
-    transfer, owners, columns, reads = assigned
-    found = node_rows(transfer, columns, infos)
+    transfer, owners, _, reads = assigned
     return Task(
         index=index,
         transfer=transfer,

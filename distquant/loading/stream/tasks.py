@@ -57,7 +57,6 @@ class Task:
         owners: ranks of the node that keep something of it; None = all of them.
         replicated: True if every rank that keeps something needs a component for all rows.
         statistics_bytes: bytes of the components that every rank holds for all rows until the tensor is finished.
-        row_bytes: bytes that are read of a row.
     """
 
     index: int
@@ -72,13 +71,16 @@ class Task:
     owners: tuple[int, ...] | None = None
     replicated: bool = field(init=False)
     statistics_bytes: int = field(init=False)
-    row_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.replicated = any(row_layout.replicated for row_layout in self.row_layouts)
-        self.statistics_bytes = statistics_bytes(self.row_layouts)
+        self.statistics_bytes = statistics_bytes(self.row_layouts) if self.replicated else 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that are read of a row."""
         width = self.columns[1] - self.columns[0]
-        self.row_bytes = self.rows.row_bytes() // max(self.rows.width, 1) * width
+        return self.rows.row_bytes() // max(self.rows.width, 1) * width
 
     @property
     def name(self) -> str:
