@@ -292,12 +292,14 @@ class _Loading:
         partial = any(plan.nodes[rank] != plan.nodes[self.comm.rank] for rank in plan.mesh.peers(self.comm.rank, "tp"))
 
         def sink(task: Task) -> ShardBuffer:
-            return buffer_for(task, self.coordinates["tp"], partial, placer.allocator(task))
+            return buffer_for(task, self.coordinates["tp"], partial, placer.allocator(task), engine.gathering)
 
-        def finished(task: Task, filled: Any) -> None:
+        def finished(task: Task, filled: ShardBuffer) -> None:
+            filled.upload(keep=() if partial else placer.taken_on_the_host(task))
             if partial:
                 self._join_statistics(task, filled)
             placer.fill(task, filled)
+            filled.release()
 
         def progress(done: int, total: int) -> None:
             assert self.progress is not None

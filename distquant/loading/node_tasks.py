@@ -10,6 +10,7 @@ import torch
 
 from distquant.checkpoint import TensorInfo
 from distquant.loading.shard_buffer import Allocator, ShardBuffer
+from distquant.loading.stream.gathering import GatheringMemory
 from distquant.loading.stream.tasks import Encode, Task
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.node_rows import Layouts, NodeRows, node_rows
@@ -59,9 +60,7 @@ def _encode(
     return None
 
 
-def _task(
-    index: int, assigned: NodeReads, found: NodeRows, device: torch.device, encode: Encode | None
-) -> Task:
+def _task(index: int, assigned: NodeReads, found: NodeRows, device: torch.device, encode: Encode | None) -> Task:
     transfer, owners, _, reads = assigned
     return Task(
         index=index,
@@ -77,7 +76,9 @@ def _task(
     )
 
 
-def buffer_for(task: Task, tp: int, partial: bool, allocator: Allocator | None) -> ShardBuffer:
+def buffer_for(
+    task: Task, tp: int, partial: bool, allocator: Allocator | None, gathering: GatheringMemory | None = None
+) -> ShardBuffer:
     """Returns memory for what a position on tp keeps of a transfer.
 
     Args:
@@ -85,10 +86,13 @@ def buffer_for(task: Task, tp: int, partial: bool, allocator: Allocator | None) 
         tp: position on the tp axis.
         partial: True if other nodes read some of its rows, too.
         allocator: gives the memory of a component that is there already.
+        gathering: host memory to gather in what goes to a device.
     """
     kind = task.transfer.kind
     rows = row_segments(kind.shape, kind.shard_dim, kind.partition, tp)
     kept = column_segments(kind.shape, kind.shard_dim, kind.partition, tp)
     width = rows_and_width(kind.shape)[1]
     columns = (0, width) if task.transposed or kind.decoded else task.columns
-    return ShardBuffer(task.row_layouts, columns, width, rows, kept, task.device, partial, allocator)
+    alone = task.owners is not None and len(task.owners) == 1
+    gathering = None if alone or task.device.type == "cpu" else gathering
+    return ShardBuffer(task.row_layouts, columns, width, rows, kept, task.device, partial, allocator, gathering)

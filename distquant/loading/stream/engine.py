@@ -26,6 +26,7 @@ from distquant.loading.stream.budget import Budget
 from distquant.loading.stream.copier import Copier
 from distquant.loading.stream.emitter import Emitter
 from distquant.loading.stream.files import Files
+from distquant.loading.stream.gathering import GatheringMemory
 from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.peers import Peers
 from distquant.loading.stream.reader import Reader
@@ -98,8 +99,10 @@ class Engine:
         self.arrivals = arrivals = ArrivalTracker(tasks, rank, load_state)
         self.peers = Peers(rank, staging_buffer, load_state)
         self.copier = copier = Copier(pinned, rank, load_state)
+        self.gathering = GatheringMemory()
+        """Host memory for what goes to a device once a tensor."""
         self._sinks = sinks = Sinks(sink)
-        self._sender = sender = Sender(staging_buffer, sends, self.peers, load_state, self.peers.no_slot)
+        self._sender = sender = Sender(copier, staging_buffer, sends, self.peers, load_state, self.peers.no_slot)
         self._receiver = Receiver(tasks=tasks, reads=reads, sends=sends, arrivals=arrivals, sinks=sinks, timer=timer)
         self._emitter = Emitter(
             rank=rank, others=self.peers.peers, budget=budget, staging_buffer=staging_buffer, reads=reads,
@@ -123,6 +126,7 @@ class Engine:
         ended = self.peers.close(error, until)
         ended = (self._reader is None or self._reader.join(begun + HANGING if error else until)) and ended
         ended = self.copier.close(until) and ended
+        ended = self.gathering.close(until) and ended
         self._sinks.clear()
         self._emitter.clear()
         self._reader = None
@@ -216,7 +220,7 @@ class Engine:
     def _hold_back(self, task: Task) -> None:
         """Waits until the statistics of tensors in progress, this one included, fit the budget."""
         arrivals = self.arrivals
-        while arrivals.next < task.index and arrivals.unfinished_statistics(task) > self.budget.statistics:
+        while arrivals.next < task.index and arrivals.unfinished_bytes(task) > self.budget.statistics:
             start = perf_counter()
             # Ranks may all hold back at the same tensor: the pieces that finish it must be out before any waits.
             self._sender.flush()

@@ -36,6 +36,9 @@ class Sink(Protocol):
     def holds(self, row_layout: RowLayout, start: int, stop: int) -> bool:
         """Returns True if `direct` gives memory, and makes none itself."""
 
+    def gathers(self, row_layout: RowLayout) -> bool:
+        """Returns True if the memory of a tensor that goes to a device is on the host for now."""
+
     def place(self, row_layout: RowLayout, values: Tensor, start: int, stop: int) -> int:
         """Copies what is kept of rows `[start, stop)`; returns the bytes of it."""
 
@@ -57,6 +60,8 @@ class Task:
         owners: ranks of the node that keep something of it; None = all of them.
         replicated: True if every rank that keeps something needs a component for all rows.
         statistics_bytes: bytes of the components that every rank holds for all rows until the tensor is finished.
+        unfinished_bytes: bytes that a rank takes until it is finished, beside its final memory: the statistics and, for
+            a device, the columns that are gathered on the host.
     """
 
     index: int
@@ -71,10 +76,16 @@ class Task:
     owners: tuple[int, ...] | None = None
     replicated: bool = field(init=False)
     statistics_bytes: int = field(init=False)
+    unfinished_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.replicated = any(row_layout.replicated for row_layout in self.row_layouts)
         self.statistics_bytes = statistics_bytes(self.row_layouts) if self.replicated else 0
+        self.unfinished_bytes = self.statistics_bytes
+        kind = self.transfer.kind
+        if self.device.type != "cpu" and kind.partition is not None and kind.shard_dim != 0:
+            total = sum(row_layout.nbytes(0, row_layout.rows) for row_layout in self.row_layouts)
+            self.unfinished_bytes += (total - self.statistics_bytes) // len(kind.partition.parts)
 
     @property
     def row_bytes(self) -> int:
