@@ -294,7 +294,7 @@ class _Loading:
         def sink(task: Task) -> ShardBuffer:
             return buffer_for(task, self.coordinates["tp"], partial, placer.allocator(task), engine.gathering)
 
-        def finished(task: Task, filled: ShardBuffer) -> None:
+        def finished(task: Task, filled: Any) -> None:
             filled.upload(keep=() if partial else placer.taken_on_the_host(task))
             if partial:
                 self._join_statistics(task, filled)

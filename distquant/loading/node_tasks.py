@@ -11,13 +11,14 @@ import torch
 from distquant.checkpoint import TensorInfo
 from distquant.loading.shard_buffer import Allocator, ShardBuffer
 from distquant.loading.stream.gathering import GatheringMemory
-from distquant.loading.stream.tasks import Encode, Task
+from distquant.loading.stream.tasks import Encode, Task, kept_bytes
 from distquant.planning.load_plan import LoadPlan
 from distquant.planning.node_rows import Layouts, NodeRows, node_rows
 from distquant.planning.read_assignment import NodeReads, reads_of_node
 from distquant.planning.row_map import column_segments, row_segments, rows_and_width
 from distquant.planning.transfers import Transfer, transfers_of
 from distquant.quantization import Encoder, PlainDecoder, Scheme
+from distquant.sharding.row_layout import RowLayout
 
 
 def tasks_of(
@@ -44,7 +45,8 @@ def tasks_of(
         device = device_of(assigned.transfer.tensor.name)
         encode = _encode(assigned.transfer, scheme, device, ops_of)
         found = node_rows(assigned.transfer, assigned.columns, infos, layouts)
-        yield _task(index, assigned, found, device, encode)
+        gathered = frozenset[str]() if device.type == "cpu" else _gathered(assigned, found.row_layouts, plan.staging)
+        yield _task(index, assigned, found, device, encode, gathered)
 
 
 def _encode(
@@ -60,7 +62,14 @@ def _encode(
     return None
 
 
-def _task(index: int, assigned: NodeReads, found: NodeRows, device: torch.device, encode: Encode | None) -> Task:
+def _task(
+    index: int,
+    assigned: NodeReads,
+    found: NodeRows,
+    device: torch.device,
+    encode: Encode | None,
+    gathered: frozenset[str],
+) -> Task:
     transfer, owners, _, reads = assigned
     return Task(
         index=index,
@@ -73,6 +82,24 @@ def _task(index: int, assigned: NodeReads, found: NodeRows, device: torch.device
         encode=encode,
         device=device,
         owners=owners,
+        gathered=gathered,
+    )
+
+
+def _gathered(assigned: NodeReads, row_layouts: tuple[RowLayout, ...], staging: int) -> frozenset[str]:
+    """Returns the components of a tensor that ranks with devices gather on the host.
+
+    They come from other ranks of the node, and so through host memory, in pieces of a few rows or columns. Statistics
+    are always gathered; all else if every row is shared, and if it fits the budget.
+    """
+    if len(assigned.owners) < 2:
+        return frozenset()
+    shared = all(len(read.owners) > 1 for read in assigned.reads)
+    kind = assigned.transfer.kind
+    return frozenset(
+        row_layout.name
+        for row_layout in row_layouts
+        if row_layout.replicated or (shared and kept_bytes(kind, row_layout) <= staging)
     )
 
 
@@ -86,13 +113,14 @@ def buffer_for(
         tp: position on the tp axis.
         partial: True if other nodes read some of its rows, too.
         allocator: gives the memory of a component that is there already.
-        gathering: host memory to gather in what goes to a device.
+        gathering: gives host memory for the components that are gathered.
     """
     kind = task.transfer.kind
     rows = row_segments(kind.shape, kind.shard_dim, kind.partition, tp)
     kept = column_segments(kind.shape, kind.shard_dim, kind.partition, tp)
     width = rows_and_width(kind.shape)[1]
     columns = (0, width) if task.transposed or kind.decoded else task.columns
-    alone = task.owners is not None and len(task.owners) == 1
-    gathering = None if alone or task.device.type == "cpu" else gathering
-    return ShardBuffer(task.row_layouts, columns, width, rows, kept, task.device, partial, allocator, gathering)
+    gathered = task.gathered if gathering is not None else frozenset[str]()
+    return ShardBuffer(
+        task.row_layouts, columns, width, rows, kept, task.device, partial, allocator, gathered, gathering
+    )

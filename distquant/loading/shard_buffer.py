@@ -33,8 +33,8 @@ class ShardBuffer:
         device: of the memory.
         partial: True if other nodes hold statistics of rows that this one does not see.
         allocator: gives the memory of a component that is there already.
-        gathering: host memory for what ranks of the node send each other of every row; None = it goes to the device
-            as it comes.
+        gathered: components that are gathered on the host.
+        gathering: gives memory for these.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class ShardBuffer:
         device: torch.device,
         partial: bool = False,
         allocator: Allocator | None = None,
+        gathered: frozenset[str] = frozenset(),
         gathering: GatheringMemory | None = None,
     ):
         self.columns, self.kept, self.device, self.partial = columns, tuple(kept), device, partial
@@ -61,7 +62,7 @@ class ShardBuffer:
             own_rows, own_width = (row_layout.rows, width) if row_layout.replicated else (local_rows, local_width)
             same = (own_rows, own_width) == (row_layout.rows, row_layout.width)
             self.own[row_layout.name] = row_layout if same else replace(row_layout, rows=own_rows, width=own_width)
-        self._allocator, self._gathering = allocator, gathering
+        self._allocator, self._gathered, self._gathering = allocator, gathered, gathering
         self._blocks: dict[str, Block] = {}
         """Host memory of components that are gathered there, by component."""
         self._memory: dict[str, Tensor] | None = None
@@ -80,7 +81,8 @@ class ShardBuffer:
 
     def _make(self, row_layout: RowLayout) -> Tensor:
         count = row_layout.before(row_layout.rows)
-        if self._gathering is not None and self.gathers(row_layout):
+        if self.gathers(row_layout):
+            assert self._gathering is not None
             nbytes = count * row_layout.dtype.itemsize
             block = self._blocks[row_layout.name] = self._gathering.take(nbytes, self.device)
             values = block.memory[:nbytes].view(row_layout.dtype)
@@ -100,7 +102,7 @@ class ShardBuffer:
 
     def gathers(self, row_layout: RowLayout) -> bool:
         """Returns True for a component that is gathered in host memory."""
-        return self._gathering is not None and (row_layout.replicated or not self.all_columns)
+        return row_layout.name in self._gathered
 
     def upload(self, keep: Collection[str] = ()) -> None:
         """Queues copies to the device of all that was gathered, once all of it is there; `keep` stays on the host."""
@@ -112,7 +114,7 @@ class ShardBuffer:
         """Gives the host memory back: all that it was needed for is queued on the device."""
         if self._gathering is not None:
             self._gathering.give_back(self._blocks.values())
-            self._blocks.clear()
+        self._blocks.clear()
 
     def direct(self, row_layout: RowLayout, start: int, stop: int) -> Tensor | None:
         """Returns the final memory of rows `[start, stop)`, flat; None where they do not go to one run of it."""

@@ -13,7 +13,7 @@ from distquant.dtypes import TORCH_NAMES
 from distquant.planning.read_assignment import ReadItem
 from distquant.planning.row_map import RowMap, RowRange
 from distquant.planning.slots import ALIGN, statistics_bytes
-from distquant.planning.transfers import Transfer
+from distquant.planning.transfers import Transfer, TransferKind
 from distquant.sharding.partition import Segment
 from distquant.sharding.row_layout import RowLayout
 
@@ -43,6 +43,12 @@ class Sink(Protocol):
         """Copies what is kept of rows `[start, stop)`; returns the bytes of it."""
 
 
+def kept_bytes(kind: TransferKind, row_layout: RowLayout) -> int:
+    """Returns the bytes that a rank keeps of a component, about: ranks' shares differ by a step of rows or columns."""
+    total = row_layout.nbytes(0, row_layout.rows)
+    return total if row_layout.replicated or kind.partition is None else total // len(kind.partition.parts)
+
+
 @dataclass(slots=True)
 class Task:
     """One transfer of the plan on one node, as a rank carries it out.
@@ -60,8 +66,8 @@ class Task:
         owners: ranks of the node that keep something of it; None = all of them.
         replicated: True if every rank that keeps something needs a component for all rows.
         statistics_bytes: bytes of the components that every rank holds for all rows until the tensor is finished.
-        unfinished_bytes: bytes that a rank takes until it is finished, beside its final memory: the statistics and, for
-            a device, the columns that are gathered on the host.
+        gathered: components that a rank gathers on the host, because they come in parts and go to a device.
+        unfinished_bytes: bytes that a rank takes until it is finished, beside its final memory.
     """
 
     index: int
@@ -74,6 +80,7 @@ class Task:
     encode: Encode | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     owners: tuple[int, ...] | None = None
+    gathered: frozenset[str] = frozenset()
     replicated: bool = field(init=False)
     statistics_bytes: int = field(init=False)
     unfinished_bytes: int = field(init=False)
@@ -82,10 +89,12 @@ class Task:
         self.replicated = any(row_layout.replicated for row_layout in self.row_layouts)
         self.statistics_bytes = statistics_bytes(self.row_layouts) if self.replicated else 0
         self.unfinished_bytes = self.statistics_bytes
-        kind = self.transfer.kind
-        if self.device.type != "cpu" and kind.partition is not None and kind.shard_dim != 0:
-            total = sum(row_layout.nbytes(0, row_layout.rows) for row_layout in self.row_layouts)
-            self.unfinished_bytes += (total - self.statistics_bytes) // len(kind.partition.parts)
+        if self.gathered:
+            self.unfinished_bytes += sum(
+                kept_bytes(self.transfer.kind, row_layout)
+                for row_layout in self.row_layouts
+                if row_layout.name in self.gathered and not row_layout.replicated
+            )
 
     @property
     def row_bytes(self) -> int:
