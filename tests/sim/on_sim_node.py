@@ -11,6 +11,7 @@ from on_sim import Meeting, ThreadComm, faults, on_threads
 import distquant as dq
 from distquant.loading.loader import load_shard
 from distquant.loading.stream.emitter import Emitter
+from distquant.loading.stream.engine import Engine
 from distquant.loading.stream.tasks import Chunk
 from distquant.options import RunOptions
 
@@ -36,7 +37,14 @@ def on_one_node(path: str, quant: str, ranks: int, staging: str, seconds: float)
         pieces.append(1)
         read(emitter, chunk)
 
-    with mock.patch.object(Emitter, "consume", consume):
+    count, readers = Engine._readers, set[int]()
+
+    def counted(engine: Engine) -> int:
+        readers.add(count(engine))
+        return max(readers)
+
+    own_cores = mock.patch("distquant.loading.stream.engine.cores_of_a_rank", lambda ranks: 8)  # a real node has them
+    with own_cores, mock.patch.object(Emitter, "consume", consume), mock.patch.object(Engine, "_readers", counted):
         models = on_threads(ranks, rank)
     counts = dict(_sim.counts())
     found = on_threads(ranks, lambda number: dq.fingerprint(models[number]))
@@ -47,4 +55,5 @@ def on_one_node(path: str, quant: str, ranks: int, staging: str, seconds: float)
         "counts": counts,
         "tensors": len(plan.tensors),
         "pieces": len(pieces),
+        "readers": readers,
     }

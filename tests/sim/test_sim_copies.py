@@ -14,6 +14,7 @@ def test_what_ranks_send_each_other_goes_to_a_device_once_a_tensor(sim: Apart, m
     found = sim(on_sim_node.on_one_node, model_of("llama-gqa"), quant, RANKS, "128KiB", 1e-5)
     assert found["equal"]
     assert found["faults"] == []
+    assert found["readers"] == {4}  # quantizing needs no core
     assert found["still pinned"] == 0
     counts = {what: times for what, (times, _) in found["counts"].items()}
     # Constants of the method and buffers that are computed, not pieces: a few for each device.

@@ -42,6 +42,9 @@ from distquant.units import format_bytes
 READERS = 2
 """Reads in flight, where they may wait for a disk or a network."""
 
+DEVICE_READERS = READ_SLOTS
+"""Reads in flight where everything is quantized on devices, so that no reader takes a core from that."""
+
 HANGING = 2.0
 """Seconds that a load which has failed waits for reads that have begun."""
 
@@ -176,11 +179,13 @@ class Engine:
 
     def _readers(self) -> int:
         """Returns how many threads read ahead. Reads from memory take a core, and quantizing needs the others."""
+        on_devices = all(task.device.type != "cpu" for task in self.tasks)
+        most = DEVICE_READERS if on_devices else READERS
         if not all(map(self.files.in_memory, self._files())):
-            return READERS
+            return most
         if cores_of_a_rank(len(self.peers.peers) + 1) < 2:
             return 0  # a thread would only take turns with the main thread on the same core
-        return READERS if all(task.encode is None for task in self.tasks) else 1
+        return most if on_devices or all(task.encode is None for task in self.tasks) else 1
 
     def _files(self) -> set[str]:
         """Returns the files that this rank reads from."""
