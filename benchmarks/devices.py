@@ -48,6 +48,8 @@ class Counts:
     """CPU seconds of plan and tasks."""
     read: int = 0
     pieces: int = 0
+    encoded: int = 0
+    """Pieces that are quantized."""
     to_device: tuple[int, int] = (0, 0)
     """Pieces that go to the device as they were read, and their bytes: to be quantized, or kept by this rank alone."""
     sent: tuple[int, int] = (0, 0)
@@ -122,6 +124,7 @@ def _add(found: Counts, chunk: Any, rank: int, reader: int) -> None:
     if reader == rank:
         found.pieces += 1
         found.read += chunk.nbytes
+        found.encoded += task.encode is not None
         stored = TORCH_NAMES[chunk.ranges[0].dtype]
         unchanged = task.encode is None and stored == str(task.dtype).partition(".")[2] and not task.transposed
         if not (unchanged and shared):
@@ -195,7 +198,7 @@ def stages(counts: Counts, ranks: int, seconds: dict[str, float], before: bool) 
     """Returns the seconds of what runs at once in a load: the longest is the critical path."""
     cost = {name: value for name, (value, _, _) in COSTS.items()}
     bands, kept = sum(counts.bands.values()), sum(counts.bytes.values())
-    python = counts.pieces * (seconds["piece"] + cost["launches"])
+    python = counts.pieces * seconds["piece"] + counts.encoded * cost["launches"]
     mean = counts.nested[1] / cost["host"]
     listener = bands * seconds["band"]
     if before:
@@ -211,6 +214,7 @@ def stages(counts: Counts, ranks: int, seconds: dict[str, float], before: bool) 
         "storage": counts.read * ranks / cost["storage"],
         "main thread": main,
         "listening thread": listener,
+        "Python's lock": python + bands * seconds["band"],
         "copies to the device": to_device / cost["pinned"],
         "copies from the device": counts.sent[1] / cost["pinned"],
     }
@@ -235,8 +239,9 @@ def page(cases: list[tuple[str, int, Counts]], sim: dict[str, Any], small: list[
             waits = synchronizations(counts, when == "before")
             pageable = (sum(counts.bands.values()) + counts.nested[0]) if when == "before" else 0
             times = [f"{each:.2f}" for each in found.values()]
-            rows.append([f"{name}, {when}", *times, longest, f"{found[longest]:.2f}", f"{waits:,}", f"{pageable:,}"])
-    header = ["load", *stages(small[0], 1, seconds, False), "critical", "seconds", "waits", "pageable copies"]
+            total = counts.start + found[longest]
+            rows.append([f"{name}, {when}", *times, longest, f"{total:.2f}", f"{waits:,}", f"{pageable:,}"])
+    header = ["load", *stages(small[0], 1, seconds, False), "critical", "with start", "waits", "pageable copies"]
     return "\n\n".join(
         [
             "# Loads over the devices of a node: simulated",
@@ -251,8 +256,9 @@ def page(cases: list[tuple[str, int, Counts]], sim: dict[str, Any], small: list[
             f"{sum(each.pieces for each in small):,}.",
             "What a rank does. `start` is the CPU time of plan and tasks on this machine, before the first read:",
             table(["load", "start s", "GB read", "pieces", "statistics", "columns", "rows", "uploads"], counted),
-            "Seconds of what runs at once; the longest is the critical path. Waits are those of the host for a device, "
-            "a rank, without a constant few:",
+            "Seconds of what runs at once; the longest is the critical path, to which the start is added (that of now, in "
+            "both lines). Waits are those of the host for a device, and pageable copies those of pieces, of a rank and "
+            "without a constant few. Both threads run Python, one at a time:",
             table(header, rows),
         ]
     )
