@@ -42,7 +42,7 @@ GB = 1e9
 
 @dataclass
 class Counts:
-    """What one rank does in a load."""
+    """The work of one rank in a load."""
 
     start: float = 0.0
     """CPU seconds of plan and tasks."""
@@ -54,7 +54,7 @@ class Counts:
     """Pieces that go to the device as they were read, and their bytes: to be quantized, or kept by this rank alone."""
     sent: tuple[int, int] = (0, 0)
     """Components that other ranks get, and their bytes."""
-    bands: Counter[str] = field(default_factory=Counter)
+    received: Counter[str] = field(default_factory=Counter)
     """Components of pieces of other ranks, by what the rank keeps of them: all (statistics), columns, or rows."""
     bytes: Counter[str] = field(default_factory=Counter)
     """Bytes that it keeps of these."""
@@ -89,28 +89,28 @@ def count(folder: str, mesh: str, quant: str | None, rank: int = 0, staging: str
     begun = time.process_time()
     with without_collector():
         tasks = list(tasks_of(plan, scheme, node, infos, lambda _: device, lambda _: None))
-    found = Counts(start=planned + time.process_time() - begun)
+    counts = Counts(start=planned + time.process_time() - begun)
     budget = Budget.of(plan.staging, tasks)
     for task in tasks:
         if not task.is_for(rank):
             continue
-        found.tensors += 1
+        counts.tensors += 1
         for row_layout in task.row_layouts:
-            if row_layout.name in task.gathered:
-                found.uploads = _plus(found.uploads, kept_bytes(task.transfer.kind, row_layout))
+            if row_layout.name in task.on_host:
+                counts.uploads = _plus(counts.uploads, kept_bytes(task.transfer.kind, row_layout))
             if row_layout.replicated:
-                found.nested = _plus(found.nested, row_layout.nbytes(0, row_layout.rows))
+                counts.nested = _plus(counts.nested, row_layout.nbytes(0, row_layout.rows))
         for reader in {read.reader for read in task.reads}:
             for chunk in chunks_of(task, reader, budget.piece):
-                _add(found, chunk, rank, reader)
-    return found
+                _add(counts, chunk, rank, reader)
+    return counts
 
 
 def _plus(counted: tuple[int, int], nbytes: int) -> tuple[int, int]:
     return counted[0] + 1, counted[1] + nbytes
 
 
-def _add(found: Counts, chunk: Any, rank: int, reader: int) -> None:
+def _add(counts: Counts, chunk: Any, rank: int, reader: int) -> None:
     """Counts a piece that a rank reads, or gets a part of."""
     from distquant.dtypes import TORCH_NAMES
 
@@ -122,35 +122,35 @@ def _add(found: Counts, chunk: Any, rank: int, reader: int) -> None:
         if (row_layout.replicated and (task.owners is None or len(task.owners) > 1)) or shared
     ]
     if reader == rank:
-        found.pieces += 1
-        found.read += chunk.nbytes
-        found.encoded += task.encode is not None
+        counts.pieces += 1
+        counts.read += chunk.nbytes
+        counts.encoded += task.encode is not None
         stored = TORCH_NAMES[chunk.ranges[0].dtype]
         unchanged = task.encode is None and stored == str(task.dtype).partition(".")[2] and not task.transposed
         if not (unchanged and shared):
-            found.to_device = _plus(found.to_device, chunk.nbytes)
+            counts.to_device = _plus(counts.to_device, chunk.nbytes)
         for _, nbytes in sizes:
-            found.sent = _plus(found.sent, nbytes)
+            counts.sent = _plus(counts.sent, nbytes)
         return
     for row_layout, nbytes in sizes:
         kind = task.transfer.kind
         if row_layout.replicated:
-            what = "statistics"
+            form = "statistics"
         elif rank not in chunk.read.owners:
             continue
         elif kind.partition is not None and kind.shard_dim != 0:
-            what, nbytes = "columns", nbytes // len(kind.partition.parts)
+            form, nbytes = "columns", nbytes // len(kind.partition.parts)
         else:
-            what = "rows"
-        found.bands[what] += 1
-        found.bytes[what] += nbytes
+            form = "rows"
+        counts.received[form] += 1
+        counts.bytes[form] += nbytes
 
 
 # -- the simulated device ----------------------------------------------------------------------------------------------
 
 
 def simulate(quant: str, ranks: int, staging: str) -> dict[str, Any]:
-    """Loads the small model onto simulated devices; returns counts, and a CPU's seconds for a piece and for a band."""
+    """Loads the small model onto simulated devices; returns counts, and seconds of a CPU for pieces."""
     sys.path.insert(0, str(ROOT / "tests" / "sim"))
     import simulated
 
@@ -186,7 +186,7 @@ def simulate(quant: str, ranks: int, staging: str) -> dict[str, Any]:
     # What messages cost is that of all of them, for each piece that one is about.
     found["seconds"] = {
         "piece": sum(spent[consume]) / len(spent[consume]),
-        "band": sum(spent[receive]) / len(spent[copy]),
+        "received": sum(spent[receive]) / len(spent[copy]),
     }
     return found
 
@@ -197,14 +197,14 @@ def simulate(quant: str, ranks: int, staging: str) -> dict[str, Any]:
 def stages(counts: Counts, ranks: int, seconds: dict[str, float], before: bool) -> dict[str, float]:
     """Returns the seconds of what runs at once in a load: the longest is the critical path."""
     cost = {name: value for name, (value, _, _) in COSTS.items()}
-    bands, kept = sum(counts.bands.values()), sum(counts.bytes.values())
+    received, kept = sum(counts.received.values()), sum(counts.bytes.values())
     python = counts.pieces * seconds["piece"] + counts.encoded * cost["launches"]
     mean = counts.nested[1] / cost["host"]
-    listener = bands * seconds["band"]
+    listener = received * seconds["received"]
     if before:
         main = python + mean + counts.sent[0] * cost["latency"] + counts.sent[1] / cost["pinned"]
         main += counts.nested[0] * (cost["table"] + 2 * cost["latency"]) + counts.nested[1] / cost["pageable"]
-        listener += bands * cost["latency"] + kept / cost["pageable"]
+        listener += received * cost["latency"] + kept / cost["pageable"]
         to_device = counts.read
     else:
         main = python + mean + counts.uploads[1] / ranks / cost["host"]  # its own pieces, from slots
@@ -214,7 +214,7 @@ def stages(counts: Counts, ranks: int, seconds: dict[str, float], before: bool) 
         "storage": counts.read * ranks / cost["storage"],
         "main thread": main,
         "listening thread": listener,
-        "Python's lock": python + bands * seconds["band"],
+        "Python's lock": python + received * seconds["received"],
         "copies to the device": to_device / cost["pinned"],
         "copies from the device": counts.sent[1] / cost["pinned"],
     }
@@ -222,7 +222,7 @@ def stages(counts: Counts, ranks: int, seconds: dict[str, float], before: bool) 
 
 def synchronizations(counts: Counts, before: bool) -> int:
     """Returns how often the host waits for a device, but for constants and the end."""
-    return sum(counts.bands.values()) + counts.sent[0] + 2 * counts.nested[0] if before else 0
+    return sum(counts.received.values()) + counts.sent[0] + 2 * counts.nested[0] if before else 0
 
 
 def page(cases: list[tuple[str, int, Counts]], sim: dict[str, Any], small: list[Counts], note: str, load: float) -> str:
@@ -234,12 +234,12 @@ def page(cases: list[tuple[str, int, Counts]], sim: dict[str, Any], small: list[
     rows = []
     for name, ranks, counts in cases:
         for when in ("before", "after"):
-            found = stages(counts, ranks, seconds, when == "before")
-            longest = max(found, key=lambda stage: found[stage])
+            each_stage = stages(counts, ranks, seconds, when == "before")
+            longest = max(each_stage, key=lambda stage: each_stage[stage])
             waits = synchronizations(counts, when == "before")
-            pageable = (sum(counts.bands.values()) + counts.nested[0]) if when == "before" else 0
-            times = [f"{each:.2f}" for each in found.values()]
-            total = counts.start + found[longest]
+            pageable = (sum(counts.received.values()) + counts.nested[0]) if when == "before" else 0
+            times = [f"{each:.2f}" for each in each_stage.values()]
+            total = counts.start + each_stage[longest]
             rows.append([f"{name}, {when}", *times, longest, f"{total:.2f}", f"{waits:,}", f"{pageable:,}"])
     header = ["load", *stages(small[0], 1, seconds, False), "critical", "with start", "waits", "pageable copies"]
     return "\n\n".join(
@@ -251,13 +251,13 @@ def page(cases: list[tuple[str, int, Counts]], sim: dict[str, Any], small: list[
             "Bandwidths of the node that is assumed:",
             table(["cost", "value", "unit", "source"], [[n, f"{v:g}", u, s] for n, (v, u, s) in COSTS.items()]),
             f"Measured on the simulated device: {seconds['piece'] * 1e6:.0f} us of a CPU for a piece, "
-            f"{seconds['band'] * 1e6:.0f} us for a piece of a peer. Copies to its devices in a load of the small "
+            f"{seconds['received'] * 1e6:.0f} us for a piece of a peer. Copies to its devices in a load of the small "
             f"example: {asynchronous:,}, predicted {predicted:,}; pieces: {sim['pieces']:,}, predicted "
             f"{sum(each.pieces for each in small):,}.",
             "What a rank does. `start` is the CPU time of plan and tasks on this machine, before the first read:",
             table(["load", "start s", "GB read", "pieces", "statistics", "columns", "rows", "uploads"], counted),
-            "Seconds of what runs at once; the longest is the critical path, to which the start is added (that of now, in "
-            "both lines). Waits are those of the host for a device, and pageable copies those of pieces, of a rank and "
+            "Seconds of what runs at once; the longest is the critical path, to which the start (that of now) "
+            "is added. Waits are those of the host for a device, and pageable copies those of pieces, of a rank and "
             "without a constant few. Both threads run Python, one at a time:",
             table(header, rows),
         ]
@@ -265,8 +265,8 @@ def page(cases: list[tuple[str, int, Counts]], sim: dict[str, Any], small: list[
 
 
 def _numbers(counts: Counts) -> list[str]:
-    bands = [f"{counts.bands[what]:,}" for what in ("statistics", "columns", "rows")]
-    return [f"{counts.start:.2f}", f"{counts.read / GB:.1f}", f"{counts.pieces:,}", *bands, f"{counts.uploads[0]:,}"]
+    received = [f"{counts.received[form]:,}" for form in ("statistics", "columns", "rows")]
+    return [f"{counts.start:.2f}", f"{counts.read / GB:.1f}", f"{counts.pieces:,}", *received, f"{counts.uploads[0]:,}"]
 
 
 def main() -> None:

@@ -44,9 +44,9 @@ def tasks_of(
     for index, assigned in enumerate(reads_of_node(transfers, plan.mesh, node)):
         device = device_of(assigned.transfer.tensor.name)
         encode = _encode(assigned.transfer, scheme, device, ops_of)
-        found = node_rows(assigned.transfer, assigned.columns, infos, layouts)
-        gathered = frozenset[str]() if device.type == "cpu" else _gathered(assigned, found.row_layouts, plan.staging)
-        yield _task(index, assigned, found, device, encode, gathered)
+        rows = node_rows(assigned.transfer, assigned.columns, infos, layouts)
+        on_host = frozenset[str]() if device.type == "cpu" else _on_host(assigned, rows.row_layouts, plan.staging)
+        yield _task(index, assigned, rows, device, encode, on_host)
 
 
 def _encode(
@@ -65,28 +65,28 @@ def _encode(
 def _task(
     index: int,
     assigned: NodeReads,
-    found: NodeRows,
+    rows: NodeRows,
     device: torch.device,
     encode: Encode | None,
-    gathered: frozenset[str],
+    on_host: frozenset[str],
 ) -> Task:
     transfer, owners, _, reads = assigned
     return Task(
         index=index,
         transfer=transfer,
-        rows=found.rows,
-        columns=found.columns,
+        rows=rows.rows,
+        columns=rows.columns,
         reads=reads,
-        row_layouts=found.row_layouts,
-        dtype=found.dtype,
+        row_layouts=rows.row_layouts,
+        dtype=rows.dtype,
         encode=encode,
         device=device,
         owners=owners,
-        gathered=gathered,
+        on_host=on_host,
     )
 
 
-def _gathered(assigned: NodeReads, row_layouts: tuple[RowLayout, ...], staging: int) -> frozenset[str]:
+def _on_host(assigned: NodeReads, row_layouts: tuple[RowLayout, ...], staging: int) -> frozenset[str]:
     """Returns the components of a tensor that ranks with devices gather on the host.
 
     They come from other ranks of the node, and so through host memory, in pieces of a few rows or columns. Statistics
@@ -120,7 +120,7 @@ def buffer_for(
     kept = column_segments(kind.shape, kind.shard_dim, kind.partition, tp)
     width = rows_and_width(kind.shape)[1]
     columns = (0, width) if task.transposed or kind.decoded else task.columns
-    gathered = task.gathered if gathering is not None else frozenset[str]()
+    on_host = task.on_host if gathering is not None else frozenset[str]()
     return ShardBuffer(
-        task.row_layouts, columns, width, rows, kept, task.device, partial, allocator, gathered, gathering
+        task.row_layouts, columns, width, rows, kept, task.device, partial, allocator, on_host, gathering
     )

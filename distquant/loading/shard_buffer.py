@@ -33,7 +33,7 @@ class ShardBuffer:
         device: of the memory.
         partial: True if other nodes hold statistics of rows that this one does not see.
         allocator: gives the memory of a component that is there already.
-        gathered: components that are gathered on the host.
+        on_host: components that are gathered on the host.
         gathering: gives memory for these.
     """
 
@@ -47,7 +47,7 @@ class ShardBuffer:
         device: torch.device,
         partial: bool = False,
         allocator: Allocator | None = None,
-        gathered: frozenset[str] = frozenset(),
+        on_host: frozenset[str] = frozenset(),
         gathering: GatheringMemory | None = None,
     ):
         self.columns, self.kept, self.device, self.partial = columns, tuple(kept), device, partial
@@ -62,7 +62,7 @@ class ShardBuffer:
             own_rows, own_width = (row_layout.rows, width) if row_layout.replicated else (local_rows, local_width)
             same = (own_rows, own_width) == (row_layout.rows, row_layout.width)
             self.own[row_layout.name] = row_layout if same else replace(row_layout, rows=own_rows, width=own_width)
-        self._allocator, self._gathered, self._gathering = allocator, gathered, gathering
+        self._allocator, self._on_host, self._gathering = allocator, on_host, gathering
         self._blocks: dict[str, Block] = {}
         """Host memory of components that are gathered there, by component."""
         self._memory: dict[str, Tensor] | None = None
@@ -102,7 +102,7 @@ class ShardBuffer:
 
     def gathers(self, row_layout: RowLayout) -> bool:
         """Returns True for a component that is gathered in host memory."""
-        return row_layout.name in self._gathered
+        return row_layout.name in self._on_host
 
     def upload(self, keep: Collection[str] = ()) -> None:
         """Queues copies to the device of all that was gathered, once all of it is there; `keep` stays on the host."""

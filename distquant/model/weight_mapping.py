@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def natural(key: str) -> list[tuple[int, Any]]:
     """Returns a sort key that orders numbers in a path by value, as transformers orders experts to merge."""
-    # Asked for by the hundred thousand: most parts are no numbers.
+    # Asked for by the hundred thousand: most parts spell no number.
     return [
         (1, part) if not part.isdigit() or (number := whole_number(part)) is None else (0, number)
         for part in key.split(".")

@@ -4,6 +4,9 @@
     main thread:      slot -> device -> components -> final memory, and slots for other ranks       (emitter.py)
     listening thread: other ranks' slots -> final memory                                            (receiver.py)
 
+Where weights go to a device, what comes from other ranks is gathered on the host first, and goes there once a tensor
+(gathering.py).
+
 Every piece is a run of complete rows that one rank of the node has read. That rank quantizes it, straight into its
 final place if it has one there, otherwise into a slot that the other ranks copy their parts from. Tensors are finished
 in one order, the same on every rank, as soon as all their rows have arrived. A rank may run ahead of that only while

@@ -1,6 +1,6 @@
 """Host memory in which a rank with a device gathers what comes in parts, so that it goes to the device once a tensor.
 
-Statistics that every rank needs, and columns that every rank has a band of, come from all ranks of a node in tens of
+Statistics that every rank needs, and columns of every row, come from all ranks of a node in tens of
 thousands of small pieces. One copy to the device for each would take longer than to read the checkpoint.
 """
 

@@ -66,7 +66,7 @@ class Task:
         owners: ranks of the node that keep something of it; None = all of them.
         replicated: True if every rank that keeps something needs a component for all rows.
         statistics_bytes: bytes of the components that every rank holds for all rows until the tensor is finished.
-        gathered: components that a rank gathers on the host, because they come in parts and go to a device.
+        on_host: components that a rank gathers on the host, because they come in parts and go to a device.
         unfinished_bytes: bytes that a rank takes until it is finished, beside its final memory.
     """
 
@@ -80,7 +80,7 @@ class Task:
     encode: Encode | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     owners: tuple[int, ...] | None = None
-    gathered: frozenset[str] = frozenset()
+    on_host: frozenset[str] = frozenset()
     replicated: bool = field(init=False)
     statistics_bytes: int = field(init=False)
     unfinished_bytes: int = field(init=False)
@@ -89,11 +89,11 @@ class Task:
         self.replicated = any(row_layout.replicated for row_layout in self.row_layouts)
         self.statistics_bytes = statistics_bytes(self.row_layouts) if self.replicated else 0
         self.unfinished_bytes = self.statistics_bytes
-        if self.gathered:
+        if self.on_host:
             self.unfinished_bytes += sum(
                 kept_bytes(self.transfer.kind, row_layout)
                 for row_layout in self.row_layouts
-                if row_layout.name in self.gathered and not row_layout.replicated
+                if row_layout.name in self.on_host and not row_layout.replicated
             )
 
     @property
