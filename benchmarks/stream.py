@@ -48,6 +48,10 @@ class Forgetful:
         self._memory: dict[str, Any] = {}
         self._lock = threading.Lock()
 
+    def gathers(self, row_layout: Any) -> bool:
+        """Returns False: nothing here goes to a device."""
+        return False
+
     def direct(self, row_layout: Any, start: int, stop: int) -> Any:
         """Returns flat memory for rows `[start, stop)` of a component."""
         import torch

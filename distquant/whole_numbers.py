@@ -12,5 +12,7 @@ def whole_number(text: str) -> int | None:
     >>> whole_number("007"), whole_number("9" * 5000), whole_number("²")
     (7, None, None)
     """
-    digits = text.lstrip("0") or text[-1:]
-    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= MOST_DIGITS else None
+    if not text.isdigit():  # most texts, asked for by the hundred thousand
+        return None
+    digits = text.lstrip("0") or "0"
+    return int(digits) if digits.isascii() and len(digits) <= MOST_DIGITS else None

@@ -100,6 +100,12 @@ class WeightPlacer:
         module = self._experts[owner]
         return module, transfer.expert - module.first, path
 
+    def taken_on_the_host(self, task: Task) -> frozenset[str]:
+        """Returns the components of a tensor that the scheme takes where they are gathered, in host memory."""
+        if task.transfer.tensor.scheme == "none" or task.encode is None or not self._quantized.statistics_on_host:
+            return frozenset()
+        return task.transfer.kind.replicated
+
     def fill(self, task: Task, buffer: ShardBuffer) -> None:
         """Puts what has arrived into the model; components of a stored weight are collected until the last is there."""
         tensor, memory = task.transfer.tensor, buffer.memory

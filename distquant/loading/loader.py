@@ -313,12 +313,15 @@ class _Loading:
         partial = any(plan.nodes[rank] != plan.nodes[self.comm.rank] for rank in plan.mesh.peers(self.comm.rank, "tp"))
 
         def sink(task: Task) -> ShardBuffer:
-            return buffer_for(task, self.coordinates["tp"], partial, mapped.allocator(task) or placer.allocator(task))
+            allocator = mapped.allocator(task) or placer.allocator(task)
+            return buffer_for(task, self.coordinates["tp"], partial, allocator, engine.gathering)
 
         def finished(task: Task, filled: Any) -> None:
+            filled.upload(keep=() if partial else placer.taken_on_the_host(task))
             if partial:
                 self._join_statistics(task, filled)
             placer.fill(task, filled)
+            filled.release()
 
         def progress(done: int, total: int) -> None:
             assert self.progress is not None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from distquant.loading.stream.gathering import Block, GatheringMemory
 from distquant.memory import MEMORY
 from distquant.sharding.partition import Segment
 from distquant.sharding.row_layout import RowLayout
@@ -32,6 +33,8 @@ class ShardBuffer:
         device: of the memory.
         partial: True if other nodes hold statistics of rows that this one does not see.
         allocator: gives the memory of a component that is there already.
+        on_host: components that are gathered on the host.
+        gathering: gives memory for these.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class ShardBuffer:
         device: torch.device,
         partial: bool = False,
         allocator: Allocator | None = None,
+        on_host: frozenset[str] = frozenset(),
+        gathering: GatheringMemory | None = None,
     ):
         self.columns, self.kept, self.device, self.partial = columns, tuple(kept), device, partial
         self.windows = _windows(rows)
@@ -57,19 +62,35 @@ class ShardBuffer:
             own_rows, own_width = (row_layout.rows, width) if row_layout.replicated else (local_rows, local_width)
             same = (own_rows, own_width) == (row_layout.rows, row_layout.width)
             self.own[row_layout.name] = row_layout if same else replace(row_layout, rows=own_rows, width=own_width)
-        self._allocator = allocator
+        self._allocator, self._on_host, self._gathering = allocator, on_host, gathering
+        self._blocks: dict[str, Block] = {}
+        """Host memory of components that are gathered there, by component."""
         self._memory: dict[str, Tensor] | None = None
         self._lock = threading.Lock()
 
     @property
     def memory(self) -> dict[str, Tensor]:
-        """Memory by component, flat. Several threads may read or place the first rows at once."""
+        """Memory by component, flat; on the host for one that is gathered, until `upload`.
+
+        Several threads may read or place the first rows at once.
+        """
         with self._lock:
             if self._memory is None:
                 self._memory = {name: self._make(row_layout) for name, row_layout in self.own.items()}
             return self._memory
 
     def _make(self, row_layout: RowLayout) -> Tensor:
+        count = row_layout.before(row_layout.rows)
+        if self.gathers(row_layout):
+            assert self._gathering is not None
+            nbytes = count * row_layout.dtype.itemsize
+            block = self._blocks[row_layout.name] = self._gathering.take(nbytes, self.device)
+            values = block.memory[:nbytes].view(row_layout.dtype)
+            return values.zero_() if self.partial and row_layout.replicated else values
+        return self._final(row_layout)
+
+    def _final(self, row_layout: RowLayout) -> Tensor:
+        """Returns new memory on the device."""
         count = row_layout.before(row_layout.rows)
         if row_layout.replicated:
             # Statistics are gone when the tensor is finished: torch's allocator keeps their memory for the next one.
@@ -78,6 +99,22 @@ class ShardBuffer:
             return make(count, dtype=row_layout.dtype, device=self.device)
         allocated = self._allocator(row_layout.name, count, row_layout.dtype) if self._allocator is not None else None
         return MEMORY.empty(count, row_layout.dtype, self.device) if allocated is None else allocated
+
+    def gathers(self, row_layout: RowLayout) -> bool:
+        """Returns True for a component that is gathered in host memory."""
+        return row_layout.name in self._on_host
+
+    def upload(self, keep: Collection[str] = ()) -> None:
+        """Queues copies to the device of all that was gathered, once all of it is there; `keep` stays on the host."""
+        memory = self.memory
+        for name in self._blocks.keys() - set(keep):
+            memory[name] = self._final(self.own[name]).copy_(memory[name], non_blocking=True)
+
+    def release(self) -> None:
+        """Gives the host memory back: all that it was needed for is queued on the device."""
+        if self._gathering is not None:
+            self._gathering.give_back(self._blocks.values())
+        self._blocks.clear()
 
     def direct(self, row_layout: RowLayout, start: int, stop: int) -> Tensor | None:
         """Returns the final memory of rows `[start, stop)`, flat; None where they do not go to one run of it."""

@@ -39,13 +39,20 @@ class NodeRows:
         return self.rows.row_bytes() // max(self.rows.width, 1) * (self.columns[1] - self.columns[0])
 
 
-def node_rows(transfer: Transfer, columns: Segment, infos: Mapping[str, TensorInfo]) -> NodeRows:
+Layouts = dict[tuple[TransferKind, Segment, Any], tuple[RowLayout, ...]]
+"""Row layouts by kind, the node's columns, and dtype."""
+
+
+def node_rows(
+    transfer: Transfer, columns: Segment, infos: Mapping[str, TensorInfo], layouts: Layouts | None = None
+) -> NodeRows:
     """Returns the rows of a transfer on a node.
 
     Args:
         transfer: the transfer.
         columns: logical columns that the node reads of every row.
         infos: headers of the checkpoint.
+        layouts: row layouts that are known already; gets those of this transfer's kind.
     """
     import torch
 
@@ -55,7 +62,10 @@ def node_rows(transfer: Transfer, columns: Segment, infos: Mapping[str, TensorIn
     dtype = getattr(torch, kind.dtype or TORCH_NAMES[first.dtype])
     # Rows of another form are read with all their columns: the node's columns count logical ones.
     stored = (0, rows.width) if transfer.transposed or kind.decoded else columns
-    return NodeRows(rows, stored, _row_layouts(kind, columns, dtype), dtype)
+    layouts, key = {} if layouts is None else layouts, (kind, columns, dtype)
+    if key not in layouts:
+        layouts[key] = _row_layouts(kind, columns, dtype)
+    return NodeRows(rows, stored, layouts[key], dtype)
 
 
 def _row_layouts(kind: TransferKind, columns: Segment, dtype: Any) -> tuple[RowLayout, ...]:

@@ -77,12 +77,7 @@ def reads_of_node(transfers: Iterable[Transfer], mesh: Mesh, node: tuple[int, ..
         mesh: of the plan.
         node: ranks of the node.
     """
-    assigner, by_ep = ReadAssigner(mesh, node), _ranks_by_ep(mesh, node)
-    for transfer in transfers:
-        owners = node if transfer.ep is None else by_ep.get(transfer.ep)
-        if owners:
-            columns, reads = assigner.assign_reads(transfer.kind, owners)
-            yield NodeReads(transfer, owners, columns, tuple(reads))
+    return ReadAssigner(mesh, node).reads_of(transfers)
 
 
 def bytes_read(
@@ -117,14 +112,11 @@ def bytes_read(
             here.sort(key=itemgetter(0))
             work = tuple((number, transfer.kind) for _, number, transfer in here)
             if (places, work) not in known:
-                loads = dict.fromkeys(node, 0)
-                assignments = list(reads_of_node([transfer for *_, transfer in here], mesh, node))
+                assigner = ReadAssigner(mesh, node)
+                assignments = list(assigner.reads_of(transfer for *_, transfer in here))
                 if observe is not None:
                     observe(assignments)
-                for assigned in assignments:
-                    for item in assigned.reads:
-                        loads[item.reader] += item.nbytes
-                known[places, work] = list(loads.values())
+                known[places, work] = list(assigner.loads.values())
             known[places, eps] = known[places, work]
         for rank, nbytes in zip(node, known[places, eps], strict=True):
             read[rank] = nbytes
@@ -161,8 +153,23 @@ def node_columns(
     return (start, stop) if start % step == 0 and (stop % step == 0 or stop == width) else (0, width)
 
 
+@dataclass(frozen=True, slots=True)
+class _RunReads:
+    """The reads of consecutive rows, as far as transfers of a kind have them in common.
+
+    Attributes:
+        items: the reads, in row order; or, with `choice`, the same rows once for each rank that may read them.
+        choice: True if one rank reads all of the rows: whoever has read least so far.
+    """
+
+    items: tuple[ReadItem, ...]
+    choice: bool
+
+
 class ReadAssigner:
     """Assigns the rows of transfers, one after the other, to the ranks of one node.
+
+    There may be tens of thousands of transfers of few kinds, so what transfers of a kind have in common is kept.
 
     Args:
         mesh: of the plan.
@@ -176,9 +183,20 @@ class ReadAssigner:
         self.node = node
         self.positions: Mapping[int, int] = {rank: mesh.coordinates(rank)["tp"] for rank in node}
         self.loads = dict.fromkeys(node, 0)
+        self._by_ep = _ranks_by_ep(mesh, node)
         self._runs: dict[tuple[int, Partition, tuple[int, ...]], list[Run]] = {}
+        self._kinds: dict[tuple[TransferKind, tuple[int, ...]], tuple[Segment, tuple[_RunReads, ...]]] = {}
 
-    def assign_reads(self, kind: TransferKind, owners: tuple[int, ...] | None = None) -> tuple[Segment, list[ReadItem]]:
+    def reads_of(self, transfers: Iterable[Transfer]) -> Iterator[NodeReads]:
+        """Yields the reads of each transfer that a rank of the node keeps something of."""
+        for transfer in transfers:
+            owners = self.node if transfer.ep is None else self._by_ep.get(transfer.ep)
+            if owners:
+                yield NodeReads(transfer, owners, *self.assign_reads(transfer.kind, owners))
+
+    def assign_reads(
+        self, kind: TransferKind, owners: tuple[int, ...] | None = None
+    ) -> tuple[Segment, tuple[ReadItem, ...]]:
         """Returns the columns that the node reads, and its reads in row order.
 
         Every row that the node keeps is in exactly one read.
@@ -188,12 +206,34 @@ class ReadAssigner:
             owners: ranks of the node that keep something of it; None = all.
         """
         owners = self.node if owners is None else owners
+        known = self._kinds.get((kind, owners))
+        if known is None:
+            known = self._kinds[kind, owners] = self._reads_of_kind(kind, owners)
+        columns, runs = known
+        loads, reads = self.loads, tuple[ReadItem, ...]()
+        for run in runs:
+            items = run.items
+            if run.choice:
+                # The first of several that have read as little, so that every rank of the node comes to the same
+                # answer without asking.
+                items = (min(items, key=lambda item: (loads[item.reader], item.reader)),)
+            for item in items:
+                loads[item.reader] += item.nbytes
+            reads = items if len(runs) == 1 else (*reads, *items)
+        return columns, reads
+
+    def _reads_of_kind(self, kind: TransferKind, owners: tuple[int, ...]) -> tuple[Segment, tuple[_RunReads, ...]]:
+        """Returns the columns that the node reads of transfers of a kind, and their reads by runs of rows."""
         positions = [self.positions[rank] for rank in owners]
         columns = node_columns(kind.shape, kind.shard_dim, kind.partition, positions, kind.column_step)
-        reads: list[ReadItem] = []
-        for rows, keeping in self._runs_of(kind, owners):
-            reads += self._share(kind, rows, columns, keeping)
-        return columns, reads
+        runs = self._runs_of(kind, owners)
+        found: list[_RunReads] = []
+        for rows, keeping in runs:
+            run = _share(kind, rows, columns, keeping)
+            if found and not (run.choice or found[-1].choice):
+                run = _RunReads(found.pop().items + run.items, choice=False)
+            found.append(run)
+        return columns, tuple(found)
 
     def _runs_of(self, kind: TransferKind, owners: tuple[int, ...]) -> list[Run]:
         """Returns the runs of rows that the same ranks keep."""
@@ -216,25 +256,18 @@ class ReadAssigner:
                 runs.append(((start, stop), keeping))
         return runs
 
-    def _share(
-        self, kind: TransferKind, rows: Segment, columns: Segment, owners: tuple[int, ...]
-    ) -> Iterator[ReadItem]:
-        """Yields the reads of a run of rows: one, or one for each owner."""
-        start, stop = rows
-        count, total = len(owners), kind.nbytes(rows, columns)
-        if count == 1 or kind.single_reader or total < SHARE * count:
-            # A small run is not worth a message to each owner. Whoever has read least so far reads it, the first of
-            # several, so that every rank of the node comes to the same answer without asking.
-            reader = min(owners, key=lambda rank: (self.loads[rank], rank))
-            self.loads[reader] += total
-            yield ReadItem(reader, rows, owners, total)
-            return
-        # Equal shares, rounded down to whole steps from the start of the run, because rows of one step are quantized
-        # together. The last owner gets what the rounding leaves. A share may be empty: then its owner reads nothing.
-        step = kind.row_step
-        edges = [start + (stop - start) * i // count // step * step for i in range(count)] + [stop]
-        for reader, (a, b) in zip(owners, pairwise(edges), strict=True):
-            if a < b:
-                nbytes = kind.nbytes((a, b), columns)
-                self.loads[reader] += nbytes
-                yield ReadItem(reader, (a, b), owners, nbytes)
+
+def _share(kind: TransferKind, rows: Segment, columns: Segment, owners: tuple[int, ...]) -> _RunReads:
+    """Returns the reads of a run of rows: by one of its owners, or a share by each."""
+    start, stop = rows
+    count, total = len(owners), kind.nbytes(rows, columns)
+    if count == 1 or kind.single_reader or total < SHARE * count:
+        # A small run is not worth a message to each owner.
+        return _RunReads(tuple(ReadItem(reader, rows, owners, total) for reader in owners), choice=count > 1)
+    # Equal shares, rounded down to whole steps from the start of the run, because rows of one step are quantized
+    # together. The last owner gets what the rounding leaves. A share may be empty: then its owner reads nothing.
+    step = kind.row_step
+    edges = [start + (stop - start) * i // count // step * step for i in range(count)] + [stop]
+    shares = ((reader, part) for reader, part in zip(owners, pairwise(edges), strict=True) if part[0] < part[1])
+    items = (ReadItem(reader, part, owners, kind.nbytes(part, columns)) for reader, part in shares)
+    return _RunReads(tuple(items), choice=False)

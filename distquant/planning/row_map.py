@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 
 from distquant.checkpoint import TensorInfo
 from distquant.model.description import ROWS, Source
@@ -77,12 +79,18 @@ class RowMap:
 
     Attributes:
         rows, width: of the parameter.
-        placed: the rows of each source with their first row in the parameter, in row order.
     """
 
     def __init__(self, shape: tuple[int, ...], sources: tuple[Source, ...], infos: Mapping[str, TensorInfo]):
         self.rows, self.width = rows_and_width(shape)
-        self.placed = sorted((_placed(s, infos[s.tensor], shape) for s in sources), key=lambda placed: placed[0])
+        self._given = shape, sources, infos
+
+    @cached_property
+    def placed(self) -> list[tuple[int, RowRange]]:
+        """The rows of each source with their first row in the parameter, in row order."""
+        # Found when they are first asked for: a rank has tens of thousands of tensors before it reads the first.
+        shape, sources, infos = self._given
+        return sorted((_placed(s, infos[s.tensor], shape) for s in sources), key=itemgetter(0))
 
     @property
     def dtypes(self) -> set[str]:
@@ -90,7 +98,8 @@ class RowMap:
 
     @property
     def files(self) -> set[str]:
-        return {source.file for _, source in self.placed}
+        _, sources, infos = self._given
+        return {infos[source.tensor].file for source in sources}
 
     def row_bytes(self) -> int:
         """Returns the bytes of a row, of the widest where sources differ in their dtype."""

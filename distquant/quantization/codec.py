@@ -33,6 +33,10 @@ class Codec(ABC):
     value_checks: ClassVar[Mapping[str, Check]] = {}
     """Stored component -> check of its values, which a load runs as soon as they are there; see `stored_values.py`."""
 
+    statistics_on_host: ClassVar[bool] = False
+    """True if `pack` also takes `replicated_components` in pinned host memory, which is used again when it returns and
+    all that it has queued is done."""
+
     def value_check(self, name: str, component: str) -> Check | None:
         """The check of a component of the parameter of this name; None where any value is legal."""
         return self.value_checks.get(component)

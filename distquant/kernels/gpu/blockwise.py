@@ -12,7 +12,7 @@ from torch import Tensor
 from distquant.kernels.gpu.arithmetic import clamped, magnitude, reciprocal, widened
 from distquant.kernels.gpu.launch import EXACT, TRITON_DTYPES, on, power, words
 from distquant.kernels.outputs import prepared
-from distquant.kernels.reference.blockwise import GRID, blockwise_table
+from distquant.kernels.reference.blockwise import GRID, blockwise_table_of
 
 POINTS = tl.constexpr(GRID)
 
@@ -48,7 +48,7 @@ def quantize_blockwise(
     with on(flat):
         if flat.numel():
             _encode[(-(-len(absmax) // per),)](
-                words(flat), blockwise_table(code), absmax, packed, flat.numel(), len(absmax), blocksize,
+                words(flat), blockwise_table_of(code), absmax, packed, flat.numel(), len(absmax), blocksize,
                 SIZE=size, PER=per, KIND=TRITON_DTYPES[flat.dtype], **EXACT,
             )  # fmt: skip
     return packed, absmax

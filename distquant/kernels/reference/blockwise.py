@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from distquant.kernels.outputs import prepared
 
@@ -27,6 +28,25 @@ def blockwise_table(code: Tensor) -> Tensor:
     values = code.float().cpu()
     points = torch.arange(GRID, dtype=torch.float32) * 2 / torch.tensor(GRID - 1, dtype=torch.float32) - 1
     return torch.bucketize(points, (values[:-1] + values[1:]) * 0.5).to(torch.uint8).to(code.device)
+
+
+_KNOWN = WeakTensorKeyDictionary()
+"""Values of codes -> (how often they had been changed when their table was made, their table)."""
+
+
+def blockwise_table_of(code: Tensor) -> Tensor:
+    """Returns `blockwise_table(code)`, made once for each tensor of values while it lives and is not changed.
+
+    A load asks for it once for each weight. To make it takes milliseconds, and a copy to the host and back that waits
+    for the device.
+    """
+    if code.is_inference():  # torch does not count how often these are changed
+        return blockwise_table(code)
+    version, table = _KNOWN.get(code, (-1, None))
+    if table is None or version != code._version:
+        table = blockwise_table(code)
+        _KNOWN[code] = code._version, table
+    return table
 
 
 def blockwise_absmax(values: Tensor, blocksize: int, *, absmax: Tensor | None = None) -> Tensor:
@@ -63,7 +83,7 @@ def quantize_blockwise(
     point = (((scaled + 1.0) * 0.5).double() * (GRID - 1) + 0.5).float()
     point.nan_to_num_(nan=0.0)
     packed = prepared(codes, (flat.numel(),), torch.uint8, flat.device)
-    return packed.copy_(blockwise_table(code)[point.int()]), absmax
+    return packed.copy_(blockwise_table_of(code)[point.int()]), absmax
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:

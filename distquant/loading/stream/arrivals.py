@@ -53,9 +53,9 @@ class ArrivalTracker:
                 self.next_is_complete, self.late, lambda: f"waiting for rows of {self.tasks[self.next].name}"
             )
 
-    def unfinished_statistics(self, task: Task) -> int:
-        """Returns the bytes of the statistics of all tensors from the next to finish up to this one."""
-        return sum(each.statistics_bytes for each in self.tasks[self.next : task.index + 1])
+    def unfinished_bytes(self, task: Task) -> int:
+        """Returns the bytes that all tensors from the next to finish up to this one take until they are finished."""
+        return sum(each.unfinished_bytes for each in self.tasks[self.next : task.index + 1])
 
     def late(self) -> RankError:
         """Returns an error that names a rank whose rows have not arrived."""

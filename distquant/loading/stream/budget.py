@@ -27,7 +27,9 @@ class Budget:
     def of(cls, staging: int, tasks: Sequence[Task]) -> Budget:
         """Divides `staging` bytes; exceeds them only where one piece cannot be made small enough."""
         piece = piece_bytes(staging)
-        least = max((smallest_piece(task.row_bytes, task.step, task.row_layouts) for task in tasks), default=1)
+        # Experts by the thousand are of one kind, and have equal pieces.
+        kinds = {(task.transfer.kind, task.columns): task for task in tasks}.values()
+        least = max((smallest_piece(task.row_bytes, task.step, task.row_layouts) for task in kinds), default=1)
         return cls(piece, max(piece, least), staging // STATISTICS)
 
     @property

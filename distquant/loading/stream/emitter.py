@@ -101,7 +101,7 @@ class Emitter:
             idle: True if the next batch is not read yet.
         """
         if self._lent or idle:
-            self.sender.flush()
+            self.sender.push()
             self._lent = False
 
     def clear(self) -> None:
@@ -167,16 +167,30 @@ class Emitter:
         else:
             out[""].copy_(rows.reshape(-1))
         # Each component was written once, to the first target that fits: copy it to the others that need it.
-        for row_layout in task.row_layouts:
-            encoded, view = out[row_layout.name], views.get(row_layout.name)
-            if view is not None and encoded is not view:
+        copies = [(view, out[name]) for name, view in views.items() if out[name] is not view]
+        on_device = task.device.type != "cpu"
+        from_slot: list[RowLayout] = []
+        written: torch.Event | None = None
+        if on_device and copies:
+            written = self.copier.from_device(copies, task.device)
+            from_slot = [each for each in task.row_layouts if each.name in views and sink.gathers(each)]
+        else:
+            for view, encoded in copies:
                 view.copy_(encoded)
-            if encoded is not places[row_layout.name]:
+        for row_layout in task.row_layouts:
+            encoded = out[row_layout.name]
+            if encoded is not places[row_layout.name] and row_layout not in from_slot:
                 sink.place(row_layout, encoded, start, stop)
         self.timer.add("place", begun, task.name, nbytes)
-        if payload:
-            self._send(receivers, Message(DATA, slot, task.index, mask, start, stop, offset))
-        self.arrivals.count(task, start, stop)
+
+        def send() -> None:
+            for row_layout in from_slot:  # what is gathered on the host is there by now
+                sink.place(row_layout, views[row_layout.name], start, stop)
+            if payload:
+                self._send(receivers, Message(DATA, slot, task.index, mask, start, stop, offset))
+            self.arrivals.count(task, start, stop)
+
+        self.sender.when_written(written, task.device, send)
 
     def _send(self, receivers: tuple[int, ...], message: Message) -> None:
         start = perf_counter()
@@ -208,9 +222,9 @@ def _target(
 ) -> Tensor:
     """Returns where a component is written first: its final place, a slot for the others, or temporary memory."""
     place = places[row_layout.name]
-    if place is not None:
+    if place is not None and place.device.type == task.device.type:
         return place
-    # Slots are host memory: a device cannot encode into them.
+    # Slots are host memory, and so is memory to gather in: a device cannot encode into them.
     if row_layout.name in views and task.device.type == "cpu":
         return views[row_layout.name]
     return torch.empty(row_layout.count(start, stop), dtype=row_layout.dtype, device=task.device)

@@ -4,6 +4,9 @@
     main thread:      slot -> device -> components -> final memory, and slots for other ranks       (emitter.py)
     listening thread: other ranks' slots -> final memory                                            (receiver.py)
 
+Where weights go to a device, what comes from other ranks is gathered on the host first, and goes there once a tensor
+(gathering.py).
+
 Every piece is a run of complete rows that one rank of the node has read. That rank quantizes it, straight into its
 final place if it has one there, otherwise into a slot that the other ranks copy their parts from. Tensors are finished
 in one order, the same on every rank, as soon as all their rows have arrived. A rank may run ahead of that only while
@@ -27,6 +30,7 @@ from distquant.loading.stream.budget import Budget
 from distquant.loading.stream.copier import Copier
 from distquant.loading.stream.emitter import Emitter
 from distquant.loading.stream.files import Files
+from distquant.loading.stream.gathering import GatheringMemory
 from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.peers import Peers
 from distquant.loading.stream.reader import Reader
@@ -42,8 +46,11 @@ from distquant.units import format_bytes
 READERS = 2
 """Reads in flight, where they may wait for a disk or a network."""
 
-USERS = 3
-"""Users of the load buffer that end before it: peers, the reader, the copier."""
+DEVICE_READERS = READ_SLOTS
+"""Reads in flight where everything is quantized on devices, so that no reader takes a core from that."""
+
+USERS = 4
+"""Users of the load buffer and of gathered memory that end before these: peers, reader, copier, and gathering."""
 
 HANGING = 2.0
 """Seconds that a load which has failed waits for reads that have begun."""
@@ -104,8 +111,10 @@ class Engine:
         self.arrivals = arrivals = ArrivalTracker(tasks, rank, load_state)
         self.peers = Peers(rank, staging_buffer, load_state)
         self.copier = copier = Copier(pinned, rank, load_state)
+        self.gathering = GatheringMemory()
+        """Host memory for what goes to a device once a tensor."""
         self._sinks = sinks = Sinks(sink)
-        self._sender = sender = Sender(staging_buffer, sends, self.peers, load_state, self.peers.no_slot)
+        self._sender = sender = Sender(copier, staging_buffer, sends, self.peers, load_state, self.peers.no_slot)
         self._receiver = Receiver(tasks=tasks, reads=reads, sends=sends, arrivals=arrivals, sinks=sinks, timer=timer)
         self._emitter = Emitter(
             rank=rank, others=self.peers.peers, budget=budget, staging_buffer=staging_buffer, reads=reads,
@@ -135,6 +144,7 @@ class Engine:
             closing.callback(self._give_back, ended)
             closing.callback(self._emitter.clear)
             closing.callback(self._sinks.clear)
+            closing.callback(lambda: ended.append(self.gathering.close(until)))
             closing.callback(lambda: ended.append(self.copier.close(until)))
             closing.callback(
                 lambda: ended.append(reader is None or reader.join(begun + HANGING if error else until)),
@@ -190,11 +200,13 @@ class Engine:
 
     def _readers(self) -> int:
         """Returns how many threads read ahead. Reads from memory take a core, and quantizing needs the others."""
+        on_devices = all(task.device.type != "cpu" for task in self.tasks)
+        most = DEVICE_READERS if on_devices else READERS
         if not all(map(self.files.in_memory, self._files())):
-            return READERS
+            return most
         if cores_of_a_rank(len(self.peers.peers) + 1) < 2:
             return 0  # a thread would only take turns with the main thread on the same core
-        return READERS if all(task.encode is None for task in self.tasks) else 1
+        return most if on_devices or all(task.encode is None for task in self.tasks) else 1
 
     def _files(self) -> set[str]:
         """Returns the files that this rank reads from."""
@@ -234,7 +246,7 @@ class Engine:
     def _hold_back(self, task: Task) -> None:
         """Waits until the statistics of tensors in progress, this one included, fit the budget."""
         arrivals = self.arrivals
-        while arrivals.next < task.index and arrivals.unfinished_statistics(task) > self.budget.statistics:
+        while arrivals.next < task.index and arrivals.unfinished_bytes(task) > self.budget.statistics:
             start = perf_counter()
             # Ranks may all hold back at the same tensor: the pieces that finish it must be out before any waits.
             self._sender.flush()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
+import torch
+
 from distquant.errors import RankError
+from distquant.loading.stream.copier import Copier
 from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.messages import Message
 from distquant.loading.stream.peers import Peers
@@ -17,7 +21,10 @@ TOGETHER = 8
 class Sender:
     """Gives room for payloads and sends messages about them. One thread uses it, and must `flush` before it waits.
 
+    A payload that comes from a device is announced when it is there; meanwhile the thread goes on.
+
     Args:
+        copier: copies payloads from devices.
         staging_buffer: the staging memory.
         slots: its slots to send from.
         peers: the other ranks.
@@ -27,15 +34,18 @@ class Sender:
 
     def __init__(
         self,
+        copier: Copier,
         staging_buffer: StagingBuffer,
         slots: Slots,
         peers: Peers,
         load_state: LoadState,
         late: Callable[[], RankError],
     ):
-        self._staging_buffer, self._slots, self._peers = staging_buffer, slots, peers
+        self._copier, self._staging_buffer, self._slots, self._peers = copier, staging_buffer, slots, peers
         self._load_state, self._late = load_state, late
         self._slot, self._filled, self._posted = -1, 0, 0
+        self._coming: deque[tuple[torch.Event, torch.device, Callable[[], None]]] = deque()
+        """Payloads that are on their way from a device, with what to do when they are there."""
 
     def room(self, nbytes: int, receivers: int) -> tuple[int, int]:
         """Returns slot and offset of memory that stays reserved until so many receivers are done with it.
@@ -67,9 +77,32 @@ class Sender:
             self._peers.post(rank, message)
         self._posted += 1
         if self._posted == TOGETHER:
-            self.flush()
+            self._send_posted()
+
+    def when_written(self, event: torch.Event | None, device: torch.device, then: Callable[[], None]) -> None:
+        """Calls `then`, which may send, when copies from a device are done (None: at once); at the latest in `flush`.
+
+        Payloads are announced in the order in which their copies began.
+        """
+        if event is None:
+            then()
+        else:
+            self._coming.append((event, device, then))
+
+    def push(self) -> None:
+        """Sends all messages whose payload is there, without waiting for others."""
+        while self._coming and self._coming[0][0].query():
+            self._coming.popleft()[2]()
+        self._send_posted()
 
     def flush(self) -> None:
-        """Sends all messages that were kept back."""
+        """Sends all messages that were kept back, when their payloads are there."""
+        while self._coming:
+            event, device, _ = self._coming[0]
+            self._copier.await_written(event, device)
+            self._coming.popleft()[2]()
+        self._send_posted()
+
+    def _send_posted(self) -> None:
         self._posted = 0
         self._peers.flush()

@@ -13,7 +13,7 @@ from distquant.dtypes import TORCH_NAMES
 from distquant.planning.read_assignment import ReadItem
 from distquant.planning.row_map import RowMap, RowRange
 from distquant.planning.slots import ALIGN, statistics_bytes
-from distquant.planning.transfers import Transfer
+from distquant.planning.transfers import Transfer, TransferKind
 from distquant.sharding.partition import Segment
 from distquant.sharding.row_layout import RowLayout
 
@@ -36,8 +36,17 @@ class Sink(Protocol):
     def holds(self, row_layout: RowLayout, start: int, stop: int) -> bool:
         """Returns True if `direct` gives memory, and makes none itself."""
 
+    def gathers(self, row_layout: RowLayout) -> bool:
+        """Returns True if the memory of a tensor that goes to a device is on the host for now."""
+
     def place(self, row_layout: RowLayout, values: Tensor, start: int, stop: int) -> int:
         """Copies what is kept of rows `[start, stop)`; returns the bytes of it."""
+
+
+def kept_bytes(kind: TransferKind, row_layout: RowLayout) -> int:
+    """Returns the bytes that a rank keeps of a component, about: ranks' shares differ by a step of rows or columns."""
+    total = row_layout.nbytes(0, row_layout.rows)
+    return total if row_layout.replicated or kind.partition is None else total // len(kind.partition.parts)
 
 
 @dataclass(slots=True)
@@ -57,7 +66,8 @@ class Task:
         owners: ranks of the node that keep something of it; None = all of them.
         replicated: True if every rank that keeps something needs a component for all rows.
         statistics_bytes: bytes of the components that every rank holds for all rows until the tensor is finished.
-        row_bytes: bytes that are read of a row.
+        on_host: components that a rank gathers on the host, because they come in parts and go to a device.
+        unfinished_bytes: bytes that a rank takes until it is finished, beside its final memory.
     """
 
     index: int
@@ -70,15 +80,27 @@ class Task:
     encode: Encode | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     owners: tuple[int, ...] | None = None
+    on_host: frozenset[str] = frozenset()
     replicated: bool = field(init=False)
     statistics_bytes: int = field(init=False)
-    row_bytes: int = field(init=False)
+    unfinished_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.replicated = any(row_layout.replicated for row_layout in self.row_layouts)
-        self.statistics_bytes = statistics_bytes(self.row_layouts)
+        self.statistics_bytes = statistics_bytes(self.row_layouts) if self.replicated else 0
+        self.unfinished_bytes = self.statistics_bytes
+        if self.on_host:
+            self.unfinished_bytes += sum(
+                kept_bytes(self.transfer.kind, row_layout)
+                for row_layout in self.row_layouts
+                if row_layout.name in self.on_host and not row_layout.replicated
+            )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that are read of a row."""
         width = self.columns[1] - self.columns[0]
-        self.row_bytes = self.rows.row_bytes() // max(self.rows.width, 1) * width
+        return self.rows.row_bytes() // max(self.rows.width, 1) * width
 
     @property
     def name(self) -> str:

@@ -76,17 +76,26 @@ def dynamic_map(device: torch.device) -> Tensor:
     return create_dynamic_map().to(device)
 
 
-def quantize_absmax(absmax: Tensor, shard: Shard, ops: Kernels) -> Statistics:
+def quantize_absmax(absmax: Tensor, shard: Shard, ops: Kernels, device: torch.device) -> Statistics:
     """A shard's statistics after the second level of double quantization, from all absmax of the weight.
 
     Of a shard of whole rows only the second-level blocks that it touches are quantized.
+
+    Args:
+        absmax: float32 `[blocks of the weight]`, on the device or in host memory.
+        shard: the shard.
+        ops: kernels.
+        device: of the result.
     """
     # The mean of all absmax, on the CPU and on one thread: its last bit depends on the order of the sum.
-    offset = on_one_thread(lambda: absmax.cpu().mean()).to(absmax.device)
-    code_values = dynamic_map(absmax.device)
+    mean = on_one_thread(lambda: absmax.cpu().mean())
+    # Written by a kernel: a copy of one number would make the host wait for the device.
+    offset = mean if device.type == "cpu" else torch.full((), mean.item(), dtype=torch.float32, device=device)
+    code_values = dynamic_map(device)
 
     def nested(first: int, last: int) -> tuple[Tensor, Tensor]:
-        return ops.quantize_blockwise(absmax[first:last] - offset, code_values, SECOND)
+        values = absmax[first:last].to(device, non_blocking=True)
+        return ops.quantize_blockwise(values - offset, code_values, SECOND)
 
     if shard.shard_dim != 0:
         codes, second = nested(0, len(absmax))

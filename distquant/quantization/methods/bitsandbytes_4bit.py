@@ -74,6 +74,7 @@ class Bnb4bitScheme(BitsandbytesScheme):
         "weight.quant_state.bitsandbytes__fp4": "quant_state",
     }
     constants = frozenset(("nested_offset", "nested_quant_map"))
+    statistics_on_host = True
     mark = "is_loaded_in_4bit"
     config: Bnb4bitConfig
 
@@ -190,11 +191,13 @@ class Bnb4bitScheme(BitsandbytesScheme):
         module.weight.quant_state.dtype = torch_dtype(self._state_of(shard, parts)["dtype"])  # type: ignore[union-attr]
 
     def pack(self, shard: Shard, parts: dict[str, Tensor], ops: Kernels) -> dict[str, Tensor]:
-        statistics = Statistics(parts["absmax"])
+        device = parts[""].device
         if self.config.bnb_4bit_use_double_quant:
-            statistics = quantize_absmax(parts["absmax"], shard, ops)
-        elif self.replicated_components(shard):
-            statistics = local_statistics(statistics, shard, ops)
+            statistics = quantize_absmax(parts["absmax"], shard, ops, device)
+        else:
+            statistics = Statistics(parts["absmax"].to(device, non_blocking=True))
+            if self.replicated_components(shard):
+                statistics = local_statistics(statistics, shard, ops)
         return {"": parts[""], **statistics.components()}
 
     def pack_prequantized(

@@ -12,6 +12,7 @@ from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
 from kernel_samples import DTYPES, bits, random, specials
 
 from distquant.kernels import reference
+from distquant.kernels.reference import blockwise
 
 native = pytest.mark.skipif(
     isinstance(lib, ErrorHandlerMockBNBNativeLibrary) or platform.machine().lower() not in ("x86_64", "amd64"),
@@ -104,3 +105,18 @@ def test_dequantize_blockwise(count):
     ours = reference.dequantize_blockwise(codes, state.absmax, state.code, 256)
     assert torch.equal(bits(ours), bits(theirs))
     assert len(ours.unique()) > 4
+
+
+def test_the_table_of_codes_is_made_once_for_each_tensor_of_values(monkeypatch):
+    """A load of 80 layers quantizes 560 weights with the same values."""
+    made = []
+    monkeypatch.setattr(blockwise, "blockwise_table", lambda code: made.append(1) or reference.blockwise_table(code))
+    code, values = CODE.clone(), random(1000, torch.float32, 1)
+    first, _ = reference.quantize_blockwise(values, code, 256)
+    assert torch.equal(reference.quantize_blockwise(values, code, 256)[0], first)
+    assert len(made) == 1
+    code.mul_(0.5)  # other values have another table, also in the same memory
+    changed, _ = reference.quantize_blockwise(values, code, 256)
+    assert len(made) == 2
+    assert torch.equal(changed, reference.quantize_blockwise(values, CODE * 0.5, 256)[0])
+    assert not torch.equal(changed, first)

@@ -182,6 +182,23 @@ def test_large_tensors_are_divided_and_small_ones_are_not():
     assert [[part.reader for part in parts] for parts in small] == [[r] for r in (0, 1, 2, 3, 0, 1, 2, 3)]
 
 
+def test_transfers_of_a_kind_are_divided_once(monkeypatch):
+    """A model of many experts has tens of thousands of transfers, of a few kinds."""
+    counted: list[int] = []
+    nbytes = TransferKind.nbytes
+    monkeypatch.setattr(TransferKind, "nbytes", lambda *args: counted.append(1) or nbytes(*args))
+    rows = Partition(64, tuple(((8 * rank, 8 * rank + 8),) for rank in range(8)))
+    kind = TransferKind(
+        component=None, shape=(64, 4), dtype=None, shard_dim=0, partition=rows, components=(), row_bytes=((64, 8),)
+    )  # fmt: skip
+    assigner = ReadAssigner(Mesh(tp=8), tuple(range(8)))
+    first = assigner.assign_reads(kind)
+    once = len(counted)
+    assert all(assigner.assign_reads(kind) == first for _ in range(99))
+    assert len(counted) == once == 8
+    assert set(assigner.loads.values()) == {100 * 8 * 8}
+
+
 # -- columns -----------------------------------------------------------------------------------------------------------
 
 

@@ -74,16 +74,16 @@ def test_rows_that_arrive_twice_are_an_error():
         arrivals.count(arrivals.tasks[0], 4, 8)
 
 
-def test_unfinished_statistics():
+def test_unfinished_bytes():
     reads = (ReadItem(0, (0, 12), (0, 1)),)
     arrivals = ArrivalTracker(
         [task(0, *reads, whole=True), task(1, *reads), task(2, *reads, whole=True)], 0, LoadState(1)
     )
     each = 12 * 4
-    assert [arrivals.unfinished_statistics(t) for t in arrivals.tasks] == [each, each, 2 * each]
+    assert [arrivals.unfinished_bytes(t) for t in arrivals.tasks] == [each, each, 2 * each]
     arrivals.count(arrivals.tasks[0], 0, 12)
     arrivals.finished()
-    assert arrivals.unfinished_statistics(arrivals.tasks[2]) == each
+    assert arrivals.unfinished_bytes(arrivals.tasks[2]) == each
 
 
 @pytest.mark.parametrize("silent", [1, 2])

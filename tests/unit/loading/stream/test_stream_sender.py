@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from distquant.errors import RankError
+from distquant.loading.stream.copier import Copier
 from distquant.loading.stream.load_state import LoadState
 from distquant.loading.stream.messages import DATA, Message
 from distquant.loading.stream.sender import TOGETHER, Sender
@@ -35,7 +36,8 @@ class RecordingPeers:
 def parts():
     staging_buffer, load_state, peers = StagingBuffer(5, SIZE), LoadState(0.2), RecordingPeers()
     slots = Slots(range(2, 5), load_state.watch)
-    yield Sender(staging_buffer, slots, peers, load_state, lambda: RankError(7, "took nothing")), slots, peers
+    copier = Copier(False, 0, load_state)
+    yield Sender(copier, staging_buffer, slots, peers, load_state, lambda: RankError(7, "took nothing")), slots, peers
     staging_buffer.close()
 
 
