@@ -6,17 +6,22 @@ import os
 import socket
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from distquant.environment import Environment, installed
 from distquant.errors import InputError
 from distquant.options import PlanOptions
+from distquant.planning.runtime_memory import COMMUNICATOR, communicators
 from distquant.quantization.registry import discover
+from distquant.sharding.mesh import Mesh
 from distquant.units import format_bytes
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "peft", "ray", "deepspeed")
 """Packages that distquant works with, whatever the method."""
+
+SINGLE = Mesh()
 
 PROCESS = 400 << 20
 """Bytes of host memory that a rank's process needs before it loads: Python, torch, transformers. Measured after a load
@@ -82,19 +87,51 @@ def declared(options: PlanOptions) -> Environment:
     )
 
 
-def measure(device: torch.device, max_memory: int | None, nodes: tuple[int, ...] = (0,), rank: int = 0) -> Environment:
-    """Measures ranks on devices like `device`.
+def weakest(ranks: Sequence[Environment]) -> Environment:
+    """Returns what holds on every rank: the least memory, the lowest capability, and a word on what differs.
+
+    Args:
+        ranks: measured by each of them.
+    """
+    memory = min(ranks, key=lambda one: one.memory or 0)
+    known = sorted({one.capability for one in ranks if one.capability is not None})
+    least = known[0] if len(known) and all(one.capability is not None for one in ranks) else None
+    source = memory.memory_source
+    if len({one.memory for one in ranks}) > 1:
+        source += f", rank {ranks.index(memory)} has least"
+    return replace(
+        ranks[0],
+        memory=memory.memory,
+        memory_source=source,
+        capability=least,
+        differing=tuple(known) if len(known) > 1 else (),
+    )
+
+
+def measure(
+    device: torch.device,
+    max_memory: int | None,
+    nodes: tuple[int, ...] = (0,),
+    rank: int = 0,
+    mesh: Mesh = SINGLE,
+) -> Environment:
+    """Measures this rank and its device.
 
     Args:
         device: of this process.
         max_memory: bytes that a rank may fill, if declared.
         nodes: the node of each rank.
         rank: of this process.
+        mesh: of the ranks.
     """
     capability = None
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        free, source = torch.cuda.mem_get_info(device)[0], "free on the device"
+    if device.type != "cpu":
+        free, source = torch.accelerator.get_memory_info(device)[0], "free on the device"
+        if device.type == "cuda":
+            # What is free was asked of the driver when this process's context was there: only NCCL is to come.
+            capability = torch.cuda.get_device_capability(device)
+            if taken := COMMUNICATOR * communicators(mesh):
+                free, source = max(free - taken, 0), f"{source}, less {format_bytes(taken)} for NCCL"
     else:
         local_ranks = nodes.count(nodes[rank])
         free, source = host_memory() // local_ranks, "free on the host, divided by its ranks"
