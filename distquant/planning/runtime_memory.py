@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from distquant.environment import Environment
 from distquant.sharding.mesh import Mesh
-from distquant.units import format_bytes
 
 CONTEXT = 534 << 20
 """Bytes of a process's CUDA context on an H100, as https://github.com/meta-pytorch/torchcomms/pull/777 has measured."""
@@ -28,5 +27,5 @@ def notes(mesh: Mesh, environment: Environment) -> Iterator[str]:
         return
     if environment.device_type == "cuda" or (environment.device_type is None and environment.capability is not None):
         count = communicators(mesh)
-        nccl = f", and NCCL about {format_bytes(COMMUNICATOR)} for each of {count} communicators" if count else ""
-        yield f"not counted: a CUDA context takes about {format_bytes(CONTEXT)}{nccl}; max_memory is to leave them free"
+        nccl = f", and NCCL about {COMMUNICATOR >> 20} MiB for each communicator ({count})" if count else ""
+        yield f"not counted: a CUDA context takes about {CONTEXT >> 20} MiB{nccl}; max_memory is to leave them free"

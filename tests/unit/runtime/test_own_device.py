@@ -131,7 +131,7 @@ def test_a_declared_limit_is_told_what_to_leave_free():
     def told(mesh: str, **fields) -> list[str]:
         return list(notes(Mesh.parse(mesh), Environment(memory=1 << 30, memory_source="max_memory", **fields)))
 
-    nccl = "and NCCL about 688 MiB for each of 1 communicators; max_memory is to leave them free"
+    nccl = "and NCCL about 688 MiB for each communicator (1); max_memory is to leave them free"
     assert told("tp=2", capability=(9, 0)) == [f"not counted: a CUDA context takes about 534 MiB, {nccl}"]
     alone = "not counted: a CUDA context takes about 534 MiB; max_memory is to leave them free"
     assert told("dp=2", device_type="cuda") == [alone]
