@@ -1,0 +1,95 @@
+"""Loads onto the simulated device, as the matrix of tests wants them. Every function is called in that process."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+from typing import Any
+
+import torch
+from on_sim import faults
+from thread_ranks import PATIENCE, ThreadComm, on_threads, outcomes
+
+import distquant as dq
+from distquant.errors import DistquantError
+from distquant.loading.loader import load_shard
+from distquant.options import RunOptions
+from distquant.parallel.comm import SoloComm
+from distquant.planning import LoadPlan
+
+PROMPT = [[1, 17, 43, 9, 88, 5, 31, 2]]
+
+
+def split(path: str, devices: int) -> dict[str, str]:
+    """Puts a model of two layers on some devices: embeddings, layers and head in turn."""
+    if devices == 1:
+        return {"": "sim:1"}  # not the device that is current without a word
+    last = devices - 1
+    return {
+        "model.embed_tokens": "sim:0", "model.rotary_emb": "sim:0", "model.layers.0": "sim:0",
+        "model.layers.1": "sim:1", "model.norm": f"sim:{last}", "lm_head": f"sim:{last}",
+    }  # fmt: skip
+
+
+def answers(model: Any, device: str, rank: int = 0) -> tuple[list[float], list[int]]:
+    """Logits of the last token, and the tokens of a short answer: greedy, then drawn."""
+    prompt = torch.tensor(PROMPT, device=device)
+    with torch.no_grad():
+        logits = model(prompt).logits[0, -1].float().cpu().tolist()
+    greedy = model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    return logits, greedy[0].tolist()
+
+
+def on_devices(path: str, quant: Any, devices: int, staging: str, seconds: float, asks: bool) -> dict[str, Any]:
+    """One process, with its layers on some devices."""
+    import _sim
+
+    cpu = dq.load(path, quantization_config=quant)
+    plan = dq.plan(path, quantization_config=quant, device_map=split(path, devices), staging=staging)
+    _sim.set_cost(50e9, 6e9, seconds)
+    model = load_shard(plan, SoloComm(), "sim:1" if devices == 1 else "sim:0")
+    found = {"equal": dq.fingerprint(model) == dq.fingerprint(cpu), "faults": faults()}
+    if asks:
+        _sim.set_cost(50e9, 6e9, 1e-6)
+        first = next(iter(plan.device_map.values())) if plan.device_map else "sim:1"
+        found["answers"] = closeness(answers(model, first), answers(cpu, "cpu"))
+    del model
+    gc.collect()
+    return {**found, "still pinned": len(_sim.registered())}
+
+
+def closeness(one: tuple[list[float], list[int]], other: tuple[list[float], list[int]]) -> tuple[bool, bool]:
+    """True where logits are those of the other within rounding, and where tokens are equal."""
+    return bool(torch.allclose(torch.tensor(one[0]), torch.tensor(other[0]), atol=0.05, rtol=0.05)), one[1] == other[1]
+
+
+def on_ranks(
+    path: str, quant: Any, mesh: str, per_node: int, staging: str, seconds: float, asks: bool, seed: int | None = None
+) -> dict[str, Any]:
+    """Ranks on threads, with a device each."""
+    import _sim
+
+    cpu = dq.load(path, quantization_config=quant)
+    expected, wanted = dq.fingerprint(cpu), answers(cpu, "cpu") if asks else None
+    plan = dq.plan(path, quantization_config=quant, mesh=mesh, ranks_per_node=per_node, staging=staging)
+    _sim.set_cost(50e9, 6e9, seconds)
+    if seed is not None:
+        _sim.set_jitter(seed, 2e-3)
+
+    def rank(comm: ThreadComm) -> Any:
+        device = f"sim:{comm.rank}"
+        torch.accelerator.set_device_index(comm.rank)
+        model = load_shard(plan, comm, device)
+        found = dq.fingerprint(model)
+        if not asks:
+            return found, None
+        _sim.set_cost(50e9, 6e9, 1e-6)
+        return found, answers(model, device, comm.rank)
+
+    found = on_threads(plan.mesh, rank)
+    gc.collect()
+    result = {"equal": {each for each, _ in found} == {expected}, "faults": faults()}
+    if wanted is not None:
+        result["answers"] = {closeness(each, wanted) for _, each in found}
+    return {**result, "still pinned": len(_sim.registered())}
