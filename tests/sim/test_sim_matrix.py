@@ -11,8 +11,8 @@ from apart import Apart
 METHODS: dict[str, Any] = {
     name: name
     for name in (
-        "none", "nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int4", "fp8", "fp8-row", "fp8-tensor", "fbgemm_fp8", "mxfp4",
-        "mxfp8", "nvfp4", "hqq", "gptq-rtn-g32", "awq-rtn-g32", "quanto-int8", "quanto-int4", "torchao-int8",
+        "none", "nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int4-g64", "fp8", "fp8-row", "fp8-tensor", "fbgemm_fp8", "mxfp4",
+        "mxfp8", "hqq", "gptq-rtn-g32", "awq-rtn-g32", "quanto-int8", "quanto-int4", "torchao-int8",
         "torchao-fp8",
     )
 }  # fmt: skip
@@ -38,6 +38,14 @@ def test_all_methods_over_devices(sim: Apart, model_of, method, devices):
     asks = devices == 2
     found = sim(loads.on_devices, model_of("llama-gqa"), METHODS[method], devices, FEW, SLOW, asks)
     assert found.pop("answers", (True, True)) == (True, True)
+    assert found == GOOD
+
+
+@pytest.mark.parametrize("method", ["nf4-dq", "int8"])
+@pytest.mark.parametrize("mesh", ["ep=2", pytest.param("ep=2,tp=2", marks=pytest.mark.wide)])
+def test_experts_over_ranks(sim: Apart, moe_of, mesh, method):
+    found = sim(loads.on_ranks, moe_of("mixtral"), method, mesh, 2, FEW, SLOW, True)
+    assert found.pop("answers") == {(True, True)}
     assert found == GOOD
 
 
