@@ -1,4 +1,4 @@
-"""No order of a device's work spoils a load or blocks it; a load that ends early leaves nothing; slow paths are counted."""
+"""No order of a device's work spoils or blocks a load; one that ends early leaves nothing; slow paths are counted."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from apart import Apart
 
 
 def test_few_loads_in_disorder(sim: Apart, model_of):
-    assert sim(ends.in_disorder, model_of("llama-gqa"), "nf4-dq", "64KiB", range(3)) == []
+    assert sim(ends.in_disorder, model_of("llama-gqa"), "nf4-dq", "128KiB", range(3)) == []
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("first", range(0, 100, 10))
 def test_hundred_loads_in_disorder(sim: Apart, model_of, first):
-    assert sim(ends.in_disorder, model_of("llama-gqa"), "nf4-dq", "64KiB", range(first, first + 10)) == []
+    assert sim(ends.in_disorder, model_of("llama-gqa"), "nf4-dq", "128KiB", range(first, first + 10)) == []
 
 
 def test_few_loads_that_end_early_leave_nothing(sim: Apart, model_of):
-    assert sim(ends.ended_at_random, model_of("llama-gqa"), "nf4-dq", "64KiB", range(3)) == []
+    assert sim(ends.ended_at_random, model_of("llama-gqa"), "nf4-dq", "128KiB", range(3)) == []
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("first", range(3, 33, 10))
 def test_loads_that_end_early_leave_nothing(sim: Apart, model_of, first):
-    assert sim(ends.ended_at_random, model_of("llama-gqa"), "nf4-dq", "64KiB", range(first, first + 10)) == []
+    assert sim(ends.ended_at_random, model_of("llama-gqa"), "nf4-dq", "128KiB", range(first, first + 10)) == []
 
 
 def test_memory_that_cannot_be_pinned_is_used_as_it_is(sim: Apart, model_of):

@@ -1,4 +1,4 @@
-"""Every method, on every arrangement of devices and ranks, has the CPU's bits and answers; with few slots, slow copies."""
+"""Every method, on any devices and ranks, has the CPU's bits and answers; with few slots, and slow copies."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from apart import Apart
 METHODS: dict[str, Any] = {
     name: name
     for name in (
-        "none", "nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int4-g64", "fp8", "fp8-row", "fp8-tensor", "fbgemm_fp8", "mxfp4",
-        "mxfp8", "hqq", "gptq-rtn-g32", "awq-rtn-g32", "quanto-int8", "quanto-int4", "torchao-int8",
+        "none", "nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int4-g64", "fp8", "fp8-row", "fp8-tensor", "fbgemm_fp8",
+        "mxfp4", "mxfp8", "hqq", "gptq-rtn-g32", "awq-rtn-g32", "quanto-int8", "quanto-int4", "torchao-int8",
         "torchao-fp8",
     )
 }  # fmt: skip
