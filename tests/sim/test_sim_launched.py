@@ -36,8 +36,6 @@ def test_ranks_of_a_launcher_take_a_device_each(model_of):
     ranks = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     told = f"devices: ranks 0, 1 all take sim:0 of {socket.gethostname()} (SIM-0). Start one rank for each device, "
     assert all(each[0][0].startswith(told) for each in ranks)
-    assert [[part[0] for part in each[1:]] for each in ranks] == [
-        ["sim:0", "sim:1", "sim:0"],
-        ["sim:1", "sim:0", "sim:0"],
-    ]
+    by_place, by_slurm, shared = ([each[case][0] for each in ranks] for case in (1, 2, 3))
+    assert (by_place, by_slurm, shared) == (["sim:0", "sim:1"], ["sim:1", "sim:0"], ["sim:0", "sim:0"])
     assert len({part[1] for each in ranks for part in each[1:]}) == 1
