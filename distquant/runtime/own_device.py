@@ -23,7 +23,7 @@ VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_M
 
 
 class Place(NamedTuple):
-    """Where a rank's weights go, as the other ranks can compare it."""
+    """A rank's host and device, in a form that other ranks can compare."""
 
     host: str
     device: str
