@@ -77,6 +77,8 @@ def ended_at_random(path: str, quant: str, staging: str, seeds: range) -> list[A
     import _sim
 
     plans = [_plan(path, quant, each, staging) for each in ARRANGEMENTS]
+    for plan in plans:  # tables of codes are made once for each device, and stay
+        _everyone(plan, functools.partial(_load, plan))
     before, wrong = {thread.ident for thread in threading.enumerate()}, []
     gc.collect()
     memory = dict(_sim.memory()[0])
