@@ -21,6 +21,8 @@ class Environment:
     """Devices that the ranks can use."""
     capability: tuple[int, int] | None = None
     """Compute capability of the weakest device, for CUDA."""
+    differing: tuple[tuple[int, int], ...] = ()
+    """All capabilities of the ranks' devices, if they differ."""
     memory: int | None = None
     """Bytes that one rank may fill."""
     memory_source: str = "unknown"

@@ -282,7 +282,8 @@ def _tensor(row: list[Any]) -> TensorPlan:
 
 def _restore(fields: dict[str, Any]) -> dict[str, Any]:
     environment = dict(fields["environment"])
-    environment["capability"], environment["nodes"] = _tuples(environment["capability"]), tuple(environment["nodes"])
+    for name in ("capability", "nodes", "differing"):
+        environment[name] = _tuples(environment.get(name, []))
     heads = fields["heads"].items()
     return {
         **fields,

@@ -9,6 +9,7 @@ from typing import Any
 
 from distquant.config import QuantizationConfig
 from distquant.environment import Environment
+from distquant.planning import runtime_memory
 from distquant.planning.described import fields_of
 from distquant.planning.generation_memory import Estimates
 from distquant.planning.load_plan import LoadPlan, RankMemory
@@ -89,7 +90,7 @@ def freeze(
         dispatch=planned.dispatch,
         converted=planned.converted,
         rules=tuple(parallel.rules),
-        notes=tuple(notes_on(planned)),
+        notes=(*notes_on(planned), *_differing(environment), *runtime_memory.notes(planned.mesh, environment)),
         memory=planned.memory,
         staging=planned.staging,
         nodes=planned.nodes,
@@ -112,6 +113,13 @@ def _unknown(planned: Planned, environment: Environment) -> Iterator[str]:
     if not environment.nodes and planned.mesh.size > 1:
         most = max(Counter(planned.nodes).values())
         yield f"which ranks share a node ({most} each, as planned)"
+
+
+def _differing(environment: Environment) -> Iterator[str]:
+    """Yields a note if ranks have GPUs of different kinds: the plan is for the weakest."""
+    if environment.differing:
+        named = ", ".join(f"{major}.{minor}" for major, minor in environment.differing)
+        yield f"devices differ: compute capabilities {named}; the plan is for the lowest"
 
 
 def _selection(config: QuantizationConfig) -> dict[str, Any]:

@@ -68,25 +68,25 @@ def silent_ranks_named() -> Iterator[None]:
 
 
 def share(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """Returns rank 0's value on every rank of a group of all ranks; None: the default group.
+    """Returns rank 0's value on every rank of a group of all ranks that takes CPU tensors; None: the default group.
 
     Raises:
         RankError: the bytes that came are not a value that ranks send.
     """
-    own, device = dist.get_rank() == 0, _device(group)
-    data = to_bytes(value).to(device) if own else torch.empty(0, dtype=torch.uint8)
-    size = torch.tensor([data.numel()], device=device)
+    own = dist.get_rank() == 0
+    data = to_bytes(value) if own else torch.empty(0, dtype=torch.uint8)
+    size = torch.tensor([data.numel()])
     finish(dist.broadcast(size, 0, group, async_op=True), size)
     if not own:
-        data = torch.empty(int(size), dtype=torch.uint8, device=device)
+        data = torch.empty(int(size), dtype=torch.uint8)
     finish(dist.broadcast(data, 0, group, async_op=True), data)
     return value if own else from_bytes(data, 0)
 
 
 def collect(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Returns every rank's value, in rank order; `group` and errors as in `share`."""
-    data = to_bytes(value).to(_device(group))
-    size = torch.tensor([data.numel()], device=data.device)
+    data = to_bytes(value)
+    size = torch.tensor([data.numel()])
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     finish(dist.all_gather(sizes, size, group, async_op=True), size)
     longest = max(map(int, sizes))  # backends need equal sizes
@@ -94,12 +94,6 @@ def collect(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     parts = [torch.empty_like(padded) for _ in sizes]
     finish(dist.all_gather(parts, padded, group, async_op=True), padded)
     return [from_bytes(part[: int(each)], rank) for rank, (part, each) in enumerate(zip(parts, sizes, strict=True))]
-
-
-def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Returns where a group's collectives take tensors: one of the user's may know GPUs only."""
-    accelerator = None if "cpu:" in dist.get_backend_config(group) else torch.accelerator.current_accelerator()
-    return accelerator or torch.device("cpu")
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

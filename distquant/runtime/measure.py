@@ -6,18 +6,24 @@ import os
 import socket
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from distquant.accelerator.facts import capability, free_memory
+from distquant.accelerator.names import runs_cuda_kernels
 from distquant.environment import Environment, installed
 from distquant.errors import InputError
 from distquant.options import PlanOptions
+from distquant.planning.runtime_memory import COMMUNICATOR, communicators
 from distquant.quantization.registry import discover
+from distquant.sharding.mesh import Mesh
 from distquant.units import format_bytes
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "peft", "ray", "deepspeed")
 """Packages that distquant works with, whatever the method."""
+
+SINGLE = Mesh()
 
 PROCESS = 400 << 20
 """Bytes of host memory that a rank's process needs before it loads: Python, torch, transformers. Measured after a load
@@ -83,14 +89,42 @@ def declared(options: PlanOptions) -> Environment:
     )
 
 
-def measure(device: torch.device, max_memory: int | None, nodes: tuple[int, ...] = (0,), rank: int = 0) -> Environment:
-    """Measures ranks on devices like `device`.
+def weakest(ranks: Sequence[Environment]) -> Environment:
+    """Returns what holds on every rank: the least memory, the lowest capability, and a word on what differs.
+
+    Args:
+        ranks: measured by each of them.
+    """
+    memory = min(ranks, key=lambda one: one.memory or 0)
+    known = sorted({one.capability for one in ranks if one.capability is not None})
+    least = known[0] if len(known) and all(one.capability is not None for one in ranks) else None
+    source = memory.memory_source
+    if len({one.memory for one in ranks}) > 1:
+        source += f", rank {ranks.index(memory)} has least"
+    return replace(
+        ranks[0],
+        memory=memory.memory,
+        memory_source=source,
+        capability=least,
+        differing=tuple(known) if len(known) > 1 else (),
+    )
+
+
+def measure(
+    device: torch.device,
+    max_memory: int | None,
+    nodes: tuple[int, ...] = (0,),
+    rank: int = 0,
+    mesh: Mesh = SINGLE,
+) -> Environment:
+    """Measures this rank and its device.
 
     Args:
         device: of this process.
         max_memory: bytes that a rank may fill, if declared.
         nodes: the node of each rank.
         rank: of this process.
+        mesh: of the ranks.
     """
     free: int | None
     if device.type == "cpu":
@@ -99,6 +133,10 @@ def measure(device: torch.device, max_memory: int | None, nodes: tuple[int, ...]
     else:
         free = free_memory(device)
         source = "unknown" if free is None else "free on the device"
+        # What is free was asked of the driver when this process's context was there: only NCCL is to come.
+        taken = COMMUNICATOR * communicators(mesh) if runs_cuda_kernels(device) else 0
+        if free is not None and taken:
+            free, source = max(free - taken, 0), f"{source}, less {format_bytes(taken)} for NCCL"
     return Environment(
         device_type=device.type,
         device_count=len(nodes),

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -24,10 +24,15 @@ class Resources:
     """Resources that one worker asks of Ray."""
 
     cpus: float = 1
-    gpus: float = 0
+    gpus: float | None = None
+    """GPUs; None: one where the cluster (or the given placement group) has any. Workers without see none."""
 
     def bundle(self) -> dict[str, float]:
         return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+    def with_gpus(self, automatic: float) -> Resources:
+        """Returns the resources with a number of GPUs: the user's, if there is one."""
+        return self if self.gpus is not None else replace(self, gpus=automatic)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def place(world: int, resources: Resources | None, given: PlacementGroup | None,
 
     Args:
         world: ranks.
-        resources: of one worker; None: one GPU where the cluster (or the given group) has any, and one CPU.
+        resources: of one worker; None: the default ones.
         given: the caller's group.
         timeout: seconds that a group may take to be scheduled.
 
@@ -69,7 +74,7 @@ def place(world: int, resources: Resources | None, given: PlacementGroup | None,
     """
     if given is not None:
         return _of_given(given, world, resources, timeout)
-    resources = resources or Resources(gpus=1 if ray.cluster_resources().get("GPU") else 0)
+    resources = (resources or Resources()).with_gpus(1 if ray.cluster_resources().get("GPU") else 0)
     group = placement_group([resources.bundle()] * world, strategy="PACK")
     if group.wait(timeout):
         return Placement(group, tuple(range(world)), resources, given=False)
@@ -92,7 +97,8 @@ def _of_given(group: PlacementGroup, world: int, resources: Resources | None, ti
         raise InputError.one("placement_group", fault, "Wait until it is ready (pg.ready()), or add resources")
     gpus = 1 if any(bundle.get("GPU", 0) >= 1 for bundle in group.bundle_specs) else 0
     # Bundles are often of GPUs alone.
-    asked = [resources] if resources is not None else [Resources(gpus=gpus), Resources(0, gpus)][: 1 + gpus]
+    own = [resources.with_gpus(gpus)] if resources is not None else []
+    asked = own or [Resources(gpus=gpus), Resources(0, gpus)][: 1 + gpus]
     for each in asked:
         slots = list(_slots(group, each))
         if len(slots) >= world:

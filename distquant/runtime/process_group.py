@@ -26,6 +26,7 @@ from distquant.errors import RankError
 from distquant.parallel.comm import DEFAULT_TIMEOUT, Axis, SoloAxis
 from distquant.runtime.collectives import collect, finish, share, silent_rank
 from distquant.runtime.meeting import Meeting
+from distquant.runtime.own_device import is_shared
 from distquant.sharding.mesh import AXES, REPLICA, Mesh
 
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -133,9 +134,35 @@ def _world() -> dist.ProcessGroup:
 
 def make_group(ranks: Sequence[int] | None, timeout: float) -> dist.ProcessGroup:
     """Returns a group of these ranks (None: of all) in which a rank waits for `timeout` seconds; all ranks call it."""
-    group = dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout))
+    # Not the default group's backend: a caller's own may have no way for tensors of the CPU.
+    group = dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout), backend=backend())
     assert group is not None
     return group
+
+
+_SIDE_GROUPS: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.ProcessGroup]]
+_SIDE_GROUPS = weakref.WeakKeyDictionary()
+"""A caller's default group -> the group of all ranks that was made beside it."""
+
+
+def for_host_tensors() -> dist.ProcessGroup | None:
+    """Returns a group of all ranks that takes tensors of the CPU; None: the default group does.
+
+    A caller's own group may be of NCCL alone, which knows GPUs only. The group beside it is made once; all ranks call.
+    """
+    if "cpu:" in dist.get_backend_config():
+        return None
+    made = _SIDE_GROUPS.get(_world())
+    side = made() if made is not None else None
+    if side is None:
+        side = make_group(None, DEFAULT_TIMEOUT)
+        _SIDE_GROUPS[_world()] = weakref.ref(side)
+    return side
+
+
+def backend() -> str:
+    """Returns the backend: the accelerator's own beside gloo, or gloo alone where ranks share devices: NCCL refuses."""
+    return "gloo" if is_shared() else group_backend()
 
 
 def init(meeting: Meeting, timeout: float | None = None) -> None:
@@ -148,4 +175,4 @@ def init(meeting: Meeting, timeout: float | None = None) -> None:
     limit = datetime.timedelta(seconds=DEFAULT_TIMEOUT if timeout is None else timeout)
     store, rank, world_size = meeting
     store.set_timeout(limit)
-    dist.init_process_group(group_backend(), timeout=limit, rank=rank, world_size=world_size, store=store)
+    dist.init_process_group(backend(), timeout=limit, rank=rank, world_size=world_size, store=store)

@@ -35,7 +35,8 @@ from distquant.progress import showing, status
 from distquant.quiet import quiet_imports
 from distquant.runtime.answer import Answer
 from distquant.runtime.gathering import POLL, gather
-from distquant.runtime.measure import check_rank_count, declared, numbered
+from distquant.runtime.measure import check_rank_count, declared, numbered, weakest
+from distquant.runtime.own_device import Place, check_places, hide_devices, place_of
 from distquant.runtime.placement import Placement, Resources, check_started, place, remove_after
 from distquant.runtime.query import Outcome, Query
 from distquant.runtime.ray_model import Sharded, stop
@@ -59,9 +60,11 @@ Progress = Callable[[list[LoadProgress]], None]
 class Worker:
     """One rank: a Ray actor that runs one method at a time, and meanwhile answers `progress`."""
 
-    def __init__(self, rank: int, world: int, threads: int):
+    def __init__(self, rank: int, world: int, threads: int, gpus: float):
         import torch
 
+        if not gpus:
+            hide_devices()  # Ray shows all to a worker that asks for none
         quiet_imports()
         torch.set_num_threads(threads)
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -96,11 +99,16 @@ class Worker:
 
         return node_name()
 
-    def environment(self, max_memory: int | None, nodes: tuple[int, ...]) -> Environment:
+    def place(self) -> Place:
+        from distquant.runtime import local
+
+        return place_of(local.device())
+
+    def environment(self, max_memory: int | None, nodes: tuple[int, ...], mesh: Mesh) -> Environment:
         from distquant.runtime import local
         from distquant.runtime.measure import measure
 
-        return measure(local.device(), max_memory, nodes, self.rank)
+        return measure(local.device(), max_memory, nodes, self.rank, mesh)
 
     def load(self, plan: str, address: tuple[str, int], options: RunOptions) -> None:
         from distquant.loading.loader import load_shard
@@ -217,7 +225,8 @@ def load(
     writes the trace.
 
     Args:
-        resources: What one worker asks for; None: one CPU, and one GPU where the cluster has any.
+        resources: What one worker asks for; None: one CPU, and one GPU where the cluster has any. Workers that ask for
+            no GPU (`gpus=0`) see none.
         placement_group: A placement group of the caller's to put the workers in, which stays when the model is closed.
             Its last bundles with room for a worker are used: the first may hold the caller. Default: one made for them.
         threads: Torch threads of a worker. Default: on a Ray that is started here, OMP_NUM_THREADS or an equal part of
@@ -273,7 +282,8 @@ def _load(
         watch = Watch(workers, DEFAULT_TIMEOUT if options.timeout is None else options.timeout)
         remove_after(placement, names)
         check_started(placement, workers, schedule_timeout)
-        plan = _plan(request, workers, watch)
+        check_places(gather([worker.place.remote() for worker in workers], watch=watch))
+        plan = _plan(request, first.mesh, workers, watch)
         alone = len(set(gather([worker.ray_node.remote() for worker in workers], watch=watch))) == 1
         status("loading")
         (address,) = gather([workers[0].serve.remote(alone, options.interface)], watch=watch)
@@ -358,17 +368,15 @@ def _workers(names: list[str], placement: Placement, threads: int) -> list[Any]:
             max_concurrency=1,
             scheduling_strategy=placement.strategy(rank),
         )
-        workers.append(options.remote(rank, len(names), threads))
+        workers.append(options.remote(rank, len(names), threads, resources.gpus or 0))
     return workers
 
 
-def _plan(request: Request, workers: list[Any], watch: Watch) -> LoadPlan:
-    """Plans with what the workers measured; the weakest device counts."""
+def _plan(request: Request, mesh: Mesh, workers: list[Any], watch: Watch) -> LoadPlan:
+    """Plans with what the workers measured."""
     nodes = numbered(gather([worker.node.remote() for worker in workers], watch=watch))
-    measured = [worker.environment.remote(request.rank_memory(), nodes) for worker in workers]
-    environment = gather(measured, watch=watch)
-    weakest = min(environment, key=lambda f: (f.capability or (0, 0), f.memory or 0))
-    return make_plan(request, weakest)
+    measured = [worker.environment.remote(request.rank_memory(), nodes, mesh) for worker in workers]
+    return make_plan(request, weakest(gather(measured, watch=watch)))
 
 
 def _progress_of(workers: list[Any]) -> list[LoadProgress]:

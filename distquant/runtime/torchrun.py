@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from distquant.accelerator import facts
 from distquant.errors import InputError, RankError
 from distquant.garbage_collection import without_collector
 from distquant.loading.loader import load_shard
@@ -22,17 +20,13 @@ from distquant.planning.request import Request
 from distquant.progress import Viewer, status
 from distquant.runtime import heartbeat, process_group
 from distquant.runtime.collectives import collect, share, silent_ranks_named
-from distquant.runtime.measure import measure, node_name, numbered
+from distquant.runtime.measure import measure, node_name, numbered, weakest
 from distquant.runtime.meeting import Meeting, meet
+from distquant.runtime.own_device import Place, check_places, number_on_node, place_of, take_device
 from distquant.runtime.shared_progress import SharedProgress
+from distquant.sharding.mesh import Mesh
 
 NAME = "torchrun"
-
-
-def device() -> torch.device:
-    """Returns this rank's device: the accelerator of its local rank, or the CPU."""
-    count = facts.device_count()
-    return facts.select(int(os.environ.get("LOCAL_RANK", "0")) % count) if count else facts.CPU
 
 
 @without_collector()
@@ -48,20 +42,25 @@ def load(
     """
     status("waiting for the other ranks")
     options = options or RunOptions()
-    own, timeout = device(), options.timeout
+    timeout = options.timeout
     meeting = None if dist.is_initialized() else meet(timeout, options.interface)
     with heartbeat.beating(meeting, DEFAULT_TIMEOUT if timeout is None else timeout), silent_ranks_named():
         everyone = _join(meeting, timeout)
+        nodes = numbered(collect(node_name(), everyone))
+        own = take_device(number_on_node(dist.get_rank(), nodes))
+        check_places([Place(*place) for place in collect(tuple(place_of(own)), everyone)])
         shared = SharedProgress(viewer)  # on every rank, so that ranks count their loads alike
         status("planning")
-        plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own, everyone)
+        plan, prepared = (request, None) if isinstance(request, LoadPlan) else agree(request, own, nodes, everyone)
         check_world(plan.mesh, dist.get_world_size())
         comm = process_group.GroupComm(plan.mesh, timeout, everyone)
         return load_shard(plan, comm, own, options, progress or shared, prepared)
 
 
 def _join(meeting: Meeting | None, timeout: float | None) -> dist.ProcessGroup | None:
-    """Joins the default group unless it exists; returns a group of all ranks with this timeout if that has another.
+    """Joins the default group unless it exists; returns a group to use in its place if it is the caller's.
+
+    None stands for the default group. The caller's may have another timeout, or no way for tensors of the CPU.
 
     Raises:
         InputError: ranks were given different timeouts.
@@ -69,30 +68,32 @@ def _join(meeting: Meeting | None, timeout: float | None) -> dist.ProcessGroup |
     if meeting is not None:
         process_group.init(meeting, timeout)
         return None
-    given = collect(timeout)
+    everyone = process_group.for_host_tensors()
+    given = collect(timeout, everyone)
     if any(one != given[0] for one in given):
         fault = f"ranks were given different values ({', '.join(str(one) for one in given)})"
         raise InputError.one("timeout", fault, "Give all ranks the same")
-    return None if timeout is None else process_group.make_group(None, timeout)
+    return everyone if timeout is None else process_group.make_group(None, timeout)
 
 
 def agree(
-    request: Request, own: torch.device, everyone: dist.ProcessGroup | None = None
+    request: Request, own: torch.device, nodes: tuple[int, ...], everyone: dist.ProcessGroup | None = None
 ) -> tuple[LoadPlan, Prepared | None]:
     """Returns rank 0's plan on every rank, or raises its error; also returns what this rank has already opened.
 
     Args:
         request: to plan.
         own: this rank's device.
+        nodes: the node of each rank.
         everyone: a group of all ranks; None: the default group.
     """
     outcome: Any = None
-    nodes = numbered(collect(node_name(), everyone))
+    measured = collect(measure(own, request.rank_memory(), nodes, dist.get_rank(), _mesh(request)), everyone)
     if dist.get_rank() != 0:
         prepared = open_early(request)
     else:
         try:
-            plan, prepared = plan_and_open(request, measure(own, request.rank_memory(), nodes))
+            plan, prepared = plan_and_open(request, weakest(measured))
             outcome = plan.to_json()
         except InputError as error:
             outcome = error
@@ -104,3 +105,11 @@ def agree(
         raise outcome
     plan = LoadPlan.from_json(outcome)
     return plan, prepared if prepared is not None and prepared.fits(plan, request) else None
+
+
+def _mesh(request: Request) -> Mesh:
+    """Returns the mesh that is asked for; one rank for one that the plan will refuse."""
+    try:
+        return Mesh.parse(request.mesh)
+    except InputError:
+        return Mesh()

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from distquant.checkpoint.faults import HeaderFault
+from distquant.environment import Environment
 from distquant.errors import DistquantError, Problem, RankError
 from distquant.loading.report import RankReport
 
-CLASSES = (DistquantError, Problem, HeaderFault, RankReport)
+CLASSES = (DistquantError, Problem, HeaderFault, RankReport, Environment)
 """Classes of values that are not plain data; those made from them are among them."""
 
 

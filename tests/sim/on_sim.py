@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from thread_ranks import ThreadComm, on_threads
 from torch import Tensor
 
 import distquant as dq
 from distquant.errors import RankError
 from distquant.loading.loader import load_shard
 from distquant.options import RunOptions
-from distquant.parallel.comm import SoloAxis, SoloComm
+from distquant.parallel.comm import SoloComm
 
 SLOW = (50e9, 6e9, 1e-3)
 """Costs of copies: bytes a second from pinned and from other memory, and a millisecond for each."""
@@ -69,96 +68,22 @@ def over_two_devices(path: str, quant: str, staging: str) -> dict[str, Any]:
 # -- ranks on threads --------------------------------------------------------------------------------------------------
 
 
-class Meeting:
-    """What ranks on threads use to collect values."""
-
-    def __init__(self, count: int):
-        self._barrier, self._values = threading.Barrier(count, timeout=60), [None] * count
-
-    def collect(self, position: int, value: Any) -> list[Any]:
-        self._values[position] = value
-        self._barrier.wait()
-        found = list(self._values)
-        self._barrier.wait()
-        return found
-
-
-class StreamAxis(SoloAxis):
-    """An axis whose collectives over a device's memory go to its current stream, as NCCL's do."""
-
-    def __init__(self, rank: int, size: int, meeting: Meeting):
-        self.rank, self.size, self._meeting = rank, size, meeting
-
-    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        import _sim
-
-        assert op == "max"
-        values = _sim.host_view(tensor)
-
-        def collective() -> None:
-            everyone = self._meeting.collect(self.rank, values.clone())
-            values.copy_(torch.stack(everyone).amax(0))
-
-        _sim.enqueue(tensor.device.index, collective)
-        return tensor
-
-
-class ThreadComm(SoloComm):
-    """One of a number of ranks along `tp`."""
-
-    def __init__(self, rank: int, size: int, meeting: Meeting, axis: Meeting, timeout: float):
-        self.rank, self.world_size, self.timeout, self._meeting = rank, size, timeout, meeting
-        self._axis = StreamAxis(rank, size, axis)
-
-    def axis(self, name: str) -> SoloAxis:
-        return self._axis if name == "tp" else SoloAxis()
-
-    def collect(self, value: Any) -> list[Any]:
-        return self._meeting.collect(self.rank, value)
-
-    def share(self, value: Any) -> Any:
-        return self.collect(value)[0]
-
-
-def on_threads(size: int, work: Callable[[int], Any]) -> list[Any]:
-    """What each rank's thread returns; raises what the first of them raised."""
-    found: dict[int, Any] = {}
-
-    def run(rank: int) -> None:
-        torch.set_num_threads(1)  # each thread's own; a mean over two threads is another one
-        try:
-            found[rank] = (True, work(rank))
-        except BaseException as error:
-            found[rank] = (False, error)
-
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for rank in range(size):
-        if not found[rank][0]:
-            raise found[rank][1]
-    return [found[rank][1] for rank in range(size)]
-
-
 def over_two_nodes(path: str, quant: str, staging: str, seconds: float) -> dict[str, Any]:
     """Four ranks of two nodes, each a thread with a device of its own; collectives run on the devices' streams."""
     import _sim
 
     on_cpu = dq.fingerprint(load_shard(dq.plan(path, quantization_config=quant), SoloComm(), "cpu"))
     plan = dq.plan(path, quantization_config=quant, mesh="tp=4", ranks_per_node=2, staging=staging)
-    meeting, axis = Meeting(4), Meeting(4)
     _sim.set_cost(50e9, 6e9, seconds)
 
-    def rank(number: int) -> str:
-        comm = ThreadComm(number, 4, meeting, axis, timeout=60.0)
+    def rank(comm: ThreadComm) -> str:
+        number = comm.rank
         torch.accelerator.set_device_index(number)
         if number % 2:  # as a user may load: all that a load does is to come in this order
             torch.accelerator.set_stream(torch.Stream(device=f"sim:{number}"))
         return dq.fingerprint(load_shard(plan, comm, f"sim:{number}"))
 
-    found = on_threads(4, rank)
+    found = on_threads(plan.mesh, rank)
     return {"equal": set(found) == {on_cpu}, "faults": faults(), "still pinned": len(_sim.registered())}
 
 

@@ -12,6 +12,8 @@
 //   operators    everything else runs on the host over the same memory, after the current stream's work.
 //   collectives  `enqueue` puts a Python function on a device's current stream; the stream waits for it, the caller
 //                does not (as with NCCL).
+//   disorder     `set_jitter` makes each piece of a stream's work wait for a random while first.
+//   failures     on demand, registrations of host memory fail, and allocations run out of memory.
 //   counters     `counts()`: copies, synchronizations and operators by kind, with times and bytes.
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -36,6 +38,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <random>
 #include <thread>
 
 using namespace c10;
@@ -69,6 +72,21 @@ static std::atomic<double> pinned_rate{50e9}, pageable_rate{6e9}, latency{8e-6};
 static std::mutex hold_mutex;
 static std::condition_variable hold_changed;
 static bool held = false;
+
+static std::mutex random_mutex;
+static std::mt19937_64 random_source;
+static std::atomic<double> jitter{0};  // seconds that a piece of work waits at most
+
+static void wait_a_while() {
+  if (jitter == 0) return;
+  double share;
+  {
+    std::lock_guard<std::mutex> guard(random_mutex);
+    share = std::uniform_real_distribution<double>(0, 1)(random_source);
+  }
+  // Mostly short, sometimes long: what comes in another order are the few that are late.
+  std::this_thread::sleep_for(std::chrono::duration<double>(jitter * share * share * share));
+}
 
 static void spend(int64_t bytes, bool pinned) {
   std::this_thread::sleep_for(std::chrono::duration<double>(latency + bytes / (pinned ? pinned_rate : pageable_rate)));
@@ -132,6 +150,7 @@ class Queue {
         job = std::move(jobs_.front());
         jobs_.pop_front();
       }
+      wait_a_while();
       job();
       {
         std::lock_guard<std::mutex> guard(mutex_);
@@ -222,6 +241,7 @@ struct Guard final : impl::DeviceGuardImplInterface {
     queue(stream.device_index(), stream.id()).synchronize();
   }
   void synchronizeDevice(const DeviceIndex device) const override {
+    count("device.synchronize");
     std::vector<Queue*> found;
     {
       std::lock_guard<std::mutex> guard(queues_mutex);
@@ -300,6 +320,15 @@ static void release(void* data) {
     queue(stream.device_index(), stream.id()).put([block, left] { if (--*left == 0) to_free_list(block); });
 }
 
+static std::map<int, int64_t> allocations_left;  // by device, where they are to run out
+
+static void check_memory(int device, size_t bytes) {  // with `memory_mutex`
+  auto found = allocations_left.find(device);
+  if (found == allocations_left.end()) return;
+  TORCH_CHECK_WITH(OutOfMemoryError, found->second > 0, "sim:", device, " out of memory. Tried to allocate ", bytes);
+  found->second--;
+}
+
 struct SimAllocator final : DeviceAllocator {
   DataPtr allocate(size_t bytes) override {
     int device = current_device;
@@ -307,6 +336,7 @@ struct SimAllocator final : DeviceAllocator {
     if (!bytes) return {nullptr, nullptr, &release, Device(SIM, device)};
     StreamId stream = current_id(device);
     std::lock_guard<std::mutex> guard(memory_mutex);
+    check_memory(device, bytes);
     auto& list = freed[{device, stream, bytes}];
     Block* block;
     if (list.empty()) {
@@ -583,8 +613,11 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 // ---- what Python sees; the rest is in simulated.py
 
+static std::atomic<bool> registrations_fail{false};
+
 static int host_register(uintptr_t data, size_t bytes) {
   std::lock_guard<std::mutex> guard(registered_mutex);
+  if (registrations_fail) return 2;  // cudaErrorMemoryAllocation
   registered[data] = bytes;
   return 0;
 }
@@ -610,6 +643,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("counts", [] { std::lock_guard<std::mutex> guard(counts_mutex); return counts; });
   m.def("reset_counts", [] { std::lock_guard<std::mutex> guard(counts_mutex); counts.clear(); });
   m.def("memory", [] { std::lock_guard<std::mutex> guard(memory_mutex); return std::make_tuple(live, peak, fresh); });
+  m.def("device_count", &device_count);
   m.def("current_device", [] { return current_device; });
   m.def("host_view", &host_view);
   m.def("enqueue", &enqueue);
@@ -617,6 +651,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     pinned_rate = pinned;
     pageable_rate = pageable;
     latency = seconds;
+  });
+  m.def("set_jitter", [](uint64_t seed, double seconds) {
+    std::lock_guard<std::mutex> guard(random_mutex);
+    random_source.seed(seed);
+    jitter = seconds;
+  });
+  m.def("fail_registrations", [](bool now) { registrations_fail = now; });
+  m.def("run_out_of_memory", [](int device, int64_t allocations) {  // after so many more; negative: not any more
+    std::lock_guard<std::mutex> guard(memory_mutex);
+    if (allocations < 0) allocations_left.erase(device);
+    else allocations_left[device] = allocations;
   });
   m.def("hold", [](bool now) {
     { std::lock_guard<std::mutex> guard(hold_mutex); held = now; }

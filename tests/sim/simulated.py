@@ -91,7 +91,7 @@ def _device_module(torch: Any, sim: Any) -> types.ModuleType:
         is_initialized=lambda: True,
         _lazy_init=lambda: None,
         _is_in_bad_fork=lambda: False,
-        device_count=accelerator.device_count,
+        device_count=sim.device_count,
         current_device=sim.current_device,
         set_device=accelerator.set_device_index,
         synchronize=accelerator.synchronize,
@@ -105,7 +105,7 @@ def _device_module(torch: Any, sim: Any) -> types.ModuleType:
         empty_cache=lambda: None,
         mem_get_info=lambda device=None: accelerator.get_memory_info(device),
         max_memory_allocated=lambda device=None: sim.memory()[1].get(torch.device(device or "sim:0").index, 0),
-        get_device_properties=lambda device=0: types.SimpleNamespace(total_memory=80 << 30),
+        get_device_properties=lambda device=0: types.SimpleNamespace(total_memory=80 << 30, uuid=f"SIM-{device}"),
         cudart=lambda: runtime,
     )
     return module

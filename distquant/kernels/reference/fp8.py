@@ -29,6 +29,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from distquant.kernels.numbers import number_like
 from distquant.kernels.outputs import prepared
 from distquant.kernels.reference.scaled_rows import E4M3_NAN, encode_scaled_rows
 from distquant.kernels.reference.tiles import at_once
@@ -160,7 +161,7 @@ def quantize_fp8_ue8m0(
 def fbgemm_scales(amax: Tensor, out: Tensor) -> None:
     """Fills `out` (float32 like `amax`) with what FBGEMM divides rows of that amax by."""
     # Tensors, because torch on CUDA multiplies by the reciprocal of a plain number.
-    largest, least = (torch.tensor(v, dtype=amax.dtype, device=amax.device) for v in (FP8_MAX, LEAST_OF_ROWS))
+    largest, least = (number_like(v, amax) for v in (FP8_MAX, LEAST_OF_ROWS))
     torch.maximum(amax / largest, least, out=out)
 
 

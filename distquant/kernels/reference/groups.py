@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distquant.kernels.numbers import number_like
 from distquant.kernels.outputs import prepared
 from distquant.kernels.reference.tiles import at_once
 
@@ -83,17 +84,12 @@ def _parameters(grouped: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Te
     low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
     zero = None
     if symmetric:
-        scale = torch.maximum(low.abs(), high) / _number(top - 0.5, low)
+        scale = torch.maximum(low.abs(), high) / number_like(top - 0.5, low)
     else:
-        scale = (high - low) / _number(2 * top - 1, low)
+        scale = (high - low) / number_like(2 * top - 1, low)
         exact = (-top - low / scale).clamp_(-top, top - 1)
         zero = exact.round_().nan_to_num_(nan=0.0).to(torch.int8)
     return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale), zero
-
-
-def _number(value: float, like: Tensor) -> Tensor:
-    """Makes a tensor of a number: torch on CUDA multiplies by the reciprocal of a plain number."""
-    return torch.tensor(value, dtype=like.dtype, device=like.device)
 
 
 def _encode(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:

@@ -23,6 +23,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from distquant.kernels.numbers import number_like
 from distquant.kernels.outputs import prepared
 from distquant.kernels.reference.fp8 import MANTISSA, block_amax
 from distquant.kernels.reference.tiles import at_once
@@ -86,7 +87,7 @@ def quantize_mxfp4(
 def _scales(amax: Tensor) -> Tensor:
     """int32 like `amax` (float32): the byte of the smallest power of two that is not less than a sixth."""
     # A tensor: torch on CUDA multiplies by the reciprocal of a plain number.
-    sixth = amax / torch.tensor(E2M1[-1], dtype=amax.dtype, device=amax.device)
+    sixth = amax / number_like(E2M1[-1], amax)
     # The exponent's bits of a float32 are those of e8m0; a fraction that is not 0 carries into them.
     carried = (sixth.view(torch.int32) + ((1 << MANTISSA) - 1)) >> MANTISSA
     return torch.where(amax < torch.inf, carried, NOT_FINITE)

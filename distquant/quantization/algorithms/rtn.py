@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distquant.kernels.numbers import number_like
 from distquant.kernels.reference.tiles import at_once
 
 
@@ -87,7 +88,7 @@ def _parameters(grouped: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     extent = high - low if grid.minimum_range is None else (high - low).clamp_(min=grid.minimum_range)
     top = 2**grid.bits - 1
     # A tensor: torch on CUDA multiplies by the reciprocal of a plain number.
-    scale = extent / torch.tensor(float(top), dtype=extent.dtype, device=grouped.device)
+    scale = extent / number_like(float(top), extent)
     if grid.symmetric:
         return scale, torch.full_like(scale, (top + 1) / 2)
     return scale, (-low / scale).round_().clamp_(0, top).nan_to_num_(nan=0.0)

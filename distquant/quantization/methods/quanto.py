@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from distquant.config import QuantoConfig, torch_dtype
 from distquant.dtypes import DTYPE_BYTES, STORED_NAMES
 from distquant.errors import Problem
+from distquant.kernels.numbers import number_like
 from distquant.kernels.protocol import Kernels
 from distquant.quantization.codec import Encoder, Stream
 from distquant.quantization.registry import register
@@ -180,13 +181,13 @@ class QuantoScheme(WeightOnlyScheme, Encoder):
         codes, scales = out[""].view(rows.shape), out[SCALE].view(-1, 1)
         if not self.grouped:
             top = 127.0 if self.config.weights == "int8" else FLOAT8_MAX
-            scale = ops.block_amax(rows, (1, None)).to(rows.dtype) / _number(top, rows)
+            scale = ops.block_amax(rows, (1, None)).to(rows.dtype) / number_like(top, rows)
             scales.copy_(scale)
             ops.encode_scaled_rows(rows, scale.float(), codes.dtype, rounded=True, codes=codes)
             return
         top = 2.0**self.bits - 1
         least = rows.amin(1, keepdim=True)
-        scale = (rows.amax(1, keepdim=True) - least) / _number(top, rows)
+        scale = (rows.amax(1, keepdim=True) - least) / number_like(top, rows)
         values = (rows - least).div_(scale).round_().clamp_(0.0, top)
         if bool((empty := scale == 0).any()):
             values.masked_fill_(empty, 0)
@@ -282,8 +283,3 @@ class QuantoScheme(WeightOnlyScheme, Encoder):
         if type(weight) is not WeightQBitsTensor:
             weight = weight.weight_qbits_tensor()
         return {"": weight._data._data, SCALE: weight._scale, SHIFT: weight._shift}
-
-
-def _number(value: float, like: Tensor) -> Tensor:
-    """A tensor of one number: torch on CUDA multiplies by the reciprocal of a plain one."""
-    return torch.tensor(value, dtype=like.dtype, device=like.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distquant.config import QuantizationArgs
+from distquant.kernels.numbers import number_like
 from distquant.quantization.algorithms.bit_packing import pack_bytes, unpack_words
 from distquant.quantization.methods.compressed_tensors.storage import WORD
 from distquant.sharding.layout import ALL
@@ -31,7 +32,7 @@ def scales_of(low: Tensor, high: Tensor, args: QuantizationArgs) -> tuple[Tensor
     """Scales (the dtype of `low` and `high`), and zero points (int8) unless symmetric, of tiles of that range."""
     top = FP8_MAX if args.type == "float" else 2.0 ** (args.num_bits - 1)
     extent = 2 * top if args.type == "float" else 2 * top - 1
-    steps = torch.tensor(extent, dtype=low.dtype, device=low.device)  # torch on CUDA multiplies by 1 / plain number
+    steps = number_like(extent, low)  # torch on CUDA multiplies by 1 / plain number
     if args.symmetric:
         scale, zero = torch.maximum(low.abs(), high) / (steps / 2), None
     else:
