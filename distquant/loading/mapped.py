@@ -33,6 +33,11 @@ NO_RESERVE = 0x4000 if hasattr(mmap, "MAP_POPULATE") else 0
 """Linux' MAP_NORESERVE, which `mmap` does not name. Pages that nobody writes to take no memory, so none is promised:
 otherwise a file larger than the machine's memory could not be mapped."""
 
+COMPONENT_ALIGNMENT = 64
+"""Bytes at a multiple of which torch's own memory begins on a CPU, and a stored component must. Kernels of torch for
+ordinary weights load elements from any multiple of their size, as they must for a view. Those for quantized ones may
+not: `_weight_int8pack_mm`, which quanto calls, ends the process by SIGSEGV."""
+
 
 class MappedTensors:
     """The tensors of a node that are mapped, and the part of each that this rank keeps.
@@ -152,10 +157,9 @@ def _runs(task: Task, node: Iterable[int], positions: Sequence[int]) -> Mapping[
 
 
 def _run(task: Task, tp: int) -> RowRange | None:
-    """Returns the bytes that a position on tp keeps, if they are one run of a file, and elements begin where they must.
+    """Returns the bytes that a position on tp keeps, if they are one run of a file that begins where it must.
 
-    torch's kernels load elements from any multiple of their size, as they must for a view. Headers of files have any
-    length, so this is not given.
+    Headers of files have any length, so tensors may begin anywhere.
     """
     kind, layout = task.transfer.kind, task.row_layouts[0]
     rows = row_segments(kind.shape, kind.shard_dim, kind.partition, tp)
@@ -172,7 +176,8 @@ def _run(task: Task, tp: int) -> RowRange | None:
             return None
         end += each.nbytes
     nbytes = end - first.offset
-    if not nbytes or first.offset % task.dtype.itemsize or nbytes % task.dtype.itemsize:
+    alignment = task.dtype.itemsize if kind.component is None else COMPONENT_ALIGNMENT
+    if not nbytes or first.offset % alignment or nbytes % task.dtype.itemsize:
         return None
     # The whole run as one row: whoever maps it needs its bytes only.
     return RowRange(first.tensor, first.file, first.offset, nbytes, nbytes, 1, first.dtype)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from loads import split
+from loads import expected_of, split
 from on_sim import faults
 from thread_ranks import outcomes
 
@@ -46,7 +46,7 @@ def in_disorder(path: str, quant: str, staging: str, seeds: range) -> list[Any]:
     """Loads while each piece of a stream's work is late at random; returns what did not go well."""
     import _sim
 
-    expected = dq.fingerprint(dq.load(path, quantization_config=quant))
+    expected = expected_of(path, quant, "auto")
     plans = [_plan(path, quant, each, staging) for each in ARRANGEMENTS]
     wrong = []
     for seed in seeds:
@@ -130,8 +130,9 @@ def without_pinning(path: str, quant: str, staging: str) -> dict[str, Any]:
     """A load whose memory cannot be pinned."""
     import _sim
 
-    expected = dq.fingerprint(dq.load(path, quantization_config=quant))
+    expected = expected_of(path, quant, "auto")
     plan = _plan(path, quant, "two devices", staging)
+    _sim.reset_counts()
     _sim.fail_registrations(True)
     model = _load(plan, SoloComm())
     counts = _sim.counts()

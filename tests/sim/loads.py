@@ -50,7 +50,7 @@ def on_devices(path: str, quant: Any, devices: int, staging: str, seconds: float
     if asks:
         _sim.set_cost(50e9, 6e9, 1e-6)
         found["answers"] = closeness(
-            answers(model, "sim:1" if devices == 1 else "sim:0"), answers(dq.load(path, **same), "cpu")
+            answers(model, "sim:1" if devices == 1 else "sim:0"), answers(on_the_cpu(path, **same), "cpu")
         )
     del model
     gc.collect()
@@ -62,10 +62,15 @@ def closeness(one: tuple[list[float], list[int]], other: tuple[list[float], list
     return bool(torch.allclose(torch.tensor(one[0]), torch.tensor(other[0]), atol=1e-3, rtol=1e-3)), one[1] == other[1]
 
 
+def on_the_cpu(path: str, **options: Any) -> Any:
+    """A model on the CPU; `dq.load` would take the simulated device."""
+    return load_shard(dq.plan(path, **options), SoloComm(), "cpu")
+
+
 @functools.cache
 def expected_of(path: str, quant: str, dtype: str) -> str:
     """The fingerprint of a load on the CPU, made once."""
-    return dq.fingerprint(dq.load(path, quantization_config=quant, dtype=dtype))
+    return dq.fingerprint(on_the_cpu(path, quantization_config=quant, dtype=dtype))
 
 
 def on_ranks(

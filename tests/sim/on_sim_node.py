@@ -6,7 +6,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from on_sim import Meeting, ThreadComm, faults, on_threads
+from on_sim import faults
+from thread_ranks import ThreadComm, on_threads
 
 import distquant as dq
 from distquant.loading.loader import load_shard
@@ -14,21 +15,21 @@ from distquant.loading.stream.emitter import Emitter
 from distquant.loading.stream.engine import Engine
 from distquant.loading.stream.tasks import Chunk
 from distquant.options import RunOptions
+from distquant.parallel.comm import SoloComm
 
 
 def on_one_node(path: str, quant: str, ranks: int, staging: str, seconds: float) -> dict[str, Any]:
     """Loads a model with tp over as many devices; returns also what was counted on all of them together."""
     import _sim
 
-    on_cpu = dq.fingerprint(dq.load(path, quantization_config=quant))
+    on_cpu = dq.fingerprint(load_shard(dq.plan(path, quantization_config=quant), SoloComm(), "cpu"))
     plan = dq.plan(path, quantization_config=quant, mesh=f"tp={ranks}", staging=staging)
-    meeting, axis = Meeting(ranks), Meeting(ranks)
     _sim.set_cost(50e9, 6e9, seconds)
     _sim.reset_counts()
 
-    def rank(number: int) -> Any:
-        torch.accelerator.set_device_index(number)
-        return load_shard(plan, ThreadComm(number, ranks, meeting, axis, 60.0), f"sim:{number}", RunOptions())
+    def rank(comm: ThreadComm) -> Any:
+        torch.accelerator.set_device_index(comm.rank)
+        return load_shard(plan, comm, f"sim:{comm.rank}", RunOptions())
 
     read = Emitter.consume
     pieces: list[int] = []
@@ -45,9 +46,9 @@ def on_one_node(path: str, quant: str, ranks: int, staging: str, seconds: float)
 
     own_cores = mock.patch("distquant.loading.stream.engine.cores_of_a_rank", lambda ranks: 8)  # a real node has them
     with own_cores, mock.patch.object(Emitter, "consume", consume), mock.patch.object(Engine, "_readers", counted):
-        models = on_threads(ranks, rank)
+        models = on_threads(plan.mesh, rank)
     counts = dict(_sim.counts())
-    found = on_threads(ranks, lambda number: dq.fingerprint(models[number]))
+    found = on_threads(plan.mesh, lambda comm: dq.fingerprint(models[comm.rank]))
     return {
         "equal": set(found) == {on_cpu},
         "faults": faults(),

@@ -32,8 +32,8 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(sim: Apart, model_of):
     assert found == {"equal": True, "pinned": 0, "faults": []}
 
 
-KNOWN = {"nf4-dq": {"H2D pageable": 2, "D2H pageable": 2}, "hqq": {"H2D pageable": 3, "D2H pageable": 1}}
-"""Pageable copies for each converted weight: nested absmax has its mean on the host, and HQQ is fitted there."""
+KNOWN = {"nf4-dq": {"H2D pageable": 2, "D2H pageable": 2}, "hqq": {"H2D pageable": 3, "item()": 21}}
+"""For each converted weight: nested absmax has its mean on the host, and each of HQQ's 20 steps may be the last."""
 
 ONCE = 6
 """Copies that are made once: of computed buffers (`inv_freq`), and of a method's tables of codes."""
@@ -63,4 +63,4 @@ def test_host_waits_for_no_piece(sim: Apart, model_of, method):
         "device.synchronize",
         "item()",
     )
-    assert {what: counted(what) for what in waits if counted(what)} == {}
+    assert {what: counted(what) for what in waits if counted(what) > known.get(what, 0) * weights} == {}

@@ -214,16 +214,17 @@ def kill(
             time.sleep(0.02)
         time.sleep(max(run.begun + first - time.monotonic(), 0) if victim == "launcher" else 0)
         time.sleep(moment * (seconds - first))
-        process, name = psutil.Process(run.process.pid), victim
+        pid, name = run.process.pid, victim
         if victim != "launcher":
             ranks = run.ranks()
             name = sorted(ranks)[int(victim)] if len(ranks) == 2 else ""
-            process = ranks.get(name, process)
+            pid = ranks[name].pid if name else pid
         doing = _statuses(run.text())
         over = run.process.poll() is not None or not name
         begun = time.monotonic()
         if not over:
-            process.send_signal(number)
+            with suppress(ProcessLookupError):  # it ends just now
+                os.kill(pid, number)
         code = _end(run, number if victim == "launcher" else None, begun)
         took = time.monotonic() - begun
         left = _left(run, before)

@@ -16,6 +16,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from distquant.accelerator.facts import capability, reaches
 from distquant.errors import one_line
 
 PACKAGE = "fbgemm-gpu-genai"
@@ -36,9 +37,9 @@ TOLERANCE = 0.01
 @cache
 def why_not(device: torch.device) -> str | None:
     """Reason why FBGEMM cannot multiply on a device; None where it can."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if capability(device) is None:
         return f"f8f8bf16_rowwise does not run on {device}"
-    if torch.cuda.get_device_capability(device) < CAPABILITY:
+    if not reaches(device, CAPABILITY):
         return f"f8f8bf16_rowwise needs compute capability {'.'.join(map(str, CAPABILITY))}"
     return _not_loaded() or tried(device)
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from distquant.accelerator.facts import reaches
+from distquant.accelerator.names import runs_cuda_kernels
 from distquant.options import Forward
 from distquant.quantization.linear import fbgemm_matmul
 from distquant.sharding.shard import Shard
@@ -105,7 +106,7 @@ def _tiles_missing() -> str | None:
 
 def taken(kernel: Float8Kernel, device: torch.device) -> tuple[Float8Kernel, str]:
     """Returns what multiplies in the place of a kernel on a device, and why nothing faster does where it might."""
-    if kernel is not Float8Kernel.SCALED_MM or device.type != "cuda":
+    if kernel is not Float8Kernel.SCALED_MM or not runs_cuda_kernels(device):
         return kernel, ""
     reason = fbgemm_matmul.why_not(device)
     return (Float8Kernel.FBGEMM, "") if reason is None else (kernel, reason)
