@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -227,6 +228,7 @@ def synchronizations(counts: Counts, before: bool) -> int:
 
 def page(cases: list[tuple[str, int, Counts]], sim: dict[str, Any], small: list[Counts], note: str, load: float) -> str:
     """Returns the page of results in Markdown."""
+    command = f"python benchmarks/devices.py {' '.join(name_of_argument(each) for each in sys.argv[1:])}"
     seconds = sim["seconds"]
     asynchronous = sim["counts"]["H2D pinned async"][0]
     predicted = sum(each.to_device[0] + each.uploads[0] for each in small)
@@ -247,21 +249,27 @@ def page(cases: list[tuple[str, int, Counts]], sim: dict[str, Any], small: list[
             "# Loads over the devices of a node: simulated",
             f"**Predicted by counting. Nothing here was measured on a GPU.** `benchmarks/devices.py`, "
             f"{datetime.date.today()}. {machine(load, PACKAGES)}",
+            f"Command: `{command}`.",
             *([note] if note else []),
+            "Seconds of what runs at once; the longest is the critical path, to which the start (that of now) "
+            "is added. Waits are those of the host for a device, and pageable copies those of pieces, of a rank and "
+            "without a constant few. Both threads run Python, one at a time:",
+            table(header, rows),
+            "What a rank does. `start` is the CPU time of plan and tasks on this machine, before the first read:",
+            table(["load", "start s", "GB read", "pieces", "statistics", "columns", "rows", "uploads"], counted),
             "Bandwidths of the node that is assumed:",
             table(["cost", "value", "unit", "source"], [[n, f"{v:g}", u, s] for n, (v, u, s) in COSTS.items()]),
             f"Measured on the simulated device: {seconds['piece'] * 1e6:.0f} us of a CPU for a piece, "
             f"{seconds['received'] * 1e6:.0f} us for a piece of a peer. Copies to its devices in a load of the small "
             f"example: {asynchronous:,}, predicted {predicted:,}; pieces: {sim['pieces']:,}, predicted "
             f"{sum(each.pieces for each in small):,}.",
-            "What a rank does. `start` is the CPU time of plan and tasks on this machine, before the first read:",
-            table(["load", "start s", "GB read", "pieces", "statistics", "columns", "rows", "uploads"], counted),
-            "Seconds of what runs at once; the longest is the critical path, to which the start (that of now) "
-            "is added. Waits are those of the host for a device, and pageable copies those of pieces, of a rank and "
-            "without a constant few. Both threads run Python, one at a time:",
-            table(header, rows),
         ]
     )
+
+
+def name_of_argument(argument: str) -> str:
+    """Returns an argument without the folders above a checkpoint, which are this machine's own."""
+    return shlex.quote(argument.rpartition("/")[2] if ":" in argument else argument)
 
 
 def _numbers(counts: Counts) -> list[str]:
