@@ -26,6 +26,7 @@ SECTIONS = {
     "plan": "Planning",
     "cpu-kernels": "CPU kernels",
     "gpu-kernels": "GPU kernels",
+    "devices": "Loading over several devices, simulated",
 }
 """Headings in order; pages of another kind come after them, under their own name."""
 
