@@ -68,7 +68,7 @@ def test_load_starts_the_ranks_itself(kjv_tiny: str, command: Command, workdir: 
 
 def test_failure_of_a_rank_is_told_once(kjv_tiny: str, refused: Command, spoil) -> None:
     spoil("read:1")
-    done = last_words(refused("load", kjv_tiny, "--mesh", "tp=2", "--runtime", "torchrun"))
+    done = last_words(refused("load", kjv_tiny, "--mesh", "tp=2", "--runtime", "torchrun", "--io", "buffered"))
     assert (done.code, done.out) == (2, "")
     assert done.message.startswith("rank 1: model-00001-of-00003.safetensors at byte ")
     assert done.message.endswith("(model.embed_tokens.weight): Input/output error, after 3 new tries")
