@@ -31,8 +31,8 @@ def demo(arguments: argparse.Namespace) -> None:
         report = sharded.report()
         terminal.show(*render.report_parts(report, arguments.model, verbose=True))
         print(f"\n== {arguments.prompt!r} goes on\n", flush=True)
-        text = sharded.generate(arguments.prompt, max_new_tokens=arguments.max_new_tokens, do_sample=False)
-        print(without_controls(text))
+        answer = sharded.generate(arguments.prompt, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+        print(without_controls(answer))
         quantized = sharded.perplexity(text) if text else None
 
     print("\n== the same model on one device\n", flush=True)

@@ -14,7 +14,9 @@ def _warm() -> None:
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize(("cases", "every"), [(huge_numbers.cases, 23), (endless_patterns.cases, 11)], ids=str)
+@pytest.mark.parametrize(
+    ("cases", "every"), [(huge_numbers.cases, 23), (endless_patterns.cases, 11)], ids=["numbers", "patterns"]
+)
 def test_a_part_of_the_trials_ends_well(cases: object, every: int) -> None:
     assert callable(cases)
     ended = list(huge_numbers.tried(list(cases())[::every]))
