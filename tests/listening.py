@@ -46,11 +46,27 @@ def _listeners(process: int) -> Iterator[tuple[str, IPv4Address | IPv6Address, i
                 yield inode, ip_address(struct.pack(f"={len(words)}I", *words)), int(port, 16)
 
 
+GUARD = 300.0
+"""Seconds after which processes are taken to hang."""
+
+
+def own_environment(**more: str) -> dict[str, str]:
+    """This process's environment, without the interfaces that a load in it has chosen for its own ranks."""
+    chosen = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {**{name: value for name, value in os.environ.items() if name not in chosen}, "OMP_NUM_THREADS": "1", **more}
+
+
 def heard(runs: Sequence[subprocess.Popen[bytes]]) -> list[set[tuple[str, int, int]]]:
-    """What each of some processes listened at until all have ended; their output is read afterwards."""
+    """What each of some processes listened at until all have ended; their output is read afterwards.
+
+    They are ended when one has failed, for which the others might wait, or when they take too long.
+    """
     found: list[set[tuple[str, int, int]]] = [set() for _ in runs]
+    until = time.monotonic() + GUARD
     try:
-        while any(run.poll() is None for run in runs):
+        while any(run.poll() is None for run in runs) and not any(run.poll() for run in runs):
+            if time.monotonic() > until:
+                break
             for run, own in zip(runs, found, strict=True):
                 try:
                     own |= listening(psutil.Process(run.pid))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 from contextlib import ExitStack
 
 import pytest
-from listening import heard, on_loopback
+from listening import heard, on_loopback, own_environment
 
 TALK = ["--prompt", "In the beginning", "--max-new-tokens", "60"]
 
@@ -27,7 +26,7 @@ def heard_of(commands: list[list[str]], environments: list[dict[str, str]]) -> l
                     [sys.executable, *arguments],
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
-                    env={**os.environ, "OMP_NUM_THREADS": "1", **own},
+                    env=own_environment(**own),
                 )
             )
             for arguments, own in zip(commands, environments, strict=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from listening import heard, on_loopback
+from listening import heard, on_loopback, own_environment
 
 pytestmark = [
     pytest.mark.wide,
@@ -71,7 +71,7 @@ def run_on(
                     ["ip", "netns", "exec", machine, sys.executable, *arguments],
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
-                    env={**os.environ, "OMP_NUM_THREADS": "1", **own},
+                    env=own_environment(**own),
                 )
             )
             for machine, arguments, own in zip(machines, commands, variables, strict=True)
