@@ -22,9 +22,11 @@ test test-wide test-versions: export OMP_WAIT_POLICY := passive
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not wide"
 
-# The sweeps: every family, method and width. They find the odd one out, and take as long as all else.
+# The sweeps: every family, method and width. They find the odd one out, and take as long as all else. Trials of a soak are
+# forks, which need a process without threads: no other test has run in it.
 test-wide: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m wide
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m wide --ignore tests/soak
+	$(BIN)/python -m pytest -m wide tests/soak
 
 # Hostile inputs, faults of files, kills of ranks and launchers: for about an hour. Tables are printed, and written to build/soak.
 soak: export OMP_WAIT_POLICY := passive

@@ -38,7 +38,7 @@ def test_a_signal_while_libraries_are_imported(kjv_tiny, number, moment):
 
 @pytest.mark.wide
 @pytest.mark.parametrize("number", LINES, ids=str)
-@pytest.mark.parametrize("moment", [3.0, 6.0])
+@pytest.mark.parametrize("moment", [1.5, 3.0])
 @pytest.mark.parametrize("runtime", ["local", "torchrun", "ray"])
 def test_a_signal_at_work(kjv_tiny, number, moment, runtime):
     mesh = ["--mesh", "tp=2"] * (runtime != "local")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 def main(library: str, model: str) -> None:
     import simulated
+    import torch.distributed as dist
 
     simulated.register(Path(library))
     import distquant as dq
@@ -29,6 +30,7 @@ def main(library: str, model: str) -> None:
     same = {"LOCAL_RANK": "0"}
     results = [loaded(**same), loaded(), loaded(SLURM_LOCALID=os.environ["OTHER"], SLURM_STEP_NUM_TASKS="2")]
     print(json.dumps([*results, loaded(**same, DISTQUANT_SHARE_DEVICES="1")]))
+    dist.destroy_process_group()  # one that lives until the interpreter ends may abort the process
 
 
 if __name__ == "__main__":
