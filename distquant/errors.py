@@ -73,7 +73,7 @@ RAISED_BY_LIBRARIES = (
     ValueError, LookupError, OSError, ImportError, TypeError, AttributeError, ArithmeticError, RuntimeError,
     AssertionError, SyntaxError,
 )  # fmt: skip
-"""What transformers, PEFT and others raise for files whose fields they do not check. Catch these around their calls."""
+"""Errors that transformers, PEFT and others raise for files whose fields they do not check. Catch them around calls."""
 
 
 class CheckFailed(DistquantError):

@@ -49,7 +49,7 @@ that most names need no regular expression; a list may have thousands of names."
 
 _ESCAPE_OR_SET = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _OTHERWISE_IN_REGEX = re.compile(r"(\\.)|\{(?!\d*,?\d*\})|(?<=\[):", re.DOTALL)
-"""What only `regex` reads as syntax: `{e<=1}` after an item (fuzzy matching), and `[:alpha:]`."""
+"""Syntax of `regex` alone: `{e<=1}` after an item (fuzzy matching), and `[:alpha:]`."""
 
 
 class InvalidPattern(ValueError):

@@ -305,7 +305,7 @@ def report(error: DistquantError | str, prefix: str = "") -> None:
         left = json.dumps({"prefix": prefix, "problems": problems, "text": str(error)})
         try:
             write_output("TMPDIR", os.path.join(os.environ[STARTED_HERE], f"{int(os.environ['RANK']):06}.json"), left)
-        except InputError:  # no room for it there: said here, though others draw on the same terminal
+        except InputError:  # no room for it there: reported here, though others draw on the same terminal
             terminal.show_error(error, prefix)
         return
     if is_launched() and os.environ["RANK"] != "0" and sys.stderr.isatty():

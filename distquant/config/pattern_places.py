@@ -9,7 +9,7 @@ from distquant.config.base import QuantizationConfig
 from distquant.config.checks import where
 
 KINDS = ("re:", "-:", "+:")
-"""What compressed-tensors and GPTQModel write before a pattern."""
+"""Prefixes that compressed-tensors and GPTQModel write before a pattern."""
 
 
 def places_of(config: QuantizationConfig) -> Callable[[str], str]:
